@@ -1,0 +1,263 @@
+"""One spelling per meaning: small number-preserving steps that bring a captured graph to its canonical form.
+
+Every step looks at one node and returns what to use in its place, or None. `canonicalize` runs the table to a fixed
+point, shares common subexpressions and drops dead nodes. A new spelling of a known thing becomes a step here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
+
+aten = torch.ops.aten
+
+WHOLE_AXIS = 2**63 - 1
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """The argument called `name` in the op's schema, whether given by position, by keyword or not at all."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            return node.args[position] if position < len(node.args) else argument.default_value
+    return default
+
+
+def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dim() != b.dim():
+        return False
+    return all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def _feeds_output(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def drop_inactive_dropout(node: fx.Node) -> Any:
+    """dropout(x, p, train=False) -> x"""
+    if node.target not in (aten.dropout.default, aten.feature_dropout.default):
+        return None
+    return node.args[0] if not node.args[2] or node.args[1] == 0 else None
+
+
+def drop_same_dtype_cast(node: fx.Node) -> Any:
+    """x.to(dtype and device that x already has) -> x"""
+    if node.target not in CASTS or argument(node, "copy", False) or argument(node, "memory_format") is not None:
+        return None
+    source, result = _value(node.args[0]), _value(node)
+    same = source.dtype == result.dtype and source.device == result.device
+    return node.args[0] if same else None
+
+
+def drop_copy(node: fx.Node) -> Any:
+    """x.contiguous(), x.clone() -> x, except where the caller would see the strides or an alias."""
+    if node.target not in COPIES or _feeds_output(node):
+        return None
+    if _value(node.args[0]).requires_grad and node.target is aten.detach.default:
+        return None
+    return node.args[0]
+
+
+def drop_whole_slice(node: fx.Node) -> Any:
+    """x[:, 0:everything] -> x"""
+    if node.target is not aten.slice.Tensor or _feeds_output(node):
+        return None
+    if argument(node, "step", 1) != 1 or argument(node, "start") not in (None, 0):
+        return None
+    end = argument(node, "end")
+    if end in (None, WHOLE_AXIS) or _same_shape(_value(node.args[0]), _value(node)):
+        return node.args[0]
+    return None
+
+
+def drop_no_op_layout(node: fx.Node) -> Any:
+    """A reshape or expand to the shape x already has -> x"""
+    if node.target not in (aten.reshape.default, aten.expand.default) or _feeds_output(node):
+        return None
+    return node.args[0] if _same_shape(_value(node.args[0]), _value(node)) else None
+
+
+def drop_neutral(node: fx.Node) -> Any:
+    """x * 1 -> x, x + 0 -> x for integers (a float -0.0 + 0 is 0.0)"""
+    if node.target not in NEUTRAL or node.kwargs or _feeds_output(node) or not isinstance(node.args[0], fx.Node):
+        return None
+    same = isinstance(node.args[1], int | float) and node.args[1] == NEUTRAL[node.target]
+    if not same or _value(node.args[0]).dtype != _value(node).dtype:
+        return None
+    is_sum = NEUTRAL[node.target] == 0
+    return None if is_sum and _value(node).dtype.is_floating_point else node.args[0]
+
+
+def view_to_reshape(node: fx.Node) -> Any:
+    """x.view(shape) -> x.reshape(shape): a rewritten producer may have other strides than the one captured."""
+    if node.target in (aten.view.default, aten._unsafe_view.default):
+        node.target = aten.reshape.default
+    return None
+
+
+def number_from_constant(node: fx.Node) -> Any:
+    """x * tensor(0.125) -> x * 0.125, for scalars that the code wrote down (not for parameters and buffers)."""
+    if node.target not in SCALAR_ARITHMETIC:
+        return None
+    for position, arg in enumerate(node.args):
+        number = _constant_number(arg)
+        if number is not None and _value(node).dtype == _value(node.args[1 - position]).dtype:
+            node.update_arg(position, number)
+            return None
+    return None
+
+
+def fill_from_constant(node: fx.Node) -> Any:
+    """where(mask, x, tensor(c)), masked_fill(x, mask, tensor(c)), maximum(x, tensor(c)) -> the same with the number c"""
+    if node.target not in NUMBER_OVERLOADS:
+        return None
+    position, overload = NUMBER_OVERLOADS[node.target]
+    number = _constant_number(node.args[position])
+    kept = [_value(arg).dtype for place, arg in enumerate(node.args) if place != position and isinstance(arg, fx.Node)]
+    if number is not None and _value(node).dtype in kept:
+        node.target = overload
+        node.update_arg(position, number)
+    return None
+
+
+def _constant_number(node: Any) -> float | int | None:
+    """The value of a scalar computed from lifted constants and numbers alone."""
+    if not isinstance(node, fx.Node) or not isinstance(_value(node), torch.Tensor) or _value(node).dim() != 0:
+        return None
+    content = _constant_tensor(node)
+    return None if content is None else content.item()
+
+
+def _constant_tensor(node: fx.Node) -> torch.Tensor | None:
+    if node.op == "get_attr":
+        is_lifted = str(node.target).startswith("lifted_tensor_")
+        return attrgetter(str(node.target))(node.graph.owning_module) if is_lifted else None
+    if node.target not in CONSTANT_OPS:
+        return None
+    args = [_constant_tensor(arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
+    if any(arg is None for arg in args) or any(isinstance(arg, fx.Node) for arg in node.kwargs.values()):
+        return None
+    return node.target(*args, **node.kwargs)  # type: ignore[operator, no-any-return]
+
+
+def softmax_by_hand(node: fx.Node) -> Any:
+    """e / e.sum(dim, keepdim) with e = exp(x - x.amax(dim, keepdim)) -> softmax(x, dim)"""
+    if node.target is not aten.div.Tensor or not all(isinstance(arg, fx.Node) for arg in node.args[:2]):
+        return None
+    exponential, total = node.args[:2]
+    if exponential.target is not aten.exp.default or total.target is not aten.sum.dim_IntList:
+        return None
+    if total.args[0] is not exponential or not argument(total, "keepdim") or len(total.args[1]) != 1:
+        return None
+    dim = total.args[1][0] % _value(node).dim()
+    scores = _shifted_by_its_max(exponential.args[0], dim)
+    if scores is None or argument(total, "dtype") is not None:
+        return None
+    with node.graph.inserting_before(node):
+        softmax = node.graph.call_function(aten.softmax.int, (scores, dim))
+    softmax.meta = dict(node.meta)
+    return softmax
+
+
+def _shifted_by_its_max(node: Any, dim: int) -> fx.Node | None:
+    """x, where node is x - x.amax(dim, keepdim=True) (or x - x.max(dim, keepdim=True)[0])."""
+    if not isinstance(node, fx.Node) or node.target is not aten.sub.Tensor or node.kwargs.get("alpha", 1) != 1:
+        return None
+    scores, peak = node.args[:2]
+    if isinstance(peak, fx.Node) and peak.target in (aten.detach.default, aten.alias.default):
+        peak = peak.args[0]
+    if isinstance(peak, fx.Node) and getattr(peak.target, "__name__", "") == "getitem" and peak.args[1] == 0:
+        peak = peak.args[0]
+    if not isinstance(peak, fx.Node) or peak.target not in (aten.amax.default, aten.max.dim):
+        return None
+    dims = argument(peak, "dim")
+    dims = dims if isinstance(dims, list | tuple) else [dims]
+    rank = _value(scores).dim() if isinstance(scores, fx.Node) else 0
+    same_axis = [d % rank for d in dims] == [dim] if rank else False
+    return scores if same_axis and peak.args[0] is scores and argument(peak, "keepdim") else None
+
+
+CASTS = {
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+}
+COPIES = {aten.contiguous.default, aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default}
+COPIES.add(aten.detach.default)
+
+SCALAR_ARITHMETIC = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
+NUMBER_OVERLOADS = {
+    aten.where.self: (2, aten.where.ScalarOther),
+    aten.masked_fill.Tensor: (2, aten.masked_fill.Scalar),
+    aten.maximum.default: (1, aten.clamp_min.default),
+    aten.max.other: (1, aten.clamp_min.default),
+}
+CONSTANT_OPS = {
+    aten.full.default,
+    aten.scalar_tensor.default,
+    aten.lift_fresh_copy.default,
+    aten.detach.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.to.dtype,
+    aten._to_copy.default,
+}
+
+NEUTRAL = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}
+
+STEPS: tuple[Callable[[fx.Node], Any], ...] = (
+    drop_inactive_dropout,
+    drop_same_dtype_cast,
+    drop_copy,
+    drop_whole_slice,
+    view_to_reshape,
+    drop_no_op_layout,
+    number_from_constant,
+    drop_neutral,
+    fill_from_constant,
+    softmax_by_hand,
+)
+
+
+def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
+    """Bring `module`'s graph to canonical form in place, and return it.
+
+    Idempotent and number-preserving: the outputs stay equal, their strides included.
+
+    Example::
+
+        fxbt.capture.capture(model, call).module  # ->  canonicalize(module)
+    """
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            _apply_steps(node)
+    CSEPass()(module)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _apply_steps(node: fx.Node) -> None:
+    for step in STEPS:
+        replacement = step(node)
+        if replacement is None:
+            continue
+        node.replace_all_uses_with(replacement)
+        node.graph.erase_node(node)
+        return

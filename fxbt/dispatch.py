@@ -1,0 +1,295 @@
+"""`Dispatcher`: picks a proven graph for each call of a model, captures new ones, else runs the original forward."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import pipeline
+from .capture import capture
+from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable
+from .report import Report
+from .rule import Rule
+from .signature import Binder, Call
+from .state import ModelState, foreign_hook, preserved, versions
+
+_STATES_PER_FAILURE = 2  # a failed call is tried once more after an edit of the model, no more than that
+
+
+class _TraceLock:
+    """Many threads run originals, or one captures: while it traces, the modules it shares hold fake parameters."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._readers = 0
+        self._waiting = 0
+        self._writer: int | None = None
+        self._mine = threading.local()
+
+    def held_elsewhere(self) -> bool:
+        return self._writer not in (None, threading.get_ident())
+
+    def reads(self) -> bool:
+        """Whether this thread is inside `reading`, so that waiting for `writing` would be waiting for itself."""
+        return getattr(self._mine, "reads", False)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        if self.reads() or self._writer == threading.get_ident():
+            yield
+            return
+        with self._condition:
+            self._condition.wait_for(lambda: self._writer is None and not self._waiting)
+            self._readers += 1
+        self._mine.reads = True
+        try:
+            yield
+        finally:
+            self._mine.reads = False
+            with self._condition:
+                self._readers -= 1
+                self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        with self._condition:
+            self._waiting += 1
+            self._condition.wait_for(lambda: self._writer is None and not self._readers)
+            self._waiting -= 1
+            self._writer = threading.get_ident()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._writer = None
+                self._condition.notify_all()
+
+
+_LOCK = _TraceLock()  # one for the process: tracing patches nn.Module itself
+
+
+@dataclass
+class _Graph:
+    """A compiled graph and all that must hold for it to stand for a call of its key."""
+
+    run: Callable[..., tuple[Any, ...]]
+    guards: Callable[..., None]
+    state: ModelState
+    out_spec: pytree.TreeSpec
+
+    def applies(self, tensors: Sequence[Tensor]) -> bool:
+        try:
+            self.guards(*tensors)
+        except Exception:  # an assertion, or a size it cannot compute with: not proven either way
+            return False
+        return self.state.holds()
+
+
+class Dispatcher:
+    """Stands between an optimised model and its original; called as `dispatcher(args, kwargs)`.
+
+    A graph runs only if the call's key, its shape guards and the model's state are those it was captured with.
+    Everything else runs the original forward; `report` says why.
+    """
+
+    max_captures = 8
+
+    def __init__(self, original: nn.Module, rules: Sequence[Rule] = (), verify: bool = False, tracer: str = "auto"):
+        self.original = original
+        self.report = Report()
+        self._rules = tuple(rules)
+        self._verify = verify
+        self._tracer = tracer
+        self._binder = Binder(original.forward)
+        self._graphs: dict[Hashable, list[_Graph]] = {}
+        self._failed: dict[Hashable, list[ModelState]] = {}
+        self._captures = 0
+        self._warned = False
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_traced():
+            return self._run_original(args, kwargs)
+        try:
+            call = self._binder.call(args, kwargs)
+        except NotCapturable as obstacle:
+            if not obstacle.silent:
+                self.fall_back(str(obstacle))
+            return self._run_original(args, kwargs)
+        graph = self._find(call)
+        if graph is not None:
+            return self._run_graph(graph, call, args, kwargs)
+        return self._first_call(call, args, kwargs)
+
+    def warmup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Captures the graph for such a call ahead. Raises `ExampleError` if the model itself rejects the call."""
+        try:
+            call = self._binder.call(args, kwargs)
+        except NotCapturable as obstacle:
+            self.fall_back(str(obstacle))
+            return
+        try:
+            with preserved(self.original):
+                self(args, kwargs)
+        except Exception as error:
+            name = type(self.original).__name__
+            raise ExampleError(
+                f"{name} itself fails on the example inputs {_shapes(call)}: {type(error).__name__}: {error}; "
+                f"pass inputs that {name}.forward accepts"
+            ) from error
+
+    def fall_back(self, reason: str) -> None:
+        """Notes why the original runs; the first time for a model, says so."""
+        self.report.add_fallback(reason)
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{type(self.original).__name__} runs its original forward, not an optimised one: {reason} "
+            "(said once; print(model.report) lists all reasons)",
+            FxbtWarning,
+            stacklevel=2,
+        )
+
+    def _key(self, call: Call) -> Hashable:
+        return (self.original.training, call.key)
+
+    def _find(self, call: Call) -> _Graph | None:
+        for graph in self._graphs.get(self._key(call), ()):
+            if graph.applies(call.tensors):
+                return graph
+        return None
+
+    def _run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with _LOCK.reading():
+            return self.original.forward(*args, **kwargs)
+
+    def _run_graph(self, graph: _Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return pytree.tree_unflatten(graph.run(*call.tensors), graph.out_spec)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        output = self._run_original(args, kwargs)  # if the call is wrong, the model's own error is the one to see
+        self._graphs[self._key(call)] = [g for g in self._graphs[self._key(call)] if g is not graph]
+        self._remember_failure(call)
+        self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
+        return output
+
+    def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._has_failed(call):
+            return self._run_original(args, kwargs)
+        if self._captures >= self.max_captures:
+            self.fall_back(f"{self.max_captures} graphs were captured, which is the limit (max_captures)")
+            return self._run_original(args, kwargs)
+        if _LOCK.reads():
+            self.fall_back("called from within the original forward of another optimised model")
+            return self._run_original(args, kwargs)
+        with _LOCK.writing():
+            graph = self._find(call)  # another thread may have captured it meanwhile
+            if graph is None and not self._has_failed(call):
+                return self._run_and_capture(call, args, kwargs)
+        return self(args, kwargs)
+
+    def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the original for the caller, then captures the call. The caller sees the model's own errors only."""
+        state = ModelState(self.original)
+        watched = [*state.tensors, *call.tensors]
+        before = versions(watched)
+        output = self.original.forward(*args, **kwargs)
+        if hook := foreign_hook(self.original):
+            self.fall_back(hook)
+            return output
+        self._captures += 1
+        try:
+            self._refuse_writes(watched, before, call)
+            with preserved(self.original):
+                self._capture(call, output, rehearse=not state.holds())
+        except CaptureError as error:
+            self._remember_failure(call)
+            self.fall_back(f"{call} cannot be captured: {error}")
+        return output
+
+    def _refuse_writes(self, watched: list[Tensor], before: list[int], call: Call) -> None:
+        written = [tensor for tensor, old, new in zip(watched, before, versions(watched), strict=True) if old != new]
+        if not written:
+            return
+        names = {id(t): name for name, t in (*self.original.named_buffers(), *self.original.named_parameters())}
+        names.update({id(t): f"its argument {name}" for t, name in zip(call.tensors, call.names, strict=True)})
+        raise CaptureError(f"forward writes in place to {', '.join(names.get(id(t), 'a tensor') for t in written)}")
+
+    def _capture(self, call: Call, output: Any, rehearse: bool) -> None:
+        captured = capture(self.original, call, self._tracer, rehearse=rehearse)
+        try:
+            compiled = pipeline.compile(captured, self._rules, verify=self._verify)
+            difference = None if compiled.stochastic else _difference(compiled.run, captured.out_spec, call, output)
+        except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
+            raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
+        if difference is not None:
+            raise CaptureError(f"the graph's outputs are not the original's: {difference}")
+        graph = _Graph(compiled.run, captured.guards, ModelState(self.original), captured.out_spec)
+        key = self._key(call)
+        self.report.add_graph(f"{call}{' training' if self.original.training else ''}", captured, compiled)
+        self._graphs[key] = [*self._graphs.get(key, ()), graph]  # a new list: readers take no lock
+
+    def _remember_failure(self, call: Call) -> None:
+        self._failed.setdefault(self._key(call), []).append(ModelState(self.original))
+
+    def _has_failed(self, call: Call) -> bool:
+        states = self._failed.get(self._key(call), ())
+        return len(states) >= _STATES_PER_FAILURE or any(state.holds() for state in states)
+
+
+def _is_traced() -> bool:
+    """Whether someone looks through this call at its operations, so that it must be the original's own."""
+    # The flag belongs to the process: another thread's capture sets it too.
+    compiling = torch.compiler.is_compiling() and not _LOCK.held_elsewhere()
+    return bool(
+        compiling
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _difference(run: Callable[..., Any], spec: pytree.TreeSpec, call: Call, output: Any) -> str | None:
+    """What differs between the graph's outputs and the original's on the same call; None if nothing does."""
+    expected, original_spec = pytree.tree_flatten(output)
+    if spec != original_spec:
+        return f"their structure is {spec}, not {original_spec}"
+    for i, (new, old) in enumerate(zip(run(*call.tensors), expected, strict=True)):
+        if problem := _value_difference(new, old):
+            return f"output {i} {problem}"
+    return None
+
+
+def _value_difference(new: Any, old: Any) -> str | None:
+    if not isinstance(old, Tensor):
+        return None if type(new) is type(old) and new == old else f"is {new!r}, not {old!r}"
+    if not isinstance(new, Tensor):
+        return f"is a {type(new).__name__}, not a tensor"
+    kinds = [(t.dtype, tuple(t.shape), t.device, t.requires_grad) for t in (new, old)]
+    if kinds[0] != kinds[1]:
+        return f"is {kinds[0]}, not {kinds[1]} (dtype, shape, device, requires_grad)"
+    if not old.is_floating_point():
+        return None if torch.equal(new, old) else "differs in its (not floating-point) values"
+    # A row of scores masked with -inf throughout is NaN in eager attention only: NaN may become a number.
+    new, old = (t.detach()[~old.isnan()].double() for t in (new, old))
+    magnitude = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
+    tolerance = (1e-3 if kinds[0][0] in (torch.float32, torch.float64) else 0.1) * max(magnitude, 1e-6)
+    if torch.allclose(new, old, rtol=0.0, atol=tolerance):
+        return None
+    return f"is off by up to {(new - old).abs().max().item():.1e} at a magnitude of {magnitude:.1e}"
+
+
+def _shapes(call: Call) -> str:
+    shown = [f"{name} {t.dtype}{list(t.shape)}" for name, t in zip(call.names, call.tensors, strict=True)]
+    return f"({', '.join(shown)})"

@@ -1,0 +1,190 @@
+"""`optimize` and `restore`: the same model with another `forward`, and back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .capture import TRACERS, hf_fx_missing, share, twin
+from .dispatch import Dispatcher
+from .errors import NotOptimizedError
+from .pipeline import default_rules
+from .report import Report
+from .rule import Rule
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def optimize(
+    model: Model,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    *,
+    rules: Sequence[Rule] = (),
+    verify: bool = False,
+    tracer: str = "auto",
+    inplace: bool = False,
+) -> Model:
+    """A model of the same class that shares everything with `model` but computes its forward by optimised graphs.
+
+    Graphs are captured at the first call of each kind, or ahead: `example_inputs` are keyword arguments (a mapping) or
+    positional ones (a tuple) as for `model(...)`. Outputs are the original's in type, shapes and numbers; a call that
+    no graph is proven for runs the original forward, and `print(fast.report)` says why.
+
+    Args:
+        model: any `nn.Module`; one that is optimised already is optimised anew from its original.
+        example_inputs: inputs to capture for now, in any batch size and length.
+        rules: your own rules, tried before the built-in ones.
+        verify: compare the numbers of every rewrite with the graph before it, and refuse those that differ.
+        tracer: "export" (torch.export; "auto" is the same) or "hf-fx" (the tracer of transformers 4.x).
+        inplace: change `model` itself rather than make a second object beside it.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`, a rule is no `Rule` instance, or `example_inputs` is no mapping or tuple.
+        ValueError: the tracer is unknown or not available here, or parameters are not initialised yet.
+        ExampleError: the model itself rejects `example_inputs`.
+
+    Example:
+        >>> fast = fxbt.optimize(model)
+        >>> fast(**tokenizer(texts, padding=True, return_tensors="pt"))  # the same ModelOutput
+        >>> print(fast.report)
+    """
+    _check_model(model)
+    _check_tracer(tracer)
+    for rule in rules:
+        _check_rule(rule)
+    args, kwargs = _example_call(example_inputs)
+    options = {"rules": tuple(rules), "verify": verify, "tracer": tracer, "inplace": inplace}
+    if _dispatcher_of(model) is not None:
+        model = restore(model)
+    fast = _optimized(model, options)
+    if example_inputs is not None:
+        _dispatcher(fast).warmup(args, kwargs)
+    return fast
+
+
+def restore(model: Model) -> Model:
+    """The original of an optimised model: the object that `optimize` was given, with its own forward.
+
+    Raises `NotOptimizedError` (a ValueError) for a model that is not optimised.
+
+    Example:
+        >>> fxbt.restore(fxbt.optimize(model)) is model
+        True
+    """
+    dispatcher = _dispatcher_of(model)
+    if dispatcher is None:
+        raise NotOptimizedError(
+            f"restore() was given a {type(model).__name__} that is not optimised; pass what optimize() returned"
+        )
+    if not type(model)._fxbt_options["inplace"]:  # type: ignore[attr-defined]
+        return dispatcher.original  # type: ignore[return-value]
+    object.__setattr__(model, "__class__", type(dispatcher.original))
+    return model
+
+
+def _optimized(model: Any, options: dict[str, Any]) -> Any:
+    inplace = options["inplace"]
+    original = share(model, type(model)) if inplace else model
+    dispatcher = Dispatcher(original, (*options["rules"], *default_rules()), options["verify"], options["tracer"])
+    if "forward" in vars(model):
+        dispatcher.fall_back("the model object has its own attribute `forward`, which comes before any class's")
+    fast = twin(model, _namespace(type(model), dispatcher, options))
+    if not inplace:
+        return fast
+    object.__setattr__(model, "__class__", type(fast))
+    return model
+
+
+def _namespace(base: Any, dispatcher: Dispatcher, options: dict[str, Any]) -> dict[str, Any]:
+    """What the optimised class has of its own."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # New instances of this class and data-parallel replicas are other models, which no graph was captured from.
+        if torch.compiler.is_dynamo_compiling() or vars(self) is not vars(dispatcher.original):
+            return base.forward(self, *args, **kwargs)
+        return dispatcher(args, kwargs)
+
+    def warmup(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Captures the graph for calls like this one ahead; the model's buffers and random state stay as they are."""
+        dispatcher.warmup(args, kwargs)
+
+    def report(self: Any) -> Report:
+        """What was captured, which rules fired where, and which calls run the original forward and why."""
+        return dispatcher.report
+
+    def reduce_ex(self: Any, protocol: int) -> Any:
+        return _reoptimize, (dispatcher.original, options)
+
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = _reoptimize(copy.deepcopy(dispatcher.original, memo), options)
+        return memo[id(self)]
+
+    return {
+        "_fxbt_dispatcher": dispatcher,
+        "_fxbt_options": options,
+        "forward": forward,
+        "warmup": warmup,
+        "report": property(report),
+        "__call__": base.__call__,  # as it is now: a capture in another thread patches nn.Module's
+        "__reduce_ex__": reduce_ex,
+        "__deepcopy__": deepcopy,
+        "__copy__": lambda self: _reoptimize(copy.copy(dispatcher.original), options),
+    }
+
+
+def _reoptimize(original: nn.Module, options: dict[str, Any]) -> nn.Module:
+    return optimize(original, **options)
+
+
+def _dispatcher_of(model: Any) -> Dispatcher | None:
+    dispatcher = getattr(type(model), "_fxbt_dispatcher", None)
+    return dispatcher if dispatcher is not None and vars(model) is vars(dispatcher.original) else None
+
+
+def _dispatcher(model: Any) -> Dispatcher:
+    return type(model)._fxbt_dispatcher
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"optimize() was given {given}, expected a torch.nn.Module instance")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("optimize() was given a TorchScript module; pass the nn.Module that it was made from")
+    lazy = [name for name, p in model.named_parameters() if torch.nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ValueError(f"parameter {lazy[0]} is not initialised yet; call the model once before optimize()")
+
+
+def _check_tracer(tracer: str) -> None:
+    if tracer not in TRACERS:
+        known = ", ".join(map(repr, TRACERS))
+        raise ValueError(f"unknown tracer {tracer!r}; the known ones are {known}")
+    if tracer == "hf-fx" and (missing := hf_fx_missing()):
+        raise ValueError(missing)
+
+
+def _check_rule(rule: Any) -> None:
+    if isinstance(rule, type) and issubclass(rule, Rule):
+        raise TypeError(f"rules holds the class {rule.__name__}; pass an instance, {rule.__name__}()")
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rules holds a {type(rule).__name__} ({rule!r}), expected instances of fxbt.Rule")
+
+
+def _example_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example is None:
+        return (), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    raise TypeError(
+        f"example_inputs is a {type(example).__name__}, expected a dict of keyword arguments or a tuple of positional "
+        "ones; a single tensor goes as (tensor,)"
+    )

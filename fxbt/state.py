@@ -1,0 +1,182 @@
+"""What a model's forward can read besides its arguments: a snapshot of it, cheap to compare, and restorable."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import types
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, types.BuiltinFunctionType, partial)
+_OBJECT_DEPTH = 3  # a config inside a config inside a module: deeper than that is not the model's own state
+
+
+class ModelState:
+    """Every `__dict__`, dict, list and set reachable from a model as it is now, and the tensors in them.
+
+    Values of tensors are no part of it (graphs share the tensors); which tensors they are, their dtype, device and
+    shape are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._live: list[Any] = []
+        self._places: list[str] = []
+        self._single: list[tuple[Any, Any, Tensor]] = []  # of one element: these compare equal by value, so by identity
+        self.tensors: list[Tensor] = []
+        self._classes: list[type[nn.Module]] = []
+        self._seen: set[int] = set()
+        self._visit_object(model, "", 0)
+        self._copies = [container.copy() for container in self._live]
+        self._kinds = [(t.dtype, t.device, t.shape) for t in self.tensors]
+        self._forwards = [kind.forward for kind in self._classes]
+
+    def holds(self) -> bool:
+        """Whether all is as it was. Never raises: what cannot be compared counts as changed."""
+        try:
+            return (
+                self._live == self._copies
+                and [kind.forward for kind in self._classes] == self._forwards
+                and [(t.dtype, t.device, t.shape) for t in self.tensors] == self._kinds
+                and all(container[key] is tensor for container, key, tensor in self._single)
+            )
+        except Exception:  # a replaced tensor compares elementwise, another thread may be editing a dict
+            return False
+
+    def changed(self) -> list[str]:
+        """The places that differ now, as `path: key, key`."""
+        differing = []
+        for live, copy, place in zip(self._live, self._copies, self._places, strict=True):
+            keys = _differing(live, copy)
+            if keys:
+                differing.append(f"{place or 'model'}: {', '.join(keys)}")
+        return differing
+
+    def restore(self) -> None:
+        """Puts every container back, in place."""
+        for live, copy in zip(self._live, self._copies, strict=True):
+            if not _differing(live, copy):
+                continue
+            live.clear()
+            live.extend(copy) if isinstance(live, list) else live.update(copy)
+
+    def _visit_object(self, value: Any, place: str, depth: int) -> None:
+        if isinstance(value, nn.Module) and type(value) not in self._classes:
+            self._classes.append(type(value))
+        self._visit(vars(value), place, depth)
+
+    def _visit(self, container: Any, place: str, depth: int) -> None:
+        if id(container) in self._seen:
+            return
+        self._seen.add(id(container))
+        items = container.items() if isinstance(container, dict) else enumerate(container)
+        if not isinstance(container, tuple):
+            self._live.append(container)
+            self._places.append(place)
+        for key, value in list(items):
+            self._visit_value(container, key, value, place, depth)
+
+    def _visit_value(self, container: Any, key: Any, value: Any, place: str, depth: int) -> None:
+        inner = place if key in ("_modules", "_parameters", "_buffers") else f"{place}.{key}".removeprefix(".")
+        if isinstance(value, Tensor):
+            self._visit_tensor(container, key, value)
+        elif isinstance(value, nn.Module):
+            self._visit_object(value, inner, 0)
+        elif isinstance(value, (dict, list, set, tuple)):
+            self._visit(value, inner, depth)
+        elif depth < _OBJECT_DEPTH and hasattr(value, "__dict__") and not isinstance(value, _OPAQUE):
+            self._visit_object(value, inner, depth + 1)
+
+    def _visit_tensor(self, container: Any, key: Any, tensor: Tensor) -> None:
+        if id(tensor) not in self._seen:
+            self._seen.add(id(tensor))
+            self.tensors.append(tensor)
+        if tensor.numel() == 1 and isinstance(container, (dict, list)):
+            self._single.append((container, key, tensor))
+
+
+def versions(tensors: list[Tensor]) -> list[int]:
+    """The in-place write counters; inference tensors have none."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Runs a block after which the random state and the values of the model's buffers are as before."""
+    state = ModelState(model)
+    # Parameters are not copied: a forward that writes those is refused, not rehearsed.
+    kept = [(t, t.detach().clone()) for t in state.tensors if not isinstance(t, nn.Parameter)]
+    before = versions([tensor for tensor, _ in kept])
+    devices = {t.device for t in state.tensors if t.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        after = versions([tensor for tensor, _ in kept])
+        with torch.no_grad():
+            for (tensor, value), old, new in zip(kept, before, after, strict=True):
+                if old != new:
+                    tensor.copy_(value)
+
+
+def foreign_hook(model: nn.Module) -> str | None:
+    """A reason not to use graphs: a hook that would not run in one. None where there is no such hook.
+
+    Hooks that the model's own library puts on its modules are part of the forward and are captured with it. Those on
+    the model itself are called around `forward` as ever.
+    """
+    everywhere = torch.nn.modules.module
+    if any(getattr(everywhere, f"_global{kind}") for kind in _HOOKS):
+        return "global module hooks are registered (torch.nn.modules.module.register_module_*_hook)"
+    for path, module in model.named_modules():
+        if path and (hook := _foreign_hook_of(module)):
+            return f"{path} ({type(module).__name__}) has a hook, {hook}, that a graph would not call; remove it"
+    return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _foreign_hook_of(module: nn.Module) -> str | None:
+    own = _package(inspect.getsourcefile(type(module)))
+    for kind in _HOOKS:
+        for hook in getattr(module, kind).values():
+            home = _package(_source(hook))
+            if "backward" in kind or home is None or home != own:
+                return str(getattr(hook, "__qualname__", None) or type(hook).__qualname__)
+    return None
+
+
+def _source(hook: Any) -> str | None:
+    function = inspect.unwrap(hook.func if isinstance(hook, partial) else hook)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return code.co_filename if code else None
+
+
+def _package(path: str | None) -> str | None:
+    """`transformers` for .../site-packages/transformers/models/x.py; None for code that is not installed."""
+    found = re.findall(r"[\\/](?:site|dist)-packages[\\/](\w+)", path or "")
+    return found[-1] if found else None
+
+
+def _differing(live: Any, copy: Any) -> list[str]:
+    if isinstance(live, list):
+        live, copy = dict(enumerate(live)), dict(enumerate(copy))
+    if isinstance(live, set):
+        return sorted(map(str, live ^ copy))
+    absent = object()
+    return [str(key) for key in {**copy, **live} if not _same(live.get(key, absent), copy.get(key, absent))]
+
+
+def _same(new: Any, old: Any) -> bool:
+    if new is old:
+        return True
+    try:
+        return not isinstance(new, Tensor) and bool(new == old)
+    except Exception:  # arrays compare elementwise
+        return False

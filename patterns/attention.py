@@ -1,0 +1,424 @@
+"""softmax(scale * Q K^T + bias) V, however it is written, as one scaled_dot_product_attention (SDPA).
+
+Anchored at a softmax, found by meaning: backward through an affine chain on the scores to a contraction in which
+exactly one operand (the key) holds the softmax axis; forward to a contraction over that same axis (with the value).
+The roles of all axes follow by set algebra over `fxbt.axes`. Models that call SDPA already are found too, and
+improved where the mask proves to be causal or key/value heads were expanded for nothing.
+
+Scores:   S = Q K^T, then any of: c * S, S * t (t constant along keys), S + bias, where(mask, S, fill), casts.
+Fully masked rows: a finite fill keeps its uniform average; an -inf fill gives 0 where the model gave NaN.
+
+Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.1; torch's SDPA documentation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxbt import Match, Miss, Rule, axes
+from fxbt.patterns.scores import (
+    CASTS,
+    DIVIDE,
+    MULTIPLY,
+    Add,
+    Fill,
+    Scale,
+    ScaleBy,
+    Step,
+    bias_of,
+    check_fills,
+    proves_causal,
+    query_and_key,
+    times,
+    unwind,
+)
+
+aten = torch.ops.aten
+
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
+SDPA = aten.scaled_dot_product_attention.default
+
+
+@dataclass
+class Description:
+    """An attention as found: operands, their axes, and what happens to the scores (innermost step first)."""
+
+    query: fx.Node
+    query_axes: axes.Axes
+    key: fx.Node
+    key_axes: axes.Axes
+    value: fx.Node
+    value_axes: axes.Axes
+    head_dim: tuple[axes.Atom, ...]
+    score_axes: axes.Axes
+    keys: tuple[axes.Atom, ...]
+    steps: list[Step]
+    output: fx.Node
+    output_axes: axes.Axes
+    scale: float = 1.0
+    dropout: float = 0.0
+    after: list[ScaleBy | Scale] = field(default_factory=list)
+    causal: bool = False
+
+
+@dataclass
+class Layout:
+    """SDPA's axes: query (batch, heads, seq, head_dim), key and value (batch, key_heads, keys, dim)."""
+
+    batch: tuple[axes.Atom, ...]
+    key_heads: tuple[axes.Atom, ...]
+    groups: tuple[axes.Atom, ...]
+    seq: tuple[axes.Atom, ...]
+    keys: tuple[axes.Atom, ...]
+    head_dim: tuple[axes.Atom, ...]
+    value_dim: tuple[axes.Atom, ...]
+
+    @property
+    def heads(self) -> tuple[axes.Atom, ...]:
+        return self.key_heads + self.groups
+
+
+@dataclass
+class Plan:
+    """What `replace` needs: everything static; tensors come in the order of `Match.inputs`."""
+
+    description: Description
+    layout: Layout
+    operand_axes: list[axes.Axes]
+    position: dict[fx.Node, int]
+    causal: bool
+
+
+class Attention(Rule):
+    """softmax(scale * Q K^T + bias) V  ->  scaled_dot_product_attention(Q, K, V, bias, scale)"""
+
+    name = "attention"
+    targets = frozenset(SOFTMAX | {SDPA})
+
+    def find(self, anchor: fx.Node) -> Match:
+        found = _from_sdpa(anchor) if anchor.target is SDPA else _from_softmax(anchor)
+        if found is None:
+            return Match(anchor, replaces=False)
+        layout = _layout(found)
+        assumes = proves_causal(found.steps, layout.seq, layout.keys)
+        if anchor.target is SDPA and not layout.groups and assumes is None:
+            return Match(anchor, replaces=False)
+        return _match(anchor, found, layout, assumes)
+
+    def replace(self, plan: Plan, *tensors: torch.Tensor) -> torch.Tensor:
+        found, layout = plan.description, plan.layout
+        sizes = axes.sizes_from(axes.size_table(plan.operand_axes), tensors)
+
+        def operand(node: fx.Node, source: axes.Axes, target: axes.Axes, expand: bool = True) -> torch.Tensor:
+            return axes.arrange(tensors[plan.position[node]], source, target, sizes, expand)
+
+        query = operand(found.query, found.query_axes, (layout.batch, layout.heads, layout.seq, layout.head_dim))
+        key = operand(found.key, found.key_axes, (layout.batch, layout.key_heads, layout.keys, layout.head_dim))
+        value = operand(found.value, found.value_axes, (layout.batch, layout.key_heads, layout.keys, layout.value_dim))
+        per_query = (layout.batch, layout.heads, layout.seq, ())
+        scores_axes = (layout.batch, layout.heads, layout.seq, layout.keys)
+
+        def scores_operand(node: fx.Node, source: axes.Axes) -> torch.Tensor:
+            return operand(node, source, scores_axes, expand=False)
+
+        for step in found.steps:
+            if isinstance(step, ScaleBy):
+                query = times(query, operand(step.node, step.axes, per_query, expand=False), step.divide)
+        bias = None if plan.causal else bias_of(found.steps, scores_operand)
+        if bias is not None:
+            bias = bias.expand(*bias.shape[:-1], key.shape[-2])
+        query, key, value, bias = _same_dtype(query, key, value, bias)
+        result = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=bias,
+            dropout_p=found.dropout,
+            is_causal=plan.causal or found.causal,
+            scale=found.scale,
+            enable_gqa=bool(layout.groups),
+        )
+        for after in found.after:
+            if isinstance(after, Scale):
+                result = result * after.number
+            else:
+                result = times(result, operand(after.node, after.axes, per_query, expand=False), after.divide)
+        result = result.to(found.output.meta["val"].dtype)
+        return axes.arrange(
+            result, (layout.batch, layout.heads, layout.seq, layout.value_dim), found.output_axes, sizes
+        )
+
+
+# --- finding ----------------------------------------------------------------------------------------------------
+
+
+def _from_softmax(softmax: fx.Node) -> Description:
+    scores = softmax.args[0]
+    dim: Any = softmax.args[1]
+    score_axes = axes.fresh(softmax)
+    keys = score_axes[dim]
+    if not keys:
+        raise Miss("the softmax runs over an axis of size one", node=softmax)
+    steps: list[Step] = []
+    product = unwind(scores, score_axes, keys, steps)  # type: ignore[arg-type]
+    steps.reverse()
+    if product.addend is not None:
+        steps.insert(0, Add(product.addend, axes.broadcast_axes(product.addend, product.axes), product.addend_factor))
+    query, key = query_and_key(product, keys)
+    found = _follow(softmax, score_axes, keys)
+    found.steps = steps
+    found.head_dim = product.contracted
+    found.scale = product.factor * math.prod(step.number for step in steps if isinstance(step, Scale))
+    found.query, found.query_axes, query_scale = _peel_scaled(*query)
+    found.key, found.key_axes, key_scale = _peel_scaled(*key)
+    found.scale *= query_scale * key_scale
+    found.value, found.value_axes = axes.peel(found.value, found.value_axes)
+    check_fills(steps)
+    _check_nothing_else_reads(found.output, (product.node, softmax))
+    return found
+
+
+def _peel_scaled(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, float]:
+    """Back through layout ops and constant factors."""
+    scale = 1.0
+    while True:
+        node, labels = axes.peel(node, labels)
+        if node.op != "call_function" or node.target not in MULTIPLY | DIVIDE or node.kwargs:
+            return node, labels, scale
+        factor = node.args[1]
+        if not isinstance(factor, int | float) or not isinstance(node.args[0], fx.Node):
+            return node, labels, scale
+        scale *= 1 / factor if node.target in DIVIDE else factor
+        node = node.args[0]
+
+
+def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]) -> Description:
+    """Forward from the softmax, through what does not mix keys, to the contraction with the value."""
+    node, labels = softmax, score_axes
+    dropout, after = 0.0, []
+    while True:
+        user = _only_user(node)
+        product = axes.contraction_with(user, node, labels)
+        if product is not None:
+            return _with_value(product, node, keys, score_axes, dropout, after)
+        forward = axes.step_forward(node, labels, user)
+        if forward is None and user.target in MULTIPLY | DIVIDE:
+            after.append(_weight_factor(user, node, labels, keys))
+            forward = labels
+        if forward is None and user.target is aten.dropout.default:
+            if dropout:
+                raise Miss("the attention weights pass two dropouts", node=user)
+            dropout, forward = float(user.args[1]), labels  # type: ignore[arg-type]
+        if forward is None and user.target in CASTS and user.meta["val"].dtype.is_floating_point:
+            forward = labels
+        if forward is None:
+            raise Miss(
+                "the attention weights go into an op other than their product with the value",
+                node=user,
+                expected="dropout, cast, a factor per query, then a contraction over the keys",
+            )
+        node, labels = user, forward
+
+
+def _only_user(node: fx.Node) -> fx.Node:
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_function":
+        extra = users[-1] if users else node
+        raise Miss("the attention weights are used elsewhere too", node=extra, expected="one use: the value product")
+    return users[0]
+
+
+def _weight_factor(user: fx.Node, node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...]) -> Scale | ScaleBy:
+    divide = user.target in DIVIDE
+    position = 0 if user.args[0] is node else 1
+    factor = user.args[1 - position]
+    if divide and (position == 1 or user.kwargs):
+        raise Miss("something is divided by the attention weights", node=user)
+    if not isinstance(factor, fx.Node):
+        return Scale(1 / factor if divide else factor)  # type: ignore[operator, arg-type]
+    factor_axes = axes.broadcast_axes(factor, labels)
+    if set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys)):
+        raise Miss("the attention weights are multiplied by a tensor that varies along the keys", node=user)
+    return ScaleBy(factor, factor_axes, divide)
+
+
+def _with_value(
+    product: axes.Contraction,
+    weights: fx.Node,
+    keys: tuple[axes.Atom, ...],
+    score_axes: axes.Axes,
+    dropout: float,
+    after: list[ScaleBy | Scale],
+) -> Description:
+    value, value_axes = (product.rhs, product.rhs_axes)
+    if product.rhs is weights:
+        value, value_axes = product.lhs, product.lhs_axes
+    if set(axes.leaves(product.contracted)) != set(axes.leaves(keys)):
+        raise Miss("the product with the value does not sum over exactly the softmax axis", node=product.node)
+    if product.addend is not None:
+        raise Miss("the product with the value adds a third term", node=product.node)
+    if product.factor != 1:
+        after = [*after, Scale(product.factor)]
+    unknown: Any = None
+    return Description(
+        query=unknown,
+        query_axes=(),
+        key=unknown,
+        key_axes=(),
+        value=value,
+        value_axes=value_axes,
+        head_dim=(),
+        score_axes=score_axes,
+        keys=keys,
+        steps=[],
+        output=product.node,
+        output_axes=product.axes,
+        dropout=dropout,
+        after=after,
+    )
+
+
+def _check_nothing_else_reads(output: fx.Node, interior: tuple[fx.Node, ...]) -> None:
+    """The chain from product to output must die with the rewrite, else it would be computed twice."""
+    dying = {output}
+    waiting = list(output.all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if node.op != "call_function" or node in dying or not all(user in dying for user in node.users):
+            continue
+        dying.add(node)
+        waiting.extend(node.all_input_nodes)
+    for node in interior:
+        if node not in dying:
+            raise Miss("the scores are used elsewhere too", node=node, expected="one use: the softmax")
+
+
+def _from_sdpa(node: fx.Node) -> Description | None:
+    """A call to SDPA, its axes named as if it were spelled out; None where there is nothing to improve."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    query, key, value, mask = (given.get(name) for name in names[:4])
+    rank = query.meta["val"].dim()  # type: ignore[union-attr]
+    if given.get("enable_gqa") or any(operand.meta["val"].dim() != rank for operand in (key, value)):  # type: ignore[union-attr]
+        return None
+    output_axes = axes.fresh(node)
+    query_axes = (*output_axes[:-1], axes.fresh(query)[-1])  # type: ignore[arg-type]
+    keys = axes.fresh(key)[-2]  # type: ignore[arg-type]
+    key_axes = axes.broadcast_axes(key, (*output_axes[:-2], keys, query_axes[-1]))  # type: ignore[arg-type]
+    value_axes = axes.broadcast_axes(value, (*output_axes[:-2], keys, output_axes[-1]))  # type: ignore[arg-type]
+    score_axes = (*output_axes[:-1], keys)
+    steps: list[Step] = []
+    if isinstance(mask, fx.Node):
+        mask_axes = axes.broadcast_axes(mask, score_axes)
+        is_boolean = mask.meta["val"].dtype is torch.bool
+        steps.append(Fill(mask, mask_axes, -math.inf, True) if is_boolean else Add(mask, mask_axes, 1))
+    scale = given.get("scale")
+    head_size = query.meta["val"].shape[-1]  # type: ignore[union-attr]
+    if scale is None and not isinstance(head_size, int):
+        return None
+    key, key_axes = axes.peel(key, key_axes)  # type: ignore[arg-type]
+    value, value_axes = axes.peel(value, value_axes)  # type: ignore[arg-type]
+    return Description(
+        query=query,  # type: ignore[arg-type]
+        query_axes=query_axes,
+        key=key,
+        key_axes=key_axes,
+        value=value,
+        value_axes=value_axes,
+        head_dim=query_axes[-1],
+        score_axes=score_axes,
+        keys=keys,
+        steps=steps,
+        output=node,
+        output_axes=output_axes,
+        scale=scale if scale is not None else 1 / math.sqrt(head_size),  # type: ignore[arg-type]
+        dropout=float(given.get("dropout_p") or 0),  # type: ignore[arg-type]
+        causal=bool(given.get("is_causal")),
+    )
+
+
+# --- roles ------------------------------------------------------------------------------------------------------
+
+
+def _layout(found: Description) -> Layout:
+    """Which axis is batch, head, sequence: by which operands hold it.
+
+    Axes of key or value (or of neither operand) are batch; axes of the query alone are its sequence, and, between a
+    batch axis and the sequence, the groups of heads that share a key head.
+    """
+    query, key, value = (set(axes.atoms_of(labels)) for labels in (found.query_axes, found.key_axes, found.value_axes))
+    keys, head_dim = axes.leaves(found.keys), axes.leaves(found.head_dim)
+    scores = [atom for atom in axes.atoms_of(found.score_axes) if atom not in keys]
+    value_dim = tuple(atom for atom in axes.atoms_of(found.value_axes) if atom not in {*keys, *scores})
+    if not set(keys) <= value or set(head_dim) & {*scores, *value_dim}:
+        raise Miss("the value does not hold the softmax axis", node=found.value)
+    unshared = [atom for atom in scores if atom in key and atom not in value]
+    if unshared:
+        raise Miss("the key varies along an axis that the value does not", node=found.key)
+    if extra := query - {*scores, *head_dim}:
+        raise Miss(f"the query has axes {extra} that are not in the scores", node=found.query)
+    shared = [atom for atom in scores if atom in key or atom in value or atom not in query]
+    own = [atom for atom in scores if atom not in shared]
+    groups = _groups(scores, own)
+    seq = tuple(atom for atom in own if atom not in groups)
+    head = _head_axes(scores, shared, groups)
+    batch = tuple(atom for atom in shared if atom not in head)
+    return Layout(batch, head, groups, seq, keys, head_dim, value_dim)
+
+
+def _groups(scores: list[axes.Atom], own: list[axes.Atom]) -> tuple[axes.Atom, ...]:
+    """Query heads that share a key head: the query's own axes of known size that stand before its sequence."""
+    groups = []
+    for atom in own[:-1]:
+        if atom.size.is_Integer and scores.index(atom) < scores.index(own[-1]):
+            groups.append(atom)
+    return tuple(groups)
+
+
+def _head_axes(
+    scores: list[axes.Atom], shared: list[axes.Atom], groups: tuple[axes.Atom, ...]
+) -> tuple[axes.Atom, ...]:
+    """The last shared axis: the heads; with groups, only one that stands right before them."""
+    if groups:
+        before = scores.index(groups[0]) - 1
+        return (scores[before],) if before >= 0 and scores[before] in shared and len(shared) > 1 else ()
+    return (shared[-1],) if len(shared) > 1 else ()
+
+
+def _match(anchor: fx.Node, found: Description, layout: Layout, assumes: tuple[fx.Node, ...] | None) -> Match:
+    causal = assumes is not None
+    operands: dict[fx.Node, axes.Axes] = {}
+    for node, labels in _operands(found, causal):
+        operands.setdefault(node, labels)
+    position = {node: place for place, node in enumerate(operands)}
+    operand_axes = [axes.resolve(labels) for labels in operands.values()]
+    plan = Plan(found, layout, operand_axes, position, causal)
+    return Match(anchor, tuple(operands), (found.output,), plan, assumes=assumes or ())
+
+
+def _operands(found: Description, causal: bool) -> list[tuple[fx.Node, axes.Axes]]:
+    operands = [
+        (found.query, found.query_axes),
+        (found.key, found.key_axes),
+        (found.value, found.value_axes),
+    ]
+    tensors = [step for step in (*found.steps, *found.after) if not isinstance(step, Scale)]
+    if causal:
+        tensors = [step for step in tensors if isinstance(step, ScaleBy)]
+    operands += [(step.node, step.axes) for step in tensors if isinstance(step.node, fx.Node)]
+    return operands
+
+
+def _same_dtype(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Operands of different float dtypes promoted to the widest, as SDPA takes one dtype."""
+    floats = [tensor for tensor in tensors if tensor is not None and tensor.is_floating_point()]
+    widest = floats[0].dtype
+    for tensor in floats:
+        widest = torch.promote_types(widest, tensor.dtype)
+    return [tensor if tensor is None or not tensor.is_floating_point() else tensor.to(widest) for tensor in tensors]

@@ -1,0 +1,283 @@
+"""What happens to attention scores between the query-key product and the softmax: an affine chain, read backward.
+
+S = Q K^T, then any of: c * S, S * t (t constant along the keys), S + bias, where(mask, S, fill), casts. The chain is
+kept as steps, so that the same steps, run on nothing, give the bias that SDPA adds to its own scaled product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxbt import Miss, axes, masks
+
+aten = torch.ops.aten
+
+# A masked score must vanish beside any real score and absorb it when added: float32 near 1e9 has steps of 64.
+LARGEST_FILL = -0.99e9
+# A fill no later bias can lift again.
+BOTTOM = -1e30
+
+MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar}
+DIVIDE = {aten.div.Tensor, aten.div.Scalar}
+ADD = {aten.add.Tensor, aten.add.Scalar}
+SUBTRACT = {aten.sub.Tensor, aten.sub.Scalar}
+WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
+MASKED_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+CLAMPS = {aten.clamp.default, aten.clamp_min.default}
+CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device}
+SOFTCAP = {aten.tanh.default}
+
+
+@dataclass
+class Scale:
+    """S * number"""
+
+    number: float
+
+
+@dataclass
+class ScaleBy:
+    """S * t, or S / t; t is constant along the key axis"""
+
+    node: fx.Node
+    axes: axes.Axes
+    divide: bool
+
+
+@dataclass
+class Add:
+    """S + factor * bias"""
+
+    node: fx.Node | float
+    axes: axes.Axes
+    factor: float
+
+
+@dataclass
+class Fill:
+    """where(mask, S, fill) if keep else where(mask, fill, S)"""
+
+    node: fx.Node
+    axes: axes.Axes
+    fill: float
+    keep: bool
+
+
+Step = Scale | ScaleBy | Add | Fill
+Operand = Callable[[fx.Node, axes.Axes], torch.Tensor]
+
+
+def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps: list[Step]) -> axes.Contraction:
+    """Back from the softmax input to the query-key product; what happens on the way goes to `steps`, outermost first.
+
+    Raises:
+        Miss: something stands there that is not an affine step on the scores.
+    """
+    product = axes.contraction_of(node, labels)
+    if product is not None:
+        query_and_key(product, keys)
+        return product
+    back = axes.step_back(node, labels)
+    if back is not None:
+        return unwind(*back, keys, steps)
+    if node.op != "call_function":
+        raise Miss("no query-key product before the softmax", node=node, expected="a contraction over head_dim")
+    if node.target in CASTS and node.meta["val"].dtype.is_floating_point:
+        return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
+    if node.target in SOFTCAP:
+        raise Miss("the scores are softcapped, which SDPA cannot express", node=node)
+    if node.target in MULTIPLY | DIVIDE:
+        return _unwind_scale(node, labels, keys, steps)
+    if node.target in ADD | SUBTRACT:
+        return _unwind_sum(node, labels, keys, steps)
+    if node.target in WHERE | MASKED_FILL:
+        return _unwind_fill(node, labels, keys, steps)
+    if node.target in CLAMPS and _clamps_nothing(node):
+        return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
+    raise Miss(
+        "the scores pass through an op that is no affine step",
+        node=node,
+        expected="scale, bias, mask or cast between the query-key product and the softmax",
+    )
+
+
+def _try_operands(
+    node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], candidates: tuple[int, ...]
+) -> tuple[int, axes.Contraction, list[Step]]:
+    """Which operand of a binary op carries the scores, with the product and the steps found inside it."""
+    misses = []
+    for position in candidates:
+        operand = node.args[position]
+        if not isinstance(operand, fx.Node):
+            continue
+        inner: list[Step] = []
+        try:
+            return position, unwind(operand, axes.broadcast_axes(operand, labels), keys, inner), inner
+        except Miss as miss:
+            misses.append(miss)
+    raise misses[0]
+
+
+def _unwind_scale(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps: list[Step]) -> axes.Contraction:
+    divide = node.target in DIVIDE
+    if node.kwargs.get("rounding_mode") is not None:
+        raise Miss("the scores are divided with rounding", node=node)
+    position, product, inner = _try_operands(node, labels, keys, (0,) if divide else (0, 1))
+    factor = node.args[1 - position]
+    if not isinstance(factor, fx.Node):
+        steps.append(Scale(1 / factor if divide else factor))  # type: ignore[operator, arg-type]
+        return _extend(steps, inner, product)
+    factor_axes = axes.broadcast_axes(factor, labels)
+    if set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys)):
+        raise Miss("the scores are multiplied by a tensor that varies along the keys", node=node)
+    steps.append(ScaleBy(factor, factor_axes, divide))
+    return _extend(steps, inner, product)
+
+
+def _extend(steps: list[Step], inner: list[Step], product: axes.Contraction) -> axes.Contraction:
+    steps.extend(inner)
+    return product
+
+
+def _unwind_sum(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps: list[Step]) -> axes.Contraction:
+    position, product, inner = _try_operands(node, labels, keys, (0, 1))
+    bias: Any = node.args[1 - position]
+    alpha: Any = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
+    sign = -1 if node.target in SUBTRACT else 1
+    bias_factor = sign * alpha if position == 0 else 1
+    score_factor = 1 if position == 0 else sign * alpha
+    bias_axes = axes.broadcast_axes(bias, labels) if isinstance(bias, fx.Node) else ()
+    steps.append(Add(bias, bias_axes, bias_factor))
+    if score_factor != 1:
+        steps.append(Scale(score_factor))
+    return _extend(steps, inner, product)
+
+
+def _unwind_fill(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps: list[Step]) -> axes.Contraction:
+    if node.target in MASKED_FILL:
+        scores, mask, fill, keep = node.args[0], node.args[1], node.args[2], False
+    else:
+        mask, scores, fill = node.args
+        keep = isinstance(scores, fx.Node)
+        scores, fill = (scores, fill) if keep else (fill, scores)
+    if not isinstance(fill, int | float) or not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
+        raise Miss("scores are replaced by other values, not by one mask value", node=node)
+    steps.append(Fill(mask, axes.broadcast_axes(mask, labels), float(fill), keep))
+    return unwind(scores, axes.broadcast_axes(scores, labels), keys, steps)
+
+
+def _clamps_nothing(node: fx.Node) -> bool:
+    """A clamp from below at the bottom of the number range."""
+    lowest, highest = (*node.args[1:], None, None)[:2]
+    return isinstance(lowest, int | float) and lowest <= BOTTOM and highest is None and not node.kwargs
+
+
+def query_and_key(
+    product: axes.Contraction, keys: tuple[axes.Atom, ...]
+) -> tuple[tuple[fx.Node, axes.Axes], tuple[fx.Node, axes.Axes]]:
+    """The operands as (query, key): the key holds the whole softmax axis, the query nothing of it."""
+    wanted = set(axes.leaves(keys))
+    lhs, rhs = set(axes.atoms_of(product.lhs_axes)), set(axes.atoms_of(product.rhs_axes))
+    if not product.contracted:
+        raise Miss("the product before the softmax sums over nothing", node=product.node)
+    if wanted <= rhs and not wanted & lhs:
+        return (product.lhs, product.lhs_axes), (product.rhs, product.rhs_axes)
+    if wanted <= lhs and not wanted & rhs:
+        return (product.rhs, product.rhs_axes), (product.lhs, product.lhs_axes)
+    raise Miss("the softmax does not run over the key axis of the product before it", node=product.node)
+
+
+def check_fills(steps: list[Step]) -> None:
+    """A fill stands for "masked" only if it stays far below every score until the softmax."""
+    for place, step in enumerate(steps):
+        if not isinstance(step, Fill):
+            continue
+        later = steps[place + 1 :]
+        final = step.fill * math.prod(other.number for other in later if isinstance(other, Scale))
+        if final > LARGEST_FILL:
+            raise Miss(
+                f"masked scores end at {final:g}: not low enough to be a mask for every score",
+                node=step.node,
+                expected=f"a fill of {LARGEST_FILL:g} or lower",
+            )
+        if any(isinstance(other, ScaleBy) for other in later):
+            raise Miss("masked scores are scaled by a tensor afterwards", node=step.node)
+        if final > BOTTOM and any(isinstance(other, Add) for other in later):
+            raise Miss("a bias added after the mask could lift the masked scores again", node=step.node)
+
+
+def bias_of(steps: list[Step], operand: Operand) -> torch.Tensor | None:
+    """What the steps add to the scaled product: the chain, innermost first, run on a score of zero.
+
+    `operand` gives a step's tensor laid out as (batch, heads, seq, keys). A lone -inf fill stays a boolean mask.
+    """
+    if len(steps) == 1 and isinstance(steps[0], Fill) and steps[0].fill == -math.inf:
+        mask = operand(steps[0].node, steps[0].axes)
+        return mask if steps[0].keep else mask.logical_not()
+    bias: torch.Tensor | None = None
+    for step in steps:
+        bias = _apply(step, bias, operand)
+    return bias
+
+
+def _apply(step: Step, bias: torch.Tensor | None, operand: Operand) -> torch.Tensor | None:
+    if isinstance(step, Scale):
+        return None if bias is None else bias * step.number
+    if isinstance(step, ScaleBy):
+        return None if bias is None else times(bias, operand(step.node, step.axes), step.divide)
+    if isinstance(step, Fill):
+        mask = operand(step.node, step.axes).bool()
+        keep = mask if step.keep else mask.logical_not()
+        zero = torch.zeros((), device=keep.device)
+        return torch.where(keep, zero if bias is None else bias, step.fill)
+    term = _addend(step, operand)
+    return term if bias is None else bias + term
+
+
+def _addend(step: Add, operand: Operand) -> torch.Tensor:
+    if not isinstance(step.node, fx.Node):
+        return torch.full((1, 1, 1, 1), step.node * step.factor)
+    tensor = operand(step.node, step.axes)
+    if not tensor.is_floating_point():
+        tensor = tensor.to(torch.get_default_dtype())
+    return tensor if step.factor == 1 else tensor * step.factor
+
+
+def times(tensor: torch.Tensor, factor: torch.Tensor, divide: bool) -> torch.Tensor:
+    return tensor / factor if divide else tensor * factor
+
+
+def proves_causal(
+    steps: list[Step], seq: tuple[axes.Atom, ...], keys: tuple[axes.Atom, ...]
+) -> tuple[fx.Node, ...] | None:
+    """The constants on whose content it rests that the steps mask exactly key > query; None where unproven."""
+    masking = [step for step in steps if not isinstance(step, Scale)]
+    if len(masking) != 1 or not isinstance(masking[0], Add | Fill) or not isinstance(masking[0].node, fx.Node):
+        return None
+    (step,) = masking
+    labels = axes.resolve(step.axes)
+    if not seq or seq not in labels or keys not in labels:
+        return None
+    constants = masks.read_constants(step.node)
+    index = masks.index_symbols(len(labels))
+    try:
+        value = masks.evaluate(step.node, index, constants)
+    except masks.Opaque:
+        return None
+    attend = _attends(step, value)
+    causal = attend is not None and masks.is_causal(attend, index[labels.index(seq)], index[labels.index(keys)])
+    return tuple(constants) if causal else None
+
+
+def _attends(step: Add | Fill, value: Any) -> Any:
+    """Where an evaluated mask lets a query attend: a boolean, or None where it is no mask of zero and bottom."""
+    if isinstance(step, Fill):
+        truth = masks.truth(value)
+        return truth if step.keep else masks.negate(truth)
+    return masks.zero_else_below(value, LARGEST_FILL / step.factor) if step.factor > 0 else None
