@@ -284,13 +284,40 @@ def _linear(node: fx.Node) -> _Equation | None:
     return _Equation(x, weight, batch + "K", "NK", batch + "N")  # type: ignore[arg-type]
 
 
+def _spell_ellipsis(term: str, rank: int, equation: str) -> str:
+    """The term with "..." written as letters, aligned at the right as einsum broadcasts them."""
+    if "..." not in term:
+        return term
+    unused = [letter for letter in string.ascii_letters if letter not in equation]
+    return term.replace("...", "".join(unused[: rank - len(term) + 3])[::-1])
+
+
+def _sum_of_product(node: fx.Node) -> _Equation | None:
+    """(a * b).sum(dim): what a contraction is before anyone gives it a name."""
+    product, dims = node.args[0], node.args[1]
+    if not isinstance(product, fx.Node) or product.target is not aten.mul.Tensor or product.kwargs:
+        return None
+    keepdim = node.args[2] if len(node.args) > 2 else False
+    if keepdim or node.kwargs or len(dims) != 1 or not all(isinstance(arg, fx.Node) for arg in product.args):  # type: ignore[arg-type]
+        return None
+    letters = string.ascii_lowercase[: _rank(product)]
+    dim = dims[0] % len(letters)  # type: ignore[index]
+    lhs, rhs = product.args
+    out = letters[:dim] + letters[dim + 1 :]
+    return _Equation(lhs, rhs, letters[-_rank(lhs) :], letters[-_rank(rhs) :], out)  # type: ignore[arg-type]
+
+
 def _einsum(node: fx.Node) -> _Equation | None:
     equation, operands = node.args[:2]
     letters = str(equation).replace(" ", "")
-    if len(operands) != 2 or "->" not in letters or "." in letters:  # type: ignore[arg-type]
+    if len(operands) != 2 or "->" not in letters:  # type: ignore[arg-type]
         return None
     inputs, out = letters.split("->")
     lhs, rhs = inputs.split(",")
+    lhs, rhs, out = (
+        _spell_ellipsis(term, _rank(tensor), letters)
+        for term, tensor in ((lhs, operands[0]), (rhs, operands[1]), (out, node))  # type: ignore[index]
+    )
     if any(len(set(term)) != len(term) for term in (lhs, rhs, out)):
         return None
     return _Equation(operands[0], operands[1], lhs, rhs, out)  # type: ignore[arg-type, index]
@@ -303,6 +330,7 @@ EQUATIONS: dict[Any, Callable[[fx.Node], _Equation | None]] = {
     aten.baddbmm.default: _baddbmm,
     aten.einsum.default: _einsum,
     aten.linear.default: _linear,
+    aten.sum.dim_IntList: _sum_of_product,
 }
 
 

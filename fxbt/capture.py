@@ -166,15 +166,16 @@ def _accepts(model: nn.Module, call: Call, tensors: tuple[Tensor, ...]) -> bool:
 
 def _rehearse(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> None:
     """Runs the model until it is at rest: the second call at the latest must leave its attributes alone."""
-    for last in (False, True):
-        state = ModelState(model)
-        _run(model, call, example)
-        if state.holds():
-            return
-        if last:
-            changed = "; ".join(state.changed()[:3])
-            state.restore()
-            raise CaptureError(f"forward changes attributes of the model ({changed}); a graph would not")
+    first = ModelState(model)
+    _run(model, call, example)
+    if first.holds():
+        return
+    second = ModelState(model)
+    _run(model, call, example)
+    if not second.holds():
+        changed = "; ".join(second.changed()[:3])
+        first.restore()
+        raise CaptureError(f"forward changes attributes of the model ({changed}); a graph would not")
 
 
 def _run(model: nn.Module, call: Call, tensors: Sequence[Tensor]) -> Any:
@@ -202,6 +203,7 @@ def _export(
 
 def _flat_forward(call: Call, outputs: _Outputs, run: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     def forward(self: nn.Module, *tensors: Tensor) -> tuple[Any, ...]:
+        _share_batch(tensors)
         arguments = call.rebuild(tensors)
         before = leaves(arguments)
         result = run(self, *arguments[0], **arguments[1])
@@ -214,6 +216,15 @@ def _flat_forward(call: Call, outputs: _Outputs, run: Callable[..., Any]) -> Cal
         return tuple(leaf for leaf in flat if not isinstance(leaf, _CONSTANTS))
 
     return forward
+
+
+def _share_batch(tensors: tuple[Tensor, ...]) -> None:
+    """Inputs of one batch size have it as one symbol (a guard): apart, sizes derived from both could not be compared."""
+    first: dict[int, Any] = {}
+    for tensor in tensors:
+        if tensor.ndim and isinstance(tensor.shape[0], SymInt):
+            batch = first.setdefault(tensor.shape[0].node.hint, tensor.shape[0])
+            torch._check(tensor.shape[0] == batch)
 
 
 def _check_outputs(result: Any, call: Call) -> None:

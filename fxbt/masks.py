@@ -6,6 +6,7 @@ as a sympy expression; `is_causal` asks whether that is "j <= i, nothing else".
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -115,7 +116,8 @@ def _slack(term: Any) -> Any | None:
 def _number(value: Any) -> Any:
     if isinstance(value, bool):
         return sympy.true if value else sympy.false
-    return sympy.sympify(value)
+    # sympy holds 0.0 and 0 for different numbers
+    return sympy.Integer(int(value)) if math.isfinite(value) and value == int(value) else sympy.sympify(value)
 
 
 def _data(node: fx.Node, index: Index) -> Any:

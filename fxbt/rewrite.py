@@ -70,8 +70,9 @@ def _without_new_guards(mode: FakeTensorMode) -> Iterator[None]:
         yield
         return
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = log.level
+    level, cached = log.level, mode.cache_enabled
     log.setLevel(logging.ERROR)  # torch warns of the refusal that is reported as a Miss here
+    mode.cache_enabled = False  # filling the fake tensors' cache asks for guards of its own
     try:
         with shape_env.error_on_new_guards():
             yield
@@ -79,6 +80,7 @@ def _without_new_guards(mode: FakeTensorMode) -> Iterator[None]:
         raise Miss("the replacement needs a guard on sizes", found=str(error)) from error
     finally:
         log.setLevel(level)
+        mode.cache_enabled = cached
 
 
 def _trace(rule: Rule, match: Match) -> fx.GraphModule:

@@ -111,16 +111,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
     state = ModelState(model)
     # Parameters are not copied: a forward that writes those is refused, not rehearsed.
     kept = [(t, t.detach().clone()) for t in state.tensors if not isinstance(t, nn.Parameter)]
-    before = versions([tensor for tensor, _ in kept])
     devices = {t.device for t in state.tensors if t.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
-        after = versions([tensor for tensor, _ in kept])
         with torch.no_grad():
-            for (tensor, value), old, new in zip(kept, before, after, strict=True):
-                if old != new:
+            for tensor, value in kept:
+                # By value, as batch norm writes its statistics without counting a version; NaN is copied needlessly.
+                if not torch.equal(tensor, value):
                     tensor.copy_(value)
 
 

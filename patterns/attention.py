@@ -25,7 +25,9 @@ from fxbt import Match, Miss, Rule, axes
 from fxbt.patterns.scores import (
     CASTS,
     DIVIDE,
+    MASKED_FILL,
     MULTIPLY,
+    WHERE,
     Add,
     Fill,
     Scale,
@@ -33,6 +35,7 @@ from fxbt.patterns.scores import (
     Step,
     bias_of,
     check_fills,
+    fill_operands,
     proves_causal,
     query_and_key,
     times,
@@ -63,6 +66,7 @@ class Description:
     output_axes: axes.Axes
     scale: float = 1.0
     dropout: float = 0.0
+    zeroed: Fill | None = None
     after: list[ScaleBy | Scale] = field(default_factory=list)
     causal: bool = False
 
@@ -132,7 +136,7 @@ class Attention(Rule):
                 query = times(query, operand(step.node, step.axes, per_query, expand=False), step.divide)
         bias = None if plan.causal else bias_of(found.steps, scores_operand)
         if bias is not None:
-            bias = bias.expand(*bias.shape[:-1], key.shape[-2])
+            bias = _with_batch_and_keys(bias, query, key)
         query, key, value, bias = _same_dtype(query, key, value, bias)
         result = F.scaled_dot_product_attention(
             query,
@@ -180,6 +184,8 @@ def _from_softmax(softmax: fx.Node) -> Description:
     found.scale *= query_scale * key_scale
     found.value, found.value_axes = axes.peel(found.value, found.value_axes)
     check_fills(steps)
+    if found.zeroed is not None:
+        _mask_by_zeroing(steps, found.zeroed)
     _check_nothing_else_reads(found.output, (product.node, softmax))
     return found
 
@@ -201,12 +207,14 @@ def _peel_scaled(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, 
 def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]) -> Description:
     """Forward from the softmax, through what does not mix keys, to the contraction with the value."""
     node, labels = softmax, score_axes
-    dropout, after = 0.0, []
+    dropout, zeroed, after = 0.0, None, []
     while True:
         user = _only_user(node)
-        product = axes.contraction_with(user, node, labels)
+        product = axes.contraction_with(user, node, labels) or _multiplied_and_summed(user, node, labels)
         if product is not None:
-            return _with_value(product, node, keys, score_axes, dropout, after)
+            found = _with_value(product, node, keys, score_axes, after)
+            found.dropout, found.zeroed = dropout, zeroed
+            return found
         forward = axes.step_forward(node, labels, user)
         if forward is None and user.target in MULTIPLY | DIVIDE:
             after.append(_weight_factor(user, node, labels, keys))
@@ -215,6 +223,10 @@ def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]
             if dropout:
                 raise Miss("the attention weights pass two dropouts", node=user)
             dropout, forward = float(user.args[1]), labels  # type: ignore[arg-type]
+        if forward is None and user.target in WHERE | MASKED_FILL:
+            if zeroed is not None:
+                raise Miss("the attention weights are masked twice", node=user)
+            zeroed, forward = _zeroing(user, node, labels), labels
         if forward is None and user.target in CASTS and user.meta["val"].dtype.is_floating_point:
             forward = labels
         if forward is None:
@@ -224,6 +236,29 @@ def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]
                 expected="dropout, cast, a factor per query, then a contraction over the keys",
             )
         node, labels = user, forward
+
+
+def _multiplied_and_summed(user: fx.Node, weights: fx.Node, labels: axes.Axes) -> axes.Contraction | None:
+    """(weights * value).sum(keys) as a contraction."""
+    if user.target not in MULTIPLY or len(user.users) != 1:
+        return None
+    return axes.contraction_with(next(iter(user.users)), weights, labels)
+
+
+def _zeroing(user: fx.Node, weights: fx.Node, labels: axes.Axes) -> Fill:
+    scores, mask, fill, keep = fill_operands(user)
+    if scores is not weights or fill != 0 or not isinstance(mask, fx.Node):
+        raise Miss("the attention weights are replaced by other values", node=user, expected="a fill of 0")
+    return Fill(mask, axes.broadcast_axes(mask, labels), 0.0, keep)
+
+
+def _mask_by_zeroing(steps: list[Step], zeroed: Fill) -> None:
+    """Weights zeroed where the scores were filled: a fully masked row gives 0, which is what SDPA's -inf means."""
+    for step in steps:
+        if isinstance(step, Fill) and step.node is zeroed.node and step.keep == zeroed.keep:
+            step.fill = -math.inf
+            return
+    raise Miss("attention weights are zeroed where the scores were not masked", node=zeroed.node)
 
 
 def _only_user(node: fx.Node) -> fx.Node:
@@ -253,7 +288,6 @@ def _with_value(
     weights: fx.Node,
     keys: tuple[axes.Atom, ...],
     score_axes: axes.Axes,
-    dropout: float,
     after: list[ScaleBy | Scale],
 ) -> Description:
     value, value_axes = (product.rhs, product.rhs_axes)
@@ -279,7 +313,6 @@ def _with_value(
         steps=[],
         output=product.node,
         output_axes=product.axes,
-        dropout=dropout,
         after=after,
     )
 
@@ -413,6 +446,15 @@ def _operands(found: Description, causal: bool) -> list[tuple[fx.Node, axes.Axes
         tensors = [step for step in tensors if isinstance(step, ScaleBy)]
     operands += [(step.node, step.axes) for step in tensors if isinstance(step.node, fx.Node)]
     return operands
+
+
+def _with_batch_and_keys(bias: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """`bias` with a batch and a key axis of full size: SDPA guards on the ones that it broadcasts itself."""
+    shape = [-1] * 4
+    for dim, size in ((0, query.shape[0]), (3, key.shape[2])):
+        if isinstance(bias.shape[dim], int) and bias.shape[dim] == 1:
+            shape[dim] = size
+    return bias if shape == [-1] * 4 else bias.expand(shape)
 
 
 def _same_dtype(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -92,6 +92,9 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
     if node.target in SOFTCAP:
         raise Miss("the scores are softcapped, which SDPA cannot express", node=node)
+    if node.target is aten.neg.default:
+        steps.append(Scale(-1))
+        return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
     if node.target in MULTIPLY | DIVIDE:
         return _unwind_scale(node, labels, keys, steps)
     if node.target in ADD | SUBTRACT:
@@ -159,17 +162,22 @@ def _unwind_sum(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], s
     return _extend(steps, inner, product)
 
 
-def _unwind_fill(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps: list[Step]) -> axes.Contraction:
-    if node.target in MASKED_FILL:
-        scores, mask, fill, keep = node.args[0], node.args[1], node.args[2], False
-    else:
-        mask, scores, fill = node.args
-        keep = isinstance(scores, fx.Node)
-        scores, fill = (scores, fill) if keep else (fill, scores)
+def _unwind_fill(
+    node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps: list[Step]
+) -> axes.Contraction:
+    scores, mask, fill, keep = fill_operands(node)
     if not isinstance(fill, int | float) or not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
         raise Miss("scores are replaced by other values, not by one mask value", node=node)
     steps.append(Fill(mask, axes.broadcast_axes(mask, labels), float(fill), keep))
     return unwind(scores, axes.broadcast_axes(scores, labels), keys, steps)
+
+
+def fill_operands(node: fx.Node) -> tuple[Any, Any, Any, bool]:
+    """(values, mask, fill, whether the mask marks what is kept) of a where or masked_fill."""
+    if node.target in MASKED_FILL:
+        return node.args[0], node.args[1], node.args[2], False
+    mask, values, fill = node.args
+    return (values, mask, fill, True) if isinstance(values, fx.Node) else (fill, mask, values, False)
 
 
 def _clamps_nothing(node: fx.Node) -> bool:

@@ -1,0 +1,297 @@
+"""Capture: dynamic shapes with exact guards, structure of outputs, what is refused and why, a model left as it was."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxbt.capture import capture, where
+from fxbt.errors import CaptureError
+from fxbt.signature import make_call
+from fxbt.state import ModelState
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+class Block(nn.Module):
+    """Uses its parameters, a buffer, a plain tensor attribute and a literal; returns nested outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.register_buffer("shift", torch.randn(4), persistent=False)
+        self.plain = torch.randn(4)
+
+    def forward(self, x, mask=None, scale=2.0):
+        y = self.norm(self.linear(x)) * scale + self.shift + self.plain + torch.tensor(0.5)
+        y = y if mask is None else y * mask[..., None]
+        return {"y": y, "pair": (x, [y.sum(-1), None]), "size": x.shape[0], "name": "block"}
+
+
+def made(forward, **attributes):
+    """A module with that forward."""
+    model = type("Made", (nn.Module,), {"forward": forward})()
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+def runs_like(model, captured, **kwargs):
+    call = make_call(model, **kwargs)
+    captured.guards(*call.tensors)
+    found = pytree.tree_unflatten(captured.module(*call.tensors), captured.out_spec)
+    same(found, model(**kwargs))
+
+
+def same(found, expected):
+    (found, spec), (expected, expected_spec) = pytree.tree_flatten(found), pytree.tree_flatten(expected)
+    assert spec == expected_spec
+    for new, old in zip(found, expected, strict=True):
+        assert torch.equal(new, old) if isinstance(old, torch.Tensor) else new == old
+
+
+def targets(captured):
+    return [node.target for node in captured.module.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("example", [(2, 5), (1, 5), (1, 1), (3, 1)], ids=str)
+def test_one_graph_for_all_shapes(example):
+    model = Block()
+    captured = capture(model, make_call(model, x=torch.randn(*example, 4), mask=torch.ones(*example)))
+    for shape in [(2, 5), (1, 7), (6, 2), example]:
+        try:
+            runs_like(model, captured, x=torch.randn(*shape, 4), mask=torch.rand(*shape))
+        except AssertionError as guard:
+            assert "shape" in str(guard)
+            assert 1 in example and shape != example  # only a size of one in the example may narrow the graph
+
+
+def test_placeholders_are_the_tensors_and_weights_the_originals():
+    model = Block()
+    call = make_call(model, x=torch.randn(2, 3, 4), mask=torch.ones(2, 3))
+    module = capture(model, call).module
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    assert [node.target for node in placeholders] == ["x", "mask"]
+    assert module.get_parameter("linear.weight") is model.linear.weight
+    assert module.get_buffer("shift") is model.shift
+    assert any(buffer is model.plain for buffer in module.buffers())
+    assert all("val" in node.meta for node in placeholders)
+    stacks = [n.meta["nn_module_stack"] for n in module.graph.nodes if n.target is aten.linear.default]
+    assert list(stacks[0].values())[-1][0] == "linear"
+
+
+def test_unused_tensors_keep_their_places():
+    model = made(lambda self, x, unused, y: x + y)
+    captured = capture(model, make_call(model, torch.ones(2), torch.zeros(3), torch.ones(2)))
+    assert captured.module(torch.ones(2), torch.zeros(3), torch.ones(2))[0].tolist() == [2.0, 2.0]
+
+
+def test_tensors_inside_containers():
+    model = made(lambda self, batch: batch["a"] + batch["more"][0])
+    batch = {"a": torch.randn(2, 3), "more": (torch.randn(2, 3), 7)}
+    runs_like(model, capture(model, make_call(model, batch=batch)), batch=batch)
+
+
+def test_no_tensors_at_all():
+    model = made(lambda self, n: torch.arange(n) * self.factor, factor=3)
+    assert capture(model, make_call(model, n=3)).module()[0].tolist() == [0, 3, 6]
+
+
+def test_a_branch_on_a_size_is_a_guard():
+    model = made(lambda self, x: x * 2 if x.shape[1] > 4 else x * 3)
+    captured = capture(model, make_call(model, x=torch.ones(2, 6)))
+    runs_like(model, captured, x=torch.ones(3, 9))
+    with pytest.raises(AssertionError, match=r"x\.shape\[1\] > 4"):
+        captured.guards(torch.ones(2, 3))
+
+
+def test_equal_sizes_are_guarded():
+    model = made(lambda self, x, y: x + y)
+    captured = capture(model, make_call(model, x=torch.ones(2, 6), y=torch.ones(2, 6)))
+    captured.guards(torch.ones(3, 7), torch.ones(3, 7))
+    for other in [(1, 7), (3, 1)]:  # broadcasts in the original, which the graph's shapes do not know of
+        with pytest.raises(AssertionError, match="shape"):
+            captured.guards(torch.ones(*other), torch.ones(3, 7))
+
+
+def test_a_fixed_size_is_a_guard():
+    model = Block()
+    captured = capture(model, make_call(model, x=torch.randn(2, 3, 4)))
+    with pytest.raises(AssertionError, match=r"x\.shape\[2\] == 4"):
+        captured.guards(torch.ones(2, 3, 5))
+
+
+@pytest.mark.parametrize("squeeze", [lambda x: x.squeeze(1), lambda x: x.squeeze(), lambda x: x.squeeze((0, 1))])
+def test_squeeze_of_a_dynamic_axis_is_guarded(squeeze):
+    """Traced as keeping the axis, so that a size of one is another graph: the rank decides what follows."""
+    model = made(lambda self, x: squeeze(x) * 2 if squeeze(x).dim() == 2 else squeeze(x) * 3)
+    captured = capture(model, make_call(model, x=torch.ones(2, 6)))
+    with pytest.raises(AssertionError, match=r"x\.shape\[1\]"):
+        captured.guards(torch.ones(2, 1))
+    narrow = torch.ones(2, 1)
+    runs_like(model, capture(model, make_call(model, x=narrow)), x=narrow)
+
+
+def test_in_place_writes_inside_become_functional():
+    def forward(self, x):
+        y = x * 2
+        y[:, 0] = 0
+        y.add_(1)
+        return y
+
+    model = made(forward)
+    captured = capture(model, make_call(model, x=torch.randn(3, 4)))
+    assert not any(t._schema.is_mutable for t in targets(captured) if hasattr(t, "_schema"))
+    runs_like(model, captured, x=torch.randn(5, 2))
+
+
+def test_no_asserts_remain():
+    model = made(lambda self, x: x.to(torch.float64).softmax(-1).to(x.dtype))
+    names = [str(target) for target in targets(capture(model, make_call(model, x=torch.randn(2, 3))))]
+    assert names and not any("assert" in name for name in names)
+
+
+def count(self, x):
+    self.calls += 1
+    return x * 2
+
+
+def cache(self, x):
+    self.cached = x * 2
+    return self.cached
+
+
+def append(self, x, seen):
+    seen.append(x)
+    return x * 2
+
+
+def data_dependent(self, x):
+    if x.sum() > 0:  # this line
+        return x
+    return -x
+
+
+def raising(self, x):
+    self.leaked = x * 2
+    return x.numpy() if self.leaked.sum() else x
+
+
+class Cache:
+    pass
+
+
+REFUSED = {
+    "counter": (made(count, calls=0), (), r"changes attributes of the model \(model: calls\)"),
+    "kept tensor": (made(cache, cached=None), (), r"changes attributes of the model \(model: cached\)"),
+    "input written": (made(lambda self, x: x.add_(1)), (), "writes in place to its argument x"),
+    "container changed": (made(append), ([],), "changes a container it was given"),
+    "cache returned": (made(lambda self, x: (x, {"kv": Cache()})), (), r"output\[1\]\['kv'\] holds a Cache.*use_cache=False"),
+    "object returned": (made(lambda self, x: object()), (), "output holds a object, which a graph cannot return"),
+    "data dependent": (made(data_dependent), (), "at .*test_capture.py:.*if x.sum\\(\\) > 0:  # this line"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_say_what_and_leave_the_model(case):
+    model, more, words = REFUSED[case]
+    before = dict(vars(model))
+    with pytest.raises(CaptureError, match=words):
+        capture(model, make_call(model, torch.ones(2, 3), *more))
+    assert vars(model) == before
+
+
+def test_written_buffers_are_refused():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CaptureError, match="writes in place to .*0.num_batches_tracked"):
+        capture(model, make_call(model, torch.randn(4, 3)))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_no_fake_tensor_is_left_after_a_failure():
+    model = made(raising, leaked=None, layers=[], inner=nn.Linear(2, 2))
+    state = ModelState(model)
+    weight = model.inner.weight
+    with pytest.raises(CaptureError) as caught:
+        capture(model, make_call(model, torch.ones(2, 3)), rehearse=False)
+    assert caught.value.where
+    assert model.leaked is None and model.inner.weight is weight and state.holds()
+
+
+def test_random_state_is_not_disturbed():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    captured = capture(model, make_call(model, torch.ones(2, 3)))
+    assert torch.equal(torch.rand(3), expected)
+    assert any("dropout" in str(target) for target in targets(captured))
+
+
+def test_grad_mode_is_the_callers():
+    model = Block()
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    with torch.enable_grad():
+        captured = capture(model, make_call(model, x=x))
+        captured.module(x)[0].sum().backward()
+    assert x.grad is not None and model.linear.weight.grad is not None
+    with torch.inference_mode():
+        captured = capture(model, make_call(model, x=torch.randn(2, 3, 4)))
+        runs_like(model, captured, x=torch.randn(5, 3, 4))
+
+
+def test_autocast_is_the_callers():
+    model = Block()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        captured = capture(model, make_call(model, x=torch.randn(2, 3, 4)))
+        runs_like(model, captured, x=torch.randn(5, 3, 4))
+
+
+def test_lazily_made_tensors_are_met_by_the_rehearsal():
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.arange(3.0)
+        return x + self.table
+
+    model = made(forward, table=None)
+    runs_like(model, capture(model, make_call(model, x=torch.zeros(2, 3))), x=torch.ones(4, 3))
+
+
+def test_where_is_the_innermost_line_of_user_code():
+    try:
+        torch.ones(2) @ torch.ones(3)
+    except RuntimeError as error:
+        assert where(error).endswith("torch.ones(2) @ torch.ones(3)")
+    assert where(RuntimeError("never raised")) == ""
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_bert(implementation):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=50,
+        attn_implementation=implementation,
+    )
+    model = transformers.BertModel(config).eval()
+
+    def inputs(batch, length):
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[0, length // 2 :] = 0
+        return {"input_ids": torch.randint(0, 50, (batch, length)), "attention_mask": mask}
+
+    captured = capture(model, make_call(model, **inputs(1, 6), output_hidden_states=True))
+    for shape in [(1, 6), (2, 9), (5, 3)]:
+        runs_like(model, captured, **inputs(*shape), output_hidden_states=True)

@@ -1,0 +1,528 @@
+"""The dispatcher: which calls run a graph, which run the original, and that nobody can tell by the outputs."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fxbt.dispatch
+from fxbt import pipeline
+from fxbt.errors import FxbtWarning
+from fxbt.optimize import optimize, restore
+
+pytestmark = pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning")
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+class Config:
+    def __init__(self):
+        self.scale = 2.0
+        self.steps = [1, 2]
+        self.inner = None
+
+
+class Net(nn.Module):
+    """A little model with a config, a list, a buffer, dropout and a counter of how often the original really ran."""
+
+    ran = 0
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("shift", torch.randn(4))
+        self.config = Config()
+
+    def forward(self, x, bias=None, flag=False):
+        if not torch.compiler.is_compiling():
+            Net.ran += 1
+        y = self.drop(self.norm(self.linear(x)) + self.shift) * self.config.scale * len(self.config.steps)
+        y = -y if flag else y
+        return y if bias is None else y + bias
+
+
+def x_of(*shape):
+    return torch.randn(*shape, 4)
+
+
+def ran_original(fast, *args, **kwargs):
+    """Runs fast, checks its output against the original's, and says whether the original forward ran for it."""
+    Net.ran = 0
+    output = fast(*args, **kwargs)
+    ran = Net.ran > 0
+    torch.testing.assert_close(output, restore(fast)(*args, **kwargs), rtol=1e-5, atol=1e-6)
+    return ran
+
+
+def captured(model=None, *args):
+    fast = optimize((model or Net()).eval())
+    fast(*(args or (x_of(2, 3),)))
+    assert len(fast.report.graphs) == 1, fast.report.fallbacks
+    return fast
+
+
+def test_the_first_call_captures_and_later_ones_reuse():
+    fast = optimize(Net().eval())
+    assert ran_original(fast, x_of(2, 3))
+    for shape in [(2, 3), (1, 5), (7, 2)]:
+        assert not ran_original(fast, x_of(*shape)), shape
+    assert not ran_original(fast, x=x_of(3, 3))
+    assert len(fast.report.graphs) == 1 and not fast.report.fallbacks
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"flag": True}, {"bias": torch.ones(4)}, {"x": torch.randn(3, 4)}, {"x": torch.randn(2, 3, 4).bfloat16()}],
+    ids=["static value", "another tensor", "rank", "dtype"],
+)
+def test_another_signature_is_another_graph(other):
+    model = Net().eval()
+    if other.get("x") is not None and other["x"].dtype is torch.bfloat16:
+        model.to(torch.bfloat16)
+        other = {"flag": True, **other}
+    fast = optimize(model)
+    fast(x_of(2, 3).to(model.shift.dtype))
+    call = {"x": x_of(2, 3).to(model.shift.dtype), **other}
+    assert ran_original(fast, **call) and not ran_original(fast, **call)
+    assert len(fast.report.graphs) == 2
+
+
+def edit_config(model):
+    model.config.scale = 3.0
+
+
+def edit_nested(model):
+    model.config.steps.append(3)
+
+
+def swap_parameter(model):
+    model.linear.weight = nn.Parameter(torch.randn(4, 4))
+
+
+def swap_module(model):
+    model.linear = nn.Linear(4, 4)
+
+
+def swap_buffer(model):
+    model.shift = torch.randn(4)
+
+
+def freeze_part(model):
+    model.norm.eps = 0.5
+
+
+def replace_forward(model):
+    model.linear.forward = lambda x: x
+
+
+def to_double(model):
+    model.double()
+
+
+EDITS = [edit_config, edit_nested, swap_parameter, swap_module, swap_buffer, freeze_part, replace_forward]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_an_edited_model_is_captured_anew(edit):
+    fast = captured()
+    edit(restore(fast))
+    assert ran_original(fast, x_of(2, 3))
+    assert not ran_original(fast, x_of(4, 2))
+    assert len(fast.report.graphs) == 2, fast.report.fallbacks
+
+
+def test_an_edit_taken_back_meets_the_first_graph_again():
+    fast = captured()
+    fast.config.scale = 5.0
+    assert ran_original(fast, x_of(2, 3))
+    fast.config.scale = 2.0
+    assert not ran_original(fast, x_of(2, 3))
+    assert len(fast.report.graphs) == 2
+
+
+def test_a_single_element_parameter_is_told_apart_by_identity():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x * self.scale
+
+    model = Scaled().eval()
+    fast = optimize(model)
+    fast(torch.ones(2, 3))
+    model.scale = nn.Parameter(torch.ones(1))  # equal, but another one: what is written to it must be seen
+    fast(torch.ones(2, 3))
+    model.scale.fill_(3.0)
+    assert fast(torch.ones(2, 3)).eq(3.0).all()
+
+
+def test_values_written_in_place_are_seen_by_the_same_graph():
+    fast = captured()
+    with torch.no_grad():
+        fast.linear.weight.mul_(2.0)
+        fast.shift.add_(1.0)
+    fast.load_state_dict({name: value + 0.5 for name, value in fast.state_dict().items()})
+    assert not ran_original(fast, x_of(2, 3))
+    assert len(fast.report.graphs) == 1
+
+
+def test_an_optimizer_step_is_seen():
+    fast = optimize(Net().eval())
+    optimizer = torch.optim.SGD(fast.parameters(), lr=0.5)
+    with torch.enable_grad():
+        for _ in range(3):
+            optimizer.zero_grad()
+            fast(x_of(2, 3)).square().sum().backward()
+            assert all(p.grad is not None for p in fast.parameters())
+            optimizer.step()
+    assert len(fast.report.graphs) == 1
+    ran_original(fast, x_of(2, 3))
+
+
+def test_another_dtype_of_the_same_parameter_objects():
+    fast = captured()
+    fast.to(torch.float64)
+    assert ran_original(fast, x_of(2, 3).double())
+    assert not ran_original(fast, x_of(2, 3).double())
+    fast.to(torch.float32)
+    assert not ran_original(fast, x_of(2, 3))
+
+
+def test_train_and_eval_have_graphs_of_their_own():
+    fast = captured()
+    x = x_of(8, 8)
+    fast.train()
+    first, second = fast(x), fast(x)
+    assert not torch.equal(first, second)  # dropout
+    assert 0.3 < (fast(torch.randn(64, 64, 4)) - 2 * 2 * fast.shift).abs().gt(0).float().mean() <= 1.0
+    fast.eval()
+    assert not ran_original(fast, x)
+    assert len(fast.report.graphs) == 2, fast.report.fallbacks
+
+
+def test_training_takes_the_originals_random_numbers_on_the_first_call():
+    model = Net().train()
+    fast = optimize(model)
+    x = x_of(2, 3)
+    torch.manual_seed(3)
+    expected = model(x), torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(fast(x), expected[0])
+    assert torch.equal(torch.rand(2), expected[1])  # capturing drew none
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_modes_have_graphs_of_their_own(mode):
+    fast = captured()
+    with mode():
+        expected = restore(fast)(x := x_of(2, 3))
+        fast(x)
+        found = fast(x)
+    assert found.dtype is expected.dtype and found.requires_grad is expected.requires_grad
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    assert len(fast.report.graphs) == 2, fast.report.fallbacks
+
+
+# What runs the original
+
+
+def test_the_limit_of_captures():
+    fast = optimize(Net().eval())
+    limit = fast._fxbt_dispatcher.max_captures
+    assert limit == 8
+    with pytest.warns(FxbtWarning) as caught:
+        for rank in range(limit + 3):
+            ran_original(fast, x_of(*[2] * rank, 1))
+    assert len([w for w in caught if w.category is FxbtWarning]) == 1
+    assert len(fast.report.graphs) == limit
+    assert fast.report.fallbacks == [f"{limit} graphs were captured, which is the limit (max_captures)"]
+    assert not ran_original(fast, x_of(1))
+
+
+class DataDependent(Net):
+    def forward(self, x):
+        Net.ran += 1
+        if x.sum() > 0:  # cannot be captured
+            return x
+        return -x
+
+
+def test_a_failed_capture_is_remembered_and_said_once():
+    fast = optimize(DataDependent().eval())
+    with pytest.warns(FxbtWarning, match="runs its original forward") as caught:
+        for shape in [(2, 3), (5, 5), (2, 3)]:
+            assert ran_original(fast, x_of(*shape))
+    assert len([w for w in caught if w.category is FxbtWarning]) == 1
+    assert fast._fxbt_dispatcher._captures == 1
+    (reason,) = fast.report.fallbacks
+    assert "test_dispatch.py" in reason and "# cannot be captured" in reason
+
+
+def test_a_failure_is_tried_again_after_an_edit_once():
+    class Switch(Net):
+        def forward(self, x):
+            if self.config.inner and x.sum() > 0:
+                return -x
+            return super().forward(x)
+
+    fast = optimize(Switch().eval())
+    fast.config.inner = 1
+    fast(x_of(2, 3))
+    assert not fast.report.graphs
+    fast.config.inner = None
+    fast(x_of(2, 3))
+    assert len(fast.report.graphs) == 1 and not ran_original(fast, x_of(2, 3))
+
+
+def test_an_object_argument_runs_the_original():
+    class Loose(Net):
+        def forward(self, x, anything=None):
+            return super().forward(x)
+
+    fast = optimize(Loose().eval())
+    with pytest.warns(FxbtWarning, match="argument anything holds a object"):
+        assert ran_original(fast, x_of(2, 3), object())
+    assert not fast.report.graphs
+
+
+def test_hooks_run():
+    fast = captured()
+    seen = []
+    handle = restore(fast).norm.register_forward_hook(lambda module, args, output: seen.append(output) or output * 2)
+    assert ran_original(fast, x_of(2, 3)) and len(seen) == 2
+    assert "norm (LayerNorm) has a hook" in fast.report.fallbacks[0]
+    handle.remove()
+    assert not ran_original(fast, x_of(2, 3)) and len(seen) == 2
+
+
+def test_backward_hooks_and_global_hooks_run():
+    fast, seen = captured(), []
+    handle = fast.linear.register_full_backward_hook(lambda *_: seen.append("backward"))
+    with torch.enable_grad():
+        fast(x_of(2, 3).requires_grad_()).sum().backward()
+    assert seen == ["backward"]
+    handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append("global"))
+    try:
+        fast(x_of(2, 3))
+    finally:
+        handle.remove()
+    assert seen.count("global") > 2  # linear, norm, ... and the model itself
+
+
+def test_hooks_of_the_model_itself_run_once_around_the_graph():
+    fast = captured()
+    handle = fast.register_forward_hook(lambda module, args, output: output + 1)
+    x = x_of(2, 3)
+    torch.testing.assert_close(fast(x), restore(fast)(x))
+    assert len(fast.report.graphs) <= 2 and not fast.report.fallbacks
+    handle.remove()
+
+
+def test_in_place_writes_to_arguments_happen():
+    class Writes(Net):
+        def forward(self, x):
+            return x.add_(1)
+
+    fast = optimize(Writes().eval())
+    x = torch.zeros(2, 3)
+    for _ in range(3):
+        fast(x)
+    assert x.eq(3).all()
+    assert "writes in place to its argument x" in fast.report.fallbacks[0]
+
+
+def test_batch_norm_in_training_counts_each_call_once():
+    fast = optimize(nn.Sequential(nn.BatchNorm1d(4)).train())
+    reference = nn.Sequential(nn.BatchNorm1d(4)).train()
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        torch.testing.assert_close(fast(x), reference(x))
+    fast.warmup(torch.randn(5, 4))
+    torch.testing.assert_close(fast.state_dict(), reference.state_dict())
+
+
+def test_the_models_own_error_is_what_the_caller_sees():
+    fast = captured()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
+            fast(torch.randn(2, 3, 5))
+        assert caught.value.__cause__ is None
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        fast(x_of(2, 3), nonsense=torch.ones(1))
+    assert not ran_original(fast, x_of(2, 3)) and not fast.report.fallbacks
+
+
+def with_run(monkeypatch, run):
+    compile_ = pipeline.compile
+
+    def changed(*args, **kwargs):
+        compiled = compile_(*args, **kwargs)
+        inner = compiled.run
+        compiled.run = lambda *tensors: run(inner, *tensors)
+        return compiled
+
+    monkeypatch.setattr(pipeline, "compile", changed)
+
+
+def test_a_graph_that_computes_something_else_is_refused(monkeypatch):
+    with_run(monkeypatch, lambda inner, *tensors: tuple(value + 0.1 for value in inner(*tensors)))
+    fast = optimize(Net().eval())
+    fast(x_of(2, 3))
+    assert ran_original(fast, x_of(2, 3)) and not fast.report.graphs
+    assert "the graph's outputs are not the original's: output 0 is off by up to 1.0e-01" in fast.report.fallbacks[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda y: y.double(), "dtype, shape"),
+        (lambda y: y[:1], "dtype, shape"),
+        (lambda y: y * float("nan"), "is off"),
+        (lambda y: 3, "is a int, not a tensor"),
+    ],
+)
+def test_differences_are_found(monkeypatch, change, words):
+    with_run(monkeypatch, lambda inner, *tensors: tuple(change(value) for value in inner(*tensors)))
+    fast = optimize(Net().eval())
+    fast(x_of(2, 3))
+    assert words in fast.report.fallbacks[0]
+
+
+def test_a_graph_that_fails_later_is_disabled(monkeypatch):
+    def run(inner, *tensors):
+        if tensors[0].shape[0] == 5:
+            raise ValueError("no fives")
+        return inner(*tensors)
+
+    with_run(monkeypatch, run)
+    fast = optimize(Net().eval())
+    fast(x_of(2, 3))
+    assert not ran_original(fast, x_of(2, 3))
+    assert ran_original(fast, x_of(5, 3))
+    assert ran_original(fast, x_of(2, 3))  # not trusted again
+    assert "failed where the original does not (ValueError: no fives)" in fast.report.fallbacks[0]
+
+
+def test_a_fault_of_the_compiler_does_not_reach_the_caller(monkeypatch):
+    def broken(*args, **kwargs):
+        raise KeyError("bug")
+
+    monkeypatch.setattr(pipeline, "compile", broken)
+    fast = optimize(Net().eval())
+    assert ran_original(fast, x_of(2, 3)) and ran_original(fast, x_of(2, 3))
+    assert "fxbt itself failed on the graph (KeyError" in fast.report.fallbacks[0]
+
+
+# Tracing through an optimised model
+
+
+def test_tracers_see_the_original():
+    fast = captured()
+    x = x_of(2, 3)
+    program = torch.export.export(fast, (x,))
+    torch.testing.assert_close(program.module()(x), fast(x))
+    traced = torch.jit.trace(restore(fast), (x,), check_trace=False)
+    torch.testing.assert_close(torch.jit.trace(fast, (x,), check_trace=False)(x), traced(x))
+    torch.testing.assert_close(torch.func.vmap(fast)(x), restore(fast)(x))
+    with torch.device("cpu"):
+        assert ran_original(fast, x)
+    _, tangent = torch.func.jvp(fast, (x,), (torch.ones_like(x),))
+    assert tangent.shape == x.shape
+    assert not fast.report.fallbacks and len(fast.report.graphs) == 1
+
+
+def test_torch_compile_of_an_optimised_model():
+    fast = captured()
+    x = x_of(2, 3)
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), fast(x))
+
+
+def test_an_optimised_part_inside_an_optimised_whole():
+    part = Net().eval()
+    whole = optimize(nn.Sequential(optimize(part), nn.Linear(4, 4)).eval())
+    x = x_of(2, 3)
+    expected = restore(whole)[1](part(x))
+    for _ in range(3):
+        torch.testing.assert_close(whole(x), expected)
+    assert len(whole.report.graphs) == 1
+
+
+# Threads
+
+
+def in_threads(count, work):
+    errors = []
+
+    def guarded(i):
+        try:
+            with torch.no_grad():
+                work(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    if errors:
+        raise errors[0]
+
+
+def test_eight_threads_from_the_first_call_on():
+    fast = optimize(Net().eval())
+    inputs = [x_of(i + 1, 3) for i in range(8)]
+    expected = [restore(fast)(x) for x in inputs]
+
+    def work(i):
+        for _ in range(10):
+            torch.testing.assert_close(fast(inputs[i]), expected[i], rtol=1e-5, atol=1e-6)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FxbtWarning)
+        in_threads(8, work)
+    assert len(fast.report.graphs) == 1 and not fast.report.fallbacks
+
+
+def test_threads_of_many_signatures_and_models_capture_while_others_run():
+    failing, shared = optimize(DataDependent().eval()), optimize(Net().eval())
+    x = x_of(2, 3)
+    wanted = {flag: restore(shared)(x, flag=flag) for flag in (False, True)}
+
+    def work(i):
+        for step in range(6):
+            flag = bool((i + step) % 2)
+            torch.testing.assert_close(shared(x, flag=flag), wanted[flag], rtol=1e-5, atol=1e-6)
+            assert torch.equal(failing(x.abs()), x.abs())
+            own = Net().eval()
+            torch.testing.assert_close(optimize(own)(x), restore(own)(x) if hasattr(own, "report") else own.forward(x))
+
+    in_threads(4, lambda i: work(i) if i else [shared(x) for _ in range(20)])
+    assert len(shared.report.graphs) == 2
+
+
+def test_readers_do_not_wait_for_themselves():
+    lock = fxbt.dispatch._TraceLock()
+    with lock.reading(), lock.reading():
+        assert lock.reads() and not lock.held_elsewhere()
+    assert not lock.reads()
+    with lock.writing(), lock.reading():
+        assert not lock.held_elsewhere()
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(lock.held_elsewhere()))
+        thread.start()
+        thread.join()
+        assert seen == [True]

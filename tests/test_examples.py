@@ -1,0 +1,42 @@
+"""The examples run as a newcomer runs them, from a shell, and say what they promise."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # tests run beside each other
+    arguments = [sys.executable, *command]
+    return subprocess.run(arguments, cwd=cwd, env=one_thread, capture_output=True, text=True, timeout=600)
+
+
+def test_embed_sentences() -> None:
+    done = run("examples/embed_sentences.py")
+    assert done.returncode == 0, done.stderr
+    difference = re.search(r"Largest difference of the embeddings: (\S+)", done.stdout)
+    assert difference and float(difference[1]) < 1e-5
+    assert re.search(r"^attention +6 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^qkv +6 ", done.stdout, re.MULTILINE)
+    assert "the original forward ran" not in done.stdout
+    assert re.search(r"^ *-%softmax", done.stdout, re.MULTILINE)
+    assert re.search(r"^ *\+%sdpa", done.stdout, re.MULTILINE)
+
+
+def test_custom_module() -> None:
+    done = run("examples/custom_module.py")
+    assert done.returncode == 0, done.stderr
+    differences = [float(value) for value in re.findall(r"largest difference (\S+)", done.stdout)]
+    assert len(differences) == 3
+    assert max(differences) < 1e-5
+    assert re.search(r"^attention +3 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^qkv +3 ", done.stdout, re.MULTILINE)
+
+
+def test_rules_are_installed_inside_fxbt_only(tmp_path: Path) -> None:
+    assert run("-c", "import fxbt.patterns", cwd=tmp_path).returncode == 0
+    assert "No module named 'patterns'" in run("-c", "import patterns", cwd=tmp_path).stderr

@@ -1,0 +1,125 @@
+"""The house: who may import whom, and what every public name and file has to carry."""
+
+import ast
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import fxbt
+
+ROOT = Path(__file__).parent.parent
+# A file imports only files above it.
+ROOMS = [
+    "errors",
+    "signature",
+    "state",
+    "capture",
+    "rule",
+    "canonical",
+    "axes",
+    "masks",
+    "rewrite",
+    "verify",
+    "lower",
+    "show",
+    "pipeline",
+    "report",
+    "dispatch",
+    "optimize",
+]
+CORE = sorted((ROOT / "fxbt").glob("*.py"))
+PATTERNS = sorted((ROOT / "patterns").glob("*.py"))
+PUBLIC = [name for name in sorted(fxbt.__all__) if callable(getattr(fxbt, name))]
+PUBLIC_CLASSES = [name for name in PUBLIC if inspect.isclass(getattr(fxbt, name))]
+ALLOWED_IN_PATTERNS = {"torch", "sympy", "fxbt"}
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports_of(tree: ast.Module, package: str = "fxbt") -> list[str]:
+    """Every imported name in full, for type checking too: `from .rule import Rule` is fxbt.rule.Rule."""
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            assert node.level <= 1, f"line {node.lineno} reaches out of its package"
+            module = f"{package}.{node.module or ''}".strip(".") if node.level else node.module
+            found += [f"{module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_rooms_and_files_agree() -> None:
+    files = {path.stem for path in CORE} - {"__init__"}
+    assert files <= set(ROOMS), f"files without a place in ROOMS: {sorted(files - set(ROOMS))}"
+    assert set(ROOMS) <= files, f"rooms without a file: {sorted(set(ROOMS) - files)}"
+
+
+@pytest.mark.parametrize("path", [path for path in CORE if path.stem != "__init__"], ids=name_of)
+def test_a_file_imports_only_files_above_it(path: Path) -> None:
+    imported = [name for name in imports_of(tree_of(path)) if name.split(".")[0] == "fxbt"]
+    rooms = {name.split(".")[1] for name in imported}
+    above = ROOMS[: ROOMS.index(path.stem)]
+    above += ["patterns"] if path.stem == "pipeline" else []  # default_rules() alone knows the built-in rules
+    assert rooms <= set(above), f"{path.stem} imports {sorted(rooms - set(above))}, which do not stand above it"
+
+
+@pytest.mark.parametrize("path", PATTERNS, ids=name_of)
+def test_rules_use_only_the_public_face(path: Path) -> None:
+    for name in imports_of(tree_of(path), package="fxbt.patterns"):
+        top, *rest = name.split(".")
+        known = top in ALLOWED_IN_PATTERNS or top in sys.stdlib_module_names
+        assert known, f"{path.name} imports {name}"
+        private = top == "fxbt" and rest and rest[0] not in {*fxbt.__all__, "patterns"}
+        assert not private, f"{path.name} imports {name}, which is not in fxbt.__all__"
+
+
+def test_importing_a_rule_file_has_no_effect() -> None:
+    """Rule files hold definitions and constants: no call stands alone at the top of a module."""
+    for path in PATTERNS:
+        calls = [node for node in tree_of(path).body if isinstance(node, ast.Expr) and not is_text(node.value)]
+        assert not calls, f"{path.name}:{calls[0].lineno} runs something on import"
+
+
+def is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+@pytest.mark.parametrize("path", CORE + PATTERNS, ids=name_of)
+def test_no_table_of_architectures(path: Path) -> None:
+    assert "model_type" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", [path for path in CORE + PATTERNS if path.stem != "__init__"], ids=name_of)
+def test_files_begin_with_what_they_are_for(path: Path) -> None:
+    assert ast.get_docstring(tree_of(path)), f"{path.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", CORE + PATTERNS, ids=name_of)
+def test_no_silent_except(path: Path) -> None:
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path.name}:{node.lineno} catches everything"
+            assert not all(isinstance(line, ast.Pass) for line in node.body), f"{path.name}:{node.lineno} is silent"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_a_docstring_with_an_example(name: str) -> None:
+    text = inspect.getdoc(getattr(fxbt, name)) or ""
+    assert re.search(r"\bExample|>>> ", text), f"fxbt.{name} has no example"
+
+
+@pytest.mark.parametrize("name", PUBLIC_CLASSES)
+def test_public_methods_have_a_docstring(name: str) -> None:
+    for member, function in vars(getattr(fxbt, name)).items():
+        if inspect.isfunction(function) and not member.startswith("_"):
+            assert inspect.getdoc(function), f"fxbt.{name}.{member} has no docstring"

@@ -1,0 +1,44 @@
+"""Small functions as captured graphs: the test bench of the rooms between capture and lowering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxbt.capture import Captured, capture
+from fxbt.signature import make_call
+
+
+class Function(nn.Module):
+    """A function as a module; tensors given by keyword become its parameters."""
+
+    def __init__(self, function: Callable[..., Any], **weights: torch.Tensor):
+        super().__init__()
+        self.function = function
+        for name, weight in weights.items():
+            setattr(self, name, nn.Parameter(weight) if weight.is_floating_point() else weight)
+        self.names = tuple(weights)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        return self.function(*tensors, *(getattr(self, name) for name in self.names))
+
+
+def captured(function: Callable[..., Any], *tensors: torch.Tensor, **weights: torch.Tensor) -> Captured:
+    model = Function(function, **weights).eval()
+    with torch.no_grad():
+        return capture(model, make_call(model, *tensors))
+
+
+def graph_of(function: Callable[..., Any], *tensors: torch.Tensor, **weights: torch.Tensor) -> fx.GraphModule:
+    return captured(function, *tensors, **weights).module
+
+
+def nodes(module: fx.GraphModule, target: Any) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.target is target]
+
+
+def returned(module: fx.GraphModule) -> fx.Node:
+    return module.graph.output_node().args[0][0]
