@@ -301,7 +301,7 @@ def _sum_of_product(node: fx.Node) -> _Equation | None:
     if keepdim or node.kwargs or len(dims) != 1 or not all(isinstance(arg, fx.Node) for arg in product.args):  # type: ignore[arg-type]
         return None
     letters = string.ascii_lowercase[: _rank(product)]
-    dim = dims[0] % len(letters)  # type: ignore[index]
+    dim = int(dims[0]) % len(letters)  # type: ignore[index, arg-type]
     lhs, rhs = product.args
     out = letters[:dim] + letters[dim + 1 :]
     return _Equation(lhs, rhs, letters[-_rank(lhs) :], letters[-_rank(rhs) :], out)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.fx.passes.dialect.common.cse_pass import CSEPass
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """The argument called `name` in the op's schema, whether given by position, by keyword or not at all."""
     if name in node.kwargs:
         return node.kwargs[name]
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for position, argument in enumerate(node.target._schema.arguments):
         if argument.name == name:
             return node.args[position] if position < len(node.args) else argument.default_value
     return default
@@ -110,16 +110,17 @@ def number_from_constant(node: fx.Node) -> Any:
     """x * tensor(0.125) -> x * 0.125, for scalars that the code wrote down (not for parameters and buffers)."""
     if node.target not in SCALAR_ARITHMETIC:
         return None
-    for position, arg in enumerate(node.args):
-        number = _constant_number(arg)
-        if number is not None and _value(node).dtype == _value(node.args[1 - position]).dtype:
-            node.update_arg(position, number)
-            return None
+    lhs, rhs = node.args[:2]
+    if node.target in COMMUTATIVE and not node.kwargs and _constant_number(lhs) is not None:
+        lhs, rhs = rhs, lhs
+    number = _constant_number(rhs)
+    if number is not None and isinstance(lhs, fx.Node) and _value(node).dtype == _value(lhs).dtype:
+        node.args = (lhs, number, *node.args[2:])
     return None
 
 
 def fill_from_constant(node: fx.Node) -> Any:
-    """where(mask, x, tensor(c)), masked_fill(x, mask, tensor(c)), maximum(x, tensor(c)) -> the same with the number c"""
+    """where(mask, x, tensor(c)), masked_fill(x, mask, tensor(c)), maximum(x, tensor(c)) -> with the number c"""
     if node.target not in NUMBER_OVERLOADS:
         return None
     position, overload = NUMBER_OVERLOADS[node.target]
@@ -148,13 +149,15 @@ def _constant_tensor(node: fx.Node) -> torch.Tensor | None:
     args = [_constant_tensor(arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
     if any(arg is None for arg in args) or any(isinstance(arg, fx.Node) for arg in node.kwargs.values()):
         return None
-    return node.target(*args, **node.kwargs)  # type: ignore[operator, no-any-return]
+    return node.target(*args, **node.kwargs)
 
 
 def softmax_by_hand(node: fx.Node) -> Any:
     """e / e.sum(dim, keepdim) with e = exp(x - x.amax(dim, keepdim)) -> softmax(x, dim)"""
     if node.target is not aten.div.Tensor or not all(isinstance(arg, fx.Node) for arg in node.args[:2]):
         return None
+    exponential: Any
+    total: Any
     exponential, total = node.args[:2]
     if exponential.target is not aten.exp.default or total.target is not aten.sum.dim_IntList:
         return None
@@ -170,10 +173,12 @@ def softmax_by_hand(node: fx.Node) -> Any:
     return softmax
 
 
-def _shifted_by_its_max(node: Any, dim: int) -> fx.Node | None:
+def _shifted_by_its_max(node: Any, dim: int) -> Any:
     """x, where node is x - x.amax(dim, keepdim=True) (or x - x.max(dim, keepdim=True)[0])."""
     if not isinstance(node, fx.Node) or node.target is not aten.sub.Tensor or node.kwargs.get("alpha", 1) != 1:
         return None
+    scores: Any
+    peak: Any
     scores, peak = node.args[:2]
     if isinstance(peak, fx.Node) and peak.target in (aten.detach.default, aten.alias.default):
         peak = peak.args[0]
@@ -181,7 +186,7 @@ def _shifted_by_its_max(node: Any, dim: int) -> fx.Node | None:
         peak = peak.args[0]
     if not isinstance(peak, fx.Node) or peak.target not in (aten.amax.default, aten.max.dim):
         return None
-    dims = argument(peak, "dim")
+    dims: Any = argument(peak, "dim")
     dims = dims if isinstance(dims, list | tuple) else [dims]
     rank = _value(scores).dim() if isinstance(scores, fx.Node) else 0
     same_axis = [d % rank for d in dims] == [dim] if rank else False
@@ -200,6 +205,7 @@ COPIES = {aten.contiguous.default, aten.clone.default, aten.alias.default, aten.
 COPIES.add(aten.detach.default)
 
 SCALAR_ARITHMETIC = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
+COMMUTATIVE = {aten.mul.Tensor, aten.add.Tensor}
 NUMBER_OVERLOADS = {
     aten.where.self: (2, aten.where.ScalarOther),
     aten.masked_fill.Tensor: (2, aten.masked_fill.Scalar),
@@ -247,7 +253,7 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
     for node in module.graph.nodes:
         if node.op == "call_function":
             _apply_steps(node)
-    CSEPass()(module)
+    _share_common(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
@@ -261,3 +267,34 @@ def _apply_steps(node: fx.Node) -> None:
         node.replace_all_uses_with(replacement)
         node.graph.erase_node(node)
         return
+
+
+def _share_common(graph: fx.Graph) -> None:
+    """Compute equal expressions once.
+
+    Not torch's CSEPass: that one takes `x + 1` for `x + 1.0`, shares two dropouts and makes two outputs one tensor.
+    """
+    known: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or _feeds_output(node) or not _is_pure(node):
+            continue
+        first = known.setdefault(_expression(node), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not is_random and (schema is None or not schema.is_mutable)
+
+
+def _expression(node: fx.Node) -> Any:
+    """A key that is equal for nodes that compute the same: numbers with their type and sign, for 1 == 1.0 == True."""
+    arguments, spec = pytree.tree_flatten((node.args, node.kwargs))
+    return (
+        node.target,
+        str(spec),
+        tuple((type(arg), arg if isinstance(arg, fx.Node) else repr(arg)) for arg in arguments),
+    )

@@ -12,6 +12,7 @@ import sysconfig
 import time
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from .errors import CaptureError
 from .signature import Call, leaves, named_leaves
-from .state import ModelState, preserved
+from .state import HOOKS, ModelState, preserved
 
 logger = logging.getLogger("fxbt")
 aten = torch.ops.aten
@@ -95,10 +96,13 @@ def capture(model: nn.Module, call: Call, tracer: str = "auto", *, rehearse: boo
 
 def twin(model: nn.Module, namespace: dict[str, Any]) -> Any:
     """An object of a subclass of the model's class that shares the model's `__dict__`: one state, two classes."""
-    base: Any = type(model)
+    return share(model, _subclass(type(model), namespace))
+
+
+def _subclass(base: Any, namespace: dict[str, Any]) -> Any:
+    # Libraries keep registries by class name: transformers finds by it what outputs a model can record.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    kind = type(base)(base.__name__, (base,), {**names, **namespace})
-    return share(model, kind)
+    return type(base)(base.__name__, (base,), {**names, **namespace})
 
 
 def share(model: nn.Module, kind: type) -> Any:
@@ -187,7 +191,11 @@ def _export(
     model: nn.Module, call: Call, tensors: tuple[Tensor, ...], all_dims: bool, run: Callable[..., Any]
 ) -> Captured:
     outputs = _Outputs()
-    flat = twin(model, {"forward": _flat_forward(call, outputs, run)})
+    # A GraphModule's class is made for its own graph, and torch.export asks such modules for it.
+    kind = nn.Module if isinstance(model, fx.GraphModule) else type(model)
+    flat = object.__new__(_subclass(kind, {"forward": _flat_forward(call, outputs, run)}))
+    # Hooks on the model itself are called around its forward as ever, graph or not.
+    object.__setattr__(flat, "__dict__", {**vars(model), **{kind: OrderedDict() for kind in HOOKS}})
     dims = [
         {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] != 1 and (all_dims or axis < 2)} for t in tensors
     ]
@@ -219,7 +227,7 @@ def _flat_forward(call: Call, outputs: _Outputs, run: Callable[..., Any]) -> Cal
 
 
 def _share_batch(tensors: tuple[Tensor, ...]) -> None:
-    """Inputs of one batch size have it as one symbol (a guard): apart, sizes derived from both could not be compared."""
+    """Inputs of one batch size have it as one symbol (a guard): sizes derived from two could not be compared."""
     first: dict[int, Any] = {}
     for tensor in tensors:
         if tensor.ndim and isinstance(tensor.shape[0], SymInt):

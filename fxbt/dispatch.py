@@ -37,13 +37,16 @@ class _TraceLock:
     def held_elsewhere(self) -> bool:
         return self._writer not in (None, threading.get_ident())
 
+    def held_here(self) -> bool:
+        return self._writer == threading.get_ident()
+
     def reads(self) -> bool:
         """Whether this thread is inside `reading`, so that waiting for `writing` would be waiting for itself."""
         return getattr(self._mine, "reads", False)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        if self.reads() or self._writer == threading.get_ident():
+        if self.reads() or self.held_here():
             yield
             return
         with self._condition:
@@ -183,7 +186,8 @@ class Dispatcher:
         return output
 
     def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._has_failed(call):
+        # Inside the first call of a model that this one is a part of: that one is captured whole.
+        if _LOCK.held_here() or self._has_failed(call):
             return self._run_original(args, kwargs)
         if self._captures >= self.max_captures:
             self.fall_back(f"{self.max_captures} graphs were captured, which is the limit (max_captures)")

@@ -8,7 +8,11 @@ class FxbtError(Exception):
 
 
 class FxbtWarning(UserWarning):
-    """A model runs slower than asked for: some calls use its original forward."""
+    """Some calls of a model use its original forward; said once a model, all reasons are in its report.
+
+    Example:
+        >>> warnings.simplefilter("error", fxbt.FxbtWarning)  # rather fail than run unoptimised
+    """
 
 
 class NotCapturable(FxbtError):
@@ -20,7 +24,12 @@ class NotCapturable(FxbtError):
 
 
 class CaptureError(FxbtError, RuntimeError):
-    """A model call could not be turned into a graph; `where` is the line of the model's code that stopped it."""
+    """A model call could not be turned into a graph; `where` is the line of the model's code that stopped it.
+
+    Example:
+        >>> CaptureError("output holds a DynamicCache", "model.py:12: return cache").where
+        'model.py:12: return cache'
+    """
 
     def __init__(self, reason: str, where: str = "") -> None:
         super().__init__(f"{reason}\n  at {where}" if where else reason)
@@ -29,8 +38,16 @@ class CaptureError(FxbtError, RuntimeError):
 
 
 class NotOptimizedError(FxbtError, ValueError):
-    """`restore` was given a model that `optimize` did not return."""
+    """`restore` was given a model that `optimize` did not return.
+
+    Example:
+        >>> fxbt.restore(torch.nn.Linear(2, 2))  # raises NotOptimizedError
+    """
 
 
 class ExampleError(FxbtError, ValueError):
-    """The model itself rejects the example inputs it should be captured with."""
+    """The model itself rejects the example inputs it should be captured with; the model's error is the cause.
+
+    Example:
+        >>> fxbt.optimize(torch.nn.Linear(2, 2), (torch.ones(1, 3),))  # raises ExampleError
+    """

@@ -58,8 +58,15 @@ class _Derived:
     """Values computed from weights, with the state of the weights they were computed from."""
 
     stamp: list[Any]
-    sources: list[torch.Tensor]
+    samples: list[
+        torch.Tensor
+    ]  # live views; they keep the old storages alive, so no new one can stand at their address
+    sampled: torch.Tensor
     values: tuple[torch.Tensor, ...]
+
+    def holds(self, sources: list[torch.Tensor]) -> bool:
+        """Whether the weights are as they were: by what torch counts, and, past `.data` (uncounted), by a sample."""
+        return self.stamp == _stamp(sources) and torch.equal(torch.cat(self.samples), self.sampled)
 
 
 class Program:
@@ -73,7 +80,7 @@ class Program:
         graph.output(graph.graph_copy(module.graph, {}))
         watched = {name: operator.attrgetter(name)(module) for name in assumes}
         self._watched = [(live, live.clone(), name) for name, live in watched.items()]
-        derived = _weight_only(graph) if keep_derived else []
+        derived = _weight_only(module, graph) if keep_derived else []
         self._derive, self._sources = _hoist(module, graph, derived)
         self._weights = _bind_weights(module, graph)
         for node in graph.nodes:
@@ -93,19 +100,18 @@ class Program:
             if not torch.equal(live, assumed):
                 raise RuntimeError(f"{name} changed after the graph was proven on its content")
         if self._derived is None:
-            return self._run(*tensors, *self._weights)  # type: ignore[no-any-return]
+            return self._run(*tensors, *self._weights)
         derived = self._derived
-        if derived.stamp != _stamp(self._sources):
+        if not derived.holds(self._sources):
             derived = self._derived = self._refresh()
-        return self._run(*tensors, *derived.values, *self._weights)  # type: ignore[no-any-return]
+        return self._run(*tensors, *derived.values, *self._weights)
 
     def _refresh(self) -> _Derived:
         """Compute the derived values anew; the stamp is read first, so that a change meanwhile is seen next time."""
         with self._lock, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             stamp = _stamp(self._sources)
-            # Aliases keep the old storages alive, so that a new one cannot stand at an old address unseen.
-            aliases = [source.detach() for source in self._sources]
-            return _Derived(stamp, aliases, self._derive(*self._sources))
+            samples = [_sample(source.detach()) for source in self._sources]
+            return _Derived(stamp, samples, torch.cat(samples), self._derive(*self._sources))
 
 
 def _stamp(sources: list[torch.Tensor]) -> list[Any]:
@@ -113,16 +119,27 @@ def _stamp(sources: list[torch.Tensor]) -> list[Any]:
     return [(source._version, source.data_ptr(), source.dtype) for source in sources]
 
 
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """A view of some elements of a weight: one in each row and column at least, all of a vector."""
+    return weight.view(-1)[:: weight.shape[-1] + 1 if weight.dim() > 1 else 1]
+
+
+def _can_be_watched(weight: torch.Tensor) -> bool:
+    """On an accelerator, looking at a sample would wait for the device; merging anew there costs next to nothing."""
+    return weight.device.type == "cpu" and weight.is_contiguous() and not weight.is_inference()
+
+
 def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
     return operator.attrgetter(str(node.target))(module)
 
 
-def _weight_only(graph: fx.Graph) -> list[fx.Node]:
+def _weight_only(module: fx.GraphModule, graph: fx.Graph) -> list[fx.Node]:
     """The nodes computed from weights alone whose values other nodes use."""
     constant: set[fx.Node] = set()
+    weights = {node for node in graph.nodes if node.op == "get_attr" and _can_be_watched(_attribute(module, node))}
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        from_weights = bool(inputs) and all(source.op == "get_attr" or source in constant for source in inputs)
+        from_weights = bool(inputs) and all(source in weights or source in constant for source in inputs)
         if node.op == "call_function" and from_weights and isinstance(node.meta.get("val"), torch.Tensor):
             constant.add(node)
     return [node for node in graph.nodes if node in constant and any(user not in constant for user in node.users)]

@@ -253,7 +253,7 @@ def _permute(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]
 
 def _unit_dims(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
     """A reshape that only adds or removes dims of size one."""
-    source, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    source, result = node.args[0].meta["val"], node.meta["val"]
     sizes = [size_of(source, dim) for dim in range(source.dim())]
     result_sizes = [size_of(result, dim) for dim in range(result.dim())]
     if [size for size in sizes if size != 1] != [size for size in result_sizes if size != 1]:
@@ -275,10 +275,10 @@ def _slice(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) 
 
 def _select(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
     source, dim, position = node.args[:3]
-    dim %= source.meta["val"].dim()  # type: ignore[union-attr, operator]
+    dim %= source.meta["val"].dim()
     if not isinstance(position, int) or position < 0:
         raise Opaque("a select from the end")
-    return evaluate(source, (*index[:dim], sympy.Integer(position), *index[dim:]), constants)  # type: ignore[misc]
+    return evaluate(source, (*index[:dim], sympy.Integer(position), *index[dim:]), constants)
 
 
 def _cast(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
@@ -301,10 +301,12 @@ def _triangle(relation: Any, outside: Callable[[Any], Any]) -> Callable[..., Any
 
 def _gather(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
     """x[rows, columns] with index tensors for all of x's dims."""
+    source: Any
+    indices: Any
     source, indices = node.args[:2]
-    if any(position is None for position in indices) or len(indices) != source.meta["val"].dim():  # type: ignore[union-attr, arg-type]
+    if any(position is None for position in indices) or len(indices) != source.meta["val"].dim():
         return _data(node, index)
-    inner = tuple(evaluate(position, _operand(node, position, index), constants) for position in indices)  # type: ignore[union-attr]
+    inner = tuple(evaluate(position, _operand(node, position, index), constants) for position in indices)
     return evaluate(source, inner, constants)
 
 
@@ -387,10 +389,10 @@ EVALUATORS = _table(
         ((aten.eq.Tensor, aten.eq.Scalar), _relational(sympy.Eq)),
         ((aten.ne.Tensor, aten.ne.Scalar), _relational(sympy.Ne)),
         (
-            (aten.logical_and.default, aten.bitwise_and.Tensor, getattr(aten, "__and__").Tensor),
+            (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor),
             _pointwise(_and),
         ),
-        ((aten.logical_or.default, aten.bitwise_or.Tensor, getattr(aten, "__or__").Tensor), _pointwise(_or)),
+        ((aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor), _pointwise(_or)),
         ((aten.logical_not.default, aten.bitwise_not.default), _negation),
         (
             (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar),

@@ -15,7 +15,7 @@ from .dispatch import Dispatcher
 from .errors import NotOptimizedError
 from .pipeline import default_rules
 from .report import Report
-from .rule import Rule
+from .rule import Rule, check_rules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,10 +55,9 @@ def optimize(
     """
     _check_model(model)
     _check_tracer(tracer)
-    for rule in rules:
-        _check_rule(rule)
+    rules = check_rules(rules)
     args, kwargs = _example_call(example_inputs)
-    options = {"rules": tuple(rules), "verify": verify, "tracer": tracer, "inplace": inplace}
+    options = {"rules": rules, "verify": verify, "tracer": tracer, "inplace": inplace}
     if _dispatcher_of(model) is not None:
         model = restore(model)
     fast = _optimized(model, options)
@@ -168,13 +167,6 @@ def _check_tracer(tracer: str) -> None:
         raise ValueError(f"unknown tracer {tracer!r}; the known ones are {known}")
     if tracer == "hf-fx" and (missing := hf_fx_missing()):
         raise ValueError(missing)
-
-
-def _check_rule(rule: Any) -> None:
-    if isinstance(rule, type) and issubclass(rule, Rule):
-        raise TypeError(f"rules holds the class {rule.__name__}; pass an instance, {rule.__name__}()")
-    if not isinstance(rule, Rule):
-        raise TypeError(f"rules holds a {type(rule).__name__} ({rule!r}), expected instances of fxbt.Rule")
 
 
 def _example_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -92,7 +92,7 @@ def _trace(rule: Rule, match: Match) -> fx.GraphModule:
     def replacement(*tensors: torch.Tensor) -> Any:
         return rule.replace(match.facts, *tensors)
 
-    with fx_config.patch(backed_size_oblivious=True), mode, _without_new_guards(mode):
+    with fx_config.patch(backed_size_oblivious=True), mode, _without_new_guards(mode):  # type: ignore[attr-defined]
         return make_fx(replacement, tracing_mode="real", pre_dispatch=True)(*fakes)
 
 
@@ -118,7 +118,8 @@ def _splice(
 
 def _provenance(node: fx.Node, anchor: fx.Node, rule: Rule) -> dict[str, Any]:
     """A new node's meta: its own value, the module path and source line of what it replaces, and the rule's name."""
-    kept = {key: anchor.meta[key] for key in ("nn_module_stack", "stack_trace") if key in anchor.meta}
+    meta: Any = anchor.meta
+    kept = {str(key): meta[key] for key in ("nn_module_stack", "stack_trace") if key in meta}
     return {"val": node.meta.get("val"), "fxbt_rule": rule.name, **kept}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,10 @@ class Match:
     for; `facts` is the rule's own description, handed to `replace` unchanged. `replaces=False` means: found, and
     already in its best form (counted, not rewritten). `assumes` names constants whose *content* the proof read:
     should one change, the graph is not used any more.
+
+    Example::
+
+        return fxbt.Match(anchor, inputs=(x, gate), outputs=(anchor,), facts={"negated": True})
     """
 
     anchor: fx.Node

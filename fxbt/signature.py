@@ -87,7 +87,7 @@ class Binder:
         args, kwargs = self._by_keyword(args, kwargs)
         tensors: list[Tensor] = []
         seen: dict[int, int] = {}
-        parts: list[Hashable] = [_key(value, "args", tensors, seen) for value in args]
+        parts: list[Hashable] = [_key(v, f"args[{i}]", tensors, seen) for i, v in enumerate(args)]
         for name, value in kwargs.items():
             parts += (name, _key(value, name, tensors, seen))
         return Call(args, kwargs, tuple(tensors), (len(args), *parts, *_modes(tensors)))

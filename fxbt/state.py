@@ -8,12 +8,20 @@ import re
 import types
 from collections.abc import Iterator
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, types.BuiltinFunctionType, partial)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# No forward reads these, and those for keyword hooks follow the hooks themselves.
+_NOT_READ = {
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+}
+_KIND = attrgetter("dtype", "device", "shape")
 _OBJECT_DEPTH = 3  # a config inside a config inside a module: deeper than that is not the model's own state
 
 
@@ -33,7 +41,7 @@ class ModelState:
         self._seen: set[int] = set()
         self._visit_object(model, "", 0)
         self._copies = [container.copy() for container in self._live]
-        self._kinds = [(t.dtype, t.device, t.shape) for t in self.tensors]
+        self._kinds = list(map(_KIND, self.tensors))
         self._forwards = [kind.forward for kind in self._classes]
 
     def holds(self) -> bool:
@@ -42,7 +50,7 @@ class ModelState:
             return (
                 self._live == self._copies
                 and [kind.forward for kind in self._classes] == self._forwards
-                and [(t.dtype, t.device, t.shape) for t in self.tensors] == self._kinds
+                and list(map(_KIND, self.tensors)) == self._kinds
                 and all(container[key] is tensor for container, key, tensor in self._single)
             )
         except Exception:  # a replaced tensor compares elementwise, another thread may be editing a dict
@@ -82,6 +90,8 @@ class ModelState:
             self._visit_value(container, key, value, place, depth)
 
     def _visit_value(self, container: Any, key: Any, value: Any, place: str, depth: int) -> None:
+        if key in _NOT_READ:
+            return
         inner = place if key in ("_modules", "_parameters", "_buffers") else f"{place}.{key}".removeprefix(".")
         if isinstance(value, Tensor):
             self._visit_tensor(container, key, value)
@@ -130,7 +140,7 @@ def foreign_hook(model: nn.Module) -> str | None:
     the model itself are called around `forward` as ever.
     """
     everywhere = torch.nn.modules.module
-    if any(getattr(everywhere, f"_global{kind}") for kind in _HOOKS):
+    if any(getattr(everywhere, f"_global{kind}") for kind in HOOKS):
         return "global module hooks are registered (torch.nn.modules.module.register_module_*_hook)"
     for path, module in model.named_modules():
         if path and (hook := _foreign_hook_of(module)):
@@ -138,12 +148,9 @@ def foreign_hook(model: nn.Module) -> str | None:
     return None
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def _foreign_hook_of(module: nn.Module) -> str | None:
     own = _package(inspect.getsourcefile(type(module)))
-    for kind in _HOOKS:
+    for kind in HOOKS:
         for hook in getattr(module, kind).values():
             home = _package(_source(hook))
             if "backward" in kind or home is None or home != own:

@@ -162,9 +162,7 @@ def _unwind_sum(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], s
     return _extend(steps, inner, product)
 
 
-def _unwind_fill(
-    node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps: list[Step]
-) -> axes.Contraction:
+def _unwind_fill(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps: list[Step]) -> axes.Contraction:
     scores, mask, fill, keep = fill_operands(node)
     if not isinstance(fill, int | float) or not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
         raise Miss("scores are replaced by other values, not by one mask value", node=node)

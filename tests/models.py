@@ -5,9 +5,9 @@ fxbt: `count_attentions` and `compare`.
 
 Fully masked rows (left padding under a causal mask): measured on transformers 5.23, the eager and sdpa paths of
 GPT-2, Llama, CLIP's text model and the decoders of BART and Whisper differ there by the output's own magnitude
-(eager averages over all keys, sdpa gives zeros), on 4.57.6 those of GPT-2, Llama and Whisper; T5 and all encoders agree everywhere. So an optimised eager model
-must equal its original everywhere; an optimised sdpa model must equal its own original everywhere and the eager one
-at positions whose attention_mask is 1.
+(eager averages over all keys, sdpa gives zeros), on 4.57.6 those of GPT-2, Llama and Whisper; T5 and all encoders
+agree everywhere. So an optimised eager model must equal its original everywhere; an optimised sdpa model must equal
+its own original everywhere and the eager one at positions whose attention_mask is 1.
 """
 
 from __future__ import annotations
@@ -642,3 +642,26 @@ def difference(got: Tensor, want: Tensor) -> tuple[float, float]:
         return 0.0, 1.0
     got, want = got[finite].double(), want[finite].double()
     return (got - want).abs().max().item(), max(want.abs().max().item(), 1e-6)
+
+
+def gradients(model: nn.Module, fast: Any, inputs: Inputs) -> list[dict[str, Tensor]]:
+    """Gradients of the optimised and of the original model, by parameter, for the squared sum of the first output."""
+    grads = []
+    for run in (fast, model):
+        model.zero_grad()
+        output = run(**inputs)
+        (output if isinstance(output, Tensor) else output[0]).square().sum().backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return grads
+
+
+def compare_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Assert that the same parameters have the same gradients, to 1e-5 of the largest one's magnitude.
+
+    A key's bias has none but rounding (softmax takes no notice of it): its own magnitude is no measure.
+    """
+    assert set(actual) == set(expected), f"gradients of {set(actual) ^ set(expected)} on one side alone"
+    magnitude = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).abs().max().item()
+        assert error <= 1e-5 * magnitude, f"{name}: gradient differs by {error:.3g}, magnitude {magnitude:.3g}"

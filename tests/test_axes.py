@@ -94,7 +94,9 @@ def test_every_contraction_has_one_form(function, shapes):
     node = returned(graph_of(function, *(torch.randn(shape) for shape in shapes)))
     product = axes.contraction_of(node, axes.fresh(node))
     assert product is not None
-    (_, lhs), (_, rhs) = (axes.peel(*side) for side in ((product.lhs, product.lhs_axes), (product.rhs, product.rhs_axes)))
+    (_, lhs), (_, rhs) = (
+        axes.peel(*side) for side in ((product.lhs, product.lhs_axes), (product.rhs, product.rhs_axes))
+    )
     out = axes.resolve(product.axes)
     assert lhs[-1] == rhs[-1] == axes.leaves(product.contracted)
     assert (lhs[-2], rhs[-2]) == (out[-2], out[-1])
@@ -107,7 +109,8 @@ def test_linear_with_bias_is_no_contraction():
 
 
 def test_contraction_summing_one_operand_alone_is_refused():
-    node = returned(graph_of(lambda q, k: torch.einsum("bqd,bke->bqk", q, k), torch.randn(2, 3, 4), torch.randn(2, 5, 6)))
+    graph = graph_of(lambda q, k: torch.einsum("bqd,bke->bqk", q, k), torch.randn(2, 3, 4), torch.randn(2, 5, 6))
+    node = returned(graph)
     with pytest.raises(Miss, match="sums an axis of one operand alone"):
         axes.contraction_of(node, axes.fresh(node))
 

@@ -194,8 +194,10 @@ def test_another_dtype_of_the_same_parameter_objects():
     fast.to(torch.float64)
     assert ran_original(fast, x_of(2, 3).double())
     assert not ran_original(fast, x_of(2, 3).double())
-    fast.to(torch.float32)
+    fast.to(torch.float32)  # buffers are new objects now
+    fast(x_of(2, 3))
     assert not ran_original(fast, x_of(2, 3))
+    assert not fast.report.fallbacks
 
 
 def test_train_and_eval_have_graphs_of_their_own():
@@ -221,7 +223,9 @@ def test_training_takes_the_originals_random_numbers_on_the_first_call():
     assert torch.equal(torch.rand(2), expected[1])  # capturing drew none
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
 def test_modes_have_graphs_of_their_own(mode):
     fast = captured()
     with mode():
@@ -290,7 +294,7 @@ def test_an_object_argument_runs_the_original():
             return super().forward(x)
 
     fast = optimize(Loose().eval())
-    with pytest.warns(FxbtWarning, match="argument anything holds a object"):
+    with pytest.warns(FxbtWarning, match=r"argument args\[1\] holds a object"):
         assert ran_original(fast, x_of(2, 3), object())
     assert not fast.report.graphs
 
@@ -325,7 +329,8 @@ def test_hooks_of_the_model_itself_run_once_around_the_graph():
     handle = fast.register_forward_hook(lambda module, args, output: output + 1)
     x = x_of(2, 3)
     torch.testing.assert_close(fast(x), restore(fast)(x))
-    assert len(fast.report.graphs) <= 2 and not fast.report.fallbacks
+    assert len(fast.report.graphs) == 2 and not fast.report.fallbacks
+    assert not ran_original(fast, x)
     handle.remove()
 
 
@@ -508,9 +513,9 @@ def test_threads_of_many_signatures_and_models_capture_while_others_run():
             torch.testing.assert_close(shared(x, flag=flag), wanted[flag], rtol=1e-5, atol=1e-6)
             assert torch.equal(failing(x.abs()), x.abs())
             own = Net().eval()
-            torch.testing.assert_close(optimize(own)(x), restore(own)(x) if hasattr(own, "report") else own.forward(x))
+            torch.testing.assert_close(optimize(own)(x), own.forward(x))
 
-    in_threads(4, lambda i: work(i) if i else [shared(x) for _ in range(20)])
+    in_threads(4, work)
     assert len(shared.report.graphs) == 2
 
 

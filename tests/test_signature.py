@@ -70,7 +70,16 @@ def test_key_tells_apart(other):
 
 @pytest.mark.parametrize(
     ("one", "two"),
-    [(True, 1), (1, 1.0), (0.0, -0.0), ("1", 1), (Mode.A, Mode.B), (torch.float16, torch.float32), ([], ()), (1.0, 1 + 0j)],
+    [
+        (True, 1),
+        (1, 1.0),
+        (0.0, -0.0),
+        ("1", 1),
+        (Mode.A, Mode.B),
+        (torch.float16, torch.float32),
+        ([], ()),
+        (1.0, 1 + 0j),
+    ],
 )
 def test_static_values_are_told_apart_with_their_types(one, two):
     assert key(X, flag=one) != key(X, flag=two)

