@@ -8,6 +8,7 @@ seen wherever the atom stands.
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def regroup(atoms: Iterable[Atom], sizes: Sequence[Any]) -> Axes:
 RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 RESHAPES |= {aten.flatten.using_ints, aten.unflatten.int}
 UNIT_DIMS = {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims}
-IDENTITIES = {aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default}
+IDENTITIES = {aten.contiguous.default, aten.clone.default, aten.alias.default}
 EXPANDS = {aten.expand.default, aten.expand_as.default}
 PERMUTES = {
     aten.permute.default,
@@ -412,17 +413,31 @@ def broadcast_axes(node: fx.Node, axes: Axes) -> Axes:
 Sizes = Callable[[Atom], Any]
 
 
-def size_table(operands: Sequence[Axes]) -> dict[Atom, tuple[int, int]]:
-    """Where a replacement can read an atom's size: atom -> (operand, dim) whose dim is exactly this atom."""
-    table: dict[Atom, tuple[int, int]] = {}
+@dataclass(frozen=True)
+class SizeSource:
+    """Where a replacement reads an atom's size: `operands[operand].shape[dim] // divisor`."""
+
+    operand: int
+    dim: int
+    divisor: int
+
+
+def size_table(operands: Sequence[Axes]) -> dict[Atom, SizeSource]:
+    """The dims that tell the size of an atom: those that it has alone, else shares with axes of known size."""
+    table: dict[Atom, SizeSource] = {}
     for index, axes in enumerate(operands):
         for dim, label in enumerate(resolve(axes)):
-            if len(label) == 1:
-                table.setdefault(label[0], (index, dim))
+            unknown = [atom for atom in label if not atom.size.is_Integer]
+            if len(unknown) != 1:
+                continue
+            source = SizeSource(index, dim, math.prod(int(atom.size) for atom in label if atom.size.is_Integer))
+            known = table.get(unknown[0])
+            if known is None or source.divisor < known.divisor:
+                table[unknown[0]] = source
     return table
 
 
-def sizes_from(table: dict[Atom, tuple[int, int]], operands: Sequence[torch.Tensor]) -> Sizes:
+def sizes_from(table: dict[Atom, SizeSource], operands: Sequence[torch.Tensor]) -> Sizes:
     """The size of an atom inside a replacement: a number, a (symbolic) size of an operand, or -1: to be inferred."""
 
     def size(atom: Atom) -> Any:
@@ -430,8 +445,9 @@ def sizes_from(table: dict[Atom, tuple[int, int]], operands: Sequence[torch.Tens
             return int(atom.size)
         if atom not in table:
             return -1
-        operand, dim = table[atom]
-        return operands[operand].shape[dim]
+        source = table[atom]
+        whole = operands[source.operand].shape[source.dim]
+        return whole if source.divisor == 1 else whole // source.divisor
 
     return size
 
@@ -529,6 +545,8 @@ def _merge_dim(
             if not here:
                 shape[dim + offset] = _known(sizes(atom))
         tensor = tensor.expand(shape)
+        # merging broadcast with real axes copies anyway; copied first, it asks no question about sizes
+        tensor = tensor if len(label) == 1 else tensor.clone(memory_format=torch.contiguous_format)
     return tensor.flatten(dim, dim + len(label) - 1) if len(label) > 1 else tensor
 
 

@@ -64,7 +64,7 @@ def drop_copy(node: fx.Node) -> Any:
     """x.contiguous(), x.clone() -> x, except where the caller would see the strides or an alias."""
     if node.target not in COPIES or _feeds_output(node):
         return None
-    if _value(node.args[0]).requires_grad and node.target is aten.detach.default:
+    if node.target is aten.detach.default and torch.is_grad_enabled():
         return None
     return node.args[0]
 
@@ -173,6 +173,16 @@ def softmax_by_hand(node: fx.Node) -> Any:
     return softmax
 
 
+def softmax_of_shifted(node: fx.Node) -> Any:
+    """softmax(x - x.amax(dim, keepdim), dim) -> softmax(x, dim)"""
+    if node.target is not aten.softmax.int:
+        return None
+    scores = _shifted_by_its_max(node.args[0], int(node.args[1]) % _value(node).dim())  # type: ignore[arg-type]
+    if scores is not None and _value(scores).dtype == _value(node.args[0]).dtype:
+        node.update_arg(0, scores)
+    return None
+
+
 def _shifted_by_its_max(node: Any, dim: int) -> Any:
     """x, where node is x - x.amax(dim, keepdim=True) (or x - x.max(dim, keepdim=True)[0])."""
     if not isinstance(node, fx.Node) or node.target is not aten.sub.Tensor or node.kwargs.get("alpha", 1) != 1:
@@ -238,6 +248,7 @@ STEPS: tuple[Callable[[fx.Node], Any], ...] = (
     drop_neutral,
     fill_from_constant,
     softmax_by_hand,
+    softmax_of_shifted,
 )
 
 

@@ -30,11 +30,13 @@ from fxbt.patterns.scores import (
     WHERE,
     Add,
     Fill,
+    Floor,
     Scale,
     ScaleBy,
     Step,
     bias_of,
     check_fills,
+    check_not_coarser,
     fill_operands,
     proves_causal,
     query_and_key,
@@ -170,6 +172,7 @@ def _from_softmax(softmax: fx.Node) -> Description:
     if not keys:
         raise Miss("the softmax runs over an axis of size one", node=softmax)
     steps: list[Step] = []
+    check_not_coarser(softmax, softmax.meta["val"].dtype, scores.meta["val"].dtype)  # type: ignore[union-attr]
     product = unwind(scores, score_axes, keys, steps)  # type: ignore[arg-type]
     steps.reverse()
     if product.addend is not None:
@@ -186,7 +189,8 @@ def _from_softmax(softmax: fx.Node) -> Description:
     check_fills(steps)
     if found.zeroed is not None:
         _mask_by_zeroing(steps, found.zeroed)
-    _check_nothing_else_reads(found.output, (product.node, softmax))
+    operands = [node for node, _ in _operands(found, causal=False)]
+    _check_nothing_else_reads(found.output, (product.node, softmax), operands)
     return found
 
 
@@ -206,7 +210,7 @@ def _peel_scaled(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, 
 
 def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]) -> Description:
     """Forward from the softmax, through what does not mix keys, to the contraction with the value."""
-    node, labels = softmax, score_axes
+    node, labels, dtypes = softmax, score_axes, []
     dropout, zeroed, after = 0.0, None, []
     while True:
         user = _only_user(node)
@@ -214,6 +218,8 @@ def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]
         if product is not None:
             found = _with_value(product, node, keys, score_axes, after)
             found.dropout, found.zeroed = dropout, zeroed
+            for dtype in dtypes:
+                check_not_coarser(product.node, dtype, found.value.meta["val"].dtype)
             return found
         forward = axes.step_forward(node, labels, user)
         if forward is None and user.target in MULTIPLY | DIVIDE:
@@ -227,7 +233,8 @@ def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]
             if zeroed is not None:
                 raise Miss("the attention weights are masked twice", node=user)
             zeroed, forward = _zeroing(user, node, labels), labels
-        if forward is None and user.target in CASTS and user.meta["val"].dtype.is_floating_point:
+        if forward is None and user.target in CASTS:
+            dtypes.append(user.meta["val"].dtype)
             forward = labels
         if forward is None:
             raise Miss(
@@ -317,13 +324,16 @@ def _with_value(
     )
 
 
-def _check_nothing_else_reads(output: fx.Node, interior: tuple[fx.Node, ...]) -> None:
-    """The chain from product to output must die with the rewrite, else it would be computed twice."""
+def _check_nothing_else_reads(output: fx.Node, interior: tuple[fx.Node, ...], operands: list[fx.Node]) -> None:
+    """The chain from product to output must die with the rewrite, else it would be computed twice.
+
+    What the replacement itself reads lives on: a bias computed from the scores keeps them.
+    """
     dying = {output}
     waiting = list(output.all_input_nodes)
     while waiting:
         node = waiting.pop()
-        if node.op != "call_function" or node in dying or not all(user in dying for user in node.users):
+        if node.op != "call_function" or node in dying or node in operands or not all(user in dying for user in node.users):
             continue
         dying.add(node)
         waiting.extend(node.all_input_nodes)
@@ -441,7 +451,7 @@ def _operands(found: Description, causal: bool) -> list[tuple[fx.Node, axes.Axes
         (found.key, found.key_axes),
         (found.value, found.value_axes),
     ]
-    tensors = [step for step in (*found.steps, *found.after) if not isinstance(step, Scale)]
+    tensors = [step for step in (*found.steps, *found.after) if not isinstance(step, Scale | Floor)]
     if causal:
         tensors = [step for step in tensors if isinstance(step, ScaleBy)]
     operands += [(step.node, step.axes) for step in tensors if isinstance(step.node, fx.Node)]

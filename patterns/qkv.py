@@ -19,6 +19,8 @@ aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
 LINEAR = aten.linear.default
+# Past a detach, merging would turn a weight's missing gradient into zeros.
+BARRIERS = {SDPA, aten.detach.default}
 
 
 @dataclass
@@ -74,7 +76,7 @@ def _projection(operand: object) -> fx.Node | None:
         seen.add(node)
         if node.target is LINEAR:
             linears.append(node)
-        elif node.target is not SDPA:
+        elif node.target not in BARRIERS:
             waiting.extend(node.all_input_nodes)
     return linears[0] if len(linears) == 1 else None
 

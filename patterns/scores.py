@@ -69,7 +69,14 @@ class Fill:
     keep: bool
 
 
-Step = Scale | ScaleBy | Add | Fill
+@dataclass
+class Floor:
+    """max(S, lowest); lowest is at the bottom of the number range"""
+
+    lowest: float
+
+
+Step = Scale | ScaleBy | Add | Fill | Floor
 Operand = Callable[[fx.Node, axes.Axes], torch.Tensor]
 
 
@@ -88,7 +95,8 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
         return unwind(*back, keys, steps)
     if node.op != "call_function":
         raise Miss("no query-key product before the softmax", node=node, expected="a contraction over head_dim")
-    if node.target in CASTS and node.meta["val"].dtype.is_floating_point:
+    if node.target in CASTS:
+        check_not_coarser(node, node.meta["val"].dtype, node.args[0].meta["val"].dtype)  # type: ignore[union-attr]
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
     if node.target in SOFTCAP:
         raise Miss("the scores are softcapped, which SDPA cannot express", node=node)
@@ -101,13 +109,20 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
         return _unwind_sum(node, labels, keys, steps)
     if node.target in WHERE | MASKED_FILL:
         return _unwind_fill(node, labels, keys, steps)
-    if node.target in CLAMPS and _clamps_nothing(node):
+    if node.target in CLAMPS and (lowest := _floor(node)) is not None:
+        steps.append(Floor(lowest))
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
     raise Miss(
         "the scores pass through an op that is no affine step",
         node=node,
         expected="scale, bias, mask or cast between the query-key product and the softmax",
     )
+
+
+def check_not_coarser(node: fx.Node, dtype: torch.dtype, than: torch.dtype) -> None:
+    """SDPA computes at least as precisely as its operands; what the model rounds on the way, it does not."""
+    if not (dtype.is_floating_point and than.is_floating_point) or torch.finfo(dtype).eps > torch.finfo(than).eps:
+        raise Miss(f"attention passes through {dtype}, coarser than its operands' {than}", node=node)
 
 
 def _try_operands(
@@ -178,10 +193,11 @@ def fill_operands(node: fx.Node) -> tuple[Any, Any, Any, bool]:
     return (values, mask, fill, True) if isinstance(values, fx.Node) else (fill, mask, values, False)
 
 
-def _clamps_nothing(node: fx.Node) -> bool:
-    """A clamp from below at the bottom of the number range."""
+def _floor(node: fx.Node) -> float | None:
+    """The bound of a clamp from below alone, at the bottom of the number range, where it changes no real score."""
     lowest, highest = (*node.args[1:], None, None)[:2]
-    return isinstance(lowest, int | float) and lowest <= BOTTOM and highest is None and not node.kwargs
+    is_bottom = isinstance(lowest, int | float) and lowest <= BOTTOM
+    return lowest if is_bottom and highest is None and not node.kwargs else None  # type: ignore[return-value]
 
 
 def query_and_key(
@@ -235,6 +251,8 @@ def bias_of(steps: list[Step], operand: Operand) -> torch.Tensor | None:
 def _apply(step: Step, bias: torch.Tensor | None, operand: Operand) -> torch.Tensor | None:
     if isinstance(step, Scale):
         return None if bias is None else bias * step.number
+    if isinstance(step, Floor):
+        return None if bias is None else bias.clamp(min=step.lowest)
     if isinstance(step, ScaleBy):
         return None if bias is None else times(bias, operand(step.node, step.axes), step.divide)
     if isinstance(step, Fill):
@@ -263,7 +281,7 @@ def proves_causal(
     steps: list[Step], seq: tuple[axes.Atom, ...], keys: tuple[axes.Atom, ...]
 ) -> tuple[fx.Node, ...] | None:
     """The constants on whose content it rests that the steps mask exactly key > query; None where unproven."""
-    masking = [step for step in steps if not isinstance(step, Scale)]
+    masking = [step for step in steps if not isinstance(step, Scale | Floor)]
     if len(masking) != 1 or not isinstance(masking[0], Add | Fill) or not isinstance(masking[0].node, fx.Node):
         return None
     (step,) = masking

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models import compare, compare_gradients, count_attentions, difference, gradients
+from mutants import MUTANTS, Mutant, finish
+from spellings import SPELLINGS, Spelling
 from torch import Tensor, nn
 
 import fxbt
-from tests.models import compare, compare_gradients, count_attentions, difference, gradients
-from tests.mutants import MUTANTS, Mutant, finish
-from tests.spellings import SPELLINGS, Spelling
 
 SPELLING_SHAPES = ((2, 6), (3, 9), (4, 11))
 BATCH, SEQ, HIDDEN, HEADS, DIM = 2, 6, 16, 4, 4

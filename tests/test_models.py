@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-import fxbt
-from tests.models import (
+from models import (
     CASES,
     CASES_BY_NAME,
     VARIANT_IDS,
@@ -25,6 +22,9 @@ from tests.models import (
     count_attentions,
     gradients,
 )
+from torch import nn
+
+import fxbt
 
 variants = pytest.mark.parametrize(("case", "implementation"), VARIANTS, ids=VARIANT_IDS)
 
