@@ -405,6 +405,8 @@ def broadcast_axes(node: fx.Node, axes: Axes) -> Axes:
     kept = axes[len(axes) - len(sizes) :]
     if len(kept) != len(sizes):
         raise Miss("an operand has more dims than the value it meets", node=node)
+    if any(size != 1 and not label for label, size in zip(kept, sizes, strict=True)):
+        raise Miss("an operand is larger than the value it meets", node=node)
     return tuple(() if size == 1 else label for label, size in zip(kept, sizes, strict=True))
 
 

@@ -152,6 +152,19 @@ def _constant_tensor(node: fx.Node) -> torch.Tensor | None:
     return node.target(*args, **node.kwargs)
 
 
+def copy_to_cast_and_expand(node: fx.Node) -> Any:
+    """copy(x, y), what functionalising y's write into x leaves -> y cast and expanded to x: that has a derivative"""
+    if node.target is not aten.copy.default:
+        return None
+    into, source = node.args[:2]
+    with node.graph.inserting_before(node):
+        cast = node.graph.call_function(aten.to.dtype, (source, _value(node).dtype))
+        cast.meta = {**node.meta, "val": _value(source).to(_value(node).dtype)}
+        expanded = node.graph.call_function(aten.expand_as.default, (cast, into))
+    expanded.meta = dict(node.meta)
+    return expanded
+
+
 def softmax_by_hand(node: fx.Node) -> Any:
     """e / e.sum(dim, keepdim) with e = exp(x - x.amax(dim, keepdim)) -> softmax(x, dim)"""
     if node.target is not aten.div.Tensor or not all(isinstance(arg, fx.Node) for arg in node.args[:2]):
@@ -238,6 +251,7 @@ CONSTANT_OPS = {
 NEUTRAL = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}
 
 STEPS: tuple[Callable[[fx.Node], Any], ...] = (
+    copy_to_cast_and_expand,
     drop_inactive_dropout,
     drop_same_dtype_cast,
     drop_copy,

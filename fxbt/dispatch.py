@@ -288,7 +288,8 @@ def _value_difference(new: Any, old: Any) -> str | None:
     # A row of scores masked with -inf throughout is NaN in eager attention only: NaN may become a number.
     new, old = (t.detach()[~old.isnan()].double() for t in (new, old))
     magnitude = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
-    tolerance = (1e-3 if kinds[0][0] in (torch.float32, torch.float64) else 0.1) * max(magnitude, 1e-6)
+    is_precise = kinds[0][0] in (torch.float32, torch.float64) and not torch._C._is_any_autocast_enabled()
+    tolerance = (1e-3 if is_precise else 0.1) * max(magnitude, 1e-6)
     if torch.allclose(new, old, rtol=0.0, atol=tolerance):
         return None
     return f"is off by up to {(new - old).abs().max().item():.1e} at a magnitude of {magnitude:.1e}"

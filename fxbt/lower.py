@@ -53,6 +53,21 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
+def _attention_with_gradient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """SDPA for training: torch 2.13's CPU flash kernel has wrong gradients in rows that a mask blocks entirely."""
+    if attn_mask is None or query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, **options)[0]
+
+
 @dataclass
 class _Derived:
     """Values computed from weights, with the state of the weights they were computed from."""
@@ -84,7 +99,7 @@ class Program:
         self._derive, self._sources = _hoist(module, graph, derived)
         self._weights = _bind_weights(module, graph)
         for node in graph.nodes:
-            node.target = BINDINGS.get(node.target, node.target) if node.op == "call_function" else node.target
+            node.target = _binding(node) if node.op == "call_function" else node.target
         self._run = _compile(graph)
         self._lock = threading.Lock()
         self._derived = self._refresh() if derived else None
@@ -112,6 +127,13 @@ class Program:
             stamp = _stamp(self._sources)
             samples = [_sample(source.detach()) for source in self._sources]
             return _Derived(stamp, samples, torch.cat(samples), self._derive(*self._sources))
+
+
+def _binding(node: fx.Node) -> Any:
+    is_attention = node.target is aten.scaled_dot_product_attention.default
+    if is_attention and "fxbt_rule" in node.meta and torch.is_grad_enabled():
+        return _attention_with_gradient
+    return BINDINGS.get(node.target, node.target)
 
 
 def _stamp(sources: list[torch.Tensor]) -> list[Any]:

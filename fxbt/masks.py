@@ -22,6 +22,7 @@ from .canonical import CASTS, argument
 
 aten = torch.ops.aten
 Index = tuple[Any, ...]
+EXACT_FOR_POSITIONS = {torch.int32, torch.int64, torch.float32, torch.float64}
 Truth = Relational | BooleanFunction | BooleanAtom  # not sympy's Boolean: its Symbol is one, integers included
 
 
@@ -72,7 +73,7 @@ def zero_else_below(value: Any, limit: float) -> Any | None:
     if isinstance(value, sympy.Piecewise):
         cases = [(zero_else_below(case, limit), when) for case, when in value.args]
         return None if any(truth is None for truth, _ in cases) else _join(cases)
-    if not getattr(value, "is_number", False):
+    if not getattr(value, "is_number", False) or value is sympy.nan:
         return None
     if value == 0:
         return sympy.true
@@ -267,7 +268,7 @@ def _slice(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) 
     dim = argument(node, "dim", 0) % len(index)
     start, step = argument(node, "start") or 0, argument(node, "step", 1)
     start_value = evaluate(start, (), constants)
-    if not start_value.is_nonnegative and not isinstance(start, fx.Node):
+    if not start_value.is_nonnegative:
         raise Opaque("a slice from the end")
     moved = start_value + index[dim] * step
     return evaluate(node.args[0], (*index[:dim], moved, *index[dim + 1 :]), constants)
@@ -286,7 +287,20 @@ def _cast(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -
     dtype = node.meta["val"].dtype
     if dtype is torch.bool:
         return truth(value)
-    return sympy.Piecewise((1, value), (0, True)) if isinstance(value, Truth) else value
+    if isinstance(value, Truth):
+        return sympy.Piecewise((1, value), (0, True))
+    return _converted(value, dtype)
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    """A number as torch converts it; expressions only between types that hold every position exactly."""
+    if isinstance(value, sympy.Piecewise):
+        return sympy.Piecewise(*[(_converted(case, dtype), when) for case, when in value.args])
+    if value.is_number:
+        return _number(torch.tensor(float(value), dtype=torch.float64).to(dtype).item())
+    if not value.is_integer or dtype not in EXACT_FOR_POSITIONS:
+        raise Opaque(f"a cast to {dtype}")
+    return value
 
 
 def _triangle(relation: Any, outside: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -307,6 +321,8 @@ def _gather(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor])
     if any(position is None for position in indices) or len(indices) != source.meta["val"].dim():
         return _data(node, index)
     inner = tuple(evaluate(position, _operand(node, position, index), constants) for position in indices)
+    if not all(position.is_nonnegative for position in inner):  # torch wraps negative ones around
+        return _data(node, index)
     return evaluate(source, inner, constants)
 
 

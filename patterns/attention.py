@@ -31,6 +31,7 @@ from fxbt.patterns.scores import (
     Add,
     Fill,
     Floor,
+    Operand,
     Scale,
     ScaleBy,
     Step,
@@ -136,6 +137,8 @@ class Attention(Rule):
         for step in found.steps:
             if isinstance(step, ScaleBy):
                 query = times(query, operand(step.node, step.axes, per_query, expand=False), step.divide)
+        if torch.is_grad_enabled() and not plan.causal:
+            query = _without_masked_rows(query, found.steps, scores_operand)
         bias = None if plan.causal else bias_of(found.steps, scores_operand)
         if bias is not None:
             bias = _with_batch_and_keys(bias, query, key)
@@ -172,8 +175,8 @@ def _from_softmax(softmax: fx.Node) -> Description:
     if not keys:
         raise Miss("the softmax runs over an axis of size one", node=softmax)
     steps: list[Step] = []
-    check_not_coarser(softmax, softmax.meta["val"].dtype, scores.meta["val"].dtype)  # type: ignore[union-attr]
-    product = unwind(scores, score_axes, keys, steps)  # type: ignore[arg-type]
+    check_not_coarser(softmax, softmax.meta["val"].dtype, scores.meta["val"].dtype)
+    product = unwind(scores, score_axes, keys, steps)
     steps.reverse()
     if product.addend is not None:
         steps.insert(0, Add(product.addend, axes.broadcast_axes(product.addend, product.axes), product.addend_factor))
@@ -210,8 +213,10 @@ def _peel_scaled(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, 
 
 def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]) -> Description:
     """Forward from the softmax, through what does not mix keys, to the contraction with the value."""
-    node, labels, dtypes = softmax, score_axes, []
-    dropout, zeroed, after = 0.0, None, []
+    node, labels = softmax, score_axes
+    dtypes: list[torch.dtype] = []
+    after: list[ScaleBy | Scale] = []
+    dropout, zeroed = 0.0, None
     while True:
         user = _only_user(node)
         product = axes.contraction_with(user, node, labels) or _multiplied_and_summed(user, node, labels)
@@ -260,12 +265,13 @@ def _zeroing(user: fx.Node, weights: fx.Node, labels: axes.Axes) -> Fill:
 
 
 def _mask_by_zeroing(steps: list[Step], zeroed: Fill) -> None:
-    """Weights zeroed where the scores were filled: a fully masked row gives 0, which is what SDPA's -inf means."""
-    for step in steps:
-        if isinstance(step, Fill) and step.node is zeroed.node and step.keep == zeroed.keep:
-            step.fill = -math.inf
-            return
-    raise Miss("attention weights are zeroed where the scores were not masked", node=zeroed.node)
+    """Weights zeroed where the scores were filled last: a fully masked row gives 0, which is what SDPA's -inf means."""
+    fills = [step for step in steps if isinstance(step, Fill | Floor)]
+    last: Any = fills[-1] if fills else None
+    same_mask = isinstance(last, Fill) and last.node is zeroed.node and last.keep == zeroed.keep
+    if not same_mask or axes.resolve(last.axes) != axes.resolve(zeroed.axes):
+        raise Miss("attention weights are zeroed where the scores were not masked", node=zeroed.node)
+    last.fill = -math.inf
 
 
 def _only_user(node: fx.Node) -> fx.Node:
@@ -279,11 +285,11 @@ def _only_user(node: fx.Node) -> fx.Node:
 def _weight_factor(user: fx.Node, node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...]) -> Scale | ScaleBy:
     divide = user.target in DIVIDE
     position = 0 if user.args[0] is node else 1
-    factor = user.args[1 - position]
+    factor: Any = user.args[1 - position]
     if divide and (position == 1 or user.kwargs):
         raise Miss("something is divided by the attention weights", node=user)
     if not isinstance(factor, fx.Node):
-        return Scale(1 / factor if divide else factor)  # type: ignore[operator, arg-type]
+        return Scale(1 / factor if divide else factor)
     factor_axes = axes.broadcast_axes(factor, labels)
     if set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys)):
         raise Miss("the attention weights are multiplied by a tensor that varies along the keys", node=user)
@@ -333,7 +339,12 @@ def _check_nothing_else_reads(output: fx.Node, interior: tuple[fx.Node, ...], op
     waiting = list(output.all_input_nodes)
     while waiting:
         node = waiting.pop()
-        if node.op != "call_function" or node in dying or node in operands or not all(user in dying for user in node.users):
+        if (
+            node.op != "call_function"
+            or node in dying
+            or node in operands
+            or not all(user in dying for user in node.users)
+        ):
             continue
         dying.add(node)
         waiting.extend(node.all_input_nodes)
@@ -347,8 +358,8 @@ def _from_sdpa(node: fx.Node) -> Description | None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     query, key, value, mask = (given.get(name) for name in names[:4])
-    rank = query.meta["val"].dim()  # type: ignore[union-attr]
-    if given.get("enable_gqa") or any(operand.meta["val"].dim() != rank for operand in (key, value)):  # type: ignore[union-attr]
+    rank = query.meta["val"].dim()
+    if given.get("enable_gqa") or any(operand.meta["val"].dim() != rank for operand in (key, value)):
         return None
     output_axes = axes.fresh(node)
     query_axes = (*output_axes[:-1], axes.fresh(query)[-1])  # type: ignore[arg-type]
@@ -362,7 +373,7 @@ def _from_sdpa(node: fx.Node) -> Description | None:
         is_boolean = mask.meta["val"].dtype is torch.bool
         steps.append(Fill(mask, mask_axes, -math.inf, True) if is_boolean else Add(mask, mask_axes, 1))
     scale = given.get("scale")
-    head_size = query.meta["val"].shape[-1]  # type: ignore[union-attr]
+    head_size = query.meta["val"].shape[-1]
     if scale is None and not isinstance(head_size, int):
         return None
     key, key_axes = axes.peel(key, key_axes)  # type: ignore[arg-type]
@@ -467,7 +478,17 @@ def _with_batch_and_keys(bias: torch.Tensor, query: torch.Tensor, key: torch.Ten
     return bias if shape == [-1] * 4 else bias.expand(shape)
 
 
-def _same_dtype(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def _without_masked_rows(query: torch.Tensor, steps: list[Step], operand: Operand) -> torch.Tensor:
+    """Zero the queries that a finite fill masks everywhere: their weights stay uniform, and as in a fill, no gradient
+    passes from them to the scores."""
+    for step in steps:
+        if isinstance(step, Fill) and step.fill > -math.inf:
+            mask = operand(step.node, step.axes)
+            query = query * (mask if step.keep else mask.logical_not()).any(-1, keepdim=True)
+    return query
+
+
+def _same_dtype(*tensors: Any) -> list[Any]:
     """Operands of different float dtypes promoted to the widest, as SDPA takes one dtype."""
     floats = [tensor for tensor in tensors if tensor is not None and tensor.is_floating_point()]
     widest = floats[0].dtype

@@ -47,7 +47,7 @@ class MergeQKV(Rule):
             if not isinstance(weight, fx.Node) or weight.op != "get_attr":
                 raise Miss("a projection's weight is computed, not a parameter", node=linears[0])
         facts = Projections(
-            [int(weight.meta["val"].shape[0]) for weight in weights],  # type: ignore[union-attr]
+            [int(weight.meta["val"].shape[0]) for weight in weights],
             [bias is not None for bias in biases],
         )
         inputs = (linears[0].args[0], *weights, *(bias for bias in biases if bias is not None))

@@ -30,7 +30,14 @@ SUBTRACT = {aten.sub.Tensor, aten.sub.Scalar}
 WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 MASKED_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 CLAMPS = {aten.clamp.default, aten.clamp_min.default}
-CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device}
+CASTS = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten.type_as.default,
+    aten._to_copy.default,
+}
 SOFTCAP = {aten.tanh.default}
 
 
@@ -96,7 +103,7 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
     if node.op != "call_function":
         raise Miss("no query-key product before the softmax", node=node, expected="a contraction over head_dim")
     if node.target in CASTS:
-        check_not_coarser(node, node.meta["val"].dtype, node.args[0].meta["val"].dtype)  # type: ignore[union-attr]
+        check_not_coarser(node, node.meta["val"].dtype, node.args[0].meta["val"].dtype)
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
     if node.target in SOFTCAP:
         raise Miss("the scores are softcapped, which SDPA cannot express", node=node)
@@ -222,7 +229,7 @@ def check_fills(steps: list[Step]) -> None:
             continue
         later = steps[place + 1 :]
         final = step.fill * math.prod(other.number for other in later if isinstance(other, Scale))
-        if final > LARGEST_FILL:
+        if not final <= LARGEST_FILL:  # NaN included
             raise Miss(
                 f"masked scores end at {final:g}: not low enough to be a mask for every score",
                 node=step.node,
@@ -281,7 +288,7 @@ def proves_causal(
     steps: list[Step], seq: tuple[axes.Atom, ...], keys: tuple[axes.Atom, ...]
 ) -> tuple[fx.Node, ...] | None:
     """The constants on whose content it rests that the steps mask exactly key > query; None where unproven."""
-    masking = [step for step in steps if not isinstance(step, Scale | Floor)]
+    masking: list[Any] = [step for step in steps if not isinstance(step, Scale | Floor)]
     if len(masking) != 1 or not isinstance(masking[0], Add | Fill) or not isinstance(masking[0].node, fx.Node):
         return None
     (step,) = masking
@@ -292,7 +299,7 @@ def proves_causal(
     index = masks.index_symbols(len(labels))
     try:
         value = masks.evaluate(step.node, index, constants)
-    except masks.Opaque:
+    except (masks.Opaque, TypeError):  # sympy raises TypeError on NaN: not proven either
         return None
     attend = _attends(step, value)
     causal = attend is not None and masks.is_causal(attend, index[labels.index(seq)], index[labels.index(keys)])

@@ -30,12 +30,14 @@ class Spelling:
         make: a new module with fixed weights, in eval mode.
         inputs: (batch, seq) -> keyword arguments.
         attentions: how many attentions one forward makes.
+        found: how many of them the built-in rules take.
     """
 
     name: str
     make: Callable[[], nn.Module]
     inputs: Callable[[int, int], Inputs]
     attentions: int = 1
+    found: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -116,7 +118,7 @@ INPUTS: dict[type[Projected], Callable[[int, int], Inputs]] = {
 
 
 def spelling(
-    kind: type[Projected] = Alone, *, attentions: int = 1, kv_heads: int = HEADS
+    kind: type[Projected] = Alone, *, attentions: int = 1, found: int | None = None, kv_heads: int = HEADS
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as a spelling under its own name."""
 
@@ -128,7 +130,9 @@ def spelling(
                 nn.init.normal_(linear.weight, std=1.3 / math.sqrt(HIDDEN))
             return module.eval()
 
-        SPELLINGS.append(Spelling(attend.__name__, make, INPUTS[kind], attentions))
+        SPELLINGS.append(
+            Spelling(attend.__name__, make, INPUTS[kind], attentions, attentions if found is None else found)
+        )
         return attend
 
     return register
@@ -654,9 +658,9 @@ def queries_gated_after_softmax(m: Any, x: Tensor, mask: Tensor) -> Tensor:
     return join((q @ k.mT * DIM**-0.5).softmax(-1) * mask[:, None, :, None] @ v)
 
 
-@spelling()
+@spelling(found=0)
 def attention_sink(m: Any, x: Tensor) -> Tensor:
-    """A learned extra score a head that takes weight and gives no value (GPT-OSS's way)."""
+    """A learned extra score a head that takes weight and gives no value (GPT-OSS's way): left as it is so far."""
     q, k, v = projections(m, x)
     scores = q @ k.mT * DIM**-0.5
     sink = m.head_scale.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)

@@ -21,7 +21,10 @@ def attends(function, *, keep=True, weights=None):
     node = returned(module)
     index = masks.index_symbols(node.meta["val"].dim())
     constants = masks.read_constants(node)
-    value = masks.evaluate(node, index, constants)
+    try:
+        value = masks.evaluate(node, index, constants)
+    except (masks.Opaque, TypeError):
+        return False
     truth = masks.truth(value) if node.meta["val"].dtype is torch.bool else masks.zero_else_below(value, -1e9)
     truth = truth if keep else masks.negate(truth)
     return truth is not None and masks.is_causal(truth, index[-2], index[-1])
@@ -56,6 +59,8 @@ CAUSAL = {
     "tril of ones": lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(),
     "four dims": lambda x: (positions(x)[1] <= positions(x)[0])[None, None].expand(x.shape[0], 1, -1, -1),
     "additive": additive,
+    "cast to bfloat16": lambda x: additive(x).bfloat16(),
+    "gathered": lambda x: torch.arange(x.shape[1])[positions(x)[1]] <= positions(x)[0],
     "additive from one minus": lambda x: (1.0 - (positions(x)[1] <= positions(x)[0]).float()) * -3e38,
 }
 NOT_CAUSAL = {
@@ -72,6 +77,10 @@ NOT_CAUSAL = {
     "with padding": lambda x: (positions(x)[1] <= positions(x)[0]) & (x > 0)[:, None, :],
     "soft": lambda x: torch.where(positions(x)[1] <= positions(x)[0], 0.0, -1.0),
     "offset": lambda x: torch.where(positions(x)[1] <= positions(x)[0], 1.0, -3e38),
+    "rounded positions": compare(lambda query, key: (key * 0.5).long() <= (query * 0.5).long()),
+    "half positions": compare(lambda query, key: key.half() <= query.half()),
+    "not a number": lambda x: (1.0 - (positions(x)[1] <= positions(x)[0]).float()) * -math.inf,
+    "wrapped around": lambda x: torch.arange(x.shape[1])[positions(x)[1] - 2] <= positions(x)[0],
     "first diagonal": lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(1),
 }
 
