@@ -65,10 +65,44 @@ def test_derived_weights_follow_every_change(change):
 
 
 def test_casting_the_model_is_followed():
-    model, x, compiled = setting()
+    model, x, _ = setting()
+    fast = fxbt.optimize(model, (x,))
     model.to(torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(compiled.run(x.double())[0], model(x.double()))
+        for _ in range(2):
+            torch.testing.assert_close(fast(x.double()), model(x.double()))
+
+
+packed_here = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="weights are packed only on AVX-512, where that was measured to pay"
+)
+
+
+@packed_here
+@pytest.mark.parametrize("shape", [(16, 6), (2, 3, 6), (6,), (0, 6), (2, 0, 6)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_packed_linears_take_every_input(shape, strided):
+    model = Function(lambda x, w, b: F.linear(x, w, b), w=torch.randn(5, 6), b=torch.randn(5)).eval()
+    with torch.no_grad():
+        compiled = compile_graph(capture(model, make_call(model, torch.randn([2] * (len(shape) - 1) + [6]))), ())
+        assert compiled.derived_bytes == 5 * 6 * 4
+        x = torch.randn(*shape[:-1], 12)[..., ::2] if strided else torch.randn(shape)
+        torch.testing.assert_close(compiled.run(x)[0], model(x))
+
+
+@packed_here
+def test_a_weight_used_twice_is_packed_once():
+    model = Function(lambda x, w: F.linear(F.linear(x, w), w), w=torch.randn(6, 6)).eval()
+    with torch.no_grad():
+        compiled = compile_graph(capture(model, make_call(model, torch.randn(3, 6))), ())
+    assert compiled.derived_bytes == 6 * 6 * 4
+
+
+def test_double_precision_is_not_packed():
+    model = Function(lambda x, w: F.linear(x, w), w=torch.randn(6, 6)).eval().double()
+    with torch.no_grad():
+        compiled = compile_graph(capture(model, make_call(model, torch.randn(3, 6).double())), ())
+    assert compiled.derived_bytes == 0
 
 
 def test_with_gradients_weights_are_derived_in_the_graph():

@@ -23,6 +23,7 @@ ROOMS = [
     "masks",
     "rewrite",
     "verify",
+    "weights",
     "lower",
     "show",
     "pipeline",
