@@ -6,8 +6,8 @@ point, shares common subexpressions and drops dead nodes. A new spelling of a kn
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -40,8 +40,13 @@ def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
-def _feeds_output(node: fx.Node) -> bool:
-    return any(user.op == "output" for user in node.users)
+def reaches_output(node: fx.Node) -> bool:
+    """Whether the caller gets `node` itself or a view of it: its strides show, and writes to it would be felt."""
+    return any(user.op == "output" or (_is_view(user) and reaches_output(user)) for user in node.users)
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.target is operator.getitem or getattr(node.target, "is_view", False)
 
 
 def drop_inactive_dropout(node: fx.Node) -> Any:
@@ -62,7 +67,7 @@ def drop_same_dtype_cast(node: fx.Node) -> Any:
 
 def drop_copy(node: fx.Node) -> Any:
     """x.contiguous(), x.clone() -> x, except where the caller would see the strides or an alias."""
-    if node.target not in COPIES or _feeds_output(node):
+    if node.target not in COPIES or reaches_output(node):
         return None
     if node.target is aten.detach.default and torch.is_grad_enabled():
         return None
@@ -71,7 +76,7 @@ def drop_copy(node: fx.Node) -> Any:
 
 def drop_whole_slice(node: fx.Node) -> Any:
     """x[:, 0:everything] -> x"""
-    if node.target is not aten.slice.Tensor or _feeds_output(node):
+    if node.target is not aten.slice.Tensor or reaches_output(node):
         return None
     if argument(node, "step", 1) != 1 or argument(node, "start") not in (None, 0):
         return None
@@ -83,14 +88,14 @@ def drop_whole_slice(node: fx.Node) -> Any:
 
 def drop_no_op_layout(node: fx.Node) -> Any:
     """A reshape or expand to the shape x already has -> x"""
-    if node.target not in (aten.reshape.default, aten.expand.default) or _feeds_output(node):
+    if node.target not in (aten.reshape.default, aten.expand.default) or reaches_output(node):
         return None
     return node.args[0] if _same_shape(_value(node.args[0]), _value(node)) else None
 
 
 def drop_neutral(node: fx.Node) -> Any:
     """x * 1 -> x, x + 0 -> x for integers (a float -0.0 + 0 is 0.0)"""
-    if node.target not in NEUTRAL or node.kwargs or _feeds_output(node) or not isinstance(node.args[0], fx.Node):
+    if node.target not in NEUTRAL or node.kwargs or reaches_output(node) or not isinstance(node.args[0], fx.Node):
         return None
     same = isinstance(node.args[1], int | float) and node.args[1] == NEUTRAL[node.target]
     if not same or _value(node.args[0]).dtype != _value(node).dtype:
@@ -143,7 +148,7 @@ def _constant_number(node: Any) -> float | int | None:
 def _constant_tensor(node: fx.Node) -> torch.Tensor | None:
     if node.op == "get_attr":
         is_lifted = str(node.target).startswith("lifted_tensor_")
-        return attrgetter(str(node.target))(node.graph.owning_module) if is_lifted else None
+        return operator.attrgetter(str(node.target))(node.graph.owning_module) if is_lifted else None
     if node.target not in CONSTANT_OPS:
         return None
     args = [_constant_tensor(arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
@@ -301,7 +306,7 @@ def _share_common(graph: fx.Graph) -> None:
     """
     known: dict[Any, fx.Node] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or _feeds_output(node) or not _is_pure(node):
+        if node.op != "call_function" or reaches_output(node) or not is_pure(node):
             continue
         first = known.setdefault(_expression(node), node)
         if first is not node:
@@ -309,7 +314,8 @@ def _share_common(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _is_pure(node: fx.Node) -> bool:
+def is_pure(node: fx.Node) -> bool:
+    """Whether a node computes the same from the same inputs and writes nowhere."""
     schema = getattr(node.target, "_schema", None)
     is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     return not is_random and (schema is None or not schema.is_mutable)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .canonical import argument
+from .canonical import argument, is_pure, reaches_output
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
@@ -87,7 +87,8 @@ def weight_only(module: fx.GraphModule, graph: fx.Graph) -> list[fx.Node]:
     for node in list(graph.nodes):
         inputs = node.all_input_nodes
         from_weights = bool(inputs) and all(source in constant for source in inputs)
-        if node.op == "call_function" and from_weights and isinstance(node.meta.get("val"), torch.Tensor):
+        is_tensor = node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+        if is_tensor and from_weights and is_pure(node) and not reaches_output(node):
             constant.add(node)
     constant |= _pack_linears(graph, constant)
     calls = [node for node in graph.nodes if node in constant and node.op == "call_function"]

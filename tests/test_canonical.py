@@ -52,6 +52,8 @@ def test_steps_drop_what_changes_nothing(function, left):
         (lambda x: x.to(torch.float64) * 2, aten.to.dtype),
         (lambda x: x.transpose(1, 2).contiguous(), aten.contiguous.default),
         (lambda x: x[:, 1:] * 2, aten.slice.Tensor),
+        (lambda x: x.clone().transpose(0, 1), aten.clone.default),
+        (lambda x: x.transpose(0, 1).contiguous().flatten(0, 1), aten.contiguous.default),
         (lambda x: x + 0, aten.add.Tensor),
     ],
 )

@@ -98,6 +98,32 @@ def test_a_weight_used_twice_is_packed_once():
     assert compiled.derived_bytes == 6 * 6 * 4
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: (x @ w, F.dropout(w, 0.5, training=True)),
+        lambda x, w: x @ F.dropout(w, 0.5, training=True),
+        lambda x, w: x @ torch.rand_like(w),
+    ],
+)
+def test_random_values_are_drawn_anew(function):
+    x = torch.ones(3, 6)
+    model = Function(function, w=torch.ones(6, 6)).eval()
+    with torch.no_grad():
+        compiled = compile_graph(capture(model, make_call(model, x)), ())
+        assert not torch.equal(compiled.run(x)[-1], compiled.run(x)[-1])
+
+
+@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.unsqueeze(0), lambda w: w.split(3)[0], lambda w: w.t()])
+def test_what_the_caller_gets_is_not_kept(view):
+    x = torch.ones(3, 6)
+    model = Function(lambda x, w: (x @ w, view(w * 2)), w=torch.ones(6, 6)).eval()
+    with torch.no_grad():
+        compiled = compile_graph(capture(model, make_call(model, x)), ())
+        compiled.run(x)[1].zero_()
+        torch.testing.assert_close(compiled.run(x)[1], model(x)[1])
+
+
 def test_double_precision_is_not_packed():
     model = Function(lambda x, w: F.linear(x, w), w=torch.randn(6, 6)).eval().double()
     with torch.no_grad():
