@@ -45,6 +45,7 @@ class Case:
         qkv: least number of merged projections: linears that share an input and feed one attention.
         implementations: the attention implementations the model has.
         masks: names of inputs that hold the (batch, seq) validity of output positions.
+        tolerance: largest difference of an output, as a fraction of its magnitude.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Case:
     paddings: tuple[str, ...] = ALL_PADDINGS
     implementations: tuple[str, ...] = ("eager", "sdpa")
     masks: tuple[str, ...] = ("attention_mask",)
+    tolerance: float = 1e-5
 
     def __str__(self) -> str:
         return self.name
@@ -417,6 +419,9 @@ CASES: list[Case] = [
         texts_and_images,
         attentions=4,
         qkv=4,
+        # For one text and one image the only logit is a sum that cancels to 0.18: there, eager itself is 1.1e-5 of it
+        # away from float64 (measured; the optimised model 8e-7).
+        tolerance=2e-5,
     ),
     Case(
         "wav2vec2",
