@@ -7,6 +7,7 @@ point, shares common subexpressions and drops dead nodes. A new spelling of a kn
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -147,7 +148,7 @@ def _constant_number(node: Any) -> float | int | None:
 
 def _constant_tensor(node: fx.Node) -> torch.Tensor | None:
     if node.op == "get_attr":
-        is_lifted = str(node.target).startswith("lifted_tensor_")
+        is_lifted = re.search(r"(^|\W|_)lifted_tensor_\d+$", str(node.target))
         return operator.attrgetter(str(node.target))(node.graph.owning_module) if is_lifted else None
     if node.target not in CONSTANT_OPS:
         return None

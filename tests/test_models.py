@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import (
     CASES,
     CASES_BY_NAME,
@@ -22,6 +23,7 @@ from models import (
     count_attentions,
     gradients,
 )
+from packaging import version
 from torch import nn
 
 import fxbt
@@ -173,7 +175,9 @@ def test_autocast_is_no_worse_than_eager(name: str) -> None:
     assert actual.dtype == expected.dtype
     error, allowed = ((t.float() - want).abs().mean() for t in (actual, expected))
     assert error <= 1.2 * allowed, f"mean error {error:.3g} against fp32, eager's own is {allowed:.3g}"
-    assert fast.report.hits["attention"] == case.attentions, fast.report.why("attention")
+    # T5 of transformers 4 rounds its scores to bfloat16 on the way to the softmax, which SDPA would not.
+    rounds = name == "t5" and version.parse(transformers.__version__).major < 5
+    assert fast.report.hits["attention"] == (0 if rounds else case.attentions), fast.report.why("attention")
     assert fast.report.fallbacks == []
 
 
