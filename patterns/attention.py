@@ -42,6 +42,7 @@ from fxbt.patterns.scores import (
     proves_causal,
     query_and_key,
     times,
+    unexpanded,
     unwind,
 )
 
@@ -261,7 +262,7 @@ def _zeroing(user: fx.Node, weights: fx.Node, labels: axes.Axes) -> Fill:
     scores, mask, fill, keep = fill_operands(user)
     if scores is not weights or fill != 0 or not isinstance(mask, fx.Node):
         raise Miss("the attention weights are replaced by other values", node=user, expected="a fill of 0")
-    return Fill(mask, axes.broadcast_axes(mask, labels), 0.0, keep)
+    return Fill(*unexpanded(mask, axes.broadcast_axes(mask, labels)), 0.0, keep)
 
 
 def _mask_by_zeroing(steps: list[Step], zeroed: Fill) -> None:

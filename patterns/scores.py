@@ -177,7 +177,9 @@ def _unwind_sum(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], s
     sign = -1 if node.target in SUBTRACT else 1
     bias_factor = sign * alpha if position == 0 else 1
     score_factor = 1 if position == 0 else sign * alpha
-    bias_axes = axes.broadcast_axes(bias, labels) if isinstance(bias, fx.Node) else ()
+    bias_axes: axes.Axes = ()
+    if isinstance(bias, fx.Node):
+        bias, bias_axes = unexpanded(bias, axes.broadcast_axes(bias, labels))
     steps.append(Add(bias, bias_axes, bias_factor))
     if score_factor != 1:
         steps.append(Scale(score_factor))
@@ -188,8 +190,15 @@ def _unwind_fill(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], 
     scores, mask, fill, keep = fill_operands(node)
     if not isinstance(fill, int | float) or not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
         raise Miss("scores are replaced by other values, not by one mask value", node=node)
-    steps.append(Fill(mask, axes.broadcast_axes(mask, labels), float(fill), keep))
+    steps.append(Fill(*unexpanded(mask, axes.broadcast_axes(mask, labels)), float(fill), keep))
     return unwind(scores, axes.broadcast_axes(scores, labels), keys, steps)
+
+
+def unexpanded(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes]:
+    """A mask before it was expanded, perhaps to the shape of the very scores it masks."""
+    while node.target in axes.EXPANDS and (back := axes.step_back(node, labels)) is not None:
+        node, labels = back
+    return node, labels
 
 
 def fill_operands(node: fx.Node) -> tuple[Any, Any, Any, bool]:
