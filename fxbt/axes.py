@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import fx
 
+from .canonical import CASTS as CASTS
 from .rule import Miss
 
 aten = torch.ops.aten

@@ -35,6 +35,16 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     return default
 
 
+def attribute(module: Any, node: fx.Node) -> Any:
+    """The parameter, buffer or constant that a get_attr node stands for."""
+    return operator.attrgetter(str(node.target))(module)
+
+
+def writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dim() != b.dim():
         return False
@@ -149,7 +159,7 @@ def _constant_number(node: Any) -> float | int | None:
 def _constant_tensor(node: fx.Node) -> torch.Tensor | None:
     if node.op == "get_attr":
         is_lifted = re.search(r"(^|\W|_)lifted_tensor_\d+$", str(node.target))
-        return operator.attrgetter(str(node.target))(node.graph.owning_module) if is_lifted else None
+        return attribute(node.graph.owning_module, node) if is_lifted else None
     if node.target not in CONSTANT_OPS:
         return None
     args = [_constant_tensor(arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
@@ -317,9 +327,7 @@ def _share_common(graph: fx.Graph) -> None:
 
 def is_pure(node: fx.Node) -> bool:
     """Whether a node computes the same from the same inputs and writes nowhere."""
-    schema = getattr(node.target, "_schema", None)
-    is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return not is_random and (schema is None or not schema.is_mutable)
+    return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()) and not writes(node)
 
 
 def _expression(node: fx.Node) -> Any:

@@ -218,7 +218,7 @@ def _flat_forward(call: Call, outputs: _Outputs, run: Callable[..., Any]) -> Cal
         after = leaves(arguments)
         if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
             raise CaptureError("forward changes a container it was given; a graph would not")
-        _check_outputs(result, call)
+        _check_outputs(result)
         flat, outputs.spec = pytree.tree_flatten(result)
         outputs.constants = {i: leaf for i, leaf in enumerate(flat) if isinstance(leaf, _CONSTANTS)}
         return tuple(leaf for leaf in flat if not isinstance(leaf, _CONSTANTS))
@@ -235,7 +235,7 @@ def _share_batch(tensors: tuple[Tensor, ...]) -> None:
             torch._check(tensor.shape[0] == batch)
 
 
-def _check_outputs(result: Any, call: Call) -> None:
+def _check_outputs(result: Any) -> None:
     known = (*_CONSTANTS, Tensor, SymInt, SymFloat, SymBool)
     for place, leaf in named_leaves(result, "output"):
         if isinstance(leaf, known):

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .weights import Derived, attribute, compile_graph, hoist, weight_only
+from .canonical import attribute
+from .weights import Derived, compile_graph, hoist, weight_only
 
 aten = torch.ops.aten
 

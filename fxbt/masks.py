@@ -18,7 +18,7 @@ from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch import fx
 
 from .axes import IDENTITIES, PERMUTES, RESHAPES, permutation, size_of
-from .canonical import CASTS, argument
+from .canonical import CASTS, argument, attribute
 
 aten = torch.ops.aten
 Index = tuple[Any, ...]
@@ -62,7 +62,7 @@ def read_constants(node: fx.Node) -> dict[fx.Node, torch.Tensor]:
     while waiting:
         current = waiting.pop()
         if current.op == "get_attr":
-            found[current] = operator.attrgetter(str(current.target))(current.graph.owning_module)
+            found[current] = attribute(current.graph.owning_module, current)
         waiting.extend(source for source in current.all_input_nodes if source not in seen)
         seen.update(current.all_input_nodes)
     return found

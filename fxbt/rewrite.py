@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError, statically_known_true
 
+from .canonical import writes
 from .rule import Match, Miss, Rule
 
 Verify = Callable[[Match, list[fx.Node], list[fx.Node]], None]
@@ -152,15 +153,10 @@ def _erase_dead(graph: fx.Graph, roots: tuple[fx.Node, ...]) -> list[fx.Node]:
     erased, waiting = [], list(roots)
     while waiting:
         node = waiting.pop()
-        if node in erased or node.users or node.op != "call_function" or _writes(node):
+        if node in erased or node.users or node.op != "call_function" or writes(node):
             continue
         sources = node.all_input_nodes
         graph.erase_node(node)
         erased.append(node)
         waiting.extend(sources)
     return erased
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable

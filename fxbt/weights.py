@@ -6,7 +6,6 @@ a weight has changed. Packed linears are such values too: a weight reordered for
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .canonical import argument, is_pure, reaches_output
+from .canonical import argument, attribute, is_pure, reaches_output
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
@@ -29,9 +28,8 @@ class Derived:
     """Values computed from weights, with the state of the weights they were computed from."""
 
     stamp: list[Any]
-    samples: list[
-        torch.Tensor
-    ]  # live views; they keep the old storages alive, so no new one can stand at their address
+    # live views: they keep the old storages alive, so that no new one can stand at their address unseen
+    samples: list[torch.Tensor]
     sampled: torch.Tensor
     values: tuple[torch.Tensor, ...]
 
@@ -75,10 +73,6 @@ def _nbytes(value: torch.Tensor) -> int:
 def _address(value: torch.Tensor) -> int | None:
     """Where the storage of a value stands; packed weights have none to look at."""
     return value.untyped_storage().data_ptr() if value.layout is torch.strided else None
-
-
-def attribute(module: fx.GraphModule, node: fx.Node) -> Any:
-    return operator.attrgetter(str(node.target))(module)
 
 
 def weight_only(module: fx.GraphModule, graph: fx.Graph) -> list[fx.Node]:

@@ -23,7 +23,6 @@ from torch import fx
 
 from fxbt import Match, Miss, Rule, axes
 from fxbt.patterns.scores import (
-    CASTS,
     DIVIDE,
     MASKED_FILL,
     MULTIPLY,
@@ -239,7 +238,7 @@ def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]
             if zeroed is not None:
                 raise Miss("the attention weights are masked twice", node=user)
             zeroed, forward = _zeroing(user, node, labels), labels
-        if forward is None and user.target in CASTS:
+        if forward is None and user.target in axes.CASTS:
             dtypes.append(user.meta["val"].dtype)
             forward = labels
         if forward is None:

@@ -30,14 +30,6 @@ SUBTRACT = {aten.sub.Tensor, aten.sub.Scalar}
 WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 MASKED_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 CLAMPS = {aten.clamp.default, aten.clamp_min.default}
-CASTS = {
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten.type_as.default,
-    aten._to_copy.default,
-}
 SOFTCAP = {aten.tanh.default}
 
 
@@ -102,7 +94,7 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
         return unwind(*back, keys, steps)
     if node.op != "call_function":
         raise Miss("no query-key product before the softmax", node=node, expected="a contraction over head_dim")
-    if node.target in CASTS:
+    if node.target in axes.CASTS:
         check_not_coarser(node, node.meta["val"].dtype, node.args[0].meta["val"].dtype)
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
     if node.target in SOFTCAP:
