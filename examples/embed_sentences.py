@@ -29,7 +29,6 @@ SENTENCES = [
     "How do I bake sourdough bread at home?",
     "A recipe for a loaf with a natural starter, flour, water and salt.",
 ]
-LAYER = "encoder.layer.0.attention.self"
 ROUNDS = 40
 
 
@@ -68,14 +67,6 @@ def show_similarities(title: str, vectors: torch.Tensor) -> None:
     print(f"\n{title}: cosine similarity of each sentence with each other")
     for index, row in enumerate(vectors @ vectors.T):
         print("  " + "  ".join(f"{value:6.3f}" for value in row.tolist()) + f"   {SENTENCES[index]}")
-
-
-def show_layer(diff: str) -> None:
-    """The lines of a graph diff that lie in `LAYER`."""
-    print(f"\n{LAYER} before (-) and after (+); module names below it:")
-    for line in diff.splitlines():
-        if LAYER in line:
-            print("  " + line.replace(LAYER, "").replace("#   [", "# [").removesuffix("  # "))
 
 
 def side_by_side(calls: dict[str, Callable[[], torch.Tensor]]) -> dict[str, list[float]]:
@@ -119,7 +110,7 @@ def main() -> None:
         raise SystemExit("the embeddings differ by more than 1e-5")
 
     print(f"\n{fast.report}")
-    show_layer(fast.report.diff())
+    print(f"\nWhat each rewrite took out (-) and put in (+):\n\n{fast.report.diff()}")
 
     embed(sdpa, batch)
     calls = {

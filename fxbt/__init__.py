@@ -7,23 +7,34 @@ Example::
     print(fast.report)
 """
 
-from . import axes, masks
-from .errors import CaptureError, ExampleError, FxbtWarning, NotOptimizedError
+from . import axes, masks, ops, testing
+from .canonical import argument
+from .errors import CaptureError, ExampleError, FxbtWarning, NotOptimizedError, RuleError
+from .match import Found, is_float_cast, op_of
+from .miss import Miss
 from .optimize import optimize, restore
 from .pipeline import default_rules
-from .rule import Match, Miss, Rule
+from .rule import Match, Rule, rule
 
 __all__ = [
     "CaptureError",
     "ExampleError",
+    "Found",
     "FxbtWarning",
     "Match",
     "Miss",
     "NotOptimizedError",
     "Rule",
+    "RuleError",
+    "argument",
     "axes",
     "default_rules",
+    "is_float_cast",
     "masks",
+    "op_of",
+    "ops",
     "optimize",
     "restore",
+    "rule",
+    "testing",
 ]

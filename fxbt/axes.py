@@ -8,6 +8,7 @@ seen wherever the atom stands.
 
 from __future__ import annotations
 
+import functools
 import math
 import string
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +18,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Min
 
 from .canonical import CASTS as CASTS
-from .rule import Miss
+from .canonical import argument as argument
+from .miss import Miss
 
 aten = torch.ops.aten
 
@@ -66,9 +69,36 @@ def size_of(value: torch.Tensor, dim: int) -> Any:
     if not isinstance(size, torch.SymInt):
         return sympy.Integer(size)
     shape_env = size.node.shape_env
-    expr = shape_env.replace(size.node.expr)
+    expr = shape_env.replace(size.node.expr).replace(FloorDiv, _quotient)
+    if expr.has(Min):
+        expr = expr.xreplace(_proven_minima(shape_env, len(shape_env.guards)))
+        expr = expr.replace(Min, functools.partial(_smallest, shape_env))
     bounds = shape_env.bound_sympy(expr)
     return sympy.Integer(int(bounds.lower)) if bounds.is_singleton() else expr
+
+
+@functools.lru_cache(maxsize=4)
+def _proven_minima(shape_env: Any, guards: int) -> dict[Any, Any]:
+    """What guards say about minima: min(16, s) == s once a table of 16 rows, cut to s, met an axis of s."""
+    equal = [guard.expr.replace(FloorDiv, _quotient) for guard in shape_env.guards if isinstance(guard.expr, sympy.Eq)]
+    sides = [(fact.lhs, fact.rhs) for fact in equal if isinstance(fact, sympy.Eq)]
+    sides += [(rhs, lhs) for lhs, rhs in sides]
+    return {lhs: rhs for lhs, rhs in sides if isinstance(lhs, Min) and not rhs.has(Min)}
+
+
+def _smallest(shape_env: Any, *sizes: Any) -> Any:
+    """min(16, s) -> s where s is known to be at most 16."""
+    for size in sizes:
+        others = [other for other in sizes if other is not size]
+        if all(shape_env.bound_sympy(size).upper <= shape_env.bound_sympy(other).lower for other in others):
+            return size
+    return Min(*sizes)
+
+
+def _quotient(size: Any, divisor: Any) -> Any:
+    """(s**2) // s -> s: what reshapes with -1 infer."""
+    whole = _divides(divisor, size)
+    return FloorDiv(size, divisor) if whole is None else whole
 
 
 def sizes_of(node: fx.Node) -> list[Any]:

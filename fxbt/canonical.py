@@ -26,7 +26,12 @@ def _value(node: Any) -> Any:
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
-    """The argument called `name` in the op's schema, whether given by position, by keyword or not at all."""
+    """The argument called `name` in the op's schema, whether given by position, by keyword or not at all.
+
+    Example::
+
+        fxbt.argument(node, "attn_mask")
+    """
     if name in node.kwargs:
         return node.kwargs[name]
     for position, argument in enumerate(node.target._schema.arguments):
@@ -40,12 +45,18 @@ def attribute(module: Any, node: fx.Node) -> Any:
     return operator.attrgetter(str(node.target))(module)
 
 
+def with_graph(module: Any, graph: fx.Graph) -> fx.GraphModule:
+    """A module of its own for `graph`, whose weights and constants are those of `module`."""
+    names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return fx.GraphModule({name: operator.attrgetter(name)(module) for name in names}, graph)
+
+
 def writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
-def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dim() != b.dim():
         return False
     return all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
@@ -92,7 +103,7 @@ def drop_whole_slice(node: fx.Node) -> Any:
     if argument(node, "step", 1) != 1 or argument(node, "start") not in (None, 0):
         return None
     end = argument(node, "end")
-    if end in (None, WHOLE_AXIS) or _same_shape(_value(node.args[0]), _value(node)):
+    if end in (None, WHOLE_AXIS) or same_shape(_value(node.args[0]), _value(node)):
         return node.args[0]
     return None
 
@@ -101,7 +112,7 @@ def drop_no_op_layout(node: fx.Node) -> Any:
     """A reshape or expand to the shape x already has -> x"""
     if node.target not in (aten.reshape.default, aten.expand.default) or reaches_output(node):
         return None
-    return node.args[0] if _same_shape(_value(node.args[0]), _value(node)) else None
+    return node.args[0] if same_shape(_value(node.args[0]), _value(node)) else None
 
 
 def drop_neutral(node: fx.Node) -> Any:
@@ -181,6 +192,81 @@ def copy_to_cast_and_expand(node: fx.Node) -> Any:
     return expanded
 
 
+def linear_from_addmm(node: fx.Node) -> Any:
+    """addmm(bias, x, w), as a Conv1D computes it -> linear(x, w^T, bias); so does mm(x, w) for a weight"""
+    if node.target not in (aten.addmm.default, aten.mm.default) or node.kwargs:
+        return None
+    bias, x, weight = node.args if node.target is aten.addmm.default else (None, *node.args)
+    if weight.op != "get_attr" or (bias is not None and _value(bias).dim() != 1):
+        return None
+    with node.graph.inserting_before(node):
+        transposed = node.graph.call_function(aten.t.default, (weight,))
+        linear = node.graph.call_function(aten.linear.default, (x, transposed, bias))
+    transposed.meta = {**node.meta, "val": _value(weight).t()}
+    linear.meta = dict(node.meta)
+    return linear
+
+
+def linear_of_flattened(node: fx.Node) -> Any:
+    """linear(x.reshape(-1, k)).reshape(*x.shape[:-1], n) -> linear(x)"""
+    linear: Any = node.args[0] if node.args else None
+    if node.target not in (aten.reshape.default, aten.view.default) or linear.target is not aten.linear.default:
+        return None
+    flattened = linear.args[0]
+    if len(linear.users) != 1 or flattened.target not in (aten.reshape.default, aten.view.default):
+        return None
+    x = flattened.args[0]
+    same_rows = same_shape(_value(x)[..., 0], _value(node)[..., 0]) and _value(x).dim() == _value(node).dim()
+    same_columns = (
+        _value(x).shape[-1] == _value(flattened).shape[-1] and _value(node).shape[-1] == _value(linear).shape[-1]
+    )
+    if not (same_rows and same_columns):
+        return None
+    with node.graph.inserting_before(node):
+        whole = node.graph.call_function(aten.linear.default, (x, *linear.args[1:]))
+    whole.meta = {**linear.meta, "val": _value(node)}
+    return whole
+
+
+def variance_by_correction(node: fx.Node) -> Any:
+    """x.var(dim, unbiased) -> x.var(dim, correction=0 or 1)"""
+    if node.target is not aten.var.dim:
+        return None
+    options = {"correction": int(argument(node, "unbiased")), "keepdim": argument(node, "keepdim")}
+    node.target, node.args, node.kwargs = aten.var.correction, node.args[:2], options
+    return None
+
+
+def keep_reduced_dim(node: fx.Node) -> Any:
+    """x.mean(dim).unsqueeze(dim) -> x.mean(dim, keepdim=True), for sums, maxima and variances too"""
+    reduction: Any = node.args[0] if node.args else None
+    if node.target is not aten.unsqueeze.default or reduction.target not in REDUCTIONS or len(reduction.users) != 1:
+        return None
+    dims: Any = argument(reduction, "dim")
+    if argument(reduction, "keepdim") or not isinstance(dims, list | tuple) or len(dims) != 1:
+        return None
+    rank = _value(node).dim()
+    if dims[0] % rank != node.args[1] % rank:
+        return None
+    with node.graph.inserting_before(node):
+        kept = node.graph.call_function(reduction.target, reduction.args[:2], {**reduction.kwargs, "keepdim": True})
+    kept.meta = dict(node.meta)
+    return kept
+
+
+def new_to_full(node: fx.Node) -> Any:
+    """x.new_zeros(shape) -> full(shape, 0): it reads nothing of x, and so should not use it"""
+    if node.target not in NEW_FILLED:
+        return None
+    value = _value(node)
+    fill = node.args[2] if node.target is aten.new_full.default else NEW_FILLED[node.target]
+    options = {"dtype": value.dtype, "device": value.device}
+    with node.graph.inserting_before(node):
+        full = node.graph.call_function(aten.full.default, (node.args[1], fill), options)
+    full.meta = dict(node.meta)
+    return full
+
+
 def softmax_by_hand(node: fx.Node) -> Any:
     """e / e.sum(dim, keepdim) with e = exp(x - x.amax(dim, keepdim)) -> softmax(x, dim)"""
     if node.target is not aten.div.Tensor or not all(isinstance(arg, fx.Node) for arg in node.args[:2]):
@@ -243,6 +329,13 @@ CASTS = {
 COPIES = {aten.contiguous.default, aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default}
 COPIES.add(aten.detach.default)
 
+REDUCTIONS = {
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    aten.var.correction,
+    aten.linalg_vector_norm.default,
+}
 SCALAR_ARITHMETIC = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
 COMMUTATIVE = {aten.mul.Tensor, aten.add.Tensor}
 NUMBER_OVERLOADS = {
@@ -264,6 +357,8 @@ CONSTANT_OPS = {
     aten._to_copy.default,
 }
 
+NEW_FILLED = {aten.new_zeros.default: 0, aten.new_ones.default: 1, aten.new_full.default: None}
+
 NEUTRAL = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}
 
 STEPS: tuple[Callable[[fx.Node], Any], ...] = (
@@ -277,6 +372,11 @@ STEPS: tuple[Callable[[fx.Node], Any], ...] = (
     number_from_constant,
     drop_neutral,
     fill_from_constant,
+    linear_from_addmm,
+    linear_of_flattened,
+    variance_by_correction,
+    keep_reduced_dim,
+    new_to_full,
     softmax_by_hand,
     softmax_of_shifted,
 )
@@ -319,7 +419,7 @@ def _share_common(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op != "call_function" or reaches_output(node) or not is_pure(node):
             continue
-        first = known.setdefault(_expression(node), node)
+        first = known.setdefault(expression(node), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
@@ -330,7 +430,7 @@ def is_pure(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()) and not writes(node)
 
 
-def _expression(node: fx.Node) -> Any:
+def expression(node: fx.Node) -> Any:
     """A key that is equal for nodes that compute the same: numbers with their type and sign, for 1 == 1.0 == True."""
     arguments, spec = pytree.tree_flatten((node.args, node.kwargs))
     return (

@@ -24,11 +24,13 @@ import torch.fx.experimental._config as fx_config
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from . import outputs as forms
 from .errors import CaptureError
+from .patches import patched
 from .signature import Call, leaves, named_leaves
 from .state import HOOKS, ModelState, preserved
 
@@ -64,11 +66,15 @@ class _Outputs:
     constants: dict[int, Any] = field(default_factory=dict)  # position among the leaves -> value
 
 
-def capture(model: nn.Module, call: Call, tracer: str = "auto", *, rehearse: bool = True) -> Captured:
+def capture(
+    model: nn.Module, call: Call, tracer: str = "auto", *, rehearse: bool = True, any_image_size: bool = False
+) -> Captured:
     """Captures `model` as `call` calls it, under the caller's grad mode and autocast and the model's training flags.
 
     `rehearse` runs the model beforehand, for models that make tensors at their first call, and to see whether it
     changes its attributes at every call; a caller that just saw a call change nothing can save that.
+    `any_image_size` makes the axes past the second of inputs of four dims and more dynamic, which takes minutes for
+    some vision models (window attention) and serves only those who change them.
     The model's attributes are left as they were before tracing, whatever happens.
     Raises `CaptureError` with the reason and the line of the model's code where it stopped.
 
@@ -83,7 +89,7 @@ def capture(model: nn.Module, call: Call, tracer: str = "auto", *, rehearse: boo
             _rehearse(model, call, example)
         state = ModelState(model)
         try:
-            captured = _capture(model, call, example, tracer)
+            captured = _capture(model, call, example, tracer, 9 if any_image_size else 3)
         except CaptureError:
             raise
         except Exception as error:
@@ -112,17 +118,19 @@ def share(model: nn.Module, kind: type) -> Any:
     return other
 
 
-def _capture(model: nn.Module, call: Call, example: tuple[Tensor, ...], tracer: str) -> Captured:
+def _capture(model: nn.Module, call: Call, example: tuple[Tensor, ...], tracer: str, free_rank: int) -> Captured:
     if tracer == "hf-fx":
         return _capture_hf_fx(model, call, example)
-    return _capture_export(model, call, example, type(model).forward)
+    return _capture_export(model, call, example, type(model).forward, free_rank)
 
 
-def _capture_export(model: nn.Module, call: Call, example: tuple[Tensor, ...], run: Callable[..., Any]) -> Captured:
+def _capture_export(
+    model: nn.Module, call: Call, example: tuple[Tensor, ...], run: Callable[..., Any], free_rank: int = 3
+) -> Captured:
     first_error: Exception | None = None
-    for tensors, all_dims in _attempts(model, call, example):
+    for tensors, rank in _attempts(model, call, example, free_rank):
         try:
-            captured = _export(model, call, tensors, all_dims, run)
+            captured = _export(model, call, tensors, rank, run)
             captured.guards(*example)
             return captured
         except CaptureError:
@@ -134,8 +142,10 @@ def _capture_export(model: nn.Module, call: Call, example: tuple[Tensor, ...], r
     raise first_error
 
 
-def _attempts(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
-    """(example, whether all dims are dynamic rather than the first two), from the most general one down."""
+def _attempts(
+    model: nn.Module, call: Call, example: tuple[Tensor, ...], free_rank: int
+) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+    """(example, up to which rank inputs are dynamic in all dims rather than the first two), most general one first."""
     larger = [example]
     # An axis of size one is taken for a constant, so that it is made larger where the model agrees.
     for axes in ((0,), (0, 1)):
@@ -143,8 +153,9 @@ def _attempts(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> Iter
         if enlarged is not None and _accepts(model, call, enlarged):
             larger.insert(0, enlarged)
     for tensors in larger:
-        yield tensors, True
-        yield tensors, False
+        if any(2 < tensor.ndim <= free_rank for tensor in tensors):
+            yield tensors, free_rank
+        yield tensors, 2
 
 
 def _enlarge(example: tuple[Tensor, ...], axes: tuple[int, ...]) -> tuple[Tensor, ...] | None:
@@ -188,19 +199,21 @@ def _run(model: nn.Module, call: Call, tensors: Sequence[Tensor]) -> Any:
 
 
 def _export(
-    model: nn.Module, call: Call, tensors: tuple[Tensor, ...], all_dims: bool, run: Callable[..., Any]
+    model: nn.Module, call: Call, tensors: tuple[Tensor, ...], free_rank: int, run: Callable[..., Any]
 ) -> Captured:
     outputs = _Outputs()
     # A GraphModule's class is made for its own graph, and torch.export asks such modules for it.
     kind = nn.Module if isinstance(model, fx.GraphModule) else type(model)
-    flat = object.__new__(_subclass(kind, {"forward": _flat_forward(call, outputs, run)}))
+    forward = _flat_forward(call, outputs, run, ModelState(model))
+    flat = object.__new__(_subclass(kind, {"forward": forward}))
     # Hooks on the model itself are called around its forward as ever, graph or not.
     object.__setattr__(flat, "__dict__", {**vars(model), **{kind: OrderedDict() for kind in HOOKS}})
     dims = [
-        {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] != 1 and (all_dims or axis < 2)} for t in tensors
+        {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] != 1 and (t.ndim <= free_rank or axis < 2)}
+        for t in tensors
     ]
     # Size-oblivious: one graph serves size one too, wherever the model does not ask for it.
-    with fx_config.patch(backed_size_oblivious=True), warnings.catch_warnings():  # type: ignore[attr-defined]
+    with fx_config.patch(backed_size_oblivious=True), warnings.catch_warnings(), patched():  # type: ignore[attr-defined]
         warnings.simplefilter("ignore")
         program = torch.export.export(flat, tensors, strict=False, dynamic_shapes=(tuple(dims),) if dims else None)
         program = _functional(program, call)
@@ -209,7 +222,9 @@ def _export(
     return Captured(module, outputs.spec, _guards(module, call.names), tensors)
 
 
-def _flat_forward(call: Call, outputs: _Outputs, run: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+def _flat_forward(
+    call: Call, outputs: _Outputs, run: Callable[..., Any], state: ModelState
+) -> Callable[..., tuple[Any, ...]]:
     def forward(self: nn.Module, *tensors: Tensor) -> tuple[Any, ...]:
         _share_batch(tensors)
         arguments = call.rebuild(tensors)
@@ -218,8 +233,10 @@ def _flat_forward(call: Call, outputs: _Outputs, run: Callable[..., Any]) -> Cal
         after = leaves(arguments)
         if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
             raise CaptureError("forward changes a container it was given; a graph would not")
-        _check_outputs(result)
-        flat, outputs.spec = pytree.tree_flatten(result)
+        flat, outputs.spec = forms.flatten(result)
+        _check_outputs(result, flat)
+        if kept := [type(value).__name__ for value in forms.plain_objects(result) if state.knows(value)]:
+            raise CaptureError(f"forward returns a {kept[0]} that the model keeps; a graph would return another")
         outputs.constants = {i: leaf for i, leaf in enumerate(flat) if isinstance(leaf, _CONSTANTS)}
         return tuple(leaf for leaf in flat if not isinstance(leaf, _CONSTANTS))
 
@@ -235,14 +252,17 @@ def _share_batch(tensors: tuple[Tensor, ...]) -> None:
             torch._check(tensor.shape[0] == batch)
 
 
-def _check_outputs(result: Any) -> None:
+def _check_outputs(result: Any, flat: list[Any]) -> None:
     known = (*_CONSTANTS, Tensor, SymInt, SymFloat, SymBool)
-    for place, leaf in named_leaves(result, "output"):
-        if isinstance(leaf, known):
-            continue
-        kind = type(leaf).__name__
-        hint = "; pass use_cache=False" if "Cache" in kind else "; return tensors, or tuples, lists or dicts of them"
-        raise CaptureError(f"{place} holds a {kind}, which a graph cannot return{hint}")
+    unknown = [leaf for leaf in flat if not isinstance(leaf, known)]
+    if not unknown:
+        return
+    places = [place for place, leaf in named_leaves(result, "output") if leaf is unknown[0]]
+    kind = type(unknown[0]).__name__
+    place = places[0] if places else "an attribute of an output"
+    raise CaptureError(
+        f"{place} holds a {kind}, which a graph cannot return; return tensors, or tuples, lists or dicts of them"
+    )
 
 
 def _functional(program: ExportedProgram, call: Call) -> ExportedProgram:
@@ -312,11 +332,16 @@ def _set_outputs(graph: fx.Graph, constants: dict[int, Any]) -> None:
 
 
 def _erase_asserts(graph: fx.Graph) -> list[sympy.Basic]:
-    """Erases assertions. Those about input shapes are returned (they become guards); dtypes are in the call's key."""
+    """Erases assertions. Those about input shapes are returned (they become guards); dtypes are in the call's key.
+
+    Those about sizes that follow from values stay in the graph: a call for which they fail runs the original.
+    """
     conditions = []
     for node in [node for node in graph.nodes if node.target in _ASSERTS]:
         if node.target is aten._assert_scalar.default:
             value = node.args[0].meta["val"] if isinstance(node.args[0], fx.Node) else node.args[0]
+            if isinstance(value, SymBool) and free_unbacked_symbols(value):
+                continue
             if isinstance(value, SymBool):
                 conditions.append(value.node.expr)
         graph.erase_node(node)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import pipeline
+from . import outputs, pipeline
 from .capture import capture
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable
 from .report import Report
 from .rule import Rule
 from .signature import Binder, Call
 from .state import ModelState, foreign_hook, preserved, versions
+from .verify import difference
 
 _STATES_PER_FAILURE = 2  # a failed call is tried once more after an edit of the model, no more than that
 
@@ -87,6 +88,7 @@ class _Graph:
     guards: Callable[..., None]
     state: ModelState
     out_spec: pytree.TreeSpec
+    image_sizes: list[tuple[int, ...]]
 
     def applies(self, tensors: Sequence[Tensor]) -> bool:
         try:
@@ -105,12 +107,22 @@ class Dispatcher:
 
     max_captures = 8
 
-    def __init__(self, original: nn.Module, rules: Sequence[Rule] = (), verify: bool = False, tracer: str = "auto"):
+    def __init__(
+        self,
+        original: nn.Module,
+        rules: Sequence[Rule] = (),
+        verify: bool = False,
+        tracer: str = "auto",
+        padding: str = "drop",
+        dtype: torch.dtype | None = None,
+    ):
         self.original = original
+        self._dtype = dtype
         self.report = Report()
         self._rules = tuple(rules)
         self._verify = verify
         self._tracer = tracer
+        self._padding = padding
         self._binder = Binder(original.forward)
         self._graphs: dict[Hashable, list[_Graph]] = {}
         self._failed: dict[Hashable, list[ModelState]] = {}
@@ -229,18 +241,41 @@ class Dispatcher:
         raise CaptureError(f"forward writes in place to {', '.join(names.get(id(t), 'a tensor') for t in written)}")
 
     def _capture(self, call: Call, output: Any, rehearse: bool) -> None:
-        captured = capture(self.original, call, self._tracer, rehearse=rehearse)
+        another_size = any(g.image_sizes != _image_sizes(call.tensors) for g in self._graphs.get(self._key(call), ()))
+        captured = capture(self.original, call, self._tracer, rehearse=rehearse, any_image_size=another_size)
         try:
-            compiled = pipeline.compile(captured, self._rules, verify=self._verify)
-            difference = None if compiled.stochastic else _difference(compiled.run, captured.out_spec, call, output)
+            compiled = pipeline.compile(
+                captured, self._rules, verify=self._verify, padding=self._padding, dtype=self._dtype
+            )
+            problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, output)
         except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
-        if difference is not None:
-            raise CaptureError(f"the graph's outputs are not the original's: {difference}")
-        graph = _Graph(compiled.run, captured.guards, ModelState(self.original), captured.out_spec)
+        if problem is not None:
+            raise CaptureError(f"the graph's outputs are not the original's: {problem}")
+        graph = _Graph(
+            compiled.run, captured.guards, ModelState(self.original), captured.out_spec, _image_sizes(call.tensors)
+        )
         key = self._key(call)
         self.report.add_graph(f"{call}{' training' if self.original.training else ''}", captured, compiled)
         self._graphs[key] = [*self._graphs.get(key, ()), graph]  # a new list: readers take no lock
+
+    def _compare(self, compiled: pipeline.Compiled, spec: pytree.TreeSpec, call: Call, output: Any) -> str | None:
+        """What differs between the graph's outputs and the original's on the same call; None if nothing does."""
+        expected, original_spec = outputs.flatten(output)
+        if spec != original_spec:
+            return f"their structure is {spec}, not {original_spec}"
+        is_precise = self._dtype is None
+        dense = compiled.run if compiled.unpadding is None else compiled.dense
+        found = dense(*call.tensors)
+        if problem := _values_difference(found, expected, is_precise):
+            return problem
+        if not is_precise:
+            pairs = zip(found, expected, strict=True)
+            compiled.error = max((difference(new, old) for new, old in pairs if isinstance(old, Tensor)), default=0.0)
+        if compiled.unpadding is None:
+            return None
+        expected = compiled.unpadding.as_returned(expected, call.tensors)
+        return _values_difference(compiled.unpadding.uncounted(*call.tensors), expected, is_precise)
 
     def _remember_failure(self, call: Call) -> None:
         self._failed.setdefault(self._key(call), []).append(ModelState(self.original))
@@ -248,6 +283,10 @@ class Dispatcher:
     def _has_failed(self, call: Call) -> bool:
         states = self._failed.get(self._key(call), ())
         return len(states) >= _STATES_PER_FAILURE or any(state.holds() for state in states)
+
+
+def _image_sizes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape[2:]) for tensor in tensors if tensor.ndim > 3]
 
 
 def _is_traced() -> bool:
@@ -264,18 +303,14 @@ def _is_traced() -> bool:
     )
 
 
-def _difference(run: Callable[..., Any], spec: pytree.TreeSpec, call: Call, output: Any) -> str | None:
-    """What differs between the graph's outputs and the original's on the same call; None if nothing does."""
-    expected, original_spec = pytree.tree_flatten(output)
-    if spec != original_spec:
-        return f"their structure is {spec}, not {original_spec}"
-    for i, (new, old) in enumerate(zip(run(*call.tensors), expected, strict=True)):
-        if problem := _value_difference(new, old):
+def _values_difference(found: Sequence[Any], expected: Sequence[Any], is_precise: bool) -> str | None:
+    for i, (new, old) in enumerate(zip(found, expected, strict=True)):
+        if problem := _value_difference(new, old, is_precise):
             return f"output {i} {problem}"
     return None
 
 
-def _value_difference(new: Any, old: Any) -> str | None:
+def _value_difference(new: Any, old: Any, is_precise: bool) -> str | None:
     if not isinstance(old, Tensor):
         return None if type(new) is type(old) and new == old else f"is {new!r}, not {old!r}"
     if not isinstance(new, Tensor):
@@ -288,8 +323,8 @@ def _value_difference(new: Any, old: Any) -> str | None:
     # A row of scores masked with -inf throughout is NaN in eager attention only: NaN may become a number.
     new, old = (t.detach()[~old.isnan()].double() for t in (new, old))
     magnitude = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
-    is_precise = kinds[0][0] in (torch.float32, torch.float64) and not torch._C._is_any_autocast_enabled()
-    tolerance = (1e-3 if is_precise else 0.1) * max(magnitude, 1e-6)
+    is_precise = is_precise and kinds[0][0] in (torch.float32, torch.float64)
+    tolerance = (1e-3 if is_precise and not torch._C._is_any_autocast_enabled() else 0.1) * max(magnitude, 1e-6)
     if torch.allclose(new, old, rtol=0.0, atol=tolerance):
         return None
     return f"is off by up to {(new - old).abs().max().item():.1e} at a magnitude of {magnitude:.1e}"

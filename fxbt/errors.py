@@ -51,3 +51,11 @@ class ExampleError(FxbtError, ValueError):
     Example:
         >>> fxbt.optimize(torch.nn.Linear(2, 2), (torch.ones(1, 3),))  # raises ExampleError
     """
+
+
+class RuleError(FxbtError, ValueError):
+    """A rule that cannot work, found when it is registered, before any model runs.
+
+    Example:
+        >>> fxbt.rule(lambda x, unused: torch.tanh(x), lambda x: x, name="bad")  # raises RuleError
+    """

@@ -7,9 +7,7 @@ weight, say) is kept and refreshed when a source changes.
 
 from __future__ import annotations
 
-import operator
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +15,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from .canonical import attribute
-from .weights import Derived, compile_graph, hoist, weight_only
+from .kernels import make_masks_once, pack_linears, pack_linears_in, split_heads_once
+from .tune import Tuner
+from .weights import Weights, compile_graph, weight_only
 
 aten = torch.ops.aten
 
@@ -52,6 +52,12 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.where.self: torch.where,
     aten.where.ScalarOther: torch.where,
     aten.sym_size.int: torch.Tensor.size,
+    aten.to.dtype: torch.Tensor.to,
+    aten.to.device: torch.Tensor.to,
+    aten.gather.default: torch.gather,
+    aten.arange.default: torch.arange,
+    aten.__and__.Tensor: torch.bitwise_and,
+    aten.ge.Scalar: torch.ge,
 }
 
 
@@ -73,38 +79,58 @@ def _attention_with_gradient(
 class Program:
     """A rewritten graph as a thread-safe callable: `program(*tensors) -> tuple of outputs`.
 
-    `derived_bytes` is the memory of values derived from weights and kept.
+    `assumes` are the constants, by name, on whose content its proofs rest.
+
+    Values derived from weights alone are kept in `weights`, if they are given: the programs of one model that are
+    made with the same object share them. `kernels` says for each shape of a linear which kernel was chosen. With
+    `dtype`, linears compute in it.
+
+    Example:
+        >>> weights = Weights()
+        >>> dense, packed = (Program(module, assumes, weights) for module in (module, without_padding))
     """
 
-    def __init__(self, module: fx.GraphModule, assumes: Sequence[str], keep_derived: bool):
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        assumes: Mapping[str, torch.Tensor],
+        weights: Weights | None,
+        dtype: torch.dtype | None = None,
+    ):
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {}))
-        watched = {name: operator.attrgetter(name)(module) for name in assumes}
-        self._watched = [(live, live.clone(), name) for name, live in watched.items()]
-        derived = weight_only(module, graph) if keep_derived else []
-        self._derive, self._sources = hoist(module, graph, derived)
+        self._watched = [(live, live.clone(), name) for name, live in assumes.items()]
+        self.kernels: dict[str, str] = {}
+        self._derived: Weights | None = None
+        if weights is not None:
+            self._derive(module, graph, weights, dtype)
         self._weights = _bind_weights(module, graph)
         for node in graph.nodes:
             node.target = _binding(node) if node.op == "call_function" else node.target
         self._run = compile_graph(graph)
-        self._refreshing = threading.Lock()
-        self._derived = Derived.compute(self._derive, self._sources) if derived else None
 
-    @property
-    def derived_bytes(self) -> int:
-        return self._derived.nbytes() if self._derived else 0
+    def _derive(self, module: fx.GraphModule, graph: fx.Graph, weights: Weights, dtype: torch.dtype | None) -> None:
+        """Lower for running without gradients; what only depends on weights goes over to `weights`."""
+        constant = weight_only(module, graph)
+        tuner = Tuner()
+        if dtype is None:
+            pack_linears(graph, constant, tuner)
+        else:
+            pack_linears_in(dtype, graph, constant)
+        make_masks_once(graph)
+        split_heads_once(graph)
+        self.kernels = tuner.answers
+        self._places = weights.add(module, graph, constant)
+        self._derived = weights if self._places else None
 
-    def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+    def __call__(self, *tensors: Any) -> tuple[Any, ...]:
         for live, assumed, name in self._watched:
             if not torch.equal(live, assumed):
                 raise RuntimeError(f"{name} changed after the graph was proven on its content")
         if self._derived is None:
             return self._run(*tensors, *self._weights)
-        derived = self._derived
-        if not derived.holds(self._sources):
-            with self._refreshing:
-                derived = self._derived = Derived.compute(self._derive, self._sources)
-        return self._run(*tensors, *derived.values, *self._weights)
+        values = self._derived.current()
+        return self._run(*tensors, *[values[place] for place in self._places], *self._weights)
 
 
 def _binding(node: fx.Node) -> Any:

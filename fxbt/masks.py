@@ -102,6 +102,14 @@ def is_causal(value: Any, query: sympy.Symbol, key: sympy.Symbol) -> bool:
     )
 
 
+def implies_causal(value: Any, query: sympy.Symbol, key: sympy.Symbol) -> bool:
+    """Whether an evaluated boolean mask (True = attend) lets no query see a later key."""
+    if not isinstance(value, Truth):
+        return False
+    slacks = [_slack(term) for term in sympy.And.make_args(value)]
+    return any(slack is not None and (query - key - slack).is_nonnegative for slack in slacks)
+
+
 def _slack(term: Any) -> Any | None:
     """The integer expression that is >= 0 exactly where the comparison `term` holds."""
     if not isinstance(term, Relational):
@@ -398,6 +406,7 @@ EVALUATORS = _table(
         ((aten.rsub.Scalar, aten.rsub.Tensor), _arithmetic(lambda lhs, rhs: rhs - lhs)),
         ((aten.mul.Tensor, aten.mul.Scalar), _arithmetic(operator.mul)),
         ((aten.neg.default,), _pointwise(operator.neg)),
+        ((aten.abs.default,), _pointwise(sympy.Abs)),
         ((aten.le.Tensor, aten.le.Scalar), _relational(sympy.Le)),
         ((aten.lt.Tensor, aten.lt.Scalar), _relational(sympy.Lt)),
         ((aten.ge.Tensor, aten.ge.Scalar), _relational(sympy.Ge)),

@@ -10,12 +10,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import rewrite, show
+from . import debug
 from .canonical import canonicalize
 from .capture import Captured
 from .lower import Program
-from .rule import Miss, Rule, StageRecord, module_path
+from .miss import Miss
+from .outline import inline
+from .padding import drop_padding
+from .record import Snapshot, StageRecord, hits_of
+from .rule import Rule, check_rules, installed_rules
+from .stage import run_stage
+from .unpadding import Unpadding
 from .verify import Verifier, is_stochastic
+from .weights import Weights
 
 
 @dataclass
@@ -23,98 +30,160 @@ class Compiled:
     """A graph ready to run, and the record of how it came to be."""
 
     run: Callable[..., tuple[Any, ...]]
+    dense: Program
+    unpadding: Unpadding | None  # `run`, if it can drop padding
     module: fx.GraphModule
-    before: str
-    after: str
-    hits: dict[str, int]
-    misses: list[Miss]
-    refusals: list[str]
+    before: Snapshot
+    after: Snapshot
     stages: list[StageRecord]
     seconds: float
     stochastic: bool
     derived_bytes: int
+    kernels: dict[str, str]
+    error: float | None = None  # of the outputs against the original's, where a narrower dtype was asked for
+
+    @property
+    def hits(self) -> dict[str, int]:
+        return hits_of(self.stages)
+
+    @property
+    def misses(self) -> list[Miss]:
+        return [miss for stage in self.stages for miss in stage.misses]
+
+    @property
+    def refusals(self) -> list[str]:
+        return [str(miss) for miss in self.misses if miss.refused]
 
 
 def default_rules() -> tuple[Rule, ...]:
-    """The built-in rules, in the order they run: attention first, then QKV around it.
+    """The built-in rules in the order they run: small blocks first, then what is composed of them.
 
     Example::
 
-        fxbt.default_rules()  # (Attention(), MergeQKV())
+        [rule.name for rule in fxbt.default_rules()]  # activation, norm, rotary, attention, qkv, mlp, layers
     """
-    from fxbt.patterns import (
-        Attention,
-        MergeQKV,
-    )  # the rules import fxbt, so they are met only when asked for
+    import fxbt.patterns as patterns  # the rules import fxbt, so they are met only when asked for
 
-    return (Attention(), MergeQKV())
-
-
-def compile(captured: Captured, rules: Sequence[Rule], *, verify: bool = False) -> Compiled:
-    """Canonicalize `captured.module`, run `rules` over it in order, and lower it to a callable."""
-    start = time.perf_counter()
-    module = captured.module
-    before = show.text(module)
-    canonicalize(module)
-    verifier = Verifier(module, captured.example) if verify else None
-    assumes: list[str] = []
-    stages = [_run_stage(module, rule, verifier, assumes) for rule in rules]
-    canonicalize(module)
-    module.graph.lint()
-    keep_derived = not torch.is_grad_enabled()
-    program = Program(module, assumes, keep_derived)
-    return Compiled(
-        run=program,
-        module=module,
-        before=before,
-        after=show.text(module),
-        hits=_hits(stages),
-        misses=[miss for stage in stages for miss in stage.misses],
-        refusals=[refusal for stage in stages for refusal in stage.refusals],
-        stages=stages,
-        seconds=time.perf_counter() - start,
-        stochastic=is_stochastic(module),
-        derived_bytes=program.derived_bytes,
+    return (
+        patterns.Activation(),
+        patterns.LayerNorm(),
+        patterns.RMSNorm(),
+        patterns.Attention(),
+        patterns.MergeQKV(),
+        patterns.Rotary(),
+        patterns.MLP(),
+        patterns.DecoderLayer(),
+        patterns.EncoderLayer(),
+        patterns.ResidualNorm(),
     )
 
 
-def _hits(stages: list[StageRecord]) -> dict[str, int]:
-    hits: dict[str, int] = {}
-    for stage in stages:
-        hits[stage.name] = hits.get(stage.name, 0) + stage.hits
-    return hits
+def in_order(given: Sequence[Rule]) -> tuple[Rule, ...]:
+    """All rules in the order they run: given and installed ones as early as the blocks in their patterns exist.
+
+    A rule whose pattern names no block comes first: the built-in ones then work on what it leaves.
+    """
+    ordered = list(default_rules())
+    built_in = [rule.name for rule in ordered]
+    check_rules(given, reserved=built_in)
+    installed = check_rules(installed_rules(), reserved=[*built_in, *(rule.name for rule in given)])
+    for rule in reversed([*given, *installed]):
+        ops = rule.formula.ops if hasattr(rule, "pattern") else set()
+        made_by = [place for place, earlier in enumerate(ordered) if earlier.makes & ops]
+        ordered.insert(max(made_by, default=-1) + 1, rule)
+    return tuple(ordered)
 
 
-def _run_stage(module: fx.GraphModule, rule: Rule, verifier: Verifier | None, assumes: list[str]) -> StageRecord:
-    """Try one rule at each of its anchors; matches do not overlap, since erased nodes are no anchors any more."""
-    record = StageRecord(rule.name, nodes_before=len(module.graph.nodes))
+def compile(
+    captured: Captured,
+    rules: Sequence[Rule],
+    *,
+    verify: bool = False,
+    padding: str = "drop",
+    dtype: torch.dtype | None = None,
+) -> Compiled:
+    """Canonicalize `captured.module`, run `rules` over it in order, drop padding, and lower it to a callable."""
+    with debug.listening():
+        return _compile(captured, rules, verify, padding, dtype)
+
+
+def _compile(
+    captured: Captured, rules: Sequence[Rule], verify: bool, padding: str, dtype: torch.dtype | None
+) -> Compiled:
     start = time.perf_counter()
-    erased: set[fx.Node] = set()
-    for anchor in list(rule.anchors(module.graph)):
-        if anchor in erased:
-            continue
-        try:
-            erased.update(_try(module, rule, anchor, verifier, assumes))
-            record.hits += 1
-        except Miss as miss:
-            miss.rule, miss.where = rule.name, module_path(anchor)
-            record.misses.append(miss)
-    record.seconds = time.perf_counter() - start
-    record.nodes_after = len(module.graph.nodes)
-    record.refusals = [str(miss) for miss in record.misses if miss.refused]
-    return record
+    module = captured.module
+    before = Snapshot(module.graph)
+    canonicalize(module)
+    debug.graph("canonical", module)
+    is_needed = verify or not all(rule.proven or rule.outline for rule in rules)
+    verifier = Verifier(module, captured.example, every=verify) if is_needed else None
+    assumes: dict[str, torch.Tensor] = {}
+    stages = [run_stage(module, rule, verifier, assumes) for rule in rules]
+    canonicalize(module)
+    module.graph.lint()
+    after = Snapshot(module.graph)
+    flat = inline(module)
+    weights = None if torch.is_grad_enabled() else Weights()
+    program = Program(flat, assumes, weights, dtype)
+    unpadding = None
+    if padding == "drop":
+        record, unpadding = _drop_padding(flat, program, weights, captured.example, dtype)
+        stages.append(record)
+    return Compiled(
+        run=unpadding or program,
+        dense=program,
+        unpadding=unpadding,
+        module=module,
+        before=before,
+        after=after,
+        stages=stages,
+        seconds=time.perf_counter() - start,
+        stochastic=is_stochastic(flat.graph),
+        derived_bytes=weights.nbytes() if weights else 0,
+        kernels=program.kernels,
+    )
 
 
-def _try(
-    module: fx.GraphModule, rule: Rule, anchor: fx.Node, verifier: Verifier | None, assumes: list[str]
-) -> list[fx.Node]:
-    match = rule.find(anchor)
-    if not match.replaces:
-        return []
+def _drop_padding(
+    module: fx.GraphModule,
+    dense: Program,
+    weights: Weights | None,
+    example: Sequence[torch.Tensor],
+    dtype: torch.dtype | None,
+) -> tuple[StageRecord, Unpadding | None]:
+    """The graph without padding beside the dense one, where that is proven."""
+    count = len(module.graph.nodes)
+    record = StageRecord("padding", nodes_before=count, nodes_after=count)
+    start = time.perf_counter()
+    unpadding = None
     try:
-        erased = rewrite.apply(module, rule, match, verifier)
+        if weights is None:
+            raise Miss("gradients are enabled; padding is dropped at inference only")
+        if is_stochastic(module.graph):
+            raise Miss("the graph draws random numbers; padding is dropped at inference only")
+        if any(tensor.device.type != "cpu" for tensor in example):
+            raise Miss("padding is dropped on CPU only")
+        unpadding = _unpadding(module, dense, weights, example, dtype)
+        record.places.append("")
     except Miss as miss:
-        miss.refused = True
+        miss.rule = "padding"
+        record.misses.append(miss)
+    record.seconds = time.perf_counter() - start
+    return record, unpadding
+
+
+def _unpadding(
+    module: fx.GraphModule,
+    dense: Program,
+    weights: Weights,
+    example: Sequence[torch.Tensor],
+    dtype: torch.dtype | None,
+) -> Unpadding:
+    try:
+        unpadding = Unpadding(dense, drop_padding(module), weights, dtype)
+        unpadding.check(example)
+    except Miss:
         raise
-    assumes.extend(str(node.target) for node in match.assumes)
-    return erased
+    except Exception as error:  # a fault in here must not cost the dense graph
+        raise Miss("fxbt itself failed to drop padding", found=f"{type(error).__name__}: {error}") from error
+    return unpadding

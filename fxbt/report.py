@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from . import show
-from .rule import Miss, StageRecord
+from .miss import Miss, description, module_path, short_type, source_line
+from .outputs import paths
+from .record import Snapshot, StageRecord, hits_of
 
 if TYPE_CHECKING:
     from .capture import Captured
     from .pipeline import Compiled
+    from .unpadding import Unpadding
 
 NOTHING_YET = "nothing is captured yet: call the model, or fast.warmup(...) with inputs of the real kind"
 _SHOWN_MISSES = 8
+_ASKED = re.compile(r"\boutput_(\w+)=True")  # what a call asked to be returned: output_attentions=True
 
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One captured graph: its texts, what the rules did to it and how long it took.
+    """One captured graph: what the rules did to it and how long it took. Texts are made when they are asked for.
 
-    `before` and `after` are graph texts (see `fxbt.show.text`), `module` is the rewritten graph,
-    `derived_bytes` the memory of weights made from the model's own (merged ones). `nodes_before` and
-    `nodes_after` count the texts' lines: operations, inputs and the return, without weights and sizes.
+    `module` is the rewritten graph, `derived_bytes` the memory of weights made from the model's own (merged, packed
+    ones), `kernels` the kernel of each shape of a linear, and the microseconds that chose it. `error` is how far the
+    outputs of the captured call were from the original's, as a part of their magnitude, where a narrower `dtype` was
+    asked for. `nodes_before` and `nodes_after` count the lines of the texts in full: operations, inputs and the return,
+    without weights and sizes.
 
     Example::
 
@@ -35,38 +46,149 @@ class GraphReport:
     """
 
     signature: str
-    before: str
-    after: str
+    captured: Snapshot
+    rewritten: Snapshot
     module: fx.GraphModule
-    hits: dict[str, int]
-    misses: list[Miss]
-    refusals: list[str]
     stages: list[StageRecord]
+    out_spec: pytree.TreeSpec
     capture_seconds: float
     rewrite_seconds: float
-    nodes_before: int
-    nodes_after: int
     derived_bytes: int
+    kernels: dict[str, str]
+    error: float | None = None
+    unpadding: Unpadding | None = None
+
+    @property
+    def before(self) -> str:
+        """The graph as it was captured: see `fxbt.show.text`."""
+        return show.text(self.captured)
+
+    @property
+    def after(self) -> str:
+        """The graph as it runs: see `fxbt.show.text`."""
+        return show.text(self.rewritten)
+
+    @property
+    def hits(self) -> dict[str, int]:
+        """How often each rule fired."""
+        return hits_of(self.stages)
+
+    @property
+    def misses(self) -> list[Miss]:
+        """Every place where a rule was tried and did not fire, in the order of the stages and of the graph."""
+        return [miss for stage in self.stages for miss in stage.misses]
+
+    @property
+    def nodes_before(self) -> int:
+        return len(self._printers[1].printed)
+
+    @property
+    def nodes_after(self) -> int:
+        return len(self._printers[0].printed)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How the calls of this graph went, where it can drop padding: "packed", "dense" (nothing was padded), or why a
+        padded call ran dense.
+
+        Example::
+
+            fast.report.latest.calls  # {'packed': 12, 'dense': 3, 'padding stands at position 0, which is read': 1}
+        """
+        return dict(self.unpadding.calls) if self.unpadding else {}
 
     def diff(self) -> str:
-        """What the rewrites changed, as a unified diff of the two texts.
+        """What each rewrite took out and put in, equal ones once: see `fxbt.show.blocks`.
 
         Example::
 
             print(fast.report.graphs[signature].diff())
         """
-        return show.diff(self.before, self.after)
+        rewrites = [rewrite for stage in self.stages for rewrite in stage.rewrites]
+        return show.blocks(rewrites, dict(self._printers[1].symbols))
 
     def why(self, rule: str, at: str | None = None) -> str:
         """Why `rule` did not fire in this graph: see `Report.why`."""
-        names = dict.fromkeys([*(stage.name for stage in self.stages), *self.hits])
-        if rule not in names:
-            return f"no rule {rule!r} ran on this graph; the rules that ran: {', '.join(names) or 'none'}"
-        place = f" at {at}" if at else ""
+        if rule not in self.hits:
+            return f"no rule {rule!r} ran on this graph; the rules that ran: {', '.join(self.hits) or 'none'}"
+        if at and (unknown := self._unknown_place(at)):
+            return unknown
+        places = [
+            place for stage in self.stages if stage.name == rule for place in stage.places if _is_inside(place, at)
+        ]
         misses = [miss for miss in self.misses if miss.rule == rule and _is_inside(miss.where, at)]
-        if misses:
-            return "\n".join(_grouped(misses))
-        return f"{rule} has no near miss{place}; it fired {self.hits.get(rule, 0)} times in this graph"
+        parts = [_fired(rule, places)] if places else []
+        parts += self.nearest(misses)
+        elsewhere = f"; elsewhere it fired {self.hits[rule]} times" if at else ""
+        return "\n".join(parts) or f"{rule} found nothing to start from{f' at {at}' if at else ''}{elsewhere}"
+
+    def _unknown_place(self, at: str) -> str:
+        """A sentence, if no operation of the graph is inside module `at`."""
+        entries = (*self.captured.entries, *self.rewritten.entries)
+        parts = {tuple(module_path(entry.node).split(".")) for entry in entries}
+        modules = {".".join(path[:depth]) for path in parts for depth in range(1, len(path) + 1)}
+        if at in modules:
+            return ""
+        near = difflib.get_close_matches(at, sorted(modules), n=3)
+        return f"no operation of this graph is inside {at!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
+
+    def nearest(self, misses: Sequence[Miss]) -> list[str]:
+        """For each rule the misses that came nearest, those that read alike once, and how many others there are."""
+        by_rule: defaultdict[str, list[Miss]] = defaultdict(list)
+        for miss in misses:
+            by_rule[miss.rule].append(miss)
+        return [text for group in by_rule.values() for text in self._nearest(group)]
+
+    def _nearest(self, misses: Sequence[Miss]) -> list[str]:
+        most = max(miss.nearness for miss in misses)
+        nearest = [miss for miss in misses if miss.nearness == most]
+        lead = f"nearest miss of {len(misses)}" if len(misses) > 1 else "one miss"
+        texts = self._grouped(nearest, lead)
+        others = len(misses) - len(nearest)
+        return texts + ([f"and {others} less near: report.misses has them"] if others else [])
+
+    def _grouped(self, misses: Iterable[Miss], lead: str) -> list[str]:
+        """One text for misses that differ only in the layer they are at."""
+        keys = show.Keys(self._printers[0])
+        groups: dict[tuple[str, ...], list[Miss]] = {}
+        for miss in misses:
+            key = (miss.rule, miss.reason, str(miss.nearness), *miss.details(keys.describe))
+            groups.setdefault(key, []).append(miss)
+        return [_miss_text(group, lead, self._describe(group[0])) for group in groups.values()]
+
+    def _describe(self, miss: Miss) -> list[str]:
+        outputs = self._outputs_of(miss.nodes)
+
+        def describe(node: fx.Node) -> str:
+            return f"%output ({', '.join(outputs)})" if node.op == "output" and outputs else self._describe_node(node)
+
+        hints = [] if miss.hint else _output_hints(self.signature, outputs)
+        return miss.details(describe) + [f"  hint      {hint}" for hint in hints]
+
+    def _outputs_of(self, nodes: Sequence[fx.Node]) -> list[str]:
+        """The names of the model's outputs that are among `nodes`: `hidden_states[3]`."""
+        names = map(_key_text, paths(self.out_spec))
+        returned = self.rewritten.entries[-1].args[0]
+        return [name for name, value in zip(names, returned, strict=True) if value in nodes]
+
+    def _describe_node(self, node: fx.Node) -> str:
+        """A node by its name in `after`, with a quote by that in `before`, or as FX calls it."""
+        after, before = self._printers
+        if node in after.names:
+            return after.describe(node)
+        if node not in before.names:  # made by one rule and gone with another
+            type = short_type(node.meta.get("val"), after.size)
+            return description(f"%{node.name}", type, module_path(node), source_line(node))
+        name = before.names[node]
+        return before.describe(node).replace(name, f"{name}'", 1)
+
+    @cached_property
+    def _printers(self) -> tuple[show.Printer, show.Printer]:
+        """Those of `after` and `before`, with the names they hand out."""
+        printers = show.Printer(self.rewritten.entries), show.Printer(self.captured.entries)
+        for printer in printers:
+            printer.lines()
+        return printers
 
 
 @dataclass
@@ -100,8 +222,18 @@ class Report:
         return self.latest.hits if self.latest else {}
 
     @property
+    def misses(self) -> list[Miss]:
+        """Every place of the latest graph where a rule was tried and did not fire, as data.
+
+        Example::
+
+            [(miss.rule, miss.where, miss.matched, miss.total) for miss in fast.report.misses]
+        """
+        return self.latest.misses if self.latest else []
+
+    @property
     def before(self) -> str:
-        """The latest graph as it was captured, as text."""
+        """The latest graph as it was captured, as text: see `fxbt.show.text`."""
         return self.latest.before if self.latest else NOTHING_YET
 
     @property
@@ -110,7 +242,7 @@ class Report:
         return self.latest.after if self.latest else NOTHING_YET
 
     def diff(self) -> str:
-        """What the rewrites changed in the latest graph, as a unified diff.
+        """What each rewrite of the latest graph took out (`-`) and put in (`+`); equal layers are written once.
 
         Example::
 
@@ -119,10 +251,13 @@ class Report:
         return self.latest.diff() if self.latest else NOTHING_YET
 
     def why(self, rule: str, at: str | None = None) -> str:
-        """Why `rule` did not fire in the latest graph: its near misses, or a sentence saying that it fired.
+        """Why `rule` did not fire in the latest graph: its nearest misses, and where it did fire.
+
+        The nearest misses are those that found the largest share of the pattern. Values are named as in `after`, or
+        with a quote as in `before` (`%softmax_0'`).
 
         Args:
-            rule: the rule's name, as in `hits`.
+            rule: the rule's name, as in `hits`; an unknown one is answered with the known ones.
             at: only places inside this module, e.g. "encoder.layer.3".
 
         Example::
@@ -136,18 +271,17 @@ class Report:
         same = sum(graph.signature == signature for graph in self.graphs.values())
         self.graphs[f"{signature} ({same + 1})" if same else signature] = GraphReport(
             signature=signature,
-            before=compiled.before,
-            after=compiled.after,
+            captured=compiled.before,
+            rewritten=compiled.after,
             module=compiled.module,
-            hits=compiled.hits,
-            misses=compiled.misses,
-            refusals=compiled.refusals,
             stages=compiled.stages,
+            out_spec=captured.out_spec,
             capture_seconds=captured.seconds,
             rewrite_seconds=compiled.seconds,
-            nodes_before=len(compiled.before.splitlines()),
-            nodes_after=len(compiled.after.splitlines()),
             derived_bytes=compiled.derived_bytes,
+            kernels=compiled.kernels,
+            error=compiled.error,
+            unpadding=compiled.unpadding,
         )
 
     def add_fallback(self, reason: str) -> None:
@@ -183,37 +317,73 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
         return []
     rows = [[s.name, s.hits, len(s.misses), f"{s.seconds:.2f}"] for s in graph.stages]
     sections = [("stages of the latest graph", _table(["stage", "hits", "near misses", "seconds"], rows))]
-    if graph.misses:
-        sections.append(("near misses", _miss_lines(graph.misses)))
-    if graph.refusals:
-        sections.append(("rewrites refused by verification", _bullets(graph.refusals)))
+    if graph.unpadding:
+        counts = [[verdict, count] for verdict, count in graph.unpadding.verdicts().items()]
+        sections.append(("padding is dropped; calls of the latest graph", _table(["went", "calls"], counts)))
+    if graph.error is not None:
+        sections.append(("precision", f"outputs off by up to {graph.error:.1e} of their magnitude"))
+    if graph.kernels:
+        sections.append(("kernels of linears, by rows (F.linear's, packed's time)", _table_of(graph.kernels)))
+    # What another rule has made part of a larger block since is no loss: `why` tells of it, not the summary.
+    fused = {entry.node for stage in graph.stages for rewrite in stage.rewrites for entry in rewrite.removed}
+    misses = [miss for miss in graph.misses if not miss.refused and miss.anchor not in fused]
+    refused = [miss for miss in graph.misses if miss.refused]
+    if misses:
+        sections.append(("near misses", _first(graph.nearest(misses))))
+    if refused:
+        sections.append(("rewrites refused by verification", _first(graph._grouped(refused, "refused"))))
     return sections
 
 
-def _miss_lines(misses: Sequence[Miss]) -> str:
-    groups = _grouped(misses)
-    left_out = len(groups) - _SHOWN_MISSES
-    more = [f"… and {left_out} more kinds: report.why(rule) has them all"] if left_out > 0 else []
-    return "\n".join(groups[:_SHOWN_MISSES] + more)
+def _output_hints(signature: str, outputs: Sequence[str]) -> list[str]:
+    """What the call may leave out, so that `outputs` are not returned: it asked for them by output_<name>=True."""
+    names = [output.partition("[")[0] for output in outputs]
+    asked = [flag for flag in _ASKED.findall(signature) if any(name.endswith(flag) for name in names)]
+    return [f"output_{flag}=False" for flag in asked]
 
 
-def _grouped(misses: Iterable[Miss]) -> list[str]:
-    """One text for each rule and reason, so that a repeated layer misses once: the first, and where else."""
-    groups: dict[tuple[str, str], list[Miss]] = {}
-    for miss in misses:
-        groups.setdefault((miss.rule, miss.reason), []).append(miss)
-    return [str(first) + _elsewhere(rest) for first, *rest in groups.values()]
+def _key_text(path: Sequence[Any]) -> str:
+    """`attentions[2]` for the keys "attentions" and 2."""
+    return "".join(f"[{key.idx}]" if isinstance(key, pytree.SequenceKey) else _key_name(key) for key in path)
 
 
-def _elsewhere(misses: Sequence[Miss]) -> str:
-    if not misses:
-        return ""
-    places = list(dict.fromkeys(miss.where or "the top" for miss in misses))
-    return f"\n  {len(misses)} more at {', '.join(places[:3])}{', …' if len(places) > 3 else ''}"
+def _key_name(key: Any) -> str:
+    return str(key.name if isinstance(key, pytree.GetAttrKey) else key.key)
+
+
+def _first(texts: Sequence[str]) -> str:
+    left_out = len(texts) - _SHOWN_MISSES
+    more = [f"… and {left_out} more kinds: report.why(rule) has them"] if left_out > 0 else []
+    return "\n".join([*texts[:_SHOWN_MISSES], *more])
+
+
+def _miss_text(group: Sequence[Miss], lead: str, details: Sequence[str]) -> str:
+    first = group[0]
+    matched = f", {first.matched} of {first.total} matched" if first.total else ""
+    reason = [f"  reason    {first.reason}"] if first.reason else []
+    return "\n".join(
+        [f"{first.rule}: {lead}, at {_places([miss.where for miss in group])}{matched}", *reason, *details]
+    )
+
+
+def _fired(rule: str, places: Sequence[str]) -> str:
+    return f"{rule} fired {'once' if len(places) == 1 else f'{len(places)} times'}, at {_places(places)}"
+
+
+def _places(paths: Sequence[str]) -> str:
+    """`encoder.layer.0..11` for a path in repeated layers, else the first path and how many more there are."""
+    different = list(dict.fromkeys(path or "the top" for path in paths))
+    place = show.common_place(different)
+    more = len(different) - 1 if place == different[0] else 0
+    return place + (f" and {more} more places" if more > 0 else "")
 
 
 def _is_inside(where: str, at: str | None) -> bool:
     return not at or where == at or where.startswith(at + ".")
+
+
+def _table_of(texts: dict[str, str]) -> str:
+    return tabulate(list(texts.items()), tablefmt="plain", disable_numparse=True)
 
 
 def _bullets(lines: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -12,49 +12,62 @@ import torch.fx.experimental._config as fx_config
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError, statically_known_true
+from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError, free_unbacked_symbols, statically_known_true
 
-from .canonical import writes
-from .rule import Match, Miss, Rule
+from .axes import size_of
+from .canonical import drop_same_dtype_cast, writes
+from .miss import Miss, module_path
+from .record import Entry, Rewrite
+from .rule import Match, Rule
+from .sameness import match_key
 
-Verify = Callable[[Match, list[fx.Node], list[fx.Node]], None]
+Verify = Callable[[Rule, Match, list[fx.Node], list[fx.Node]], None]
+Traces = dict[Hashable, fx.GraphModule]
 
 
-def apply(module: fx.GraphModule, rule: Rule, match: Match, verify: Verify | None = None) -> list[fx.Node]:
-    """Replace `match` in `module`'s graph by what the rule computes instead; returns the nodes erased.
+def apply(
+    module: fx.GraphModule, rule: Rule, match: Match, verify: Verify | None = None, traces: Traces | None = None
+) -> Rewrite:
+    """Replace `match` in `module`'s graph by what the rule computes instead; returns the record of it.
 
-    `verify(match, new_nodes, results)` is called before anything is replaced, and refuses by raising `Miss`.
+    `verify(rule, match, new_nodes, results)` is called before anything is replaced, and refuses by raising `Miss`.
+    `traces` keeps the rule's replacements, so that each is traced once for all layers.
 
     Raises:
         Miss: the replacement has another shape or dtype, needs a shape guard that the graph does not have, cannot be
             placed, or does not verify. The graph is then as it was.
     """
     graph = module.graph
-    place = _place(graph, match)
-    traced = _trace(rule, match)
+    place = _place(match)
+    traced = _trace_once(rule, match, {} if traces is None else traces)
     new_nodes, results = _splice(graph, traced, match, rule, place)
     try:
         _check_results(match, results)
         if verify is not None:
-            verify(match, new_nodes, results)
+            verify(rule, match, new_nodes, results)
     except Miss:
         _erase(graph, new_nodes)
         raise
     for old, new in zip(match.outputs, results, strict=True):
         old.replace_all_uses_with(new)
-    return _erase_dead(graph, match.outputs)
+    return Rewrite(
+        rule.name,
+        module_path(match.anchor),
+        removed=_erase_dead(graph, match.outputs),
+        added=tuple(map(Entry.of, new_nodes)),
+        results=tuple(zip(match.outputs, results, strict=True)),
+    )
 
 
-def _place(graph: fx.Graph, match: Match) -> fx.Node:
+def _place(match: Match) -> fx.Node:
     """The node before which the replacement goes: the first output. Every input must stand before it.
 
     Raises:
         Miss: an input is computed only after the first output.
     """
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    first = min(match.outputs, key=order.__getitem__)
+    first = min(match.outputs)
     for node in match.inputs:
-        if order[node] >= order[first]:
+        if node >= first:
             raise Miss("an input of the replacement is computed after its first output", node=node)
     return first
 
@@ -84,6 +97,17 @@ def _without_new_guards(mode: FakeTensorMode) -> Iterator[None]:
         mode.cache_enabled = cached
 
 
+def _trace_once(rule: Rule, match: Match, traces: Traces) -> fx.GraphModule:
+    key = match_key(match)
+    if key in traces:
+        return traces[key]
+    traced = _trace(rule, match)
+    values = [node.meta.get("val") for node in traced.graph.nodes]
+    if key is not None and not free_unbacked_symbols(values):  # sizes that depend on data differ from place to place
+        traces[key] = traced
+    return traced
+
+
 def _trace(rule: Rule, match: Match) -> fx.GraphModule:
     fakes = [node.meta["val"] for node in match.inputs]
     mode = next((fake.fake_mode for fake in fakes if isinstance(fake, torch._subclasses.FakeTensor)), None)
@@ -91,10 +115,17 @@ def _trace(rule: Rule, match: Match) -> fx.GraphModule:
         raise Miss("the match has no tensor input", node=match.anchor)
 
     def replacement(*tensors: torch.Tensor) -> Any:
-        return rule.replace(match.facts, *tensors)
+        try:
+            return rule.results(match, tensors)
+        except (_ShapeEnvGuardError, Miss):
+            raise
+        except Exception as error:
+            raise Miss(f"replace raises {type(error).__name__}: {error}", node=match.anchor) from error
 
     with fx_config.patch(backed_size_oblivious=True), mode, _without_new_guards(mode):  # type: ignore[attr-defined]
-        return make_fx(replacement, tracing_mode="real", pre_dispatch=True)(*fakes)
+        traced = make_fx(replacement, tracing_mode="real", pre_dispatch=True)(*fakes)
+    traced.graph.eliminate_dead_code()
+    return traced
 
 
 def _splice(
@@ -109,15 +140,19 @@ def _splice(
                 continue
             if node.op == "get_attr":
                 raise Miss("the replacement captures a tensor; hand it over in Match.inputs", found=str(node.target))
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].meta = _provenance(node, match.anchor, rule)
+            copies[node] = copy = graph.node_copy(node, copies.__getitem__)
+            copy.meta = provenance(node, match.anchor, rule)
+            if (source := drop_same_dtype_cast(copy)) is not None:
+                copies[node] = source
+                graph.erase_node(copy)
     (returned,) = next(node for node in traced.graph.nodes if node.op == "output").args
     returned = returned if isinstance(returned, list | tuple) else (returned,)
-    new_nodes = [copies[node] for node in traced.graph.nodes if node.op == "call_function"]
+    copied = dict.fromkeys(copies[node] for node in traced.graph.nodes if node.op == "call_function")
+    new_nodes = [node for node in copied if node not in match.inputs]
     return new_nodes, [copies[node] for node in returned]
 
 
-def _provenance(node: fx.Node, anchor: fx.Node, rule: Rule) -> dict[str, Any]:
+def provenance(node: fx.Node, anchor: fx.Node, rule: Rule) -> dict[str, Any]:
     """A new node's meta: its own value, the module path and source line of what it replaces, and the rule's name."""
     meta: Any = anchor.meta
     kept = {str(key): meta[key] for key in ("nn_module_stack", "stack_trace") if key in meta}
@@ -133,7 +168,7 @@ def _check_results(match: Match, results: list[fx.Node]) -> None:
     for old, new in zip(match.outputs, results, strict=True):
         was, now = old.meta["val"], new.meta["val"]
         same = was.dtype == now.dtype and was.device == now.device and was.dim() == now.dim()
-        if not same or not all(statically_known_true(a == b) for a, b in zip(was.shape, now.shape, strict=True)):
+        if not same or not all(_same_size(was, now, dim) for dim in range(was.dim())):
             raise Miss(
                 "the replacement has another shape, dtype or device",
                 expected=f"{was.dtype}{list(was.shape)} on {was.device}",
@@ -143,20 +178,24 @@ def _check_results(match: Match, results: list[fx.Node]) -> None:
             raise Miss("the model returns this value contiguous, the replacement does not", node=old)
 
 
+def _same_size(was: torch.Tensor, now: torch.Tensor, dim: int) -> bool:
+    return statically_known_true(was.shape[dim] == now.shape[dim]) or size_of(was, dim) == size_of(now, dim)
+
+
 def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     for node in reversed(nodes):
         graph.erase_node(node)
 
 
-def _erase_dead(graph: fx.Graph, roots: tuple[fx.Node, ...]) -> list[fx.Node]:
+def _erase_dead(graph: fx.Graph, roots: tuple[fx.Node, ...]) -> tuple[Entry, ...]:
     """Erase the replaced nodes and what only they used. Explicitly: FX's own pass keeps training dropout."""
-    erased, waiting = [], list(roots)
+    erased: dict[fx.Node, Entry] = {}
+    waiting = list(roots)
     while waiting:
         node = waiting.pop()
         if node in erased or node.users or node.op != "call_function" or writes(node):
             continue
-        sources = node.all_input_nodes
+        erased[node] = Entry.of(node)
+        waiting.extend(node.all_input_nodes)
         graph.erase_node(node)
-        erased.append(node)
-        waiting.extend(sources)
-    return erased
+    return tuple(erased[node] for node in sorted(erased))

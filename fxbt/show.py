@@ -1,41 +1,34 @@
-"""A graph as text, the same for every capture of the same model, and the difference of two such texts."""
+"""Graphs and rewrites as text, the same for every capture of the same model, repeated layers written once."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from .rule import module_path
+from .canonical import attribute
+from .fold import Line, Repeat, repeats
+from .miss import description, module_path, short_dtype, short_type, source_line
+from .record import Entry, Rewrite, Snapshot
 
 RULE_KEY = "fxbt_rule"  # node.meta entry: the name of the rule that made the node
 
-_SHORT_DTYPES = {
-    torch.float64: "f64",
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.complex64: "c64",
-    torch.complex128: "c128",
-}
+Symbols = dict[sympy.Symbol, sympy.Symbol]
+
 _SHORT_OPS = {"scaled_dot_product_attention": "sdpa"}
 _NAME = re.compile(r"%[\w.]+?_(\d+)(?!\w)")  # %linear_3, not the input %input_ids
+_LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # the 3 of encoder.layer.3.output
 _SYMBOL_NUMBER = re.compile(r"\d+")
 _SLICE_END = torch.iinfo(torch.int64).max
 
 
-def text(module: fx.GraphModule) -> str:
+def text(graph: fx.GraphModule | Snapshot, collapse: bool = True) -> str:
     """The graph as text: one operation a line, in the order of execution.
 
     A line reads `%name = op(args) -> dtype[shape]  # module path  [rule that made it]`. Names count each op
@@ -44,16 +37,129 @@ def text(module: fx.GraphModule) -> str:
     its name in the model (`.weight` for one of the module the line is from), a size as its formula.
 
     Args:
-        module: a flat graph module; values with `meta["val"]` (fake tensors) print with dtype and shape.
+        graph: a flat graph module, or a graph as it was; values with `meta["val"]` (fake tensors) print with dtype
+            and shape.
+        collapse: write equal layers in a row once, with their number and what each hands on to the next.
 
     Example::
 
-        >>> print(fxbt.show.text(fast.report.graphs[key].module))
+        >>> print(fxbt.show.text(fast.report.latest.module, collapse=False))
         %input_ids = input -> i64[s0, s1]
         %embedding_0 = embedding(.weight, %input_ids, 0) -> f32[s0, s1, 384]  # embeddings.word_embeddings
         ...
     """
-    return "\n".join(_Printer(module.graph).lines())
+    printer = Printer((Snapshot(graph.graph) if isinstance(graph, fx.GraphModule) else graph).entries)
+    lines = printer.lines()
+    return "\n".join(_collapsed(printer, lines) if collapse else lines)
+
+
+def blocks(rewrites: Sequence[Rewrite], symbols: Symbols | None = None) -> str:
+    """What the rewrites took out (`-`) and put in (`+`), a block each; equal ones, as in equal layers, once.
+
+    Names count within a block; a new value that stands for an old one bears its name. `symbols` are those of a
+    graph's `Printer`, for sizes of the same names.
+
+    Example::
+
+        >>> print(fxbt.show.blocks(stage.rewrites))
+        silu at encoder.layer.0..11.mlp, x 12
+        -%sigmoid_0 = sigmoid(%linear_0) -> f32[s0, s1, 64]
+        -%mul_0 = mul(%linear_0, %sigmoid_0) -> f32[s0, s1, 64]
+        +%mul_0 = silu(%linear_0) -> f32[s0, s1, 64]
+    """
+    symbols = {} if symbols is None else symbols
+    groups: defaultdict[tuple[str, str], list[Rewrite]] = defaultdict(list)
+    for rewrite in rewrites:
+        groups[rewrite.rule, _block(rewrite, _BlockKeys(rewrite, symbols))].append(rewrite)
+    return "\n\n".join(_group(group, symbols) for group in groups.values())
+
+
+def _group(group: list[Rewrite], symbols: Symbols) -> str:
+    place = common_place([rewrite.where for rewrite in group])
+    head = group[0].rule + (f" at {place}" if place else "") + (f", x {len(group)}" if len(group) > 1 else "")
+    return f"{head}\n{_block(group[0], _BlockPrinter(group[0], symbols))}"
+
+
+def _block(rewrite: Rewrite, printer: Printer) -> str:
+    added = {entry.node for entry in rewrite.added}
+    lines = ["-" + printer.line(entry) for entry in rewrite.removed]
+    for old, new in rewrite.results:
+        if new in added:
+            printer.names.setdefault(new, printer.name(old))
+    lines += ["+" + printer.line(entry) for entry in rewrite.added]
+    pairs = [(printer.name(old), printer.name(new)) for old, new in rewrite.results]
+    lines += [f"+{old} = {new}" for old, new in pairs if old != new]
+    return "\n".join(lines)
+
+
+def common_place(paths: Sequence[str]) -> str:
+    """Paths of repeated layers as one: `encoder.layer.0..11.mlp`; the first of them where they have less in common.
+
+    Example::
+
+        >>> common_place(["layer.0.mlp", "layer.2.mlp", "layer.3.mlp"])
+        'layer.0,2,3.mlp'
+    """
+    parts = [path.split(".") for path in paths]
+    if len({len(part) for part in parts}) != 1:
+        return paths[0]
+    differing = [i for i, names in enumerate(zip(*parts, strict=True)) if len(set(names)) > 1]
+    if len(differing) != 1 or not all(part[differing[0]].isdigit() for part in parts):
+        return paths[0]
+    numbers = sorted({int(part[differing[0]]) for part in parts})
+    in_a_row = numbers == list(range(numbers[0], numbers[-1] + 1))
+    shown = f"{numbers[0]}..{numbers[-1]}" if in_a_row else ",".join(map(str, numbers))
+    return ".".join([*parts[0][: differing[0]], shown, *parts[0][differing[0] + 1 :]])
+
+
+def _collapsed(printer: Printer, lines: list[str]) -> list[str]:
+    """The lines with each repeated segment once, indented under its count, and what it hands on below."""
+    entries = printer.printed
+    keys = Keys(printer)
+    number = {entry.node: i for i, entry in enumerate(entries)}
+    folded = [
+        Line(keys.line(entry), tuple(number[node] for node in _reads(entry) if node in number)) for entry in entries
+    ]
+    shown, done = [], 0
+    for repeat in repeats(folded):
+        shown += lines[done : repeat.start]
+        shown.append(f"x {repeat.times}{_layers(entries, repeat)}")
+        shown += ["| " + line for line in lines[repeat.start : repeat.start + repeat.length]]
+        shown += _handed_on(printer, folded, repeat)
+        done = repeat.end
+    return shown + lines[done:]
+
+
+def _layers(entries: Sequence[Entry], repeat: Repeat) -> str:
+    """Which modules the segments are: `  # encoder.layer.0..11`, "" where their paths do not say."""
+    for i in range(repeat.start, repeat.start + repeat.length):
+        paths = [module_path(entries[i + k * repeat.length].node) for k in range(repeat.times)]
+        if len(set(paths)) > 1:
+            parts = [path.split(".") for path in paths]
+            depth = next((d for d, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), -1)
+            return f"  # {common_place(['.'.join(part[: depth + 1]) for part in parts])}"
+    return ""
+
+
+def _handed_on(printer: Printer, lines: Sequence[Line], repeat: Repeat) -> list[str]:
+    """For each value that a segment reads from the one before it: what stands for it in the first and the last."""
+    start, length, times = repeat
+    handed: dict[int, int] = {}
+    for first, second in zip(lines[start : start + length], lines[start + length :], strict=False):
+        pairs = zip(first.reads, second.reads, strict=True)
+        handed.update((new, old) for old, new in pairs if old < start <= new < start + length)
+    names = [printer.name(entry.node) for entry in printer.printed]
+    to_last = (times - 1) * length
+    return [
+        f"each hands {names[new]} on as the next one's {names[old]}; the last one's is {names[new + to_last]}"
+        for new, old in handed.items()
+    ]
+
+
+def _reads(entry: Entry) -> list[fx.Node]:
+    read: list[fx.Node] = []
+    fx.node.map_arg((entry.args, entry.kwargs), read.append)
+    return read
 
 
 def diff(before: str, after: str) -> str:
@@ -107,35 +213,48 @@ def _defined(line: str) -> str:
     return line.split(" = ")[0]
 
 
-class _Printer:
+class Printer:
     """One pass over a graph: hands out names and symbols in the order in which they appear."""
 
-    def __init__(self, graph: fx.Graph):
-        self.graph = graph
+    def __init__(self, entries: Sequence[Entry]):
+        self.printed = [entry for entry in entries if not _has_no_line(entry.node)]
+        self.targets = {entry.node: entry.target for entry in entries}
         self.names: dict[fx.Node, str] = {}
         self.used: set[str] = set()
         self.counts: defaultdict[str, int] = defaultdict(int)
-        self.symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.symbols: Symbols = {}
 
     def lines(self) -> list[str]:
-        return [line for node in self.graph.nodes for line in self.line(node)]
+        return [self.line(entry) for entry in self.printed]
 
-    def line(self, node: fx.Node) -> list[str]:
-        if node.op == "get_attr" or (node.op == "call_function" and _is_size(node)):
-            return []
+    def line(self, entry: Entry) -> str:
+        node = entry.node
         path = module_path(node)
-        arguments = self.items(node.args, path)
-        for key, value in node.kwargs.items():
+        arguments = self.items(_without_body(entry.args), path)
+        for key, value in entry.kwargs.items():
             arguments += f"{', ' if arguments else ''}{key}={self.argument(value, path)}"
         if node.op == "output":
-            return [f"return {arguments}"]
-        head = "input" if node.op == "placeholder" else f"{op_name(node)}({arguments})"
-        shape = self.shape(node.meta.get("val"))
+            return f"return {arguments}"
+        head = "input" if node.op == "placeholder" else f"{self.op(node)}({arguments})"
+        shape = short_type(node.meta.get("val"), self.size)
+        return f"{self.name(node)} = {head}{f' -> {shape}' if shape else ''}{self.origin(node, path)}"
+
+    def origin(self, node: fx.Node, path: str) -> str:
+        """Where a line comes from: module path and rule."""
         made_by = node.meta.get(RULE_KEY)
-        parts = [f"{self.name(node)} = {head}{f' -> {shape}' if shape else ''}"]
-        parts += [f"# {path}"] if path else []
-        parts += [f"[{made_by}]"] if made_by else []
-        return ["  ".join(parts)]
+        return (f"  # {self.path(path)}" if path else "") + (f"  [{made_by}]" if made_by else "")
+
+    def path(self, path: str) -> str:
+        """A module path or weight name as it is written."""
+        return path
+
+    def describe(self, node: fx.Node) -> str:
+        """`fxbt.rule.describe` with the names of this text."""
+        type = short_type(node.meta.get("val"), self.size)
+        return description(self.name(node), type, self.path(module_path(node)), source_line(node))
+
+    def op(self, node: fx.Node) -> str:
+        return _op_name(self.targets.get(node, node.target))
 
     def name(self, node: fx.Node) -> str:
         if node not in self.names:
@@ -144,9 +263,9 @@ class _Printer:
         return self.names[node]
 
     def new_name(self, node: fx.Node) -> str:
-        if node.op == "placeholder":
+        if node.op in ("placeholder", "output"):
             return f"%{node.target}"
-        op = op_name(node)
+        op = self.op(node)
         while (name := f"%{op}_{self.counts[op]}") in self.used:  # an input may be called linear_0
             self.counts[op] += 1
         return name
@@ -154,7 +273,7 @@ class _Printer:
     def argument(self, value: Any, path: str) -> str:
         match value:
             case fx.Node(op="get_attr"):
-                return _relative(str(value.target), path)
+                return self.path(_relative(str(value.target), path))
             case fx.Node() if _is_size(value):
                 return self.size(value.meta["val"])
             case fx.Node():
@@ -168,20 +287,13 @@ class _Printer:
             case float():
                 return _float(value)
             case torch.dtype():
-                return _dtype(value)
+                return short_dtype(value)
             case int() if value == _SLICE_END:
                 return "end"
         return self.size(value).removeprefix("torch.")
 
     def items(self, values: Iterable[Any], path: str) -> str:
         return ", ".join(self.argument(value, path) for value in values)
-
-    def shape(self, value: Any) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"{_dtype(value.dtype)}[{', '.join(self.size(size) for size in value.shape)}]"
-        if isinstance(value, (tuple, list)):
-            return f"({', '.join(self.shape(item) for item in value)})"
-        return ""
 
     def size(self, size: Any) -> str:
         if not isinstance(size, (torch.SymInt, torch.SymBool, torch.SymFloat)):
@@ -193,29 +305,76 @@ class _Printer:
         return str(expression.xreplace(self.symbols))
 
 
-def op_name(node: fx.Node) -> str:
-    """The short name of what a node calls: `linear`, `sdpa`, `layer_norm`.
+class Keys(Printer):
+    """Lines without what tells equal layers apart: the numbers of values and of layers."""
 
-    Example::
+    def __init__(self, printer: Printer):
+        super().__init__(())
+        self.targets, self.symbols = printer.targets, printer.symbols
 
-        >>> op_name(graph.call_function(torch.ops.aten.add.Tensor, (x, y)))
-        'add'
-    """
-    if isinstance(node.target, str):
-        return node.target
-    if isinstance(node.target, torch._ops.OpOverload):
-        name = node.target._schema.name.split("::")[-1].strip("_")
+    def path(self, path: str) -> str:
+        return _LAYER_NUMBER.sub("*", path)
+
+    def name(self, node: fx.Node) -> str:
+        return f"%{self.op(node)}"
+
+    def argument(self, value: Any, path: str) -> str:
+        is_line = isinstance(value, fx.Node) and not _has_no_line(value)
+        return "%" if is_line else super().argument(value, path)  # which line is for `Line.reads` to say
+
+
+class _BlockPrinter(Printer):
+    """Lines of one rewrite: module paths relative to where it is, and the rule only in the block's head."""
+
+    def __init__(self, rewrite: Rewrite, symbols: Symbols):
+        super().__init__((*rewrite.removed, *rewrite.added))
+        self.symbols, self.where = symbols, rewrite.where
+
+    def origin(self, node: fx.Node, path: str) -> str:
+        return "" if path == self.where else f"  # {self.path(_relative(path, self.where))}"
+
+
+class _BlockKeys(_BlockPrinter):
+    """The same without layer numbers, and without what computes the values that the rewrite found and left there."""
+
+    def path(self, path: str) -> str:
+        return _LAYER_NUMBER.sub("*", path)
+
+    def new_name(self, node: fx.Node) -> str:
+        return super().new_name(node) if node in self.targets else f"%read_{len(self.names)}"
+
+
+def _without_body(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a fused op without the submodule that holds its graph, and its weights as their number."""
+    if not args or not _is_body(args[0]):
+        return args
+    weights = [arg for arg in args[1:] if isinstance(arg, fx.Node) and arg.op == "get_attr"]
+    return *(arg for arg in args[1:] if arg not in weights), f"{len(weights)} weights"
+
+
+def _is_body(arg: Any) -> bool:
+    if not isinstance(arg, fx.Node) or arg.op != "get_attr" or arg.graph.owning_module is None:
+        return False
+    return isinstance(attribute(arg.graph.owning_module, arg), fx.GraphModule)
+
+
+def _op_name(target: Any) -> str:
+    """The short name of what a node calls: `linear`, `sdpa`, `layer_norm`."""
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.split("::")[-1].strip("_")
     else:
-        name = node.target.__name__.strip("_")
+        name = target.__name__.strip("_")
     return _SHORT_OPS.get(name, name)
+
+
+def _has_no_line(node: fx.Node) -> bool:
+    return node.op == "get_attr" or (node.op == "call_function" and _is_size(node))
 
 
 def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat))
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return _SHORT_DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def _float(value: float) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards, dict_version
 
 _OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, types.BuiltinFunctionType, partial)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -20,6 +21,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _NOT_READ = {
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
     *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+    "_non_persistent_buffers_set",
 }
 _KIND = attrgetter("dtype", "device", "shape")
 _OBJECT_DEPTH = 3  # a config inside a config inside a module: deeper than that is not the model's own state
@@ -43,18 +45,35 @@ class ModelState:
         self._copies = [container.copy() for container in self._live]
         self._kinds = list(map(_KIND, self.tensors))
         self._forwards = [kind.forward for kind in self._classes]
+        self._untouched: _Untouched | None = None
 
     def holds(self) -> bool:
         """Whether all is as it was. Never raises: what cannot be compared counts as changed."""
         try:
-            return (
-                self._live == self._copies
-                and [kind.forward for kind in self._classes] == self._forwards
-                and list(map(_KIND, self.tensors)) == self._kinds
-                and all(container[key] is tensor for container, key, tensor in self._single)
-            )
+            if [kind.forward for kind in self._classes] != self._forwards:
+                return False
+            if self._untouched is not None and self._untouched.holds():
+                return True
+            return self._equals() and self._note_untouched()
         except Exception:  # a replaced tensor compares elementwise, another thread may be editing a dict
             return False
+
+    def knows(self, value: Any) -> bool:
+        """Whether the model keeps this object itself."""
+        return id(vars(value)) in self._seen
+
+    def _equals(self) -> bool:
+        return (
+            self._live == self._copies
+            and list(map(_KIND, self.tensors)) == self._kinds
+            and all(container[key] is tensor for container, key, tensor in self._single)
+        )
+
+    def _note_untouched(self) -> bool:
+        if all(tensor.layout is torch.strided for tensor in self.tensors):
+            untouched = _Untouched(self._live, self.tensors, self._single)
+            self._untouched = untouched if self._equals() else None  # another thread may have edited meanwhile
+        return True
 
     def changed(self) -> list[str]:
         """The places that differ now, as `path: key, key`."""
@@ -108,6 +127,34 @@ class ModelState:
             self.tensors.append(tensor)
         if tensor.numel() == 1 and isinstance(container, (dict, list)):
             self._single.append((container, key, tensor))
+
+
+class _Untouched:
+    """That nothing was written to containers and tensors since: some ns for each, where comparing them takes 100.
+
+    Most of a model's dicts are empty and stay so; Python counts the writes to the others.
+    """
+
+    def __init__(self, containers: list[Any], tensors: list[Tensor], single: list[tuple[Any, Any, Tensor]]) -> None:
+        self._counted = [c for c in containers if type(c) is dict and c]
+        self._versions = list(map(dict_version, self._counted))
+        self._empty = [c for c in containers if not c]
+        self._rest = [c for c in containers if c and type(c) is not dict]
+        self._copies = [c.copy() for c in self._rest]
+        self._single = [item for item in single if type(item[0]) is not dict]
+        sizes: Any = [list(t.shape) for t in tensors]
+        strides: Any = [list(t.stride()) for t in tensors]
+        self._tensors = tensors
+        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+    def holds(self) -> bool:
+        return (
+            list(map(dict_version, self._counted)) == self._versions
+            and not any(self._empty)
+            and self._rest == self._copies
+            and all(container[key] is tensor for container, key, tensor in self._single)
+            and self._guards.check(*self._tensors)
+        )
 
 
 def versions(tensors: list[Tensor]) -> list[int]:

@@ -13,7 +13,9 @@ import torch
 from torch import fx
 
 from .canonical import argument
-from .rule import Match, Miss
+from .miss import Miss
+from .record import Rewrite
+from .rule import Match, Rule
 
 # Relative to the largest value compared. A reordered sum moves float32 by some 1e-6; bfloat16 keeps eight bits and
 # eager itself rounds the scores to them (its own error against float64 reaches 9e-2), float16 eleven.
@@ -21,15 +23,21 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, tor
 
 
 class Verifier(fx.Interpreter):
-    """Runs `module` once on `example` and checks rewrites against the values met there."""
+    """Runs `module` once on `example` and checks rewrites against the values met there.
 
-    def __init__(self, module: fx.GraphModule, example: Sequence[torch.Tensor]):
+    Checked are the rewrites of rules that prove nothing themselves, and all of them where `every` is set.
+    """
+
+    def __init__(self, module: fx.GraphModule, example: Sequence[torch.Tensor], every: bool = True):
         super().__init__(module, garbage_collect_values=False)
+        self.every = every
         with torch.no_grad():
             self.run(*example)
 
-    def __call__(self, match: Match, new_nodes: list[fx.Node], results: list[fx.Node]) -> None:
+    def __call__(self, rule: Rule, match: Match, new_nodes: list[fx.Node], results: list[fx.Node]) -> None:
         """Raises Miss where a result differs from the value it stands for."""
+        if rule.proven and not self.every:
+            return
         for node in (*match.outputs, *new_nodes):
             if _is_random(node):
                 raise Miss("the rewrite draws random numbers, so its values cannot be verified", node=node)
@@ -37,7 +45,16 @@ class Verifier(fx.Interpreter):
             for node in new_nodes:
                 self.env[node] = node.target(*self._values(node.args), **self._values(node.kwargs))  # type: ignore[operator]
         for old, new in zip(match.outputs, results, strict=True):
-            _compare(old, self.env[old], self.env[new])
+            _compare(old, self.env[old], self.env[new], rule.tolerance)
+
+    def follow(self, rewrite: Rewrite) -> None:
+        """Knows the values of a rewrite's nodes from now on: those of what they stand for, the others as computed."""
+        with torch.no_grad():
+            for old, new in rewrite.results:
+                self.env[new] = self.env[old]
+            for entry in rewrite.added:
+                if entry.node not in self.env:
+                    self.env[entry.node] = self.run_node(entry.node)
 
     def _values(self, arguments: Any) -> Any:
         return fx.node.map_arg(arguments, lambda node: self.env[node])
@@ -57,8 +74,8 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return worst / max(magnitude, torch.finfo(wide).tiny) if worst == worst else float("inf")
 
 
-def _compare(node: fx.Node, expected: torch.Tensor, actual: torch.Tensor) -> None:
-    tolerance = TOLERANCE.get(expected.dtype, 0.0)
+def _compare(node: fx.Node, expected: torch.Tensor, actual: torch.Tensor, tolerance: float | None) -> None:
+    tolerance = TOLERANCE.get(expected.dtype, 0.0) if tolerance is None else tolerance
     worst = difference(actual, expected)
     if worst > tolerance:
         raise Miss(
@@ -77,6 +94,6 @@ def _is_random(node: fx.Node) -> bool:
     return all(switch is None or bool(switch) for switch in switches)
 
 
-def is_stochastic(module: fx.GraphModule) -> bool:
+def is_stochastic(graph: fx.Graph) -> bool:
     """Whether the graph draws random numbers (training dropout)."""
-    return any(_is_random(node) for node in module.graph.nodes if node.op == "call_function")
+    return any(_is_random(node) for node in graph.nodes if node.op == "call_function")

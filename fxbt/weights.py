@@ -1,26 +1,23 @@
-"""What a program derives from weights and keeps: merged projections, packed linears, and when they are out of date.
+"""What programs derive from weights and keep: merged projections, packed linears, and when they are out of date.
 
 Every value of a graph that is computed from weights alone becomes a function of the weights, run once and again when
-a weight has changed. Packed linears are such values too: a weight reordered for oneDNN's kernels.
+a weight has changed. Programs of one model share such values.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import fx
 
-from .canonical import argument, attribute, is_pure, reaches_output
+from .canonical import attribute, expression, is_pure, reaches_output
 
-aten = torch.ops.aten
-mkldnn = torch.ops.mkldnn
-
-# Rows of x that a weight is packed for. On AVX-512 this layout was 1.2 to 1.7 times as fast as F.linear for 16 to
-# 2048 rows, and as fast for one.
-PACKED_FOR_ROWS = 128
+_VERSION, _DTYPE = attrgetter("_version"), attrgetter("dtype")
 
 
 @dataclass
@@ -53,7 +50,7 @@ class Derived:
 
 def _stamp(sources: list[torch.Tensor]) -> list[Any]:
     """What changes when a weight is written (version), swapped (address) or cast (dtype)."""
-    return [(source._version, source.data_ptr(), source.dtype) for source in sources]
+    return [*map(_VERSION, sources), *map(torch.Tensor.data_ptr, sources), *map(_DTYPE, sources)]
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
@@ -75,72 +72,96 @@ def _address(value: torch.Tensor) -> int | None:
     return value.untyped_storage().data_ptr() if value.layout is torch.strided else None
 
 
-def weight_only(module: fx.GraphModule, graph: fx.Graph) -> list[fx.Node]:
-    """The nodes computed from weights alone whose values other nodes use, after linears took packed weights."""
+def weight_only(module: fx.GraphModule, graph: fx.Graph) -> set[fx.Node]:
+    """The nodes computed from weights alone, the weights included."""
     constant = {node for node in graph.nodes if node.op == "get_attr" and _can_be_watched(attribute(module, node))}
-    for node in list(graph.nodes):
+    for node in graph.nodes:
         inputs = node.all_input_nodes
         from_weights = bool(inputs) and all(source in constant for source in inputs)
         is_tensor = node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
         if is_tensor and from_weights and is_pure(node) and not reaches_output(node):
             constant.add(node)
-    constant |= _pack_linears(graph, constant)
-    calls = [node for node in graph.nodes if node in constant and node.op == "call_function"]
-    return [node for node in calls if any(user not in constant for user in node.users)]
+    return constant
 
 
-def _pack_linears(graph: fx.Graph, constant: set[fx.Node]) -> set[fx.Node]:
-    """Give linears on float32 weights oneDNN's packed kernel; returns the nodes that pack a weight."""
-    packed: dict[fx.Node, fx.Node] = {}
-    if not _packing_pays():
-        return set()
-    for node in list(graph.nodes):
-        if node.target is not aten.linear.default or node.args[1] not in constant or not _can_be_packed(node):
-            continue
-        x, weight = node.args[:2]
-        bias = argument(node, "bias")
-        if weight not in packed:
-            with graph.inserting_after(weight):
-                packed[weight] = graph.call_function(mkldnn._reorder_linear_weight.default, (weight, PACKED_FOR_ROWS))
-        node.target = mkldnn._linear_pointwise.default
-        node.args = (x, packed[weight], bias, "none", [], "")
-        node.kwargs = {}
-    return set(packed.values())
+class Weights:
+    """The values that the programs of a model derive from weights, each computed once and kept until a weight changes.
 
+    A program adds what it needs with `add` and picks it from `current()`; equal expressions are one value.
+    """
 
-def _packing_pays() -> bool:
-    """Where it was measured to: with AVX-512, outside autocast (which would not see the packed op)."""
-    has_kernel = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return has_kernel and torch.cpu._is_avx512_supported() and not torch.is_autocast_enabled("cpu")
+    def __init__(self) -> None:
+        self._graph = fx.Graph()
+        self._sources: list[torch.Tensor] = []
+        self._known: dict[Any, fx.Node] = {}
+        self._values: dict[fx.Node, int] = {}  # node -> its place among the derived values
+        self._compute: Callable[..., tuple[torch.Tensor, ...]] | None = None
+        self._derived: Derived | None = None
+        self._lock = threading.Lock()
 
+    def add(self, module: fx.GraphModule, graph: fx.Graph, constant: set[fx.Node]) -> list[int]:
+        """Moves the nodes in `constant` out of `graph`; those still needed become its last placeholders.
 
-def _can_be_packed(linear: fx.Node) -> bool:
-    x, weight = (linear.args[place].meta["val"] for place in (0, 1))  # type: ignore[union-attr]
-    return x.dtype is weight.dtype is torch.float32 and weight.dim() == 2
+        Returns the place of each such placeholder's value in `current()`.
+        """
+        calls = [node for node in graph.nodes if node in constant and node.op == "call_function"]
+        used = [node for node in calls if any(user not in constant for user in node.users)]
+        needed = _ancestors(used)
+        with self._lock:
+            copies = self._copy(module, [node for node in graph.nodes if node in needed])
+            places = [self._values.setdefault(copies[node], len(self._values)) for node in used]
+            self._derived = self._compute = None
+        last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+        for node in used:
+            with graph.inserting_after(last[0]) if last else graph.inserting_before():
+                stand_in = graph.placeholder(f"derived_{node.name}")
+            node.replace_all_uses_with(stand_in)
+            last = [stand_in]
+        graph.eliminate_dead_code()
+        return places
 
+    def current(self) -> tuple[torch.Tensor, ...]:
+        """The derived values as the weights are now."""
+        derived = self._derived
+        if derived is None or not derived.holds(self._sources):
+            with self._lock:
+                self._compute = self._compute or self._function()
+                derived = self._derived = Derived.compute(self._compute, self._sources)
+        return derived.values
 
-def hoist(
-    module: fx.GraphModule, graph: fx.Graph, derived: list[fx.Node]
-) -> tuple[Callable[..., tuple[torch.Tensor, ...]], list[torch.Tensor]]:
-    """Move `derived` and what they are computed from into a function of the weights; they become placeholders."""
-    apart = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    needed = _ancestors(derived)
-    weights = [node for node in graph.nodes if node in needed and node.op == "get_attr"]
-    for node in weights:
-        copies[node] = apart.placeholder(node.name)
-    for node in graph.nodes:
-        if node in needed and node.op == "call_function":
-            copies[node] = apart.node_copy(node, copies.__getitem__)
-    apart.output(tuple(copies[node] for node in derived))
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
-    for node in derived:
-        with graph.inserting_after(last[0]) if last else graph.inserting_before():
-            stand_in = graph.placeholder(f"derived_{node.name}")
-        node.replace_all_uses_with(stand_in)
-        last = [stand_in]
-    graph.eliminate_dead_code()
-    return compile_graph(apart), [attribute(module, node) for node in weights]
+    def nbytes(self) -> int:
+        """The memory of the derived values."""
+        if not self._values:
+            return 0
+        self.current()
+        return self._derived.nbytes() if self._derived else 0
+
+    def _copy(self, module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in nodes:
+            if node.op == "get_attr":
+                copies[node] = self._source(attribute(module, node))
+                continue
+            copy = self._graph.node_copy(node, copies.__getitem__)
+            copies[node] = self._known.setdefault(expression(copy), copy)
+            if copies[node] is not copy:
+                self._graph.erase_node(copy)
+        return copies
+
+    def _source(self, weight: torch.Tensor) -> fx.Node:
+        if id(weight) not in self._known:
+            last = [node for node in self._graph.nodes if node.op == "placeholder"][-1:]
+            with self._graph.inserting_after(last[0]) if last else self._graph.inserting_before():
+                self._known[id(weight)] = self._graph.placeholder(f"weight_{len(self._sources)}")
+            self._sources.append(weight)
+        return self._known[id(weight)]
+
+    def _function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        graph.graph_copy(self._graph, copies)
+        graph.output(tuple(copies[node] for node in self._values))
+        return compile_graph(graph)
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -153,10 +174,46 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph as a plain Python function."""
+    """The graph as a plain Python function of its placeholders: one line a node, ops bound as globals."""
     graph.lint()
-    code = graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(compile(code.src, "<fxbt program>", "exec"), namespace)
-    forward = namespace["forward"]
-    return lambda *arguments: forward(None, *arguments)
+    bound: dict[str, Any] = {}
+    last_use = {source: node for node in graph.nodes for source in node.all_input_nodes}
+    parameters = ", ".join(node.name for node in graph.nodes if node.op == "placeholder")
+    lines = [f"def program({parameters}):"]
+    for node in graph.nodes:
+        if node.op == "output":
+            lines.append(f"    return {_source(node.args[0], bound)}")
+        if node.op != "call_function":
+            continue
+        arguments = [_source(value, bound) for value in node.args]
+        arguments += [f"{name}={_source(value, bound)}" for name, value in node.kwargs.items()]
+        lines.append(f"    {node.name} = {_bind(node.target, bound)}({', '.join(arguments)})")
+        done = [n.name for n in node.all_input_nodes if last_use[n] is node and n.op == "call_function"]
+        done += [] if node in last_use else [node.name]
+        lines += [f"    del {', '.join(done)}"] if done else []
+    exec(compile("\n".join(lines), "<fxbt program>", "exec"), bound)
+    return bound["program"]
+
+
+def _bind(value: Any, bound: dict[str, Any]) -> str:
+    name = f"_fxbt{len(bound)}"
+    bound[name] = value._op if isinstance(value, torch._ops.OpOverload) else value  # past one Python frame a call
+    return name
+
+
+def _source(value: Any, bound: dict[str, Any]) -> str:
+    """An argument as Python text; what has no exact text of its own becomes a global."""
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, list):
+        return f"[{', '.join(_source(item, bound) for item in value)}]"
+    if type(value) is tuple:
+        return f"({''.join(_source(item, bound) + ', ' for item in value)})"
+    if value is None or type(value) in (bool, int, str):
+        return repr(value)
+    if isinstance(value, slice):
+        parts = (value.start, value.stop, value.step)
+        return f"slice({', '.join(_source(part, bound) for part in parts)})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {_source(item, bound)}' for key, item in value.items())}}}"
+    return _bind(value, bound)

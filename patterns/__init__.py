@@ -1,6 +1,22 @@
 """The built-in rule library: one subject a file, plain data, no import effects."""
 
+from fxbt.patterns.activation import Activation
 from fxbt.patterns.attention import Attention
+from fxbt.patterns.encoder_layer import DecoderLayer, EncoderLayer
+from fxbt.patterns.mlp import MLP
+from fxbt.patterns.norm import LayerNorm, ResidualNorm, RMSNorm
 from fxbt.patterns.qkv import MergeQKV
+from fxbt.patterns.rotary import Rotary
 
-__all__ = ["Attention", "MergeQKV"]
+__all__ = [
+    "MLP",
+    "Activation",
+    "Attention",
+    "DecoderLayer",
+    "EncoderLayer",
+    "LayerNorm",
+    "MergeQKV",
+    "RMSNorm",
+    "ResidualNorm",
+    "Rotary",
+]

@@ -13,6 +13,7 @@ Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.1; torch's
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ from fxbt.patterns.scores import (
     Step,
     bias_of,
     check_fills,
+    check_gradient,
     check_not_coarser,
     fill_operands,
     proves_causal,
@@ -72,6 +74,7 @@ class Description:
     zeroed: Fill | None = None
     after: list[ScaleBy | Scale] = field(default_factory=list)
     causal: bool = False
+    sink: Add | None = None  # one more score for each query, of a key without a value
 
 
 @dataclass
@@ -106,6 +109,8 @@ class Attention(Rule):
     """softmax(scale * Q K^T + bias) V  ->  scaled_dot_product_attention(Q, K, V, bias, scale)"""
 
     name = "attention"
+    proven = True
+    makes = frozenset({"attention"})
     targets = frozenset(SOFTMAX | {SDPA})
 
     def find(self, anchor: fx.Node) -> Match:
@@ -113,7 +118,7 @@ class Attention(Rule):
         if found is None:
             return Match(anchor, replaces=False)
         layout = _layout(found)
-        assumes = proves_causal(found.steps, layout.seq, layout.keys)
+        assumes = None if found.sink else proves_causal(found.steps, layout.seq, layout.keys)
         if anchor.target is SDPA and not layout.groups and assumes is None:
             return Match(anchor, replaces=False)
         return _match(anchor, found, layout, assumes)
@@ -140,6 +145,9 @@ class Attention(Rule):
         if torch.is_grad_enabled() and not plan.causal:
             query = _without_masked_rows(query, found.steps, scores_operand)
         bias = None if plan.causal else bias_of(found.steps, scores_operand)
+        if found.sink is not None and isinstance(found.sink.node, fx.Node):
+            sink = operand(found.sink.node, found.sink.axes, per_query, expand=False)
+            key, value, bias = _with_sink(query, key, value, bias, sink)
         if bias is not None:
             bias = _with_batch_and_keys(bias, query, key)
         query, key, value, bias = _same_dtype(query, key, value, bias)
@@ -168,9 +176,12 @@ class Attention(Rule):
 
 
 def _from_softmax(softmax: fx.Node) -> Description:
-    scores = softmax.args[0]
+    scores: Any = softmax.args[0]
     dim: Any = softmax.args[1]
     score_axes = axes.fresh(softmax)
+    weights, sink = softmax, None
+    if scores.target is aten.cat.default:
+        scores, weights, score_axes, sink = _without_sink(softmax, score_axes)
     keys = score_axes[dim]
     if not keys:
         raise Miss("the softmax runs over an axis of size one", node=softmax)
@@ -181,8 +192,8 @@ def _from_softmax(softmax: fx.Node) -> Description:
     if product.addend is not None:
         steps.insert(0, Add(product.addend, axes.broadcast_axes(product.addend, product.axes), product.addend_factor))
     query, key = query_and_key(product, keys)
-    found = _follow(softmax, score_axes, keys)
-    found.steps = steps
+    found = _follow(weights, score_axes, keys)
+    found.steps, found.sink = steps, sink
     found.head_dim = product.contracted
     found.scale = product.factor * math.prod(step.number for step in steps if isinstance(step, Scale))
     found.query, found.query_axes, query_scale = _peel_scaled(*query)
@@ -190,11 +201,35 @@ def _from_softmax(softmax: fx.Node) -> Description:
     found.scale *= query_scale * key_scale
     found.value, found.value_axes = axes.peel(found.value, found.value_axes)
     check_fills(steps)
+    check_gradient(steps)
     if found.zeroed is not None:
         _mask_by_zeroing(steps, found.zeroed)
     operands = [node for node, _ in _operands(found, causal=False)]
     _check_nothing_else_reads(found.output, (product.node, softmax), operands)
     return found
+
+
+def _without_sink(softmax: fx.Node, labels: axes.Axes) -> tuple[fx.Node, fx.Node, axes.Axes, Add]:
+    """softmax([scores, sink])[..., :keys], a key that takes weight and gives nothing: what stands without it.
+
+    Returns the scores, the weights after the sink was cut off, their axes, and the sink.
+    """
+    cat: Any = softmax.args[0]
+    last = len(labels) - 1
+    dims = [int(d) % (last + 1) for d in (axes.argument(cat, "dim", 0), softmax.args[1])]  # type: ignore[arg-type]
+    sizes = [axes.sizes_of(part)[last] for part in cat.args[0]]
+    if dims != [last, last] or len(sizes) != 2 or sizes.count(1) != 1:
+        raise Miss("the softmax runs over joined scores", node=cat, expected="scores, and one sink for each query")
+    place = sizes.index(1)
+    scores, sink = cat.args[0][1 - place], cat.args[0][place]
+    weights = _only_user(softmax)
+    is_cut = weights.target is aten.slice.Tensor and int(axes.argument(weights, "dim", 0)) % (last + 1) == last
+    start, step = axes.argument(weights, "start") or 0, axes.argument(weights, "step", 1)
+    if not is_cut or (start, step) != (1 - place, 1) or axes.sizes_of(weights)[last] != sizes[1 - place]:
+        raise Miss("the weights of a sink are not cut off", node=weights, expected="a slice of the other keys")
+    rows = labels[:-1]
+    node, sink_axes = unexpanded(sink, axes.broadcast_axes(sink, (*rows, ())))
+    return scores, weights, (*rows, axes.fresh(scores)[-1]), Add(node, sink_axes, 1)
 
 
 def _peel_scaled(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, float]:
@@ -278,7 +313,12 @@ def _only_user(node: fx.Node) -> fx.Node:
     users = list(node.users)
     if len(users) != 1 or users[0].op != "call_function":
         extra = users[-1] if users else node
-        raise Miss("the attention weights are used elsewhere too", node=extra, expected="one use: the value product")
+        raise Miss(
+            "the attention weights are used elsewhere too",
+            node=node,
+            expected="one use: the value product",
+            found=(node, "is also used by", extra),
+        )
     return users[0]
 
 
@@ -462,9 +502,11 @@ def _operands(found: Description, causal: bool) -> list[tuple[fx.Node, axes.Axes
         (found.key, found.key_axes),
         (found.value, found.value_axes),
     ]
-    tensors = [step for step in (*found.steps, *found.after) if not isinstance(step, Scale | Floor)]
+    tensors = [
+        step for step in (*found.steps, *found.after, found.sink) if step and not isinstance(step, Scale | Floor)
+    ]
     if causal:
-        tensors = [step for step in tensors if isinstance(step, ScaleBy)]
+        tensors = [step for step in tensors if isinstance(step, ScaleBy) or step is found.sink]
     operands += [(step.node, step.axes) for step in tensors if isinstance(step.node, fx.Node)]
     return operands
 
@@ -478,14 +520,29 @@ def _with_batch_and_keys(bias: torch.Tensor, query: torch.Tensor, key: torch.Ten
     return bias if shape == [-1] * 4 else bias.expand(shape)
 
 
+def _with_sink(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Any, sink: torch.Tensor) -> Any:
+    """(key, value, bias) with a last key and value of zeros, whose score the bias alone gives."""
+    rows = query.shape[:3]
+    if bias is None:
+        bias = query.new_zeros(1, 1, 1, 1)
+    if bias.dtype is torch.bool:
+        bias = torch.where(bias, 0.0, -math.inf).to(query.dtype)
+    bias = torch.cat([bias.expand(*rows, key.shape[2]), sink.to(bias.dtype).expand(*rows, 1)], -1)
+    return F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1)), bias
+
+
 def _without_masked_rows(query: torch.Tensor, steps: list[Step], operand: Operand) -> torch.Tensor:
-    """Zero the queries that a finite fill masks everywhere: their weights stay uniform, and as in a fill, no gradient
+    """Zero the queries that finite fills mask everywhere: their weights stay uniform, and as in a fill, no gradient
     passes from them to the scores."""
-    for step in steps:
-        if isinstance(step, Fill) and step.fill > -math.inf:
-            mask = operand(step.node, step.axes)
-            query = query * (mask if step.keep else mask.logical_not()).any(-1, keepdim=True)
-    return query
+    fills = [step for step in steps if isinstance(step, Fill)]
+    if not any(step.fill > -math.inf for step in fills):
+        return query
+    kept = [_kept(operand(step.node, step.axes), step) for step in fills]
+    return query * functools.reduce(torch.logical_and, kept).any(-1, keepdim=True)
+
+
+def _kept(mask: torch.Tensor, step: Fill) -> torch.Tensor:
+    return mask.bool() if step.keep else mask.logical_not()
 
 
 def _same_dtype(*tensors: Any) -> list[Any]:

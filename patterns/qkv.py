@@ -35,12 +35,13 @@ class MergeQKV(Rule):
     """x Wq^T, x Wk^T, x Wv^T  ->  split(x [Wq; Wk; Wv]^T)"""
 
     name = "qkv"
+    proven = True
     targets = frozenset({SDPA})
 
     def find(self, anchor: fx.Node) -> Match:
         sources = [_projection(operand) for operand in anchor.args[:3]]
         linears = _sharing_an_input([source for source in sources if source is not None])
-        linears.sort(key=list(anchor.graph.nodes).index)
+        linears.sort()
         weights = [linear.args[1] for linear in linears]
         biases = [linear.args[2] if len(linear.args) > 2 else None for linear in linears]
         for weight in weights:

@@ -597,7 +597,12 @@ def count_attentions(model: nn.Module, inputs: Inputs | tuple[Any, ...]) -> int:
 
 
 def compare(
-    actual: Any, expected: Any, *, atol_of_magnitude: float = 1e-5, valid: Sequence[Tensor] | Tensor | None = None
+    actual: Any,
+    expected: Any,
+    *,
+    atol_of_magnitude: float = 1e-5,
+    valid: Sequence[Tensor] | Tensor | None = None,
+    dropped: Sequence[Tensor] = (),
 ) -> None:
     """Assert that two outputs have one structure, and tensors of one shape and dtype with equal numbers.
 
@@ -605,6 +610,8 @@ def compare(
         atol_of_magnitude: largest difference, as a fraction of the expected tensor's largest finite value.
         valid: (batch, seq) boolean masks; an output that begins with the dims of one is compared only where it is
             True.
+        dropped: (batch, seq) boolean masks; where one is False, such an output may hold, throughout, what fxbt puts
+            at padding: 0, or the lowest number if its last axis is seq.
 
     Raises:
         AssertionError: naming the output's place, what was found and what was expected.
@@ -615,7 +622,20 @@ def compare(
     wanted, wanted_spec = pytree.tree_flatten(expected)
     assert found_spec == wanted_spec, f"structure {found_spec}, expected {wanted_spec}"
     for index, (got, want) in enumerate(zip(found, wanted, strict=True)):
+        want = padding_blanked(got, want, dropped) if isinstance(got, Tensor) else want
         _compare_leaf(got, want, f"output {index}", atol_of_magnitude, masks)
+
+
+def padding_blanked(got: Tensor, want: Tensor, dropped: Sequence[Tensor]) -> Tensor:
+    """`want` with padding as the contract has it, if that is what `got` has at every padded position."""
+    for mask in dropped:
+        if want.shape[: mask.dim()] != mask.shape:
+            continue
+        scores_positions = want.dim() == mask.dim() and want.is_floating_point()
+        fill = torch.finfo(want.dtype).min if scores_positions else 0
+        if bool((got[~mask] == fill).all()):
+            return torch.where(mask.view(*mask.shape, *[1] * (want.dim() - mask.dim())), want, fill)
+    return want
 
 
 def _compare_leaf(got: Any, want: Any, place: str, tolerance: float, masks: list[Tensor]) -> None:

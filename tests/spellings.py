@@ -658,13 +658,87 @@ def queries_gated_after_softmax(m: Any, x: Tensor, mask: Tensor) -> Tensor:
     return join((q @ k.mT * DIM**-0.5).softmax(-1) * mask[:, None, :, None] @ v)
 
 
-@spelling(found=0)
+@spelling()
 def attention_sink(m: Any, x: Tensor) -> Tensor:
-    """A learned extra score a head that takes weight and gives no value (GPT-OSS's way): left as it is so far."""
+    """A learned extra score a head that takes weight and gives no value (GPT-OSS's way)."""
     q, k, v = projections(m, x)
     scores = q @ k.mT * DIM**-0.5
     sink = m.head_scale.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
     return join(torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1] @ v)
+
+
+@spelling(WithMask)
+def attention_sink_first_behind_a_mask(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = projections(m, x)
+    scores = (q @ k.mT * DIM**-0.5).masked_fill(mask[:, None, None, :] == 0, FINFO_MIN)
+    scores = torch.cat([scores.new_zeros(*scores.shape[:-1], 1), scores], dim=-1)
+    return join((scores - scores.amax(-1, keepdim=True)).softmax(-1)[..., 1:] @ v)
+
+
+@spelling(found=0)
+def attention_sink_that_gives_value(m: Any, x: Tensor) -> Tensor:
+    """The joined score has a value of its own: no sink."""
+    q, k, v = projections(m, x)
+    scores = q @ k.mT * DIM**-0.5
+    weights = torch.cat([scores, m.head_scale.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1).softmax(-1)
+    return join(weights @ torch.cat([v, v[:, :, :1]], dim=2))
+
+
+# --- as image and text libraries write it ---------------------------------------------------------------------
+
+
+@spelling()
+def cosine_with_clamped_temperature(m: Any, x: Tensor) -> Tensor:
+    """Swin v2: unit queries and keys, a learned temperature a head."""
+    q, k, v = projections(m, x)
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+    return join((scores * m.head_scale.view(-1, 1, 1).clamp(max=math.log(100.0)).exp()).softmax(-1) @ v)
+
+
+@spelling()
+def normed_queries_fused_and_unbound(m: Any, x: Tensor) -> Tensor:
+    """timm: one projection, unbound, norms on queries and keys, the scale on the query."""
+    batch, seq, _ = x.shape
+    q, k, v = m.qkv(x).reshape(batch, seq, 3, HEADS, DIM).permute(2, 0, 3, 1, 4).unbind(0)
+    weights = ((m.q_norm(q) * DIM**-0.5) @ m.k_norm(k).transpose(-2, -1)).softmax(dim=-1)
+    return (m.dropout(weights) @ v).transpose(1, 2).reshape(batch, seq, HIDDEN)
+
+
+@spelling()
+def sequence_first_fused_with_triangle(m: Any, x: Tensor) -> Tensor:
+    """open_clip's text tower: [length, batch, width], heads folded into the batch, a causal float mask."""
+    batch, seq, _ = x.shape
+    q, k, v = F.linear(x.transpose(0, 1), m.qkv.weight, m.qkv.bias).chunk(3, dim=-1)
+    q, k, v = (t.contiguous().view(seq, batch * HEADS, DIM).transpose(0, 1) for t in (q, k, v))
+    mask = torch.full((seq, seq), float("-inf")).triu(1)
+    weights = (torch.bmm(q, k.transpose(1, 2)) * DIM**-0.5 + mask).softmax(dim=-1)
+    return torch.bmm(weights, v).transpose(0, 1).reshape(seq, batch, HIDDEN).transpose(0, 1)
+
+
+@spelling(kv_heads=1)
+def one_key_head_and_learned_memory(m: Any, x: Tensor) -> Tensor:
+    """x-transformers: one key head without an axis, and learned keys and values in front."""
+    q, k, v = split(m.q(x)), m.k(x), m.v(x)
+    memory = m.probe[..., :DIM].expand(x.shape[0], -1, -1)
+    k, v = torch.cat([memory, k], dim=1), torch.cat([memory * 2, v], dim=1)
+    weights = (torch.einsum("bhid,bjd->bhij", q, k) * DIM**-0.5).softmax(-1)
+    return join(torch.einsum("bhij,bjd->bhid", weights, v))
+
+
+@spelling()
+def class_token_attends(m: Any, x: Tensor) -> Tensor:
+    """CaiT: one query, all keys."""
+    q, k, v = split(m.q(x[:, :1])), split(m.k(x)), split(m.v(x))
+    return join((q * DIM**-0.5 @ k.mT).softmax(-1) @ v).expand(-1, x.shape[1], -1)
+
+
+@spelling(found=0)
+def talking_heads(m: Any, x: Tensor) -> Tensor:
+    """Heads mixed before the softmax: no sum over the head's own dimension alone."""
+    q, k, v = projections(m, x)
+    mix = m.head_scale[:, None] * m.head_mask[None, :]
+    scores = torch.einsum("bhij,hg->bgij", q @ k.mT * DIM**-0.5, mix)
+    return join(scores.softmax(-1) @ v)
 
 
 @spelling()

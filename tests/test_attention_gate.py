@@ -42,7 +42,7 @@ def test_there_are_enough_of_both() -> None:
 def test_spelling_is_found_and_stays_equal(spelling: Spelling) -> None:
     model = spelling.make()
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs=spelling.inputs(*SPELLING_SHAPES[0]))
+        fast = fxbt.optimize(model, example_inputs=spelling.inputs(*SPELLING_SHAPES[0]), padding="keep")
         for shape in SPELLING_SHAPES:
             inputs = spelling.inputs(*shape)
             compare(fast(**inputs), model(**inputs))
@@ -56,7 +56,7 @@ def test_spelling_in_one_row_and_one_position_stays_equal(spelling: Spelling) ->
     """Sizes of one as the example, then others: what was learned from a one must not be used for more."""
     model = spelling.make()
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs=spelling.inputs(1, 1))
+        fast = fxbt.optimize(model, example_inputs=spelling.inputs(1, 1), padding="keep")
         for shape in ((1, 1), (1, 8), (3, 1), (2, 5)):
             inputs = spelling.inputs(*shape)
             compare(fast(**inputs), model(**inputs))
@@ -84,7 +84,7 @@ GRADIENT_SPELLINGS = [
 @pytest.mark.parametrize("spelling", GRADIENT_SPELLINGS, ids=str)
 def test_spelling_has_the_originals_gradients(spelling: Spelling) -> None:
     model = spelling.make()
-    fast = fxbt.optimize(model, example_inputs=spelling.inputs(2, 6))
+    fast = fxbt.optimize(model, example_inputs=spelling.inputs(2, 6), padding="keep")
     compare_gradients(*gradients(model, fast, spelling.inputs(3, 9)))
     assert found(fast) == spelling.found, fast.report.why("attention")
 
@@ -101,7 +101,7 @@ def test_spelling_in_bfloat16_is_no_worse_than_eager(spelling: Spelling) -> None
         return {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
 
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs=cast(spelling.inputs(2, 6), torch.bfloat16))
+        fast = fxbt.optimize(model, example_inputs=cast(spelling.inputs(2, 6), torch.bfloat16), padding="keep")
         for seq in range(4, 16):
             inputs = cast(spelling.inputs(3, seq), torch.bfloat16)
             want = exact(**cast(inputs, torch.float64))
@@ -135,7 +135,7 @@ def test_mutant_stays_equal(mutant: Mutant, tally: dict[str, int]) -> None:
     model = mutant.make()
     check = compare_where_not_nan if mutant.nan_rows else compare
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs=mutant.inputs(*mutant.shapes[0], 0))
+        fast = fxbt.optimize(model, example_inputs=mutant.inputs(*mutant.shapes[0], 0), padding="keep")
         assert fast.report.graphs, fast.report.fallbacks
         count = found(fast)
         for seed, shape in enumerate((mutant.shapes[0], *mutant.shapes)):
@@ -193,7 +193,7 @@ def check(compute: Callable[..., Any], expected: int, tolerance: float = 1e-5) -
     """Optimise a `Small`, compare on three shapes, and check how many attentions were found."""
     model = small(compute)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         for batch, seq in ((BATCH, SEQ), (3, 9), (1, 7)):
             x = states(batch, seq)
             compare(fast(x=x), model(x=x), atol_of_magnitude=tolerance)
@@ -212,7 +212,7 @@ def test_pitfall_aliasing_copy() -> None:
 
     model = small(compute)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         compare(fast(x=states(3, 9)), model(x=states(3, 9)))
 
 
@@ -226,7 +226,7 @@ def test_pitfall_fully_masked_row_with_infinity() -> None:
 
     model = small(compute)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         actual, expected = fast(x=states(3, 9)), model(x=states(3, 9))
     assert expected[:, :, 2].isnan().all()
     assert (actual[:, :, 2].isnan() | (actual[:, :, 2] == 0)).all()
@@ -246,7 +246,7 @@ def test_pitfall_fully_masked_row_with_a_finite_fill(fill: float, added: bool) -
 
     model = small(compute)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         for shape in ((2, 6), (3, 9), (1, 7)):
             compare(fast(x=states(*shape)), model(x=states(*shape)))
     if added or fill < -1e8:
@@ -275,7 +275,7 @@ def test_pitfall_bfloat16() -> None:
     exact = exact.double()
     errors = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states().bfloat16()})
+        fast = fxbt.optimize(model, example_inputs={"x": states().bfloat16()}, padding="keep")
         for seq in range(3, 23):
             x = states(4, seq).bfloat16()
             want = exact(x=x.double())
@@ -309,7 +309,7 @@ def test_pitfall_training_dropout() -> None:
 
     model = small(compute).train()
     x = states()
-    fast = fxbt.optimize(model, example_inputs={"x": x})
+    fast = fxbt.optimize(model, example_inputs={"x": x}, padding="keep")
     runs = 600
     means, grads, spreads = [], [], []
     for run in (fast, model):
@@ -354,7 +354,7 @@ def test_pitfall_multiplicative_term_along_keys() -> None:
 
     model = small(compute)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         compare(fast(x=states(3, 9)), model(x=states(3, 9)))
 
 
@@ -395,7 +395,7 @@ def test_pitfall_size_that_is_one_by_its_range() -> None:
 
     model = small(compute)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         for shape in ((2, 6), (3, 9), (1, 7)):
             compare(fast(x=states(*shape)), model(x=states(*shape)))
     assert fast.report.fallbacks == []
@@ -422,7 +422,7 @@ def test_pitfall_tensors_cached_inside() -> None:
     torch.manual_seed(1)
     model = CachingPositions().eval()
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         for shape in ((2, 6), (3, 9), (1, 7)):
             compare(fast(x=states(*shape)), model(x=states(*shape)))
     assert found(fast) == 1, fast.report.why("attention")
@@ -437,7 +437,7 @@ def test_pitfall_slice_assigned_bias() -> None:
 
     model = small(compute)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         for shape in ((2, 6), (3, 9), (1, 7)):
             compare(fast(x=states(*shape)), model(x=states(*shape)))
 
@@ -469,7 +469,7 @@ def test_sequence_longer_than_the_causal_buffer_is_the_originals_error() -> None
     """The mask that is_causal stands for has an end; the original says so."""
     model = small(causal_by_buffer)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         with pytest.raises(RuntimeError, match="must match the size"):
             model(x=states(2, 40))
         with pytest.raises(RuntimeError, match="must match the size"):
@@ -485,7 +485,7 @@ def test_causal_buffer_changed_after_capture() -> None:
     """What was proven of a buffer's content holds only as long as the content does."""
     model = small(causal_by_buffer)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         compare(fast(x=states()), model(x=states()))
         model.triangle.fill_(True)
         compare(fast(x=states()), model(x=states()))
@@ -496,7 +496,7 @@ def test_causal_buffer_changed_after_capture() -> None:
 def test_causal_buffer_replaced_after_capture() -> None:
     model = small(causal_by_buffer)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         model.triangle = torch.ones(32, 32).tril(1).bool()
         compare(fast(x=states()), model(x=states()))
 
@@ -505,7 +505,7 @@ def test_causal_buffer_changed_through_data_after_capture() -> None:
     """`.data` writes do not count up `_version`."""
     model = small(causal_by_buffer)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         model.triangle.data = torch.ones(32, 32).tril(1).bool()
         compare(fast(x=states()), model(x=states()))
 
@@ -522,7 +522,7 @@ def test_stopped_gradients_stay_stopped(cut: str) -> None:
         return (weights.detach() if cut == "weights" else weights) @ v
 
     model = small(compute)
-    fast = fxbt.optimize(model, example_inputs={"x": states()})
+    fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
     actual, expected = gradients(model, fast, {"x": states(3, 9)})
     compare_gradients(actual, expected)
 
@@ -535,7 +535,7 @@ def test_learned_mask_has_its_gradient() -> None:
         return (scores + m.table[0, :, :, : x.shape[1]]).softmax(-1) @ v
 
     model = small(compute)
-    fast = fxbt.optimize(model, example_inputs={"x": states()})
+    fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
     actual, expected = gradients(model, fast, {"x": states(3, 9)})
     assert expected["table"].abs().max() > 0
     compare_gradients(actual, expected)
@@ -557,8 +557,65 @@ def test_gradients_in_fully_masked_rows(fill: float, added: bool) -> None:
         return masked.softmax(-1) @ v
 
     model = small(compute)
-    fast = fxbt.optimize(model, example_inputs={"x": states()})
+    fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
     compare_gradients(*gradients(model, fast, {"x": states(3, 9)}))
+
+
+def _trained_alike(function: Callable[..., Tensor]) -> Any:
+    """Gradients of query and key as the original's, in training; the optimised model's report."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(BATCH, HEADS, SEQ, DIM) for _ in range(3))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Parameter(q), nn.Parameter(k)
+
+        def forward(self, v: Tensor) -> Tensor:
+            return function(self.q, self.k, v)
+
+    model = Model()
+    fast = fxbt.optimize(model, example_inputs=(v,), padding="keep")
+    weights = torch.randn(BATCH, HEADS, SEQ, DIM)
+    grads = []
+    for run in (fast, model):
+        model.zero_grad()
+        (run(v) * weights).sum().backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    compare_gradients(*grads)
+    return fast.report
+
+
+def test_gradients_in_rows_that_two_fills_mask_together() -> None:
+    first, second = torch.arange(SEQ) < 3, torch.ones(SEQ, SEQ).tril().bool()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT).masked_fill(first, FINFO_MIN).masked_fill(~second, FINFO_MIN)
+        return scores.softmax(-1) @ v
+
+    assert _trained_alike(attend).hits["attention"] == 1
+
+
+def test_gradients_in_rows_that_a_fill_and_a_bias_mask_together() -> None:
+    """A fill stops the gradient, a bias does not: left as it is where there are gradients (GPT-Neo's way)."""
+    padded, causal = torch.arange(SEQ) < 3, torch.ones(SEQ, SEQ).tril().bool()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.where(causal, q @ k.mT, FINFO_MIN) + torch.where(padded, FINFO_MIN, 0.0)
+        return scores.softmax(-1) @ v
+
+    report = _trained_alike(attend)
+    assert report.hits["attention"] == 0
+    assert "masked by a fill and by a bias" in report.why("attention")
+
+
+def test_gradients_of_a_fill_behind_a_small_bias() -> None:
+    slopes, causal = -torch.arange(SEQ).float(), torch.ones(SEQ, SEQ).tril().bool()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.where(causal, q @ k.mT + slopes, FINFO_MIN).softmax(-1) @ v
+
+    assert _trained_alike(attend).hits["attention"] == 1
 
 
 def test_writes_of_data_in_place_train() -> None:
@@ -570,7 +627,7 @@ def test_writes_of_data_in_place_train() -> None:
         return scores.softmax(-1) @ v
 
     model = small(compute)
-    fast = fxbt.optimize(model, example_inputs={"x": states()})
+    fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
     compare_gradients(*gradients(model, fast, {"x": states(3, 9)}))
 
 
@@ -583,7 +640,7 @@ def test_qkv_merge_follows_its_weights(names: tuple[str, ...]) -> None:
 
     model = small(compute)
     with torch.no_grad():
-        fast = fxbt.optimize(model, example_inputs={"x": states()})
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
         assert fast.report.hits.get("qkv", 0) == 1, fast.report.why("qkv")
         for linear in (model.q, model.k, model.v):
             linear.weight.mul_(-0.5)

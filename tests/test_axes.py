@@ -150,3 +150,10 @@ def test_arrange_needs_every_size_but_one():
     first, second = Atom(sympy.Symbol("a")), Atom(sympy.Symbol("b"))
     with pytest.raises(Miss, match="sizes of merged axes"):
         axes.arrange(torch.randn(6), ((first, second),), ((second,), (first,)), axes.sizes_from({}, []))
+
+
+def test_minima_that_a_guard_proves_are_sizes():
+    """A table of 16 rows cut to the length, added to what is as long: the length is min(16, s) no more."""
+    module = canonicalize(graph_of(lambda x, table: x + table[: x.shape[1]], torch.randn(2, 7), table=torch.randn(16)))
+    length = module.graph.find_nodes(op="placeholder")[0].meta["val"].shape[1].node.expr
+    assert axes.sizes_of(returned(module))[1] == length

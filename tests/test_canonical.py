@@ -39,6 +39,7 @@ def targets(function, *tensors, **weights):
         (lambda x: (x * 1) * 2, [aten.mul.Tensor]),
         (lambda x: x * torch.tensor(2.0), [aten.mul.Tensor]),
         (lambda x: (x * 2) + (x * 2), [aten.mul.Tensor, aten.add.Tensor]),
+        (lambda x: x.new_zeros(2, 3) + 1, [aten.full.default, aten.add.Tensor]),
     ],
 )
 def test_steps_drop_what_changes_nothing(function, left):

@@ -166,6 +166,44 @@ def test_a_single_element_parameter_is_told_apart_by_identity():
     assert fast(torch.ones(2, 3)).eq(3.0).all()
 
 
+@pytest.mark.parametrize(
+    "replace", [lambda data: data.T, lambda data: data.flip(0), lambda data: data[:1].expand(4, 4)]
+)
+def test_a_parameter_turned_or_replaced_through_data_is_seen(replace):
+    fast = captured()
+    ran_original(fast, x_of(2, 3))  # from here on, only the counters are asked
+    fast.linear.weight.data = replace(fast.linear.weight.data)
+    ran_original(fast, x_of(2, 3))
+
+
+def test_a_single_element_tensor_in_a_list_is_told_apart_by_identity():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scales = [torch.ones(1)]
+
+        def forward(self, x):
+            return x * self.scales[0]
+
+    model = Scaled().eval()
+    fast = optimize(model)
+    for _ in range(3):
+        fast(torch.ones(2, 3))
+    model.scales[0] = torch.ones(1)
+    fast(torch.ones(2, 3))
+    model.scales[0].fill_(3.0)
+    assert fast(torch.ones(2, 3)).eq(3.0).all()
+
+
+def test_edits_are_seen_after_many_calls_alike():
+    fast = captured()
+    for edit in EDITS:
+        for _ in range(3):
+            fast(x_of(2, 3))
+        edit(restore(fast))
+        assert ran_original(fast, x_of(2, 3)), edit.__name__
+
+
 def test_values_written_in_place_are_seen_by_the_same_graph():
     fast = captured()
     with torch.no_grad():

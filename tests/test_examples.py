@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,7 +26,7 @@ def test_embed_sentences() -> None:
     assert re.search(r"^qkv +6 ", done.stdout, re.MULTILINE)
     assert "the original forward ran" not in done.stdout
     assert re.search(r"^ *-%softmax", done.stdout, re.MULTILINE)
-    assert re.search(r"^ *\+%sdpa", done.stdout, re.MULTILINE)
+    assert re.search(r"^ *\+%\w+ = sdpa", done.stdout, re.MULTILINE)
 
 
 def test_custom_module() -> None:
@@ -35,6 +37,23 @@ def test_custom_module() -> None:
     assert max(differences) < 1e-5
     assert re.search(r"^attention +3 ", done.stdout, re.MULTILINE)
     assert re.search(r"^qkv +3 ", done.stdout, re.MULTILINE)
+
+
+RULES = {
+    "rule_tanh_gelu": (r"^-.*= tanh\(", r"^\+.*= gelu\(%x, approximate=tanh\)"),
+    "rule_gated_attention": (r"^-.*= softmax\(", r"^\+.*= sdpa\("),  # theirs, then the built-in rule's
+    "rule_lora": (r"^-.*= linear\(%linear_1, b\)", r"^\+.*= add\(weight, "),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_in_thirty_lines(name: str) -> None:
+    lines = (ROOT / f"examples/{name}.py").read_text().splitlines()
+    assert len(lines) <= 30
+    done = run(f"examples/{name}.py")
+    assert done.returncode == 0, done.stderr
+    for expected in RULES[name]:
+        assert re.search(expected, done.stdout, re.MULTILINE), done.stdout
 
 
 def test_rules_are_installed_inside_fxbt_only(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tracing import Function
 
 import fxbt
+import fxbt.tune
 from fxbt.capture import capture
 from fxbt.pipeline import compile as compile_graph
 from fxbt.signature import make_call
@@ -73,15 +74,19 @@ def test_casting_the_model_is_followed():
             torch.testing.assert_close(fast(x.double()), model(x.double()))
 
 
-packed_here = pytest.mark.skipif(
-    not torch.cpu._is_avx512_supported(), reason="weights are packed only on AVX-512, where that was measured to pay"
-)
+@pytest.fixture
+def always_packed(monkeypatch):
+    """Packs every linear, however small: which ones pay is for test_tune.py."""
+    monkeypatch.setattr(fxbt.tune, "_by_rule", lambda n, k: (True,) * len(fxbt.tune.ROWS))
+
+
+packed_here = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
 @packed_here
 @pytest.mark.parametrize("shape", [(16, 6), (2, 3, 6), (6,), (0, 6), (2, 0, 6)])
 @pytest.mark.parametrize("strided", [False, True])
-def test_packed_linears_take_every_input(shape, strided):
+def test_packed_linears_take_every_input(shape, strided, always_packed):
     model = Function(lambda x, w, b: F.linear(x, w, b), w=torch.randn(5, 6), b=torch.randn(5)).eval()
     with torch.no_grad():
         compiled = compile_graph(capture(model, make_call(model, torch.randn([2] * (len(shape) - 1) + [6]))), ())
@@ -91,7 +96,7 @@ def test_packed_linears_take_every_input(shape, strided):
 
 
 @packed_here
-def test_a_weight_used_twice_is_packed_once():
+def test_a_weight_used_twice_is_packed_once(always_packed):
     model = Function(lambda x, w: F.linear(F.linear(x, w), w), w=torch.randn(6, 6)).eval()
     with torch.no_grad():
         compiled = compile_graph(capture(model, make_call(model, torch.randn(3, 6))), ())
@@ -124,7 +129,7 @@ def test_what_the_caller_gets_is_not_kept(view):
         torch.testing.assert_close(compiled.run(x)[1], model(x)[1])
 
 
-def test_double_precision_is_not_packed():
+def test_double_precision_is_not_packed(always_packed):
     model = Function(lambda x, w: F.linear(x, w), w=torch.randn(6, 6)).eval().double()
     with torch.no_grad():
         compiled = compile_graph(capture(model, make_call(model, torch.randn(3, 6).double())), ())

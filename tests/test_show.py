@@ -1,10 +1,17 @@
 """Graph texts are stable and exact, and their difference shows what changed and nothing else."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
+import transformers
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 
+import fxbt
 from fxbt import show
+from fxbt.record import Snapshot
+from fxbt.report import GraphReport
 
 
 class Small(nn.Module):
@@ -111,3 +118,111 @@ def test_diff_sees_swapped_operands_of_the_same_op() -> None:
     head = "%x = input\n%relu_0 = relu(%x)  # a\n%relu_1 = relu(%x)  # b\n"
     diff = show.diff(head + "%sub_0 = sub(%relu_0, %relu_1)", head + "%sub_0 = sub(%relu_1, %relu_0)")
     assert "-%sub_0 = sub(%relu_0, %relu_1)\n+%sub_0 = sub(%relu_1, %relu_0)" in diff
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / x.shape[-1] ** 0.5
+        weights = scores.masked_fill(~mask[:, None, :], -1e9).softmax(-1)
+        return self.norm(x + self.out(weights @ self.value(x)))
+
+
+class Layers(nn.Module):
+    def __init__(self, layers: int, width: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+def layers(count: int, batch: int = 2, length: int = 3) -> GraphReport:
+    inputs = (torch.ones(batch, length, 8), torch.ones(batch, length, dtype=torch.bool))
+    with torch.no_grad():
+        report = fxbt.optimize(Layers(count).eval(), inputs).report.latest
+    assert report is not None
+    return report
+
+
+def bert(count: int, **call: bool) -> GraphReport:
+    config = transformers.BertConfig(
+        num_hidden_layers=count, hidden_size=24, num_attention_heads=2, intermediate_size=48, vocab_size=99
+    )
+    model = transformers.BertModel(config).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.arange(8).view(2, 4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **call}
+    with torch.no_grad():
+        report = fxbt.optimize(model, inputs).report.latest
+    assert report is not None
+    return report
+
+
+def page(report: GraphReport) -> str:
+    parts = {"before": report.before, "after": report.after, "diff": report.diff()}
+    return "\n\n".join(f"== {title}\n{text}" for title, text in parts.items())
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 3), (5, 4)])
+def test_golden_two_layers(golden: Callable[[str, str], None], batch: int, length: int) -> None:
+    golden("two_layers", page(layers(2, batch, length)))
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 builds its masks by other ops")
+def test_golden_bert(golden: Callable[[str, str], None]) -> None:
+    golden("bert_3_layers", page(bert(3)))
+
+
+def test_twelve_layers_read_on_one_screen() -> None:
+    report = bert(12)
+    assert report.nodes_before > 300
+    assert len(report.after.splitlines()) < 60
+    assert len(report.diff().splitlines()) < 80
+    assert "x 12  # encoder.layer.0..11" in report.before and "x 12  # encoder.layer.0..11" in report.after
+    assert "attention at encoder.layer.0..11.attention.self, x 12" in report.diff()
+
+
+def test_in_full_nothing_is_folded() -> None:
+    graph = layers(3).captured
+    folded, full = show.text(graph), show.text(graph, collapse=False)
+    assert "x 3  # layers.0..2" in folded and "x 3" not in full
+    assert full.count("softmax(") == 3 and folded.count("softmax(") == 1
+
+
+def test_a_layer_wired_otherwise_is_not_folded() -> None:
+    class Skip(Layers):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            seen = [x]
+            for i, layer in enumerate(self.layers):
+                seen.append(layer(seen[-2 if i == 2 else -1], mask))
+            return torch.cat(seen)
+
+    inputs = (torch.ones(2, 3, 8), torch.ones(2, 3, dtype=torch.bool))
+    with torch.no_grad():
+        text = fxbt.optimize(Skip(4).eval(), inputs).report.before
+    assert text.count("x 2  # layers.") == 2 and "x 3" not in text and "x 4" not in text
+
+
+def test_a_snapshot_stays_as_it_was() -> None:
+    module = graph_of(Small(), torch.ones(2, 3, 4), torch.ones(2, 5, 4))
+    before = Snapshot(module.graph)
+    relu = next(node for node in module.graph.nodes if node.op == "call_function" and "relu" in node.name)
+    relu.replace_all_uses_with(relu.args[0])
+    module.graph.erase_node(relu)
+    assert show.text(before) == SMALL
+    assert show.text(module) != SMALL
+
+
+def test_numbers_of_layers_in_one_place() -> None:
+    assert show.common_place(["a.0.b", "a.1.b", "a.2.b"]) == "a.0..2.b"
+    assert show.common_place(["a.0", "a.2"]) == "a.0,2"
+    assert show.common_place(["a.0.b.1", "a.1.b.2"]) == "a.0.b.1"
+    assert show.common_place(["a.0", "a.1.b"]) == "a.0"
+    assert show.common_place(["a.b"]) == "a.b"

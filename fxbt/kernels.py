@@ -1,0 +1,234 @@
+"""CPU kernels for a graph that runs without gradients: packed linears with what follows fused in, masks made once.
+
+Each function changes a lowered graph in place and keeps its numbers to floating-point rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from .canonical import argument, same_shape
+from .tune import PACKED_FOR_ROWS, Tuner, bucket_of
+
+aten = torch.ops.aten
+mkldnn = torch.ops.mkldnn
+
+# Activations that oneDNN computes as torch does, to the last bits, by their name there and their algorithm.
+ACTIVATIONS: dict[Any, Callable[[fx.Node], tuple[str, str]]] = {
+    aten.gelu.default: lambda node: ("gelu", argument(node, "approximate")),
+    aten.relu.default: lambda node: ("relu", ""),
+    aten.silu.default: lambda node: ("swish", ""),
+}
+
+
+class LinearByRows:
+    """A linear whose kernel depends on the rows of x: packed for the numbers of rows where that was faster."""
+
+    def __init__(self, packed_pays: tuple[bool, ...], activation: tuple[str, str], after: Any):
+        self._packed_pays = packed_pays
+        self._activation, self._algorithm = activation
+        self._after = after  # the activation's own node, for F.linear's path
+        self.__name__ = "linear_by_rows"  # fx names nodes by it
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        rows = x.numel() // x.shape[-1] if x.numel() else 0
+        if self._packed_pays[bucket_of(rows)]:
+            return mkldnn._linear_pointwise(x, packed, bias, self._activation, [], self._algorithm)
+        y = F.linear(x, weight, bias)
+        return y if self._after is None else self._after.target(y, *self._after.args[1:], **self._after.kwargs)
+
+
+def pack_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> None:
+    """Give linears on float32 weights oneDNN's packed kernel where it pays, with an activation or residual fused in.
+
+    The nodes that pack weights join `constant`.
+    """
+    packed: dict[fx.Node, fx.Node] = {}
+    if not _can_pack_here():
+        return
+    for node in list(graph.nodes):
+        if not _can_be_packed(node, constant):
+            continue
+        weight = node.args[1]
+        n, k = map(int, weight.meta["val"].shape)
+        pays = tuner.packed_pays(n, k, weight.meta["val"].dtype)
+        if not any(pays):
+            continue
+        if weight not in packed:
+            with graph.inserting_after(weight):
+                packed[weight] = graph.call_function(mkldnn._reorder_linear_weight.default, (weight, PACKED_FOR_ROWS))
+        _use_packed(graph, node, packed[weight], pays)
+    constant.update(packed.values())
+
+
+def pack_linears_in(dtype: torch.dtype, graph: fx.Graph, constant: set[fx.Node]) -> None:
+    """Compute linears on float32 weights in `dtype`: packed copies of the weights, inputs cast, results cast back.
+
+    Sums with residuals, norms and attention stay in float32.
+    """
+    cast: dict[tuple[Any, torch.dtype], fx.Node] = {}
+    if not _can_pack_here():
+        return
+    for node in list(graph.nodes):
+        if not _can_be_packed(node, constant):
+            continue
+        x, weight = node.args[:2]
+        activation = _only_user(node, ACTIVATIONS)
+        name, algorithm = ACTIVATIONS[activation.target](activation) if activation else ("none", "")
+        packed = _cast(graph, weight, dtype, cast, pack=True)
+        constant.update(packed.all_input_nodes)
+        constant.add(packed)
+        narrow = _cast(graph, x, dtype, cast)
+        last = activation or node
+        with graph.inserting_after(last):
+            arguments: Any = (narrow, packed, argument(node, "bias"), name, [], algorithm)
+            fused = graph.call_function(mkldnn._linear_pointwise.default, arguments)
+        wide = _cast(graph, fused, torch.float32, cast)
+        wide.meta = dict(last.meta)
+        cast[wide, dtype] = fused  # a linear that follows takes it as it is
+        last.replace_all_uses_with(wide)
+        for old in dict.fromkeys((last, node)):
+            graph.erase_node(old)
+
+
+def _cast(graph: fx.Graph, value: Any, dtype: torch.dtype, known: dict[Any, fx.Node], pack: bool = False) -> fx.Node:
+    """`value` in `dtype`, packed for linears if it is a weight: a node right after it, one for all that ask."""
+    if (value, dtype) not in known:
+        with graph.inserting_after(value):
+            node = graph.call_function(aten.to.dtype, (value, dtype))
+        if pack:
+            with graph.inserting_after(node):
+                node = graph.call_function(mkldnn._reorder_linear_weight.default, (node, PACKED_FOR_ROWS))
+        known[value, dtype] = node
+    return known[value, dtype]
+
+
+def _use_packed(graph: fx.Graph, linear: fx.Node, packed: fx.Node, pays: tuple[bool, ...]) -> None:
+    x, weight = linear.args[:2]
+    bias = argument(linear, "bias")
+    activation = _only_user(linear, ACTIVATIONS)
+    name, algorithm = ACTIVATIONS[activation.target](activation) if activation else ("none", "")
+    residual = _residual(linear)
+    last = activation or (residual[0] if residual and all(pays) else linear)
+    with graph.inserting_after(last):
+        if not all(pays):
+            kernel = LinearByRows(pays, (name, algorithm), activation)
+            fused = graph.call_function(kernel, (x, weight, packed, bias))
+        elif residual:
+            fused = graph.call_function(mkldnn._linear_pointwise.binary, (x, residual[1], packed, bias, "add"))
+        else:
+            fused = graph.call_function(mkldnn._linear_pointwise.default, (x, packed, bias, name, [], algorithm))
+    fused.meta = dict(last.meta)
+    last.replace_all_uses_with(fused)
+    graph.erase_node(last)
+    if last is not linear:
+        graph.erase_node(linear)
+
+
+def _only_user(node: fx.Node, targets: Any) -> fx.Node | None:
+    user = next(iter(node.users), None)
+    return user if user is not None and len(node.users) == 1 and user.target in targets else None
+
+
+def _residual(linear: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(add, what is added) where a linear's result goes only into a sum with a value of its own shape."""
+    add = _only_user(linear, (aten.add.Tensor,))
+    if add is None or add.kwargs or not all(isinstance(value, fx.Node) for value in add.args) or len(add.args) != 2:
+        return None
+    other: Any = add.args[1] if add.args[0] is linear else add.args[0]
+    values = [node.meta["val"] for node in (linear, other)]
+    if other is linear or values[0].dtype != values[1].dtype or values[0].dim() < 2 or not same_shape(*values):
+        return None
+    return add, other
+
+
+def _can_pack_here() -> bool:
+    """Outside autocast, which would not see the packed op."""
+    has_kernel = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return has_kernel and not torch.is_autocast_enabled("cpu")
+
+
+def _can_be_packed(node: fx.Node, constant: set[fx.Node]) -> bool:
+    """Whether a node is a float32 linear on a weight, and not itself computed from weights alone."""
+    if node.target is not aten.linear.default or node.args[1] not in constant or node in constant:
+        return False
+    x, weight = (node.args[place].meta["val"] for place in (0, 1))  # type: ignore[union-attr]
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    return on_cpu and x.dtype is weight.dtype is torch.float32 and weight.dim() == 2
+
+
+def make_masks_once(graph: fx.Graph) -> None:
+    """A boolean mask of several attentions -> the additive one that SDPA would make of it in each of them."""
+    attentions: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target is aten.scaled_dot_product_attention.default:
+            mask = argument(node, "attn_mask")
+            if isinstance(mask, fx.Node) and mask.meta["val"].dtype is torch.bool and _on_cpu(node):
+                attentions.setdefault(mask, []).append(node)
+    for mask, users in attentions.items():
+        dtypes = {user.meta["val"].dtype for user in users}
+        if len(users) < 2 or len(dtypes) > 1:
+            continue
+        with graph.inserting_after(mask):
+            bias = graph.call_function(_additive, (mask, dtypes.pop()))
+        for user in users:
+            user.replace_input_with(mask, bias)
+
+
+def _on_cpu(node: fx.Node) -> bool:
+    return node.meta["val"].device.type == "cpu"
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -math.inf)
+
+
+def split_heads_once(graph: fx.Graph) -> None:
+    """split(x, sizes, -1), each part reshaped to (b, s, heads, d), transposed -> one reshape, transpose and split."""
+    for split in [node for node in graph.nodes if node.target is aten.split_with_sizes.default]:
+        parts = _parts_of_heads(split)
+        if parts is None:
+            continue
+        views = [part[1] for part in parts]
+        sizes: Any = split.args[1]
+        shape: Any = views[0].args[1]
+        *lead, _, width = shape
+        heads = [size // width for size in sizes]
+        with graph.inserting_before(min(views)):
+            whole = graph.call_function(aten.reshape.default, (split.args[0], [*lead, sum(heads), width]))
+            turned = graph.call_function(aten.transpose.int, (whole, 1, 2))
+            again = graph.call_function(aten.split_with_sizes.default, (turned, heads, 1))
+            items = [graph.call_function(operator.getitem, (again, part[0].args[1])) for part in parts]
+        for item, (old_item, view, transposed) in zip(items, parts, strict=True):
+            item.meta = dict(transposed.meta)
+            transposed.replace_all_uses_with(item)
+            for old in (transposed, view, old_item):
+                graph.erase_node(old)
+        graph.erase_node(split)
+
+
+def _parts_of_heads(split: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node]] | None:
+    """(part, its reshape, its transpose) for all parts of a split of the last axis; None if one is used otherwise."""
+    rank = split.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    if rank != 3 or argument(split, "dim") not in (-1, 2):
+        return None
+    parts, shapes = [], set()
+    for item in split.users:
+        view = _only_user(item, (aten.reshape.default,)) if item.target is operator.getitem else None
+        transposed = _only_user(view, (aten.transpose.int,)) if view is not None else None
+        shape: Any = view.args[1] if view is not None else ()
+        if view is None or transposed is None or set(transposed.args[1:]) != {1, 2} or len(shape) != 4:
+            return None
+        parts.append((item, view, transposed))
+        shapes.add((shape[0], shape[1], shape[3]))
+    width = next(iter(shapes))[2] if shapes else 0
+    sizes: Any = split.args[1]
+    same = len(shapes) == 1 and type(width) is int and width > 0
+    return parts if same and all(type(size) is int and size % width == 0 for size in sizes) else None

@@ -1,0 +1,87 @@
+"""Stand-ins for functions of libraries whose Python looks at the values of tensors: the one place that names any.
+
+A graph cannot branch on values. Each entry replaces one function while a model is traced, and only then; it computes
+the same for every input that it accepts. What it does not accept it asserts in the graph, and a call for which that
+does not hold runs the original forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Patch:
+    """`replacement` stands for `function` ("name" or "Class.name") of `module`; `reason` says why it may."""
+
+    module: str
+    function: str
+    replacement: Callable[..., Any]
+    reason: str
+
+
+def _padding_mask(input_ids: Tensor, padding_idx: int = 1) -> Tensor:
+    return input_ids.eq(padding_idx)
+
+
+def _complete_images(self: Any, pixel_values: Tensor, pixel_mask: Tensor, max_image_length: int = 200) -> Any:
+    """Embeds images of which every pixel counts: all have the same patches, shuffled for each image anew."""
+    torch._assert_async(pixel_mask.all(), "an image is padded; every pixel must count")
+    x = self.patch_embeddings(pixel_values)
+    batch, channels, height, width = x.shape
+    count = height * width
+    kept = min(count, max_image_length) if isinstance(max_image_length, int) and max_image_length >= 0 else count
+    sides = [self.config.image_size // self.config.patch_size] * 2
+    grid = self.position_embeddings[:, 1:].transpose(1, 2).unflatten(2, sides)
+    positions = F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=True)
+    x = x.flatten(2).transpose(1, 2) + positions.flatten(2).transpose(1, 2)
+    order = torch.rand(batch, count, device=x.device).argsort(1)[:, :kept]
+    x = x.gather(1, order.unsqueeze(-1).expand(-1, -1, channels))
+    first = (self.cls_token + self.position_embeddings[:, :1]).expand(batch, -1, -1)
+    x = self.dropout(torch.cat((first, x), dim=1))
+    mask = torch.ones(batch, kept + 1, dtype=torch.long, device=x.device)
+    patch_index = torch.stack((order // width, order % width), -1)
+    return x, mask, (patch_index, (height, width))
+
+
+PATCHES = (
+    Patch(
+        "transformers.models.fsmt.modeling_fsmt",
+        "make_padding_mask",
+        _padding_mask,
+        "asks whether there is any padding, to leave out a mask that masks nothing",
+    ),
+    Patch(
+        "transformers.models.vilt.modeling_vilt",
+        "ViltEmbeddings.visual_embed",
+        _complete_images,
+        "loops over the images to cut away padded pixels, and shuffles the rest",
+    ),
+)
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Puts the stand-ins in the places of what they stand for, where those libraries are loaded."""
+    replaced: list[tuple[Any, str, Any]] = []
+    try:
+        for patch in PATCHES:
+            owner: Any = sys.modules.get(patch.module)
+            *inside, name = patch.function.split(".")
+            for part in inside:
+                owner = getattr(owner, part, None)
+            if hasattr(owner, name):
+                replaced.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, patch.replacement)
+        yield
+    finally:
+        for owner, name, original in replaced:
+            setattr(owner, name, original)

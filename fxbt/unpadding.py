@@ -1,0 +1,125 @@
+"""A dense program and its packed twin as one callable, which decides call by call."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lower import Program
+from .miss import Miss
+from .packed import Tokens
+from .padding import Output, Unpadded
+from .verify import difference
+from .weights import Weights
+
+# Share of padded positions from which dropping them pays: MiniLM on 2x8 to 32x128 tokens was up to 10 % slower packed
+# below 1/16 (indices and one attention call for each length), and faster from 1/9 on.
+WORTH_DROPPING = 1 / 16
+PACKED, DENSE, LITTLE, EMPTY = "packed", "dense", "hardly any padding", "no token in the whole batch"
+
+
+class Unpadding:
+    """`program(*tensors)`: on valid tokens alone if there is padding and all guards hold, else on the dense graph.
+
+    `calls` counts how they went: "packed", "dense" (no padding), or why a padded call ran dense.
+    """
+
+    def __init__(self, dense: Program, unpadded: Unpadded, weights: Weights, dtype: torch.dtype | None = None):
+        self.dense = dense
+        self.packed = Program(unpadded.module, unpadded.assumes, weights, dtype)
+        self.calls: Counter[str] = Counter()
+        self._masks = unpadded.masks
+        self._is_coarse = dtype is not None
+        self._guards = Program(unpadded.guards, {}, None)
+        self._reasons = unpadded.reasons
+        self._outputs = unpadded.outputs
+        self._counting = threading.Lock()
+
+    def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
+        tokens, verdict = self._decide(tensors)
+        with self._counting:
+            self.calls[verdict] += 1
+        return self._run(tensors, tokens)
+
+    def _run(self, tensors: Sequence[Tensor], tokens: list[Tokens]) -> tuple[Any, ...]:
+        return self.packed(*tensors, *tokens) if tokens else self.dense(*tensors)
+
+    def uncounted(self, *tensors: Tensor) -> tuple[Any, ...]:
+        """A call of fxbt's own."""
+        return self._run(tensors, self._decide(tensors)[0])
+
+    def _decide(self, tensors: Sequence[Tensor], worth: float = WORTH_DROPPING) -> tuple[list[Tokens], str]:
+        """Where the tokens of a call are, if it should run packed, and how to count it."""
+        masks = [tensors[place] for place in self._masks]
+        size = sum(mask.numel() for mask in masks)
+        padded = size - sum(int(mask.count_nonzero()) for mask in masks)
+        if not padded:
+            return [], DENSE
+        if padded < worth * size:
+            return [], LITTLE
+        for holds, reason in zip(self._guards(*tensors), self._reasons, strict=True):
+            if not holds:
+                return [], reason
+        if not all(mask.any() for mask in masks):
+            return [], EMPTY
+        return [Tokens.of(mask) for mask in masks], PACKED
+
+    def verdicts(self) -> dict[str, int]:
+        """How calls can go, and how many did: `calls`, with the zeros."""
+        return {**dict.fromkeys((PACKED, DENSE, LITTLE, *self._reasons), 0), **self.calls}
+
+    def as_returned(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+        """A call's dense outputs as this program returns them: padding blanked, if it drops it."""
+        return self._blanked(outputs, tensors) if self._decide(tensors)[0] else list(outputs)
+
+    def _blanked(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+        return [
+            value if contract is None else _blanked(value, contract, tensors[contract.mask])
+            for value, contract in zip(outputs, self._outputs, strict=True)
+        ]
+
+    def check(self, example: Sequence[Tensor]) -> None:
+        """Compares the packed with the dense program on the example, padded right and left.
+
+        Raises:
+            Miss: they differ, so that the proof has a hole.
+        """
+        for side in (slice(-1, None), slice(0, 1)):
+            tensors = list(example)
+            for place in self._masks:
+                tensors[place] = torch.ones_like(example[place])
+                tensors[place][0, side] = 0
+            tokens, _ = self._decide(tensors, worth=0.0)
+            if not tokens:
+                continue
+            expected = self._blanked(self.dense(*tensors), tensors)
+            for new, old in zip(self.packed(*tensors, *tokens), expected, strict=True):
+                _compare(new, old, self._is_coarse)
+
+
+def _blanked(value: Tensor, contract: Output, mask: Tensor) -> Tensor:
+    padding = mask == 0
+    if contract.batch == contract.token:
+        padding = padding.flatten()
+    elif contract.batch > contract.token:
+        padding = padding.t()
+    shape = [1] * value.dim()
+    for dim, size in zip(sorted({contract.batch, contract.token}), padding.shape, strict=True):
+        shape[dim] = size
+    return value.masked_fill(padding.reshape(shape), contract.fill)
+
+
+def _compare(new: Any, old: Any, is_coarse: bool) -> None:
+    if not isinstance(old, Tensor):
+        return
+    is_precise = not is_coarse and old.dtype in (torch.float32, torch.float64)
+    # of the largest value, as between a graph and its original: kernels sum in another order
+    tolerance = 1e-3 if is_precise and not torch._C._is_any_autocast_enabled() else 0.1
+    worst = difference(new, old)
+    if worst > (tolerance if old.dtype.is_floating_point else 0.0):
+        raise Miss("the packed graph's outputs are not the dense one's", found=f"a difference of {worst:.3g}")

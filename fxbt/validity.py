@@ -1,0 +1,185 @@
+"""What an attention mask does with padding, proven from its nodes at symbolic positions (see `masks`).
+
+With v the validity mask, i a query and j a key of row b: padding can be dropped if the mask blocks every j with
+v[b, j] = 0 from every i with v[b, i] = 1, so that valid tokens see valid tokens only. What the mask says among valid
+tokens is nothing, "j <= i" (which survives packing, as order does), or a block to be read at the original positions.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from torch import fx
+
+from .axes import sizes_of
+from .masks import Index, Opaque, Truth, evaluate, index_symbols, is_causal, read_constants, zero_else_below
+from .miss import Miss
+
+# An additive mask counts as blocking below this: exp of it is 0 beside any score that a model computes. -10000 is not
+# enough, since a row that it blocks everywhere still averages over padding by the scores.
+BLOCKING = -1e8
+_BOUNDED = 1e4  # what a factor on a learned bias may be without making it a mask
+
+
+class Residue(enum.Enum):
+    """What a mask says among valid tokens."""
+
+    NOTHING = "nothing"
+    CAUSAL = "causal"
+    BLOCK = "block"
+
+
+class AttentionMask:
+    """The mask of one attention, evaluated at (batch, head, query, key).
+
+    Raises:
+        Miss: its value at a position is not known.
+    """
+
+    def __init__(self, node: fx.Node):
+        self.node = node
+        self.index = index_symbols(4)
+        rank = node.meta["val"].dim()
+        sizes = sizes_of(node)
+        inner = tuple(sympy.Integer(0) if size == 1 else at for size, at in zip(sizes, self.index[-rank:], strict=True))
+        constants = read_constants(node)
+        self.assumes = {str(constant.target) for constant, content in constants.items() if _is_read(content)}
+        try:
+            self.value = evaluate(node, inner, constants)
+        except Opaque as error:
+            raise Miss("the attention mask cannot be read", node=node, found=str(error)) from error
+        self._inputs = {n.name for n in node.graph.nodes if n.op == "placeholder"}
+        dtype = node.meta["val"].dtype
+        self.limit = BLOCKING if dtype is not torch.float16 else torch.finfo(dtype).min / 2
+
+    def validity_masks(self, graph: fx.Graph) -> list[fx.Node]:
+        """The graph's inputs [batch, length] that the mask reads at (batch, key)."""
+        batch, _, _, key = self.index
+        names = {_name(f) for f in self.value.atoms(AppliedUndef) if f.args == (batch, key)}
+        return [n for n in graph.nodes if n.op == "placeholder" and n.name in names and n.meta["val"].dim() == 2]
+
+    def self_attention(self, mask: fx.Node) -> Residue:
+        """What is left among the valid tokens of `mask`, which holds both the queries and the keys.
+
+        Raises:
+            Miss: padding is not proven to be blocked.
+        """
+        batch, _, query, key = self.index
+        among_valid = self._at({(mask, query): 1, (mask, key): 1})
+        self._check_blocked(self._at({(mask, query): 1, (mask, key): 0}))
+        if not isinstance(self.value, Truth):
+            self._check_open(among_valid.subs(key, query))
+        return self._residue(among_valid)
+
+    def is_padding_alone(self, mask: fx.Node, key_mask: fx.Node) -> bool:
+        """Whether every query that `mask` holds valid sees exactly the keys of its row that `key_mask` does."""
+        _, _, query, key = self.index
+        blocked = self._is_blocked(self._at({(mask, query): 1, (key_mask, key): 0}))
+        return blocked and self._residue(self._at({(mask, query): 1, (key_mask, key): 1})) is Residue.NOTHING
+
+    def blocks_keys(self, key_mask: fx.Node) -> None:
+        """Proves that no query sees padded keys, and all see some valid one (of a row that has any)."""
+        key = self.index[3]
+        self._check_blocked(self._at({(key_mask, key): 0}))
+        if not isinstance(self.value, Truth):
+            self._check_open(self._at({(key_mask, key): 1}))
+
+    def _at(self, settings: dict[tuple[fx.Node, Any], int]) -> Any:
+        batch = self.index[0]
+        known = {(node.name, (batch, position)): value for (node, position), value in settings.items()}
+        found = {f: known[_name(f), f.args] for f in self.value.atoms(AppliedUndef) if (_name(f), f.args) in known}
+        return self.value.subs(found)
+
+    def _check_blocked(self, value: Any) -> None:
+        if not self._is_blocked(value):
+            raise Miss("padding is not masked out of the attention", node=self.node, found=_shown(value))
+
+    def _is_blocked(self, value: Any) -> bool:
+        if isinstance(value, Truth):
+            return value is sympy.false
+        return _at_most(value, self.limit) and not self._reads_inputs(value)
+
+    def _reads_inputs(self, value: Any) -> bool:
+        """Whether a value adds what the caller gives: that may be as low as a mask, or as high."""
+        return any(_name(f) in self._inputs for f in value.atoms(AppliedUndef))
+
+    def _check_open(self, value: Any) -> None:
+        number = _number_beside_data(value)
+        if number is None or abs(number) > _BOUNDED or self._reads_inputs(value):
+            raise Miss("a valid token may not see itself, so padding may show", node=self.node, found=_shown(value))
+
+    def _residue(self, value: Any) -> Residue:
+        if value in (sympy.true, 0):
+            return Residue.NOTHING
+        truth = value if isinstance(value, Truth) else zero_else_below(value, self.limit)
+        return Residue.CAUSAL if truth is not None and is_causal(truth, *self.index[2:]) else Residue.BLOCK
+
+
+def _is_read(content: torch.Tensor) -> bool:
+    """Whether `masks` looks at a constant's content: a number or a square."""
+    return content.numel() == 1 or (content.dim() > 1 and content.shape[-1] == content.shape[-2])
+
+
+def value_at_padding(node: fx.Node, index: Index, mask: fx.Node, at: Index) -> float | None:
+    """The number that `node` is at `index` wherever `mask` is 0 at `at`; None where it is none."""
+    try:
+        value = evaluate(node, index, {})
+    except Opaque:
+        return None
+    padding = {f: 0 for f in value.atoms(AppliedUndef) if _name(f) == mask.name and f.args == at}
+    value = value.subs(padding)
+    if isinstance(value, Truth):
+        return {sympy.true: 1.0, sympy.false: 0.0}.get(value)
+    return float(value) if value.is_number and value.is_real else None
+
+
+def _name(applied: Any) -> str:
+    return applied.func.__name__
+
+
+def _at_most(value: Any, limit: float) -> bool:
+    if isinstance(value, sympy.Piecewise):
+        return all(_at_most(case, limit) for case, when in value.args if when is not sympy.false)
+    if isinstance(value, sympy.Add) and any(isinstance(term, sympy.Piecewise) for term in value.args):
+        return _sum_at_most(value, limit)
+    number = _number_beside_data(value)
+    return number is not None and number <= limit
+
+
+def _sum_at_most(value: Any, limit: float) -> bool:
+    """One addend blocks wherever the others are known not to lift it."""
+    cases = [term for term in value.args if isinstance(term, sympy.Piecewise)]
+    rest = value - sum(cases)
+    number = _number_beside_data(rest)
+    if number is None:
+        return False
+    ceilings = [_ceiling(term) for term in cases]
+    return all(c is not None for c in ceilings) and number + sum(c for c in ceilings if c is not None) <= limit
+
+
+def _ceiling(value: sympy.Piecewise) -> float | None:
+    numbers = [_number_beside_data(case) for case, when in value.args if when is not sympy.false]
+    return None if None in numbers else max(number for number in numbers if number is not None)
+
+
+def _number_beside_data(value: Any) -> float | None:
+    """The number in a sum of it and data (a learned bias, scores); None where a factor is too large for such."""
+    if value is sympy.nan:
+        return None
+    number = 0.0
+    for term in sympy.Add.make_args(value):
+        factor, data = term.as_coeff_Mul()
+        if term.is_number and (term.is_real or term is sympy.S.NegativeInfinity):
+            number += float(term)
+        elif not isinstance(data, AppliedUndef) or abs(factor) > _BOUNDED:
+            return None
+    return number
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + "…"

@@ -1,0 +1,106 @@
+"""Whole transformer layers as one node each: attention, out-projection, residuals, norms and MLP, composed.
+
+Post-norm:  a = norm(x + attention(x));  y = norm(a + mlp(a))
+Pre-norm:   a = x + attention(norm(x));  y = a + mlp(norm(a))
+Parallel:   y = x + attention(norm(x)) + mlp(norm(x))
+A decoder layer is causal, or has a cross-attention of the same form between attention and MLP.
+
+Source: Vaswani et al. 2017, "Attention is all you need", section 3.1; pre-norm: Xiong et al. 2020, "On layer
+normalization in the transformer architecture"; parallel: Wang and Komatsuzaki 2021, GPT-J.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+import fxbt
+from fxbt.patterns.scores import LARGEST_FILL
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def branch(op: Any, block: Any) -> Any:
+    """A block as it joins the residual stream: plain, scaled per channel (LayerScale) or normed (sandwich norm)."""
+    return op.either(block, block * op.weight("layer_scale"), op.normalize(block))
+
+
+def attention(op: Any, x: Any) -> Any:
+    """Self-attention on x with its out-projection."""
+    return branch(op, op.linear(op.attention(op.computed_from(x), op.computed_from(x), op.computed_from(x))))
+
+
+def cross_attention(op: Any, x: Any) -> Any:
+    """Attention with queries from x to keys from elsewhere."""
+    return branch(op, op.linear(op.attention(op.computed_from(x))))
+
+
+def mlp(op: Any, x: Any) -> Any:
+    return branch(op, op.mlp(x))
+
+
+def post_norm(op: Any, x: Any, *blocks: Any) -> Any:
+    for block in blocks:
+        x = op.normalize(x + block(op, x))
+    return x
+
+
+def pre_norm(op: Any, x: Any, *blocks: Any) -> Any:
+    for block in blocks:
+        x = x + block(op, op.normalize(x))
+    return x
+
+
+def parallel(op: Any, x: Any) -> Any:
+    normed = op.normalize(x)
+    return x + attention(op, normed) + mlp(op, normed)
+
+
+def blocks_the_future(attention: fx.Node) -> bool:
+    """Whether an SDPA lets no query see a later key; a mask that cannot be read proves nothing."""
+    if fxbt.argument(attention, "is_causal"):
+        return True
+    mask = fxbt.argument(attention, "attn_mask")
+    if mask is None:
+        return False
+    index = fxbt.masks.index_symbols(mask.meta["val"].dim())
+    try:
+        value = fxbt.masks.evaluate(mask, index, fxbt.masks.read_constants(mask))
+    except (fxbt.masks.Opaque, TypeError):  # sympy raises TypeError on NaN
+        return False
+    is_boolean = mask.meta["val"].dtype is torch.bool
+    attend = fxbt.masks.truth(value) if is_boolean else fxbt.masks.zero_else_below(value, LARGEST_FILL)
+    return attend is not None and fxbt.masks.implies_causal(attend, index[-2], index[-1])
+
+
+class DecoderLayer(fxbt.Rule):
+    """A causal layer, or one with cross-attention, as one node"""
+
+    name = "decoder_layer"
+    outline = "decoder_layer"
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.either(
+            post_norm(op, x, attention, cross_attention, mlp),
+            pre_norm(op, x, attention, cross_attention, mlp),
+            post_norm(op, x, attention, mlp),
+            pre_norm(op, x, attention, mlp),
+            parallel(op, x),
+        )
+
+    def check(self, m: fxbt.Found) -> None:
+        attentions = [node for node in m.interior if node.target is SDPA]
+        is_causal = any(blocks_the_future(attention) for attention in attentions)
+        m.need(len(attentions) > 1 or is_causal, "no cross-attention, and the mask is not proven causal")
+
+
+class EncoderLayer(fxbt.Rule):
+    """Self-attention and MLP with their residuals and norms as one node"""
+
+    name = "encoder_layer"
+    outline = "encoder_layer"
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.either(post_norm(op, x, attention, mlp), pre_norm(op, x, attention, mlp), parallel(op, x))

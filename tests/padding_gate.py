@@ -1,0 +1,339 @@
+"""Modules in which dropping padding would be wrong, or right only for some calls: each with its reason.
+
+All are variations of one small encoder that packs: `Net` with another embedding, mask, mixer between its layers, or
+head. `REFUSED` must stay dense, `GUARDED` must pack and go dense where `breaks` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from models import VOCAB, enliven
+from torch import Tensor, nn
+
+LOWEST = torch.finfo(torch.float32).min
+HIDDEN, HEADS, CONTEXT = 16, 2, 16
+
+Mask = Callable[[Tensor, Tensor], Tensor | None]  # (validity [b, s], x) -> an SDPA mask
+Mixer = Callable[["Net", Tensor, Tensor], Any]  # (net, x, validity) -> x or outputs
+
+
+def additive(mask: Tensor, x: Tensor) -> Tensor:
+    """What most models do: finfo.min where the key is padding."""
+    return (1.0 - mask[:, None, None, :].to(x.dtype)) * LOWEST
+
+
+def unchanged(net: Net, x: Tensor, mask: Tensor) -> Tensor:
+    return x
+
+
+class Net(nn.Module):
+    """Two layers of masked attention; `mask`, `mix` (after the first layer) and `head` vary."""
+
+    def __init__(
+        self, mask: Mask = additive, mix: Mixer = unchanged, head: Mixer = unchanged, second: Mask | None = None
+    ):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCAB, HIDDEN), nn.Embedding(CONTEXT, HIDDEN)
+        self.qkv = nn.ModuleList(nn.Linear(HIDDEN, 3 * HIDDEN) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(2))
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.score = nn.Linear(HIDDEN, 1)
+        self.conv = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1)
+        self.batch_norm = nn.BatchNorm1d(HIDDEN)
+        self.factor = nn.Parameter(torch.tensor(-3.0))
+        self._variation = (mask, second or mask, mix, head)
+
+    def attention(self, layer: int, x: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv[layer](x).chunk(3, dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
+        return x + self.out[layer](mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        first, second, mix, head = self._variation
+        x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+        x = self.attention(0, x, first(attention_mask, x))
+        x = mix(self, self.norm(x), attention_mask)
+        x = self.attention(1, x, second(attention_mask, x))
+        return head(self, self.norm(x), attention_mask)
+
+
+@dataclass
+class Case:
+    """One variation. `reason` is part of what the report must say."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    reason: str
+    inputs: Callable[[Tensor, Tensor], dict[str, Tensor]] = field(
+        default=lambda ids, mask: {"input_ids": ids, "attention_mask": mask}
+    )
+    breaks: Callable[[Tensor], bool] = field(default=lambda mask: True)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return enliven(self.build())
+
+
+REFUSED: list[Case] = []
+GUARDED: list[Case] = []
+
+
+def refuse(name: str, reason: str, **variation: Any) -> None:
+    REFUSED.append(Case(name, lambda: Net(**variation), reason))
+
+
+def guard(name: str, reason: str, breaks: Callable[[Tensor], bool], **variation: Any) -> None:
+    GUARDED.append(Case(name, lambda: Net(**variation), reason, breaks=breaks))
+
+
+MIXES = "mixes tokens, padded ones among them"
+UNKNOWN = "not known to keep tokens apart"
+SUMS = "sums over batch or tokens"
+UNMASKED = "padding is not masked out of the attention"
+CUTS = "a view cuts across the axes"
+
+# --- heads that see padding -------------------------------------------------------------------------------------
+
+refuse("mean", MIXES, head=lambda net, x, mask: x.mean(1))
+refuse("sum", MIXES, head=lambda net, x, mask: x.sum(1))
+refuse("mean of everything", MIXES, head=lambda net, x, mask: x.mean())
+refuse("max", MIXES, head=lambda net, x, mask: x.max(1).values)
+refuse("amin", MIXES, head=lambda net, x, mask: x.amin(1))
+refuse("variance", MIXES, head=lambda net, x, mask: x.var(1))
+refuse("standard deviation", MIXES, head=lambda net, x, mask: x.std(1))
+refuse("norm over tokens", MIXES, head=lambda net, x, mask: torch.linalg.vector_norm(x, dim=1))
+refuse("logsumexp", MIXES, head=lambda net, x, mask: x.logsumexp(1))
+refuse("softmax over tokens", MIXES, head=lambda net, x, mask: net.score(x).squeeze(-1).softmax(-1))
+refuse("log_softmax over tokens", MIXES, head=lambda net, x, mask: net.score(x).squeeze(-1).log_softmax(-1))
+refuse("attention pooling", MIXES, head=lambda net, x, mask: (net.score(x).softmax(1) * x).sum(1))
+refuse("best position", MIXES, head=lambda net, x, mask: net.score(x).squeeze(-1).argmax(-1))
+refuse("top positions", MIXES, head=lambda net, x, mask: net.score(x).squeeze(-1).topk(2, dim=-1).values)
+refuse("mean over the batch", MIXES, head=lambda net, x, mask: x - x.mean(0, keepdim=True))
+refuse("softmax over the batch", MIXES, head=lambda net, x, mask: x.softmax(0))
+refuse("median", UNKNOWN, head=lambda net, x, mask: x.median(1).values)
+refuse("flattened", "an op", head=lambda net, x, mask: torch.linalg.vector_norm(x.flatten(1), dim=1))
+refuse("any over tokens", MIXES, head=lambda net, x, mask: (x > 0).any(1))
+refuse("gram matrix of tokens", "pairs of tokens", head=lambda net, x, mask: x @ x.transpose(1, 2))
+refuse("gram matrix of features", SUMS, head=lambda net, x, mask: x.transpose(1, 2) @ x)
+refuse("einsum over tokens", SUMS, head=lambda net, x, mask: torch.einsum("bsd,bse->bde", x, x))
+refuse("einsum over all", SUMS, head=lambda net, x, mask: torch.einsum("bsd,bse->de", x, x))
+refuse("distances of tokens", UNKNOWN, head=lambda net, x, mask: torch.cdist(x, x))
+refuse("every second token", "a range of positions", head=lambda net, x, mask: x[:, ::2])
+refuse("all but the first token", "a range of positions", head=lambda net, x, mask: x[:, 1:])
+refuse("mean of all but the first", "a range of positions", head=lambda net, x, mask: x[:, 1:].mean(1))
+refuse("positions from a parameter", "an op", head=lambda net, x, mask: x.index_select(1, torch.arange(2)))
+refuse("loss over all positions", "an op", head=lambda net, x, mask: F.cross_entropy(x.flatten(0, 1), mask.flatten()))
+refuse("loss against zero", UNKNOWN, head=lambda net, x, mask: F.mse_loss(x, torch.zeros_like(x)))
+refuse("length of the padded row", MIXES, head=lambda net, x, mask: x.sum(1) / x.shape[1])
+refuse("a mean over the inverted mask", MIXES, head=lambda net, x, mask: (x * (1 - mask)[..., None]).sum(1))
+refuse("a mean over a shifted mask", MIXES, head=lambda net, x, mask: (x * mask.roll(1, 1)[..., None]).sum(1))
+refuse("a mean over a soft mask", MIXES, head=lambda net, x, mask: (x * (mask + 0.5)[..., None]).sum(1))
+refuse("a mean over another row's mask", MIXES, head=lambda net, x, mask: (x * mask.flip(0)[..., None]).sum(1))
+refuse("a product with an inverted mask", SUMS, head=lambda net, x, mask: (1.0 - mask.float())[:, None] @ x)
+refuse(
+    "a max filled where tokens are", MIXES, head=lambda net, x, mask: x.masked_fill(mask[..., None] == 1, 0.0).amax(1)
+)
+refuse("tokens repeated", UNKNOWN, head=lambda net, x, mask: x.repeat(1, 2, 1).sum(1))
+refuse("pairs of tokens", "an op", head=lambda net, x, mask: (x[:, :, None] * x[:, None]).sum((1, 2)))
+
+# --- mixers between the layers ----------------------------------------------------------------------------------
+
+refuse("convolution", "convolution mixes tokens", mix=lambda net, x, mask: net.conv(x.transpose(1, 2)).transpose(1, 2))
+refuse("average pooling", UNKNOWN, mix=lambda net, x, mask: F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2))
+refuse(
+    "max pooling",
+    "the mask has a fixed size",
+    mix=lambda net, x, mask: F.max_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
+)
+refuse("running sum", MIXES, mix=lambda net, x, mask: x.cumsum(1))
+refuse("running product", UNKNOWN, mix=lambda net, x, mask: x.cumprod(1))
+refuse("running maximum", UNKNOWN, mix=lambda net, x, mask: x.cummax(1).values)
+refuse("sorted", MIXES, mix=lambda net, x, mask: x.sort(1).values)
+refuse("reversed", MIXES, mix=lambda net, x, mask: x.flip(1))
+refuse("rolled", UNKNOWN, mix=lambda net, x, mask: x.roll(1, 1))
+refuse("rolled over the batch", UNKNOWN, mix=lambda net, x, mask: x.roll(1, 0))
+refuse("Fourier transform", UNKNOWN, mix=lambda net, x, mask: torch.fft.fft(x, dim=1).real)
+refuse("Fourier transform of both", UNKNOWN, mix=lambda net, x, mask: torch.fft.fft2(x).real)
+refuse("shifted", "an op", mix=lambda net, x, mask: x + F.pad(x, (0, 0, 1, -1)))
+refuse("first token last", "range of positions", mix=lambda net, x, mask: torch.cat([x[:, 1:], x[:, :1]], 1))
+refuse("batch statistics", "statistics over the batch", mix=lambda net, x, mask: batch_statistics(x))
+refuse("instance norm", "an op", mix=lambda net, x, mask: F.instance_norm(x.transpose(1, 2)).transpose(1, 2))
+refuse("centred over tokens", MIXES, mix=lambda net, x, mask: x - x.mean(1, keepdim=True))
+refuse("squeeze and excite", MIXES, mix=lambda net, x, mask: x * x.mean(1, keepdim=True).sigmoid())
+refuse("unmasked attention by hand", UNMASKED, mix=lambda net, x, mask: x + (x @ x.transpose(1, 2)).softmax(-1) @ x)
+refuse("unmasked linear attention", SUMS, mix=lambda net, x, mask: x + x.relu() @ (x.relu().transpose(1, 2) @ x))
+refuse("scrambled by a view", CUTS, mix=lambda net, x, mask: x.reshape(x.shape[1], x.shape[0], -1).transpose(0, 1))
+refuse("unmasked second attention", UNMASKED, mix=lambda net, x, mask: net.attention(1, x, None))
+refuse(
+    "attention over the batch",
+    "attention",
+    mix=lambda net, x, mask: net.attention(1, x.transpose(0, 1), None).transpose(0, 1),
+)
+
+
+def batch_statistics(x: Tensor) -> Tensor:
+    return F.batch_norm(x.transpose(1, 2), None, None, training=True).transpose(1, 2)
+
+
+refuse(
+    "a token put in front",
+    MIXES,
+    mix=lambda net, x, mask: torch.cat([net.tokens.weight[:1].expand(x.shape[0], 1, -1), x], 1)[:, :-1],
+)
+refuse("written at a position", "an op", mix=lambda net, x, mask: x.index_fill(1, torch.tensor([1]), 0.0))
+
+# --- masks that do not hide padding -----------------------------------------------------------------------------
+
+
+def filled(value: float) -> Mask:
+    return lambda mask, x: (1.0 - mask[:, None, None, :].to(x.dtype)) * value
+
+
+def boolean(see: Callable[[Tensor], Tensor]) -> Mask:
+    """A mask that is True where `see(mask)` [b, 1, q|1, k]."""
+    return lambda mask, x: see(mask.bool()).expand(-1, 1, mask.shape[1], -1)
+
+
+def half_the_heads(mask: Tensor, x: Tensor) -> Tensor:
+    heads = torch.arange(HEADS)[None, :, None, None] < HEADS // 2
+    return additive(mask, x) * heads.to(x.dtype)
+
+
+def diagonal(length: int) -> Tensor:
+    return torch.arange(length)[:, None] == torch.arange(length)
+
+
+refuse("no mask", "no attention is masked", mask=lambda mask, x: None)
+refuse("no mask in the second layer", UNMASKED, second=lambda mask, x: None)
+refuse("-10000", UNMASKED, mask=filled(-10000.0))
+refuse("-5", UNMASKED, mask=filled(-5.0))
+refuse(
+    "a learned fill",
+    UNMASKED,
+    mix=lambda net, x, mask: net.attention(1, x, (1.0 - mask[:, None, None].to(x.dtype)) * net.factor),
+)
+refuse("inverted", UNMASKED, mask=lambda mask, x: mask[:, None, None, :].to(x.dtype) * LOWEST)
+refuse(
+    "queries instead of keys",
+    "no attention is masked",
+    mask=lambda mask, x: (1.0 - mask[:, None, :, None].to(x.dtype)) * LOWEST,
+)
+refuse(
+    "queries in the second layer", UNMASKED, second=lambda mask, x: (1.0 - mask[:, None, :, None].to(x.dtype)) * LOWEST
+)
+refuse("another row's mask", "", mask=lambda mask, x: additive(mask.flip(0), x))
+refuse("another row's mask in the second layer", UNMASKED, second=lambda mask, x: additive(mask.flip(0), x))
+refuse("a shifted mask", UNMASKED, second=lambda mask, x: additive(mask.roll(1, 1), x))
+refuse("the first row's mask", UNMASKED, second=lambda mask, x: additive(mask[:1], x))
+refuse("half the heads", UNMASKED, mask=half_the_heads)
+refuse("a soft mask", UNMASKED, mask=lambda mask, x: mask[:, None, None, :].to(x.dtype) - 1.0)
+refuse(
+    "the first key seen by all", UNMASKED, mask=boolean(lambda m: m[:, None, None] | (torch.arange(m.shape[1]) == 0))
+)
+refuse(
+    "past keys seen by all",
+    UNMASKED,
+    mask=boolean(lambda m: m[:, None, None] | torch.ones(m.shape[1], m.shape[1], dtype=torch.bool).tril()),
+)
+refuse("window without the mask", UNMASKED, second=boolean(lambda m: m[:, None, :, None] | m[:, None, None]))
+refuse(
+    "blind to itself",
+    "a valid token may not see itself",
+    mask=lambda mask, x: additive(mask, x) + diagonal(mask.shape[1]).to(x.dtype) * LOWEST,
+)
+refuse("counted mask", UNMASKED, second=lambda mask, x: additive((mask.cumsum(1) > 0).long(), x))
+refuse("weights after a bias", "", mask=lambda mask, x: additive(mask, x) * x.mean())
+
+# --- what is right for some calls only --------------------------------------------------------------------------
+
+AT_FIRST = "padding stands at position 0"
+guard("first token", AT_FIRST, lambda m: bool((m[:, 0] == 0).any()), head=lambda net, x, mask: x[:, 0])
+guard("first two tokens", AT_FIRST, lambda m: bool((m[:, :2] == 0).any()), head=lambda net, x, mask: x[:, :2].sum(1))
+guard(
+    "second token",
+    "padding stands at position 1",
+    lambda m: bool((m[:, 1] == 0).any()),
+    head=lambda net, x, mask: x[:, 1],
+)
+guard(
+    "last position",
+    "padding stands at position -1",
+    lambda m: bool((m[:, -1] == 0).any()),
+    head=lambda net, x, mask: x[:, -1],
+)
+guard(
+    "last token by count",
+    "position that the call gives",
+    lambda m: bool((m.gather(1, (m.sum(1, keepdim=True) - 1) % m.shape[1]) == 0).any()),
+    head=lambda net, x, mask: x[torch.arange(x.shape[0]), mask.sum(1) - 1],
+)
+guard(
+    "only causal",
+    "padding stands before tokens",
+    lambda m: bool((m[:, 1:] > m[:, :-1]).any()),
+    mix=lambda net, x, mask: net.attention(1, x, None, is_causal=True),
+)
+NOT_ZERO_OR_ONE = "values other than 0 and 1"
+GUARDED.append(
+    Case(
+        "a mask of halves",
+        Net,
+        NOT_ZERO_OR_ONE,
+        lambda ids, mask: {"input_ids": ids, "attention_mask": mask * 0.5},
+    )
+)
+GUARDED.append(
+    Case("a mask of twos", Net, NOT_ZERO_OR_ONE, lambda ids, mask: {"input_ids": ids, "attention_mask": 2 * mask})
+)
+
+
+class CrossAttention(nn.Module):
+    """Queries of one input attend to the encoded tokens of another, under `mask` of (query mask, key mask)."""
+
+    def __init__(self, mask: Callable[[Tensor, Tensor], Tensor | None], has_own_mask: bool = True):
+        super().__init__()
+        self.encoder, self.decoder = Net(), Net(mask=additive if has_own_mask else lambda mask, x: None)
+        self.query, self.key, self.value = (nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+        self.scale, self._mask = 1 / math.sqrt(HIDDEN), mask
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, other_ids: Tensor, other_mask: Tensor) -> Tensor:
+        memory, x = self.encoder(other_ids, other_mask), self.decoder(input_ids, attention_mask)
+        query, key, value = self.query(x)[:, None], self.key(memory)[:, None], self.value(memory)[:, None]
+        mask = self._mask(attention_mask, other_mask)
+        return x + F.scaled_dot_product_attention(query, key, value, mask).squeeze(1)
+
+
+def two_inputs(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    other = F.pad(mask.flip(0), (1, 2), value=1)
+    return {"input_ids": ids, "attention_mask": mask, "other_ids": F.pad(ids, (0, 3), value=7), "other_mask": other}
+
+
+def keys_of(mask: Tensor) -> Tensor:
+    return (1.0 - mask[:, None, None, :].float()) * LOWEST
+
+
+def cross(name: str, reason: str, mask: Callable[[Tensor, Tensor], Tensor | None]) -> Case:
+    return Case(name, lambda: CrossAttention(mask), reason, two_inputs)
+
+
+REFUSED.append(cross("cross-attention without a mask", UNMASKED, lambda own, other: None))
+REFUSED.append(cross("cross-attention under -10000", UNMASKED, lambda own, other: keys_of(other) / 3.4e34))
+REFUSED.append(cross("cross-attention under another row's mask", UNMASKED, lambda own, other: keys_of(other.flip(0))))
+refuse(
+    "attention over features",
+    "as if they were features",
+    mix=lambda net, x, mask: F.scaled_dot_product_attention(
+        *[x.transpose(1, 2)[:, None]] * 3, attn_mask=torch.zeros(HIDDEN, HIDDEN)
+    )[:, 0].transpose(1, 2),
+)

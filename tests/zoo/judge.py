@@ -1,0 +1,150 @@
+"""One model type, built and judged: what fxbt made of it, against its own eager original."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from typing import Any
+
+import torch
+from models import difference
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fxbt
+
+from . import build, count, inputs
+
+PRECISION = 1e-5  # of an output's magnitude
+SECONDS_TO_BUILD = 6
+PADDINGS = ("right", "left", "none")
+
+
+def judge(model_type: str, use_cache: bool = True) -> dict[str, Any]:
+    """The row of a model type in the table; `status` is unbuilt, fallback, wrong or optimised."""
+    row: dict[str, Any] = {"type": model_type}
+    try:
+        model, maker = _build(model_type, use_cache)
+    except (build.Unbuildable, inputs.NoInputs) as error:
+        return {**row, "status": "unbuilt", "reason": str(error)}
+    row |= {"class": type(model).__name__, "inputs": maker.names, "parameters": _size(model)}
+    calls = [
+        (batch, length, padding)
+        for batch, length in inputs.SHAPES
+        for padding in (PADDINGS if maker.has_mask else ("none",))
+    ]
+    row["real"], row["other softmaxes"] = count.attentions(model, maker(*calls[0]))
+    expected = [_try(model, maker(*call)) for call in calls]
+    start = time.perf_counter()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxbt.FxbtWarning)
+        # padded positions are compared too
+        fast = fxbt.optimize(model, example_inputs=maker(*calls[0]), padding="keep")
+        row["capture seconds"] = round(time.perf_counter() - start, 2)
+        differences = [_difference(model, fast, maker(*call), want) for call, want in zip(calls, expected, strict=True)]
+    return row | _verdict(fast, differences)
+
+
+def _build(model_type: str, use_cache: bool) -> tuple[nn.Module, inputs.Maker]:
+    reason = None
+    start = time.process_time()
+    try:
+        for model, config in build.candidates(model_type, use_cache):
+            try:
+                return model, inputs.find(model, config)
+            except inputs.NoInputs as error:
+                reason = reason or error
+            if time.process_time() - start > SECONDS_TO_BUILD:
+                break
+    except build.Unbuildable as error:
+        reason = reason or error
+    assert reason is not None
+    raise reason
+
+
+def _verdict(fast: Any, differences: list[float | str]) -> dict[str, Any]:
+    report = fast.report
+    wrong = [d for d in differences if isinstance(d, str)]
+    worst = max((d for d in differences if isinstance(d, float)), default=0.0)
+    misses = [miss for miss in report.latest.misses if miss.rule == "attention"] if report.latest else []
+    row = {
+        "graphs": len(report.graphs),
+        "found": report.hits.get("attention", 0),
+        "qkv": report.hits.get("qkv", 0),
+        "layers": report.hits.get("encoder_layer", 0) + report.hits.get("decoder_layer", 0),
+        "difference": worst,
+        "misses": sorted({f"{miss.reason} [{miss.found}]" for miss in misses}),
+        "qkv misses": sorted({m.reason for m in report.latest.misses if m.rule == "qkv"}) if report.latest else [],
+    }
+    if wrong:
+        return row | {"status": "wrong", "reason": wrong[0]}
+    if not report.graphs:
+        return row | {"status": "fallback", "reason": report.fallbacks[0] if report.fallbacks else "no graph"}
+    return row | {"status": "optimised", "reason": report.fallbacks[0] if report.fallbacks else ""}
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _try(model: nn.Module, call: dict[str, Any]) -> Any:
+    """The original's output; None where the model itself rejects the call."""
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            return model(**call)
+    except Exception:
+        return None
+
+
+def _difference(model: nn.Module, fast: Any, call: dict[str, Any], expected: Any) -> float | str:
+    """The largest difference relative to an output's magnitude, or what is wrong."""
+    torch.manual_seed(0)
+    if expected is None:
+        return 0.0
+    try:
+        actual = fast(**call)
+    except Exception as error:
+        return f"raises {build._first_line(error)} where the original does not"
+    found, spec = pytree.tree_flatten(actual)
+    wanted, wanted_spec = pytree.tree_flatten(expected)
+    if spec != wanted_spec and not any("Cache" in str(s) for s in (spec, wanted_spec)):
+        return "another structure of outputs"
+    pairs = list(zip(found, wanted, strict=False))
+    worst = max((_leaf_difference(got, want) for got, want in pairs), default=0.0)
+    return worst if worst <= PRECISION else _against_float64(model, call, found, wanted, worst)
+
+
+def _leaf_difference(got: Any, want: Any) -> float:
+    if not isinstance(want, Tensor):
+        return 0.0
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return float("inf")
+    if not want.is_floating_point():
+        return 0.0 if torch.equal(got, want) else float("inf")
+    known = ~want.isnan()  # a row masked with -inf throughout is NaN in eager attention alone
+    if not torch.equal(got.isfinite()[known], want.isfinite()[known]):
+        return float("inf")
+    error, magnitude = difference(got[known], want[known])
+    return error / magnitude
+
+
+def _against_float64(model: nn.Module, call: dict[str, Any], found: Any, wanted: Any, worst: float) -> float | str:
+    """The difference where it is only rounding: no farther from float64 than a few times what eager is."""
+    exact = copy.deepcopy(model).double()
+    wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in call.items()}
+    torch.manual_seed(0)
+    try:
+        reference = pytree.tree_leaves(exact(**wide))
+    except Exception as error:
+        return f"differs by {worst:.1e}; float64 gives no judgement ({build._first_line(error)})"
+    for got, want, true in zip(found, wanted, reference, strict=False):
+        if not isinstance(want, Tensor) or _leaf_difference(got, want) <= PRECISION:
+            continue
+        if not want.is_floating_point() or got.shape != want.shape:
+            return "integer outputs differ, or shapes do"
+        mine, eager = (_leaf_difference(t.double(), true) for t in (got, want))
+        if not mine <= 4 * eager:
+            return f"differs by {worst:.1e}; from float64 by {mine:.1e}, eager by {eager:.1e}"
+    return worst
