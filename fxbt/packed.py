@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BOUND = 1e4  # a bias or a score of an attention is smaller than that; what blocks a key is far larger
+
 
 @dataclass(frozen=True)
 class Group:
@@ -215,6 +217,11 @@ def is_valid_at(mask: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
 def is_padded_right(mask: Tensor) -> Tensor:
     """Whether padding stands behind the tokens in every row."""
     return (mask[:, 1:].bool() <= mask[:, :-1].bool()).all()
+
+
+def is_bounded(largest: Tensor) -> Tensor:
+    """Whether the largest of what a mask adds is no mask itself."""
+    return largest <= BOUND
 
 
 def has_no_empty_row(mask: Tensor) -> Tensor:

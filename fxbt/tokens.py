@@ -199,7 +199,7 @@ class Writer:
         val = node.meta["val"]
         if isinstance(val, torch.Tensor):
             shape = [self._packed_size(label, size) for label, size in zip(axes, val.shape, strict=True)]
-            copy.meta["val"] = _fake(shape, val)
+            copy.meta["val"] = fake(shape, val)
         return Packed(copy, axes, domain, pad)
 
     def like(self, value: Packed | Wide, copy: fx.Node, node: fx.Node, axes: Axes, pad: float | None = None) -> Value:
@@ -234,7 +234,7 @@ class Writer:
         batch, token = self.places(labels, domain)
         shape = [1] * (rank - len(sizes)) + list(node.meta["val"].shape)
         shape[batch], shape[token] = 1, domain.count
-        val = _fake(shape, node.meta["val"])
+        val = fake(shape, node.meta["val"])
         if batch in has and token not in has:
             return self.cached(packed.gather_rows, value.node, domain.tokens, batch, token, rank, val=val)
         full = batch if batch in has else None
@@ -292,6 +292,7 @@ class Writer:
         return value_at_padding(arg, tuple(index), domain.mask, (batch, position))
 
 
-def _fake(shape: Sequence[Any], like: Any) -> torch.Tensor:
+def fake(shape: Sequence[Any], like: Any) -> torch.Tensor:
+    """A fake tensor of another shape."""
     with like.fake_mode:
         return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)

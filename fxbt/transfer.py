@@ -30,8 +30,8 @@ from .axes import (
 )
 from .canonical import CASTS, WHOLE_AXIS, argument, is_pure
 from .miss import Miss
-from .tokens import Dense, Domain, Labels, Packed, Value, Wide, Writer, tensor_inputs
-from .validity import Residue
+from .tokens import Dense, Domain, Guard, Labels, Packed, Value, Wide, Writer, fake, tensor_inputs
+from .validity import AttentionMask, Residue
 
 aten = torch.ops.aten
 
@@ -489,7 +489,7 @@ def _self_attention(writer: Writer, node: fx.Node, mask: Any, domain: Domain) ->
         )
     else:
         residue = writer.masks[mask].self_attention(domain.mask)
-        writer.assumes |= writer.masks[mask].assumes
+        _rely_on(writer, writer.masks[mask])
         is_causal = residue is Residue.CAUSAL
         if residue is Residue.BLOCK:
             bias = writer.cached(packed.blocks, writer.spread(mask), domain.tokens)
@@ -504,20 +504,51 @@ def _attention_on_packed_keys(writer: Writer, node: fx.Node, mask: Any, query: D
         raise Miss("padding is not masked out of the attention", node=node)
     proof = writer.masks[mask]
     if query is not None and query.batch is key.batch and proof.is_padding_alone(query.mask, key.mask):
-        writer.assumes |= proof.assumes
+        _rely_on(writer, proof)
         reason = "a row has queries but no keys"
         writer.guard(reason, packed.has_keys_for_queries, query.mask, key.mask)
         call = writer.call(packed.cross_attention, *_nodes(writer, node), query.tokens, key.tokens, **_options(node))
         labels: Labels = {-4: (query.batch,), -2: (query.position,)}
         return writer.packed(call, node, writer.with_labels(node, labels), query)
     proof.blocks_keys(key.mask)
-    writer.assumes |= proof.assumes
+    _rely_on(writer, proof)
     writer.guard("a row has no keys", packed.has_no_empty_row, key.mask)
     if not isinstance(writer.values[mask], Dense):
         raise Miss("an attention mask depends on tokens", node=node)
     labels = writer.labels(writer.values[argument(node, "query")])
     copy = writer.copy(node, writer.spread)
     return Wide(copy, writer.with_labels(node, labels)) if labels else Dense(copy)
+
+
+def _rely_on(writer: Writer, proof: AttentionMask) -> None:
+    """What must hold for a proof: constants as they are, and a bias that is none as large as a mask."""
+    writer.assumes |= proof.assumes
+    for addend in proof.addends():
+        _bound(writer, addend)
+
+
+def _bound(writer: Writer, addend: fx.Node) -> None:
+    """Guards the size of what a mask adds, up to where it is computed as scores are: those are taken to be small."""
+    if isinstance(writer.values[addend], Dense):
+        source = _selected_from(addend)
+        largest = writer.cached(aten.abs.default, writer.values[source].node, val=source.meta["val"])
+        largest = writer.cached(aten.amax.default, largest, val=fake([], source.meta["val"]))
+        reason = f"a bias in an attention mask is larger than {packed.BOUND:g}"
+        writer.guards[packed.is_bounded, largest] = Guard(writer.cached(packed.is_bounded, largest), reason)
+        return
+    if addend.target in SCORES:
+        return
+    if any(isinstance(arg, int | float) and abs(arg) > packed.BOUND for arg in addend.args):
+        raise Miss("an attention mask adds what may be a mask itself", node=addend)
+    for source in tensor_inputs(addend):
+        _bound(writer, source)
+
+
+def _selected_from(node: fx.Node) -> fx.Node:
+    """What a node only selects elements of, or lays out anew."""
+    while node.target in CHOICES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _nodes(writer: Writer, node: fx.Node) -> list[Any]:
@@ -541,9 +572,15 @@ UNTAGGED = {  # pointwise, though torch does not say so
     *(aten.negative.default, aten.absolute.default, aten.hardswish.default, aten.log_sigmoid.default),
 }
 NORMS = {aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default}
+SCORES = {*EQUATIONS, *NORMS, aten.linear.default, aten.addmm.default, SDPA}
 SELECTIONS = {
     *(aten.slice.Tensor, aten.select.int, aten.unbind.int, aten.chunk.default),
     *(aten.split_with_sizes.default, aten.split.Tensor),
+}
+CHOICES = {
+    *(RESHAPES | UNIT_DIMS | PERMUTES | EXPANDS | IDENTITIES | CASTS),
+    *(aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default),
+    *(aten.slice.Tensor, aten.select.int),
 }
 REDUCTIONS = {
     *(aten.sum.dim_IntList, aten.mean.dim, aten.prod.dim_int, aten.amax.default, aten.amin.default),

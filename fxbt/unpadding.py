@@ -14,6 +14,7 @@ from .lower import Program
 from .miss import Miss
 from .packed import Tokens
 from .padding import Output, Unpadded
+from .precision import Precision
 from .verify import difference
 from .weights import Weights
 
@@ -29,13 +30,13 @@ class Unpadding:
     `calls` counts how they went: "packed", "dense" (no padding), or why a padded call ran dense.
     """
 
-    def __init__(self, dense: Program, unpadded: Unpadded, weights: Weights, dtype: torch.dtype | None = None):
+    def __init__(self, dense: Program, unpadded: Unpadded, weights: Weights, precision: type[Precision] | None = None):
         self.dense = dense
-        self.packed = Program(unpadded.module, unpadded.assumes, weights, dtype)
+        self.packed = Program(unpadded.module, unpadded.assumes, weights, precision)
         self.calls: Counter[str] = Counter()
         self._masks = unpadded.masks
-        self._is_coarse = dtype is not None
-        self._guards = Program(unpadded.guards, {}, None)
+        self._is_coarse = precision is not None
+        self._guards = Program(unpadded.guards, {}, weights)
         self._reasons = unpadded.reasons
         self._outputs = unpadded.outputs
         self._counting = threading.Lock()

@@ -8,6 +8,8 @@ tokens is nothing, "j <= i" (which survives packing, as order does), or a block 
 from __future__ import annotations
 
 import enum
+import itertools
+import math
 from typing import Any
 
 import sympy
@@ -18,11 +20,12 @@ from torch import fx
 from .axes import sizes_of
 from .masks import Index, Opaque, Truth, evaluate, index_symbols, is_causal, read_constants, zero_else_below
 from .miss import Miss
+from .packed import BOUND
 
 # An additive mask counts as blocking below this: exp of it is 0 beside any score that a model computes. -10000 is not
 # enough, since a row that it blocks everywhere still averages over padding by the scores.
 BLOCKING = -1e8
-_BOUNDED = 1e4  # what a factor on a learned bias may be without making it a mask
+_POSITIONS = 2.0**31  # more than a length or position can be
 
 
 class Residue(enum.Enum):
@@ -52,7 +55,7 @@ class AttentionMask:
             self.value = evaluate(node, inner, constants)
         except Opaque as error:
             raise Miss("the attention mask cannot be read", node=node, found=str(error)) from error
-        self._inputs = {n.name for n in node.graph.nodes if n.op == "placeholder"}
+        self._nodes = {n.name: n for n in node.graph.nodes}
         dtype = node.meta["val"].dtype
         self.limit = BLOCKING if dtype is not torch.float16 else torch.finfo(dtype).min / 2
 
@@ -74,6 +77,12 @@ class AttentionMask:
         if not isinstance(self.value, Truth):
             self._check_open(among_valid.subs(key, query))
         return self._residue(among_valid)
+
+    def addends(self) -> list[fx.Node]:
+        """The values that the mask adds, and that are taken to be no larger than `packed.BOUND`."""
+        names = {_name(f) for f in _data_in(self.value)}
+        found = [self._nodes[name] for name in sorted(names) if name in self._nodes]
+        return [node for node in found if node.op != "placeholder"]  # of those, the proof knows the value
 
     def is_padding_alone(self, mask: fx.Node, key_mask: fx.Node) -> bool:
         """Whether every query that `mask` holds valid sees exactly the keys of its row that `key_mask` does."""
@@ -101,16 +110,33 @@ class AttentionMask:
     def _is_blocked(self, value: Any) -> bool:
         if isinstance(value, Truth):
             return value is sympy.false
-        return _at_most(value, self.limit) and not self._reads_inputs(value)
-
-    def _reads_inputs(self, value: Any) -> bool:
-        """Whether a value adds what the caller gives: that may be as low as a mask, or as high."""
-        return any(_name(f) in self._inputs for f in value.atoms(AppliedUndef))
+        return self._range(value)[1] <= self.limit
 
     def _check_open(self, value: Any) -> None:
-        number = _number_beside_data(value)
-        if number is None or abs(number) > _BOUNDED or self._reads_inputs(value):
+        if self._range(value)[0] < self.limit / 2:
             raise Miss("a valid token may not see itself, so padding may show", node=self.node, found=_shown(value))
+
+    def _range(self, value: Any) -> tuple[float, float]:
+        """The lowest and highest that an additive mask can be."""
+        match value:
+            case sympy.Piecewise():
+                return _hull([self._range(case) for case, when in value.args if when is not sympy.false])
+            case sympy.Add():
+                ranges = [self._range(term) for term in value.args]
+                return _known(sum(low for low, _ in ranges), sum(high for _, high in ranges))
+            case sympy.Mul():
+                return _product([self._range(factor) for factor in value.args])
+            case sympy.Abs():
+                low, high = self._range(value.args[0])
+                return 0.0, max(-low, high)
+            case AppliedUndef() | sympy.Symbol() if _name(value) in self._nodes:
+                # what the caller gives may be as low as a mask, or as high
+                is_input = self._nodes[_name(value)].op == "placeholder"
+                return UNKNOWN if is_input else (-BOUND, BOUND)
+            case sympy.Symbol():
+                return 0.0, _POSITIONS
+        is_number = value.is_number and (value.is_real or value in (sympy.oo, -sympy.oo))
+        return (float(value), float(value)) if is_number else UNKNOWN
 
     def _residue(self, value: Any) -> Residue:
         if value in (sympy.true, 0):
@@ -138,46 +164,33 @@ def value_at_padding(node: fx.Node, index: Index, mask: fx.Node, at: Index) -> f
 
 
 def _name(applied: Any) -> str:
-    return applied.func.__name__
+    return applied.name if isinstance(applied, sympy.Symbol) else applied.func.__name__
 
 
-def _at_most(value: Any, limit: float) -> bool:
-    if isinstance(value, sympy.Piecewise):
-        return all(_at_most(case, limit) for case, when in value.args if when is not sympy.false)
-    if isinstance(value, sympy.Add) and any(isinstance(term, sympy.Piecewise) for term in value.args):
-        return _sum_at_most(value, limit)
-    number = _number_beside_data(value)
-    return number is not None and number <= limit
+def _data_in(value: Any) -> set[Any]:
+    """The data among the addends of an additive mask: not what its conditions compare."""
+    if isinstance(value, Truth):
+        return set()
+    if isinstance(value, AppliedUndef | sympy.Symbol):
+        return {value}
+    cases = [case for case, _ in value.args] if isinstance(value, sympy.Piecewise) else value.args
+    return set().union(*map(_data_in, cases))
 
 
-def _sum_at_most(value: Any, limit: float) -> bool:
-    """One addend blocks wherever the others are known not to lift it."""
-    cases = [term for term in value.args if isinstance(term, sympy.Piecewise)]
-    rest = value - sum(cases)
-    number = _number_beside_data(rest)
-    if number is None:
-        return False
-    ceilings = [_ceiling(term) for term in cases]
-    return all(c is not None for c in ceilings) and number + sum(c for c in ceilings if c is not None) <= limit
+UNKNOWN = (-math.inf, math.inf)
 
 
-def _ceiling(value: sympy.Piecewise) -> float | None:
-    numbers = [_number_beside_data(case) for case, when in value.args if when is not sympy.false]
-    return None if None in numbers else max(number for number in numbers if number is not None)
+def _known(low: float, high: float) -> tuple[float, float]:
+    return UNKNOWN if math.isnan(low) or math.isnan(high) else (low, high)
 
 
-def _number_beside_data(value: Any) -> float | None:
-    """The number in a sum of it and data (a learned bias, scores); None where a factor is too large for such."""
-    if value is sympy.nan:
-        return None
-    number = 0.0
-    for term in sympy.Add.make_args(value):
-        factor, data = term.as_coeff_Mul()
-        if term.is_number and (term.is_real or term is sympy.S.NegativeInfinity):
-            number += float(term)
-        elif not isinstance(data, AppliedUndef) or abs(factor) > _BOUNDED:
-            return None
-    return number
+def _hull(ranges: list[tuple[float, float]]) -> tuple[float, float]:
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+
+def _product(ranges: list[tuple[float, float]]) -> tuple[float, float]:
+    ends = [math.prod(chosen) for chosen in itertools.product(*ranges)]
+    return _known(min(ends), max(ends)) if not any(map(math.isnan, ends)) else UNKNOWN
 
 
 def _shown(value: Any) -> str:

@@ -47,6 +47,8 @@ class Net(nn.Module):
         self.conv = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1)
         self.batch_norm = nn.BatchNorm1d(HIDDEN)
         self.factor = nn.Parameter(torch.tensor(-3.0))
+        self.register_buffer("wall", torch.zeros(CONTEXT, CONTEXT).fill_diagonal_(LOWEST))
+        self.register_buffer("door", torch.full((CONTEXT,), LOWEST).index_fill(0, torch.tensor([3]), 0.0))
         self._variation = (mask, second or mask, mix, head)
 
     def attention(self, layer: int, x: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
@@ -253,6 +255,13 @@ refuse(
     mask=lambda mask, x: additive(mask, x) + diagonal(mask.shape[1]).to(x.dtype) * LOWEST,
 )
 refuse("counted mask", UNMASKED, second=lambda mask, x: additive((mask.cumsum(1) > 0).long(), x))
+refuse(
+    "scores that block",
+    "adds what may be a mask itself",
+    mix=lambda net, x, mask: net.attention(
+        1, x, additive(mask, x) / 1e29 + F.threshold(x @ x.transpose(1, 2), 0.0, -1e9)[:, None]
+    ),
+)
 refuse("weights after a bias", "", mask=lambda mask, x: additive(mask, x) * x.mean())
 
 # --- what is right for some calls only --------------------------------------------------------------------------
@@ -283,6 +292,19 @@ guard(
     "padding stands before tokens",
     lambda m: bool((m[:, 1:] > m[:, :-1]).any()),
     mix=lambda net, x, mask: net.attention(1, x, None, is_causal=True),
+)
+BLOCKING_BIAS = "a bias in an attention mask is larger than 10000"
+guard(
+    "a bias that blocks the diagonal",
+    BLOCKING_BIAS,
+    lambda m: not m.all(),
+    mix=lambda net, x, mask: net.attention(1, x, additive(mask, x) + net.wall[: x.shape[1], : x.shape[1]]),
+)
+guard(
+    "a bias that blocks all keys but one",
+    BLOCKING_BIAS,
+    lambda m: not m.all(),
+    mix=lambda net, x, mask: net.attention(1, x, additive(mask, x) + net.door[: x.shape[1]]),
 )
 NOT_ZERO_OR_ONE = "values other than 0 and 1"
 GUARDED.append(
