@@ -70,7 +70,7 @@ class Case:
 def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter values that matter: init's std of 0.02 makes attention a plain average."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for parameter in [parameter for parameter in model.parameters() if parameter.numel()]:
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() < 2:
             parameter.data.add_(0.1 * noise)

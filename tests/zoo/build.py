@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 HIDDEN, HEADS, HEAD_DIM, LAYERS = 64, 4, 16, 1
 VOCAB, FIRST_SPECIAL = 128, 20  # ids from FIRST_SPECIAL to 49 stand for special tokens, text is 50 and above
-LARGEST = 30_000_000  # parameters
+LARGEST = 50_000_000  # parameters
 
 Numbers = dict[str, Any]
 Resize = Callable[[int, str, Numbers], int]
@@ -62,7 +62,7 @@ def model_classes(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
         value for value in of_config if value.forward is not nn.Module.forward and "PreTrained" not in value.__name__
     ]
     if not whole:
-        raise Unbuildable("no model class is made from this config")
+        raise Unbuildable(f"no model with a forward is made from {kind.__name__} alone")
     prefix = kind.__name__.removesuffix("Config")
     return sorted(whole, key=lambda model: (not model.__name__.startswith(prefix), len(model.__name__)))
 
@@ -109,6 +109,8 @@ def _index(value: int, name: str, config: Numbers) -> int:
 
 
 NAMES: list[tuple[str, Resize]] = [
+    (r"proj_layers$|layer_offset$", _const(0)),
+    (r"layer_period$|full_attention_interval", _at_most(2)),
     (
         r"type_vocab_size|^num_labels$|_cost$|coefficient|ignore_index|temperature|sampling_rate|hop_length",
         _at_most(10**9),
@@ -124,9 +126,10 @@ NAMES: list[tuple[str, Resize]] = [
     (r"(key_value|kv)_heads$|multi_query_group_num|n_head_kv|num_kv_heads", _key_value_heads),
     (r"linear_num_key_heads", _const(2)),
     (r"mamba_(n|num)_heads", _const(2 * HIDDEN // HEAD_DIM)),
+    (r"mamba_d_head", _const(HEAD_DIM)),
     (r"(^|_)n?(um)?_?(attention|attn)?_?heads?$|num_attention_heads", _heads),
     (r"qk_rope_head_dim|qk_nope_head_dim|rope_head_dim", _const(HEAD_DIM // 2)),
-    (r"head_dim|^d_kv$|kv_channels|mamba_d_head|global_head_dim", _const(HEAD_DIM)),
+    (r"head_dim|^d_kv$|kv_channels|global_head_dim", _const(HEAD_DIM)),
     (r"lora_rank|_rank$", _at_most(16)),
     (r"repeats$|depth_multiplier", _at_most(1)),
     (r"first_k_dense_replace", _const(1)),
@@ -149,6 +152,22 @@ NAMES: list[tuple[str, Resize]] = [
 
 
 MISSING: Numbers = {"prediction_length": 8}  # what a config has to be told
+
+# What a config may leave open although its model needs it.
+OPEN: Numbers = {
+    "vocab_size": VOCAB,
+    "head_dim": HEAD_DIM,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "attn_layer_indices": [0],
+    "sliding_window": 4,
+    "image_token_id": FIRST_SPECIAL + 5,
+    "image_token_index": FIRST_SPECIAL + 5,
+    "video_token_id": FIRST_SPECIAL + 6,
+    "video_token_index": FIRST_SPECIAL + 6,
+}
 
 
 def _base_width(value: int, name: str, config: Numbers) -> int:
@@ -178,11 +197,17 @@ class Recipe:
 
     width: Resize
     keep: str = r"^$"  # names left alone
+    fill: bool = False  # whether what the config leaves open is given
+    layers: int = LAYERS
+    use_cache: bool = True
 
 
 HEADS_AND_WIDTHS = r"heads?$|head_dim|_rank$|^d_kv$|head_size|lora"
 RECIPES = (
     Recipe(_base_width),
+    Recipe(_base_width, fill=True),
+    Recipe(_base_width, fill=True, layers=2, use_cache=False),
+    Recipe(_base_width, fill=True, layers=6),
     Recipe(_base_width, keep=r"image_size|patch_size|input_size|position|window"),
     Recipe(_scaled_width, keep=HEADS_AND_WIDTHS),
     Recipe(_own_width, keep=HEADS_AND_WIDTHS),
@@ -194,18 +219,24 @@ RECIPES = (
 # --- configs ------------------------------------------------------------------------------------------------------
 
 
-def _number_of_layers(config: Numbers) -> int:
-    """Two, or as many as there are kinds of layers or layers whose output is read."""
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_transformer_layers")
+
+
+def _number_of_layers(config: Numbers, recipe: Recipe) -> int:
+    """As the recipe says, or as many as there are kinds of layers or layers whose output is read."""
     kinds = config.get("layer_types") or config.get("layers_block_type") or ()
+    if any(name.endswith("layer_period") for name in config):
+        kinds = ("attention", "other")
     read = [len(v) for n, v in config.items() if re.search("indices|indexes", n) and isinstance(v, list | tuple)]
-    return max(LAYERS, len(set(kinds)), *read, 0)
+    return max(recipe.layers, len(set(kinds)), *read, 0)
 
 
 def shrink(config: PreTrainedConfig, recipe: Recipe, widths: set[int] | None = None) -> PreTrainedConfig:
     """A small config of the same class."""
     numbers = dict(vars(config))
     widths = widths or _hidden_sizes(config)
-    context = {**numbers, "fxbt widths": widths, "fxbt layers": _number_of_layers(numbers)}
+    context = {**numbers, "fxbt widths": widths, "fxbt layers": _number_of_layers(numbers, recipe)}
+    context["fxbt layers before"] = {numbers[n] for n in LAYER_COUNTS if isinstance(numbers.get(n), int)}
     known = set(inspect.signature(type(config).__init__).parameters) | set(getattr(config, "__dataclass_fields__", ()))
     changes: Numbers = {}
     for name, value in numbers.items():
@@ -214,7 +245,10 @@ def shrink(config: PreTrainedConfig, recipe: Recipe, widths: set[int] | None = N
         small = _small(name, value, context, recipe, widths)
         if small is not value:
             changes[name] = small
-    for name, value in MISSING.items():
+    missing = (
+        {**MISSING, **OPEN, "layer_types": ["full_attention"] * context["fxbt layers"]} if recipe.fill else MISSING
+    )
+    for name, value in missing.items():
         if name in known and numbers.get(name) is None:
             changes[name] = value
     for flag in ("_attn_implementation", "torch_dtype", "dtype"):
@@ -238,7 +272,7 @@ def _small(name: str, value: Any, context: Numbers, recipe: Recipe, widths: set[
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, dict):
-        return _small_rope(value) if "rope" in name and recipe.width is _base_width else value
+        return _small_rope(value, recipe.fill) if "rope" in name and recipe.width is _base_width else value
     if isinstance(value, float) and "depth_coefficient" in name:
         return 0.3
     if isinstance(value, int):
@@ -250,8 +284,16 @@ def _small(name: str, value: Any, context: Numbers, recipe: Recipe, widths: set[
 
 def _small_list(name: str, values: list[Any], context: Numbers, recipe: Recipe) -> list[Any]:
     layers = context["fxbt layers"]
+    shrinks_layers = re.search(recipe.keep, "num_hidden_layers") is None
+    is_per_layer = shrinks_layers and len(values) in context["fxbt layers before"] and not isinstance(values[0], str)
+    if is_per_layer:
+        values = values[:layers]
+    if is_per_layer and name.endswith("layers") and all(isinstance(value, int) for value in values):
+        return [min(value, layers - 1) for value in values]
+    if all(isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], list) for value in values):
+        return [[kinds[:layers], 1] for kinds, _ in values]  # kinds of layers and how often they come
     if all(isinstance(value, str) for value in values):
-        if re.search(recipe.keep, "num_hidden_layers"):
+        if not shrinks_layers:
             return values
         return (
             list(dict.fromkeys(values))[:layers] + values[: max(0, layers - len(set(values)))]
@@ -285,13 +327,14 @@ def _special(value: int) -> int:
     return value if value < FIRST_SPECIAL else FIRST_SPECIAL + value % 29
 
 
-def _small_rope(parameters: Any) -> Any:
+def _small_rope(parameters: Any, fill: bool) -> Any:
     if not isinstance(parameters, dict):
         return parameters
-    small = {name: _small_rope(value) for name, value in parameters.items()}
-    if section := small.get("mrope_section"):
-        parts = [max(1, part * HEAD_DIM // 2 // sum(section)) for part in section]
-        parts[0] += HEAD_DIM // 2 - sum(parts)
+    small = {name: _small_rope(value, fill) for name, value in parameters.items()}
+    if section := small.get("mrope_section", (2, 3, 3) if fill and "rope_theta" in small else None):
+        angles = int(HEAD_DIM * small.get("partial_rotary_factor", 1.0)) // 2
+        parts = [max(1, part * angles // sum(section)) for part in section]
+        parts[0] += angles - sum(parts)
         small["mrope_section"] = parts
     return small
 
@@ -311,26 +354,26 @@ def candidates(model_type: str, use_cache: bool = True) -> Iterator[tuple[PreTra
     """Models of this type, smallest first, with eager attention and weights that matter.
 
     Raises:
-        Unbuildable: with the last recipe's reason, after the last one.
+        Unbuildable: with the first recipe's reason, after the last one.
     """
     try:
         default = CONFIG_MAPPING[model_type]()
     except Exception as error:
         raise Unbuildable(f"no default config: {_first_line(error)}") from error
-    reason = "no recipe"
+    reason = None
     for recipe in RECIPES:
         try:
             config = shrink(default, recipe)
-            if not use_cache:
+            if not (use_cache and recipe.use_cache):
                 _set_everywhere(config, "use_cache", False)
             model = _model(config)
         except ImportError as error:
             raise Unbuildable(_first_line(error)) from error
         except Exception as error:
-            reason = _first_line(error)
+            reason = reason or _first_line(error)
             continue
         yield model, config
-    raise Unbuildable(reason)
+    raise Unbuildable(reason or "no recipe")
 
 
 def _model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -6,10 +6,12 @@ function of (batch, length, padding).
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +26,7 @@ from . import build
 Inputs = dict[str, Any]
 TEXT_FROM = 50
 SHAPES = ((2, 7), (3, 12), (1, 5))
+REPAIRS = 4  # of one maker, each by what the model complains of
 
 
 class NoInputs(Exception):
@@ -37,24 +40,46 @@ class Maker:
     names: list[str]
     config: PreTrainedConfig
     form: dict[str, int] = field(default_factory=dict)  # which of the possible layouts an input has
-    image_tokens: int = 0  # placeholders at the beginning of the text
+    placeholders: dict[str, int] = field(default_factory=dict)  # kind of token -> how many at the text's beginning
     lengthened: int = 1  # audio samples or frames a step
+    asked: dict[str, int] = field(default_factory=dict)  # what the model's complaints asked for
 
     @property
     def has_mask(self) -> bool:
-        return any("attention_mask" in name for name in self.names)
+        return any("attention_mask" in name and "pixel" not in name for name in self.names)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether text comes with audio, whose length is then the same for every text."""
+        return "input_ids" in self.names and bool({"input_features", "input_values"} & set(self.names))
 
     def __call__(self, batch: int, length: int, padding: str) -> Inputs:
         torch.manual_seed(1000 * batch + length)
-        length = length * self.lengthened
         mask = padding_mask(batch, length, padding if self.has_mask else "none")
-        return {name: self._make(name, batch, length, mask) for name in self.names}
+        long = 10 * self.lengthened if self.is_mixed else length * self.lengthened
+        long_mask = mask.new_ones(batch, long) if self.is_mixed else mask.repeat_interleave(self.lengthened, 1)
+        sizes = {False: (batch, length, mask), True: (batch, long, long_mask)}
+        return {name: self._make(name, *sizes[self._is_long(name)]) for name in self.names}
+
+    def _is_long(self, name: str) -> bool:
+        return not self.is_mixed or bool(re.search("^input_(features|values)|audio|padding_mask", name))
 
     def _make(self, name: str, batch: int, length: int, mask: Tensor) -> Any:
         for pattern, make in NAMES:
             if re.search(pattern, name):
                 return make(self, name, batch, length, mask)
         raise NoInputs(f"no input is known by the name {name}")
+
+    @property
+    def has_grid(self) -> bool:
+        return any("grid_thw" in name for name in self.names)
+
+    def repaired(self, problem: str, sample: Inputs) -> Maker | None:
+        """This maker with what the model's complaint asks for; None where it asks for nothing known."""
+        for repair in (_placeholders_asked, _width_asked, _size_asked):
+            if changes := repair(self, problem, sample):
+                return dataclasses.replace(self, **changes)
+        return None
 
     def number(self, *names: str, default: int = 0) -> int:
         """The first of these numbers that the config or one of its parts has."""
@@ -79,26 +104,70 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def _ids(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
-    ids = torch.randint(TEXT_FROM, min(maker.number("vocab_size", default=99), 99), mask.shape)
+    vocabulary = min(maker.number("vocab_size", default=99), 99)
+    ids = torch.randint(min(TEXT_FROM, vocabulary // 2), vocabulary, mask.shape)
     pad = maker.number("pad_token_id")
     ids = torch.where(mask.bool(), ids, pad if 0 <= pad < TEXT_FROM else 0)
-    if maker.image_tokens and name == "input_ids":
-        token = maker.number("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
-        images = torch.full((batch, maker.image_tokens), token)
-        ids = torch.cat([ids[:, :1], images, ids[:, 1:]], 1)
+    if name == "input_ids":
+        for kind, count in maker.placeholders.items():
+            token = maker.number(*(f"{kind}_token_{end}" for end in ("id", "index")), f"{kind}_soft_token_id")
+            ids = torch.cat([ids[:, :1], torch.full((batch, count), token), ids[:, 1:]], 1)
     return ids
 
 
 def _mask(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
-    if maker.image_tokens and name == "attention_mask":
-        return torch.cat([mask[:, :1], mask.new_ones(batch, maker.image_tokens), mask[:, 1:]], 1)
-    return mask
+    more = sum(maker.placeholders.values())
+    return torch.cat([mask[:, :1], mask.new_ones(batch, more), mask[:, 1:]], 1) if name == "attention_mask" else mask
+
+
+def _grid(maker: Maker, batch: int, length: int) -> tuple[int, int]:
+    """Patches in height and width of an image, which varies with the length where there is no text."""
+    side = 2 * max(1, maker.number("spatial_merge_size", "merge_size", "downsample_factor", default=2))
+    return side, side * (1 if length < 10 or "input_ids" in maker.names else 2)
+
+
+def _grids(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
+    frames = () if "spatial_shapes" in name or "_hw" in name else (1,)
+    return torch.tensor([[*frames, *_grid(maker, batch, length)]] * batch)
+
+
+def _patch_width(maker: Maker) -> int:
+    patch = maker.number("patch_size", default=16)
+    frames = maker.number("temporal_patch_size", default=1) if maker.has_grid else 1
+    return maker.number("in_channels", "num_channels", "in_chans", default=3) * frames * patch**2
+
+
+def _patches(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
+    """Patches of all images in one sequence, or in a row for each image."""
+    height, width = _grid(maker, batch, length)
+    wide = maker.asked.get(name, _patch_width(maker))
+    return torch.randn(*((batch * height * width,) if maker.has_grid else (batch, height * width)), wide)
+
+
+def _patch_positions(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
+    height, width = _grid(maker, batch, length)
+    return torch.cartesian_prod(torch.arange(height), torch.arange(width)).expand(batch, -1, -1)
+
+
+def _flattened_patches(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
+    positions = 1 + torch.arange(length)[None, :, None].expand(batch, -1, 2)
+    return torch.cat([positions, torch.randn(batch, length, _patch_width(maker))], -1)
+
+
+def _image_sizes(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
+    return torch.full((batch, 2), _image_side(maker))
+
+
+def _image_side(maker: Maker) -> int:
+    size = maker.number("image_size", "pretrain_image_size", "img_size", "input_size", default=64)
+    return maker.asked.get("image", size if size >= 8 else 64)
 
 
 def _images(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
-    channels = maker.number("num_channels", "in_channels", "in_chans", default=3)
-    size = maker.number("image_size", "pretrain_image_size", "img_size", "input_size", default=64)
-    size = size if size >= 8 else 64
+    if PATCHED & set(maker.names):
+        return _patches(maker, name, batch, length, mask)
+    channels = maker.asked.get(name, maker.number("num_channels", "in_channels", "in_chans", default=3))
+    size = _image_side(maker)
     frames = maker.number("num_frames", "frames_per_clip", default=2)
     shapes = [
         (channels, size, size),
@@ -115,17 +184,34 @@ def _videos(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> T
 
 
 def _pixel_mask(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
-    size = maker.number("image_size", default=64)
-    return torch.ones(batch, size, size, dtype=torch.long)
+    if PATCHED & set(maker.names):
+        return torch.ones(batch, math.prod(_grid(maker, batch, length)), dtype=torch.long)
+    return torch.ones(batch, _image_side(maker), _image_side(maker), dtype=torch.long)
 
 
 def _features(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
-    width = maker.number(
-        "num_mel_bins", "input_feat_per_channel", "feature_size", "input_channels", "input_dim", default=80
-    )
-    frames = 2 * maker.number("max_source_positions", default=0) or length
-    shapes = [(frames, width), (width, frames), (length, width), (width, length), (1, width, frames)]
+    width = maker.number("num_mel_bins", "input_feat_per_channel", "feature_size", "input_channels", "input_dim")
+    width = maker.asked.get(name, width or 80)
+    frames = maker.asked.get("frames", 2 * maker.number("max_source_positions", default=0) or length)
+    shapes = [
+        (frames, width),
+        (width, frames),
+        (length, width),
+        (width, length),
+        (1, width, frames),
+        (1, frames, width),
+    ]
     return torch.randn(batch, *shapes[maker.form.get(name, 0)])
+
+
+def _spectrogram(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
+    width = maker.asked.get(name, maker.number("model_in_dim", "num_mel_bins", "mel_dim", default=80))
+    shapes = [(length, width), (width, length)]
+    return torch.randn(batch, *shapes[maker.form.get(name, 0)])
+
+
+def _frame_mask(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
+    return torch.ones(batch, maker.asked.get("frames", 2 * maker.number("max_source_positions") or length)).long()
 
 
 def _waves(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
@@ -135,9 +221,22 @@ def _waves(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Te
 
 
 def _hidden(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
-    return torch.randn(
-        batch, length, maker.number("hidden_size", "d_model", "encoder_hidden_size", default=build.HIDDEN)
+    if maker.has_grid:
+        return _patches(maker, name, batch, length, mask)
+    width = maker.asked.get(name, maker.number("hidden_size", "d_model", "encoder_hidden_size", default=build.HIDDEN))
+    shapes = [(length, width), (width, length)]
+    return torch.randn(batch, *shapes[maker.form.get(name, 0)])
+
+
+def _of_width(*numbers: str) -> Callable[..., Tensor]:
+    """A sequence of vectors, as wide as the first of these numbers of the config."""
+    return lambda maker, name, batch, length, mask: torch.randn(
+        batch, length, maker.asked.get(name, maker.number(*numbers, default=1))
     )
+
+
+def _steps(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
+    return torch.arange(length).expand(batch, -1)
 
 
 def _boxes(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Tensor:
@@ -171,19 +270,47 @@ def _zeros(maker: Maker, name: str, batch: int, length: int, mask: Tensor) -> Te
 
 
 NAMES: list[tuple[str, Callable[..., Any]]] = [
-    (r"^(decoder_|qformer_|tasks_|classes_)?input_ids$|^input$", _ids),
+    (r"^(decoder_|qformer_|tasks_|classes_|context_|audio_)?input_ids$|^input$", _ids),
     (r"pixel_mask|pixel_attention_mask", _pixel_mask),
-    (r"attention_mask$|^padding_mask$|input_features_mask", _mask),
+    (r"input_features_mask", _frame_mask),
+    (r"attention_mask$|^padding_mask$", _mask),
+    (r"grid_thw$|grid_hws?$|spatial_shapes$", _grids),
+    (r"(pixel|image)_position_ids", _patch_positions),
+    (r"image_sizes$", _image_sizes),
+    (r"flattened_patches", _flattened_patches),
+    (r"^(past_values_padding|freq)$", _zeros),
+    (r"^states$", _of_width("state_dim")),
+    (r"^actions$", _of_width("act_dim")),
+    (r"^(rewards|returns_to_go)$", _of_width()),
+    (r"^timesteps$", _steps),
+    (r"^visual_feats$", _of_width("visual_feat_dim")),
+    (r"^visual_pos$", _of_width("visual_pos_dim")),
+    (r"spectrogram$", _spectrogram),
     (r"pixel_values_videos", _videos),
     (r"pixel_values", _images),
     (r"input_features|audio_mel$", _features),
     (r"input_values|waveform|audio_values", _waves),
     (r"^(past|future)_(values|time_features|observed_mask)$", _past),
-    (r"hidden_states$|inputs_embeds$|query_embeds|^latents$", _hidden),
-    (r"^bbox$", _boxes),
+    (r"hidden_states?$|_embeds$|^latents$|^context$|_features$|_queries$|^inputs$|^patch_embeds$", _hidden),
+    (r"bbox$", _boxes),
     (r"audio_codes", _codes),
     (r"token_type_ids", _zeros),
 ]
+
+PATCHED = {"image_grid_thw", "grid_thw", "spatial_shapes", "pixel_position_ids", "image_position_ids"}
+
+# What comes with an input where the forward takes it.
+COMPANIONS = {
+    "input_ids": ("attention_mask", "bbox", "visual_feats", "visual_pos"),
+    "decoder_input_ids": ("decoder_attention_mask",),
+    "input_values": ("attention_mask",),
+    "input_features": ("input_features_mask",),
+    "pixel_values": (
+        *("image_grid_thw", "grid_thw", "spatial_shapes", "pixel_position_ids", "image_position_ids", "image_sizes"),
+    ),
+}
+MASKS = ("attention_mask", "decoder_attention_mask")
+SEVERAL_FORMS = {"pixel_values": 4, "input_features": 6, "input_values": 3, "hidden_states": 2, "spectrogram": 2}
 
 # Which sets of inputs to try, the richest first: of each set, what the forward takes.
 SETS = (
@@ -198,39 +325,43 @@ SETS = (
     ("input_features",),
     ("input_values",),
     ("past_values", "past_time_features", "past_observed_mask"),
+    ("flattened_patches", "decoder_input_ids"),
+    ("states", "actions", "rewards", "returns_to_go", "timesteps"),
+    ("inputs_embeds",),
     (),
 )
 
 
 def _forms(names: list[str]) -> list[dict[str, int]]:
-    counts = {"pixel_values": 4, "input_features": 5, "input_values": 3}
-    having = [name for name in names if name in counts]
-    return [dict(zip(having, form, strict=True)) for form in itertools.product(*(range(counts[n]) for n in having))]
+    having = [
+        name for name in names if name in SEVERAL_FORMS and not (name != "input_features" and PATCHED & set(names))
+    ]
+    choices = [range(SEVERAL_FORMS[name]) for name in having]
+    return [dict(zip(having, form, strict=True)) for form in itertools.product(*choices)]
 
 
-def _makers(model: nn.Module, config: PreTrainedConfig) -> Iterator[Maker]:
+def _sets(model: nn.Module) -> Iterator[list[str]]:
+    """Names of inputs: each of the sets with all that may come with it, with masks only, and alone."""
     parameters = inspect.signature(model.forward).parameters
     required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     seen = set()
     for wanted in SETS:
         names = [n for n in wanted if n in parameters]
         names += [n for n in required if n not in names]
-        masks = {
-            "input_ids": "attention_mask",
-            "decoder_input_ids": "decoder_attention_mask",
-            "input_values": "attention_mask",
-        }
-        with_masks = names + [
-            masks[n] for n in names if n in masks and masks[n] in parameters and masks[n] not in names
-        ]
-        for chosen in (with_masks, names):
+        companions = [c for n in names for c in COMPANIONS.get(n, ()) if c in parameters]
+        masks = [c for c in companions if c in MASKS]
+        for chosen in (names + companions, names + masks, names):
             chosen = list(dict.fromkeys(chosen))
-            if not chosen or tuple(chosen) in seen:
-                continue
-            seen.add(tuple(chosen))
-            for form in _forms(chosen):
-                for lengthened in (1,) if not {"input_features", "input_values"} & set(chosen) else (40, 4, 8, 320):
-                    yield Maker(chosen, config, form, lengthened=lengthened)
+            if chosen and tuple(chosen) not in seen:
+                seen.add(tuple(chosen))
+                yield chosen
+
+
+def _makers(chosen: list[str], config: PreTrainedConfig) -> Iterator[Maker]:
+    is_audio = bool({"input_features", "input_values"} & set(chosen))
+    for lengthened in (40, 4, 8, 320) if is_audio else (1,):
+        for form in _forms(chosen):
+            yield Maker(chosen, config, form, lengthened=lengthened)
 
 
 def find(model: nn.Module, config: PreTrainedConfig) -> Maker:
@@ -240,21 +371,74 @@ def find(model: nn.Module, config: PreTrainedConfig) -> Maker:
         NoInputs: with the first error.
     """
     first: str | None = None
-    for maker in itertools.islice(_makers(model, config), 24):
-        problem = _runs(model, maker)
-        if problem is not None and (count := _missing_images(problem)):
-            maker.image_tokens = count
-            problem = _runs(model, maker)
-        if problem is None:
-            return maker
-        first = first or problem
+    for chosen in _sets(model):
+        problems: Counter[str] = Counter()
+        for maker in _makers(chosen, config):
+            runs, problem = _after_repairs(model, maker)
+            if runs is not None:
+                return runs
+            first = first or problem
+            problems[problem] += 1
+            if problems[problem] == len(SEVERAL_FORMS):  # whatever the form
+                break
     raise NoInputs(first or "no known inputs in the signature")
 
 
-def _missing_images(problem: str) -> int:
-    """How many placeholders a row of text needs, as the model's own complaint says."""
-    found = re.search(r"features?\D+?tokens?\D*?0\D+?features?:? (\d+)", problem)
-    return int(found[1]) // SHAPES[0][0] if found else 0
+def _after_repairs(model: nn.Module, maker: Maker) -> tuple[Maker | None, str]:
+    """The maker as the model takes it, or why it does not."""
+    first = _runs(model, maker)
+    problem = first
+    for _ in range(REPAIRS):
+        if problem is None:
+            break
+        better = maker.repaired(problem, maker(*SHAPES[0], "none"))
+        if better is None or better == maker:
+            break
+        maker, problem = better, _runs(model, better)
+    return (maker, "") if problem is None else (None, first or problem)
+
+
+# --- what a complaint asks for: (maker, complaint, the inputs) -> changes of the maker -------------------------------
+
+
+def _placeholders_asked(maker: Maker, problem: str, sample: Inputs) -> dict[str, Any]:
+    """As many placeholders in each row of text as the model has features for."""
+    found = re.search(r"features?\D+?tokens?\D*?(\d+)\D+?features?:? (\d+)", problem)
+    if not found or int(found[1]) == int(found[2]) or "input_ids" not in sample:
+        return {}
+    kind = next((kind for kind in ("audio", "video") if kind in problem.lower()), "image")
+    batch, more = len(sample["input_ids"]), int(found[2]) - int(found[1])
+    count = maker.placeholders.get(kind, 0) + more // batch
+    return {"placeholders": {**maker.placeholders, kind: count}} if more % batch == 0 and count > 0 else {}
+
+
+def _width_asked(maker: Maker, problem: str, sample: Inputs) -> dict[str, Any]:
+    """The width of the vectors that the first layer takes."""
+    product = re.search(r"cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", problem)
+    channels = re.search(r"to have (\d+) channels, but got (\d+) channels", problem)
+    found = (
+        (int(product[1]), int(product[2])) if product else (int(channels[2]), int(channels[1])) if channels else None
+    )
+    if found is None:
+        return {}
+    got, wanted = found
+    for name, value in sample.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() not in (2, 3, 4):
+            continue
+        axes = [value.shape[-1], value.shape[1]]
+        for width in axes:
+            if got % width == 0 and width * wanted % got == 0 and width * wanted // got not in (width, 0):
+                return {"asked": {**maker.asked, name: width * wanted // got}}
+    return {}
+
+
+def _size_asked(maker: Maker, problem: str, sample: Inputs) -> dict[str, Any]:
+    """The one length of sound or size of image that a model takes."""
+    if found := re.search(r"(?:of length|multiple of\D*?) \(?(\d+)\)?, but (?:found|got)", problem):
+        return {"asked": {**maker.asked, "frames": int(found[1])}}
+    if found := re.search(r"[Ii]mage size \(\d+\*\d+\) doesn't match model \((\d+)\*", problem):
+        return {"asked": {**maker.asked, "image": int(found[1])}}
+    return {}
 
 
 def _runs(model: nn.Module, maker: Maker) -> str | None:
