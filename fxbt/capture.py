@@ -17,20 +17,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import sympy
 import torch
 import torch.fx.experimental._config as fx_config
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
+from torch._subclasses import fake_tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from . import outputs as forms
 from .errors import CaptureError
 from .patches import patched
+from .regions import inline_regions
 from .signature import Call, leaves, named_leaves
 from .state import HOOKS, ModelState, preserved
 
@@ -44,6 +48,9 @@ _ASSERTS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _NOT_USER_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+_VALUES_READ = (GuardOnDataDependentSymNode, fake_tensor.DataDependentOutputException)
+_MANY_SIZES = 256  # of a call, at most, are compared at every call
+_MANY_CONSTANTS = 2**16  # elements of a tensor that follows from such sizes: positions of patches
 _STDLIB = sysconfig.get_paths()["stdlib"]
 
 
@@ -128,9 +135,11 @@ def _capture_export(
     model: nn.Module, call: Call, example: tuple[Tensor, ...], run: Callable[..., Any], free_rank: int = 3
 ) -> Captured:
     first_error: Exception | None = None
-    for tensors, rank in _attempts(model, call, example, free_rank):
+    for attempt in _attempts(model, call, example, free_rank):
+        if attempt.fixed and not _reads_values(first_error):
+            break
         try:
-            captured = _export(model, call, tensors, rank, run)
+            captured = _export(model, call, attempt, run)
             captured.guards(*example)
             return captured
         except CaptureError:
@@ -142,10 +151,17 @@ def _capture_export(
     raise first_error
 
 
-def _attempts(
-    model: nn.Module, call: Call, example: tuple[Tensor, ...], free_rank: int
-) -> Iterator[tuple[tuple[Tensor, ...], int]]:
-    """(example, up to which rank inputs are dynamic in all dims rather than the first two), most general one first."""
+@dataclass(frozen=True)
+class _Attempt:
+    """An example, and how general a graph is asked for."""
+
+    tensors: tuple[Tensor, ...]
+    free_rank: int  # up to which rank inputs are dynamic in all dims rather than the first two
+    fixed: frozenset[int] = frozenset()  # inputs whose values are constants of the graph, with a guard
+
+
+def _attempts(model: nn.Module, call: Call, example: tuple[Tensor, ...], free_rank: int) -> Iterator[_Attempt]:
+    """What to try, most general first."""
     larger = [example]
     # An axis of size one is taken for a constant, so that it is made larger where the model agrees.
     for axes in ((0,), (0, 1)):
@@ -154,8 +170,22 @@ def _attempts(
             larger.insert(0, enlarged)
     for tensors in larger:
         if any(2 < tensor.ndim <= free_rank for tensor in tensors):
-            yield tensors, free_rank
-        yield tensors, 2
+            yield _Attempt(tensors, free_rank)
+        yield _Attempt(tensors, 2)
+    sizes = frozenset(i for i, tensor in enumerate(example) if _may_hold_sizes(tensor))
+    if sizes:
+        yield _Attempt(example, free_rank, sizes)
+
+
+def _may_hold_sizes(tensor: Tensor) -> bool:
+    """Whether this looks like sizes of images or lengths of sounds: few integers, at most three for each item."""
+    is_table = tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] <= 3)
+    return is_table and 0 < tensor.numel() <= _MANY_SIZES and not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _reads_values(error: Exception | None) -> bool:
+    """Whether it was Python's looking at values of tensors that a trace failed on."""
+    return error is not None and any(isinstance(cause, _VALUES_READ) for cause in _causes(error))
 
 
 def _enlarge(example: tuple[Tensor, ...], axes: tuple[int, ...]) -> tuple[Tensor, ...] | None:
@@ -198,35 +228,52 @@ def _run(model: nn.Module, call: Call, tensors: Sequence[Tensor]) -> Any:
     return model.forward(*args, **kwargs)
 
 
-def _export(
-    model: nn.Module, call: Call, tensors: tuple[Tensor, ...], free_rank: int, run: Callable[..., Any]
-) -> Captured:
+def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., Any]) -> Captured:
     outputs = _Outputs()
+    tensors, free_rank = attempt.tensors, attempt.free_rank
+    fixed = {i: tensors[i] for i in attempt.fixed}
     # A GraphModule's class is made for its own graph, and torch.export asks such modules for it.
     kind = nn.Module if isinstance(model, fx.GraphModule) else type(model)
-    forward = _flat_forward(call, outputs, run, ModelState(model))
+    forward = _flat_forward(call, outputs, run, ModelState(model), fixed)
     flat = object.__new__(_subclass(kind, {"forward": forward}))
     # Hooks on the model itself are called around its forward as ever, graph or not.
     object.__setattr__(flat, "__dict__", {**vars(model), **{kind: OrderedDict() for kind in HOOKS}})
     dims = [
         {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] != 1 and (t.ndim <= free_rank or axis < 2)}
-        for t in tensors
+        if i not in fixed
+        else {}
+        for i, t in enumerate(tensors)
     ]
     # Size-oblivious: one graph serves size one too, wherever the model does not ask for it.
-    with fx_config.patch(backed_size_oblivious=True), warnings.catch_warnings(), patched():  # type: ignore[attr-defined]
+    with fx_config.patch(backed_size_oblivious=True), warnings.catch_warnings(), patched(), _knowing(fixed):  # type: ignore[attr-defined]
         warnings.simplefilter("ignore")
         program = torch.export.export(flat, tensors, strict=False, dynamic_shapes=(tuple(dims),) if dims else None)
         program = _functional(program, call)
     module = _flat_module(program, model, call, outputs)
     assert outputs.spec is not None
-    return Captured(module, outputs.spec, _guards(module, call.names), tensors)
+    return Captured(module, outputs.spec, _guards(module, call.names, fixed), tensors)
+
+
+@contextlib.contextmanager
+def _knowing(fixed: dict[int, Tensor]) -> Iterator[None]:
+    """Tracing computes what follows from constants alone, for tensors of more than one element too."""
+    with contextlib.ExitStack() as stack:
+        for tracing in (fake_tensor, proxy_tensor) if fixed else ():
+            stack.enter_context(mock.patch.object(tracing, "CONSTANT_NUMEL_LIMIT", _MANY_CONSTANTS))
+        yield
 
 
 def _flat_forward(
-    call: Call, outputs: _Outputs, run: Callable[..., Any], state: ModelState
+    call: Call, outputs: _Outputs, run: Callable[..., Any], state: ModelState, fixed: dict[int, Tensor]
 ) -> Callable[..., tuple[Any, ...]]:
+    values = {i: (tensor.tolist(), tensor.dtype, tensor.device) for i, tensor in fixed.items()}
+
     def forward(self: nn.Module, *tensors: Tensor) -> tuple[Any, ...]:
         _share_batch(tensors)
+        tensors = tuple(
+            torch.tensor(values[i][0], dtype=values[i][1], device=values[i][2]) if i in values else tensor
+            for i, tensor in enumerate(tensors)
+        )
         arguments = call.rebuild(tensors)
         before = leaves(arguments)
         result = run(self, *arguments[0], **arguments[1])
@@ -288,6 +335,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _flat_module(program: ExportedProgram, model: nn.Module, call: Call, outputs: _Outputs) -> fx.GraphModule:
+    inline_regions(program.graph_module)
     graph = program.graph
     attributes: dict[str, Any] = {
         node.target: getattr(program.graph_module, node.target) for node in graph.nodes if node.op == "get_attr"
@@ -351,8 +399,8 @@ def _erase_asserts(graph: fx.Graph) -> list[sympy.Basic]:
 # Guards
 
 
-def _guards(module: fx.GraphModule, names: list[str]) -> Callable[..., None]:
-    """A function of the call's tensors that asserts all that was assumed of their shapes while tracing."""
+def _guards(module: fx.GraphModule, names: list[str], fixed: dict[int, Tensor]) -> Callable[..., None]:
+    """A function of the call's tensors that asserts all that was assumed of their shapes and values while tracing."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     conditions: list[tuple[str, str]] = []  # python over t0, t1, ...; what to say
     size_of: dict[sympy.Symbol, tuple[str, str]] = {}
@@ -380,6 +428,8 @@ def _guards(module: fx.GraphModule, names: list[str]) -> Callable[..., None]:
         conditions.append((f"{code} == {printed(expression)[0]}", f"{text} == {printed(expression)[1]}"))
     for expression in _assumptions(module, environment, set(size_of)):
         conditions.append(printed(expression))
+    for i, tensor in fixed.items():
+        conditions.append((f"t{i}.tolist() == {tensor.tolist()}", f"{names[i]} == {tensor.tolist()}"))
     return _assertions(len(names), conditions)
 
 

@@ -62,9 +62,14 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(-1)[:: rows_apart * columns + next_column]
 
 
-def _can_be_watched(weight: torch.Tensor) -> bool:
+def _can_be_watched(weight: Any) -> bool:
     """On an accelerator, looking at a sample would wait for the device; merging anew there costs next to nothing."""
-    return weight.device.type == "cpu" and weight.is_contiguous() and not weight.is_inference()
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and not weight.is_inference()
+    )
 
 
 def _nbytes(value: torch.Tensor) -> int:

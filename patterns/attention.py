@@ -478,10 +478,12 @@ def _groups(scores: list[axes.Atom], own: list[axes.Atom]) -> tuple[axes.Atom, .
 def _head_axes(
     scores: list[axes.Atom], shared: list[axes.Atom], groups: tuple[axes.Atom, ...]
 ) -> tuple[axes.Atom, ...]:
-    """The last shared axis: the heads; with groups, only one that stands right before them."""
+    """The last shared axis: the heads; with groups, a neighbour of theirs of known size: inside or outside of it."""
     if groups:
-        before = scores.index(groups[0]) - 1
-        return (scores[before],) if before >= 0 and scores[before] in shared and len(shared) > 1 else ()
+        places = (scores.index(groups[0]) - 1, scores.index(groups[-1]) + 1)
+        beside = [scores[place] for place in places if 0 <= place < len(scores)]
+        heads = [atom for atom in beside if atom in shared and atom.size.is_Integer]
+        return (heads[-1],) if heads and len(shared) > 1 else ()
     return (shared[-1],) if len(shared) > 1 else ()
 
 

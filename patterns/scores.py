@@ -323,9 +323,12 @@ def proves_causal(
 ) -> tuple[fx.Node, ...] | None:
     """The constants on whose content it rests that the steps mask exactly key > query; None where unproven."""
     masking: list[Any] = [step for step in steps if not isinstance(step, Scale | Floor)]
+    while masking and isinstance(masking[0], ScaleBy):  # what scales the scores before they are masked masks nothing
+        masking = masking[1:]
     if len(masking) != 1 or not isinstance(masking[0], Add | Fill) or not isinstance(masking[0].node, fx.Node):
         return None
     (step,) = masking
+    later = math.prod(other.number for other in steps[steps.index(step) + 1 :] if isinstance(other, Scale))
     labels = axes.resolve(step.axes)
     if not seq or seq not in labels or keys not in labels:
         return None
@@ -335,14 +338,18 @@ def proves_causal(
         value = masks.evaluate(step.node, index, constants)
     except (masks.Opaque, TypeError):  # sympy raises TypeError on NaN: not proven either
         return None
-    attend = _attends(step, value)
+    attend = _attends(step, value, later)
     causal = attend is not None and masks.is_causal(attend, index[labels.index(seq)], index[labels.index(keys)])
     return tuple(constants) if causal else None
 
 
-def _attends(step: Add | Fill, value: Any) -> Any:
-    """Where an evaluated mask lets a query attend: a boolean, or None where it is no mask of zero and bottom."""
+def _attends(step: Add | Fill, value: Any, later: float) -> Any:
+    """Where an evaluated mask lets a query attend: a boolean, or None where it is no mask of zero and bottom.
+
+    `later` is the factor by which the masked scores are scaled afterwards.
+    """
     if isinstance(step, Fill):
         truth = masks.truth(value)
         return truth if step.keep else masks.negate(truth)
-    return masks.zero_else_below(value, LARGEST_FILL / step.factor) if step.factor > 0 else None
+    factor = step.factor * later
+    return masks.zero_else_below(value, LARGEST_FILL / factor) if factor > 0 else None

@@ -1029,6 +1029,23 @@ def causal_window(m: Any, x: Tensor) -> Tensor:
 
 
 @mutant()
+def causal_bias_weakened_by_a_later_scale(m: Any, x: Tensor) -> Tensor:
+    """-1e30, but scaled to -0.5 before the softmax."""
+    q, k, v = qkv(m, x)
+    i, j = positions(x)
+    bias = torch.where(j <= i, 0.0, -1e30)
+    return ((q @ k.mT * 1e30 + bias) * 1e-30 * SCALE).softmax(-1) @ v
+
+
+@mutant()
+def causal_bias_turned_around_by_a_later_scale(m: Any, x: Tensor) -> Tensor:
+    """What was lowest is highest."""
+    q, k, v = qkv(m, x)
+    i, j = positions(x)
+    return ((-(q @ k.mT) * SCALE + torch.where(j <= i, 0.0, -1e9)) * -1.0).softmax(-1) @ v
+
+
+@mutant()
 def causal_or_prefix(m: Any, x: Tensor) -> Tensor:
     scores, v = scored(m, x)
     i, j = positions(x)

@@ -419,6 +419,14 @@ def causal_triu_added(m: Any, x: Tensor) -> Tensor:
     return join((q @ k.mT * DIM**-0.5 + future).softmax(-1) @ v)
 
 
+@spelling()
+def causal_behind_a_temperature(m: Any, x: Tensor) -> Tensor:
+    q, k, v = projections(m, x)
+    seq = x.shape[1]
+    scores = q @ k.mT * m.head_scale.view(1, -1, 1, 1)
+    return join(scores.masked_fill(m.triangle[:seq, :seq] == 0, FINFO_MIN).softmax(-1) @ v)
+
+
 @spelling(WithMask)
 def causal_arange_and_padding(m: Any, x: Tensor, mask: Tensor) -> Tensor:
     q, k, v = projections(m, x)
@@ -477,6 +485,16 @@ def grouped_heads_repeat_interleave(m: Any, x: Tensor) -> Tensor:
     q, k, v = split(m.q(x)), split(m.k(x), 2), split(m.v(x), 2)
     k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
     return join((q @ k.mT * DIM**-0.5).softmax(-1) @ v)
+
+
+@spelling(kv_heads=2)
+def grouped_heads_tiled(m: Any, x: Tensor) -> Tensor:
+    """Head h uses key head h % 2 (x-transformers): the groups stand outside of the key heads."""
+    q, k, v = split(m.q(x)), split(m.k(x), 2), split(m.v(x), 2)
+    batch, _, seq, _ = k.shape
+    k, v = (t[:, None].expand(-1, 2, -1, -1, -1).reshape(batch, HEADS, seq, DIM) for t in (k, v))
+    scores = torch.einsum("b h i d, b h j d -> b h i j", q, k) * DIM**-0.5
+    return join(torch.einsum("b h i j, b h j d -> b h i d", scores.softmax(-1), v))
 
 
 @spelling(kv_heads=2)

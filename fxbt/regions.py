@@ -1,0 +1,76 @@
+"""`with torch.no_grad():` and `with torch.autocast(enabled=False):` inside a forward, without the block around them.
+
+Export keeps such a block as one opaque call of a submodule. What is computed in it (rotary tables, masks, whole
+attentions) is only seen by rules once it stands in the graph itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+
+
+def inline_regions(module: fx.GraphModule) -> None:
+    """Puts the body of each block that changes nothing but gradients in place of its call.
+
+    Blocks without gradients detach what they return. Kept as calls: blocks with gradients inside code without, and
+    autocast that is on, or that switches off the caller's own.
+    """
+    waiting = list(module.graph.nodes)
+    for node in waiting:
+        body = _body(module, node)
+        if body is not None:
+            waiting.extend(_inline(module, node, body))
+
+
+def _body(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The get_attr node of a block's submodule, if the block can go."""
+    if node.target is NO_GRAD:
+        enabled, body = node.args[:2]
+        return None if enabled else body  # type: ignore[return-value]
+    if node.target is AUTOCAST:
+        device_type, _, enabled, _, body = node.args[:5]
+        return None if enabled or torch.is_autocast_enabled(device_type) else body  # type: ignore[return-value, arg-type]
+    return None
+
+
+def _inline(module: fx.GraphModule, call: fx.Node, body: fx.Node) -> list[fx.Node]:
+    """The nodes that stand for `call` now."""
+    region: Any = getattr(module, str(body.target))
+    given = iter(call.args[2 if call.target is NO_GRAD else 5 :])
+    copies: dict[fx.Node, Any] = {}
+    graph = module.graph
+    with graph.inserting_before(call):
+        for node in region.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(given)
+            elif node.op != "output":
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.op == "get_attr":
+                copies[node].target = name = f"{body.target}_{node.target}".replace(".", "_")
+                setattr(module, name, operator.attrgetter(str(node.target))(region))
+        results = [copies[node] for node in region.graph.output_node().args[0]]
+        if call.target is NO_GRAD:
+            results = [_detached(graph, result) for result in results]
+    for user in list(call.users):
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        graph.erase_node(user)
+    graph.erase_node(call)
+    if not body.users:
+        graph.erase_node(body)
+    return [copy for copy in copies.values() if isinstance(copy, fx.Node)]
+
+
+def _detached(graph: fx.Graph, result: fx.Node) -> fx.Node:
+    if not isinstance(result.meta.get("val"), torch.Tensor):
+        return result
+    detached = graph.call_function(aten.detach.default, (result,))
+    detached.meta = {**result.meta, "val": result.meta["val"].detach()}
+    return detached
