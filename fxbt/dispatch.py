@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from . import outputs, pipeline
 from .capture import capture
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable
+from .precision import Precision
 from .report import Report
 from .rule import Rule
 from .signature import Binder, Call
@@ -114,10 +115,10 @@ class Dispatcher:
         verify: bool = False,
         tracer: str = "auto",
         padding: str = "drop",
-        dtype: torch.dtype | None = None,
+        precision: type[Precision] | None = None,
     ):
         self.original = original
-        self._dtype = dtype
+        self._precision = precision
         self.report = Report()
         self._rules = tuple(rules)
         self._verify = verify
@@ -245,7 +246,7 @@ class Dispatcher:
         captured = capture(self.original, call, self._tracer, rehearse=rehearse, any_image_size=another_size)
         try:
             compiled = pipeline.compile(
-                captured, self._rules, verify=self._verify, padding=self._padding, dtype=self._dtype
+                captured, self._rules, verify=self._verify, padding=self._padding, precision=self._precision
             )
             problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, output)
         except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
@@ -264,7 +265,7 @@ class Dispatcher:
         expected, original_spec = outputs.flatten(output)
         if spec != original_spec:
             return f"their structure is {spec}, not {original_spec}"
-        is_precise = self._dtype is None
+        is_precise = compiled.precision is None
         dense = compiled.run if compiled.unpadding is None else compiled.dense
         found = dense(*call.tensors)
         if problem := _values_difference(found, expected, is_precise):

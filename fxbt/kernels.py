@@ -5,6 +5,7 @@ Each function changes a lowered graph in place and keeps its numbers to floating
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -15,10 +16,19 @@ import torch.nn.functional as F
 from torch import fx
 
 from .canonical import argument, same_shape
-from .tune import PACKED_FOR_ROWS, Tuner, bucket_of
+from .tune import Calls, Contest, Tuner, bucket_of
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
+
+ROWS = (1, 4, 16, 64, 256)  # rows of x that linears are measured at
+UP_TO = (2, 8, 32, 128)
+PACKED_FOR_ROWS = 128  # the layout is the same for 16 to 1024 rows, and no slower for one
+MOST_OPERATIONS = 1e9  # of one call that is measured
+COLD_BYTES = 32 * 2**20  # of copies of a weight: a model's weights come from memory, not from a cache
+# Without measurements: with AVX-512, packed weights were 1.2 to 1.9 times as fast from 16 rows on; calling the packed
+# kernel takes some 15 us, F.linear 3, which smaller weights than this do not win back.
+PACKED_FROM_ELEMENTS = 256 * 256
 
 # Activations that oneDNN computes as torch does, to the last bits, by their name there and their algorithm.
 ACTIVATIONS: dict[Any, Callable[[fx.Node], tuple[str, str]]] = {
@@ -31,7 +41,7 @@ ACTIVATIONS: dict[Any, Callable[[fx.Node], tuple[str, str]]] = {
 class LinearByRows:
     """A linear whose kernel depends on the rows of x: packed for the numbers of rows where that was faster."""
 
-    def __init__(self, packed_pays: tuple[bool, ...], activation: tuple[str, str], after: Any):
+    def __init__(self, packed_pays: tuple[int, ...], activation: tuple[str, str], after: Any):
         self._packed_pays = packed_pays
         self._activation, self._algorithm = activation
         self._after = after  # the activation's own node, for F.linear's path
@@ -39,10 +49,36 @@ class LinearByRows:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> Any:
         rows = x.numel() // x.shape[-1] if x.numel() else 0
-        if self._packed_pays[bucket_of(rows)]:
+        if self._packed_pays[bucket_of(rows, UP_TO)]:
             return mkldnn._linear_pointwise(x, packed, bias, self._activation, [], self._algorithm)
         y = F.linear(x, weight, bias)
         return y if self._after is None else self._after.target(y, *self._after.args[1:], **self._after.kwargs)
+
+
+def packed_linears(n: int, k: int, dtype: torch.dtype) -> Contest:
+    """F.linear on x[rows, k] and a weight [n, k] against the kernel on packed weights, by rows."""
+
+    @functools.cache
+    def weights() -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        copies = max(2, min(256, COLD_BYTES // (n * k * dtype.itemsize)))
+        plain = [torch.full((n, k), 0.5, dtype=dtype) for _ in range(copies)]
+        packed = [mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS) for weight in plain]
+        return torch.zeros(n, dtype=dtype), plain, packed
+
+    def calls(rows: int) -> list[Calls] | None:
+        if 2 * rows * n * k > MOST_OPERATIONS and rows > ROWS[0]:
+            return None
+        x = torch.full((rows, k), 0.5, dtype=dtype)
+        bias, plain, packed = weights()
+        kernel = mkldnn._linear_pointwise.default
+        return [
+            [functools.partial(F.linear, x, weight, bias) for weight in plain],
+            [functools.partial(kernel, x, weight, bias, "none", [], "") for weight in packed],
+        ]
+
+    by_rule = int(torch.cpu._is_avx512_supported() and n * k >= PACKED_FROM_ELEMENTS)
+    key = f"linear {n}x{k} {str(dtype).removeprefix('torch.')}"
+    return Contest(key, ("F.linear", "packed"), ROWS, UP_TO, calls, by_rule)
 
 
 def pack_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> None:
@@ -51,14 +87,14 @@ def pack_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> None:
     The nodes that pack weights join `constant`.
     """
     packed: dict[fx.Node, fx.Node] = {}
-    if not _can_pack_here():
+    if not can_pack_here():
         return
     for node in list(graph.nodes):
-        if not _can_be_packed(node, constant):
+        if not can_be_packed(node, constant):
             continue
         weight = node.args[1]
         n, k = map(int, weight.meta["val"].shape)
-        pays = tuner.packed_pays(n, k, weight.meta["val"].dtype)
+        pays = tuner.choose(packed_linears(n, k, weight.meta["val"].dtype))
         if not any(pays):
             continue
         if weight not in packed:
@@ -68,52 +104,10 @@ def pack_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> None:
     constant.update(packed.values())
 
 
-def pack_linears_in(dtype: torch.dtype, graph: fx.Graph, constant: set[fx.Node]) -> None:
-    """Compute linears on float32 weights in `dtype`: packed copies of the weights, inputs cast, results cast back.
-
-    Sums with residuals, norms and attention stay in float32.
-    """
-    cast: dict[tuple[Any, torch.dtype], fx.Node] = {}
-    if not _can_pack_here():
-        return
-    for node in list(graph.nodes):
-        if not _can_be_packed(node, constant):
-            continue
-        x, weight = node.args[:2]
-        activation = _only_user(node, ACTIVATIONS)
-        name, algorithm = ACTIVATIONS[activation.target](activation) if activation else ("none", "")
-        packed = _cast(graph, weight, dtype, cast, pack=True)
-        constant.update(packed.all_input_nodes)
-        constant.add(packed)
-        narrow = _cast(graph, x, dtype, cast)
-        last = activation or node
-        with graph.inserting_after(last):
-            arguments: Any = (narrow, packed, argument(node, "bias"), name, [], algorithm)
-            fused = graph.call_function(mkldnn._linear_pointwise.default, arguments)
-        wide = _cast(graph, fused, torch.float32, cast)
-        wide.meta = dict(last.meta)
-        cast[wide, dtype] = fused  # a linear that follows takes it as it is
-        last.replace_all_uses_with(wide)
-        for old in dict.fromkeys((last, node)):
-            graph.erase_node(old)
-
-
-def _cast(graph: fx.Graph, value: Any, dtype: torch.dtype, known: dict[Any, fx.Node], pack: bool = False) -> fx.Node:
-    """`value` in `dtype`, packed for linears if it is a weight: a node right after it, one for all that ask."""
-    if (value, dtype) not in known:
-        with graph.inserting_after(value):
-            node = graph.call_function(aten.to.dtype, (value, dtype))
-        if pack:
-            with graph.inserting_after(node):
-                node = graph.call_function(mkldnn._reorder_linear_weight.default, (node, PACKED_FOR_ROWS))
-        known[value, dtype] = node
-    return known[value, dtype]
-
-
-def _use_packed(graph: fx.Graph, linear: fx.Node, packed: fx.Node, pays: tuple[bool, ...]) -> None:
+def _use_packed(graph: fx.Graph, linear: fx.Node, packed: fx.Node, pays: tuple[int, ...]) -> None:
     x, weight = linear.args[:2]
     bias = argument(linear, "bias")
-    activation = _only_user(linear, ACTIVATIONS)
+    activation = only_user(linear, ACTIVATIONS)
     name, algorithm = ACTIVATIONS[activation.target](activation) if activation else ("none", "")
     residual = _residual(linear)
     last = activation or (residual[0] if residual and all(pays) else linear)
@@ -132,14 +126,15 @@ def _use_packed(graph: fx.Graph, linear: fx.Node, packed: fx.Node, pays: tuple[b
         graph.erase_node(linear)
 
 
-def _only_user(node: fx.Node, targets: Any) -> fx.Node | None:
+def only_user(node: fx.Node, targets: Any) -> fx.Node | None:
+    """The one node that reads `node`, if it calls one of `targets`."""
     user = next(iter(node.users), None)
     return user if user is not None and len(node.users) == 1 and user.target in targets else None
 
 
 def _residual(linear: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(add, what is added) where a linear's result goes only into a sum with a value of its own shape."""
-    add = _only_user(linear, (aten.add.Tensor,))
+    add = only_user(linear, (aten.add.Tensor,))
     if add is None or add.kwargs or not all(isinstance(value, fx.Node) for value in add.args) or len(add.args) != 2:
         return None
     other: Any = add.args[1] if add.args[0] is linear else add.args[0]
@@ -149,13 +144,13 @@ def _residual(linear: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return add, other
 
 
-def _can_pack_here() -> bool:
+def can_pack_here() -> bool:
     """Outside autocast, which would not see the packed op."""
     has_kernel = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return has_kernel and not torch.is_autocast_enabled("cpu")
 
 
-def _can_be_packed(node: fx.Node, constant: set[fx.Node]) -> bool:
+def can_be_packed(node: fx.Node, constant: set[fx.Node]) -> bool:
     """Whether a node is a float32 linear on a weight, and not itself computed from weights alone."""
     if node.target is not aten.linear.default or node.args[1] not in constant or node in constant:
         return False
@@ -221,8 +216,8 @@ def _parts_of_heads(split: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node]] | 
         return None
     parts, shapes = [], set()
     for item in split.users:
-        view = _only_user(item, (aten.reshape.default,)) if item.target is operator.getitem else None
-        transposed = _only_user(view, (aten.transpose.int,)) if view is not None else None
+        view = only_user(item, (aten.reshape.default,)) if item.target is operator.getitem else None
+        transposed = only_user(view, (aten.transpose.int,)) if view is not None else None
         shape: Any = view.args[1] if view is not None else ()
         if view is None or transposed is None or set(transposed.args[1:]) != {1, 2} or len(shape) != 4:
             return None

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from .attend import attend_fast
 from .canonical import attribute
-from .kernels import make_masks_once, pack_linears, pack_linears_in, split_heads_once
+from .kernels import make_masks_once, pack_linears, split_heads_once
+from .precision import Precision, narrow_linears
 from .tune import Tuner
 from .weights import Weights, compile_graph, weight_only
 
@@ -83,7 +85,7 @@ class Program:
 
     Values derived from weights alone are kept in `weights`, if they are given: the programs of one model that are
     made with the same object share them. `kernels` says for each shape of a linear which kernel was chosen. With
-    `dtype`, linears compute in it.
+    `precision`, linears compute in it.
 
     Example:
         >>> weights = Weights()
@@ -95,7 +97,7 @@ class Program:
         module: fx.GraphModule,
         assumes: Mapping[str, torch.Tensor],
         weights: Weights | None,
-        dtype: torch.dtype | None = None,
+        precision: type[Precision] | None = None,
     ):
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {}))
@@ -103,20 +105,23 @@ class Program:
         self.kernels: dict[str, str] = {}
         self._derived: Weights | None = None
         if weights is not None:
-            self._derive(module, graph, weights, dtype)
+            self._derive(module, graph, weights, precision)
         self._weights = _bind_weights(module, graph)
         for node in graph.nodes:
             node.target = _binding(node) if node.op == "call_function" else node.target
         self._run = compile_graph(graph)
 
-    def _derive(self, module: fx.GraphModule, graph: fx.Graph, weights: Weights, dtype: torch.dtype | None) -> None:
+    def _derive(
+        self, module: fx.GraphModule, graph: fx.Graph, weights: Weights, precision: type[Precision] | None
+    ) -> None:
         """Lower for running without gradients; what only depends on weights goes over to `weights`."""
         constant = weight_only(module, graph)
         tuner = Tuner()
-        if dtype is None:
+        if precision is None:
             pack_linears(graph, constant, tuner)
         else:
-            pack_linears_in(dtype, graph, constant)
+            narrow_linears(precision, graph, constant)
+        attend_fast(graph, tuner)
         make_masks_once(graph)
         split_heads_once(graph)
         self.kernels = tuner.answers

@@ -8,6 +8,7 @@ merges both has size T). `Tokens` says where they come from; it is made once a c
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -149,21 +150,21 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
 ) -> Tensor:
     """Self-attention of packed [1, heads, T, dim] tensors: every token sees the tokens of its own sequence."""
-    outputs = []
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for index, group in enumerate(tokens.groups):
-        output = F.scaled_dot_product_attention(
-            _sequences(query, group.start, group.count, group.length),
-            _sequences(key, group.start, group.count, group.length),
-            _sequences(value, group.start, group.count, group.length),
+        attended = attend(
+            *(_sequences(x, group.start, group.count, group.length) for x in (query, key, value)),
             attn_mask=None if bias is None else bias[index],
             is_causal=is_causal,
             scale=scale,
             enable_gqa=enable_gqa,
         )
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).transpose(0, 1).unsqueeze(0)
+        place = output.narrow(0, group.start, group.count * group.length)
+        place.view(group.count, group.length, *place.shape[1:]).copy_(attended.transpose(1, 2))
+    return output.transpose(0, 1).unsqueeze(0)
 
 
 def cross_attention(
@@ -193,7 +194,10 @@ def cross_attention(
 
 def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
     """[1, heads, T, dim] -> a view [count, heads, length, dim]."""
-    return x[0].narrow(1, start, count * length).unflatten(1, (count, length)).transpose(0, 1)
+    _, heads, _, dim = x.shape
+    _, per_head, per_token, per_dim = x.stride()
+    strides = (length * per_token, per_head, per_token, per_dim)
+    return x.as_strided((count, heads, length, dim), strides, x.storage_offset() + start * per_token)
 
 
 # --- what must hold of a call -----------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ import torch
 from torch import fx
 
 from . import packed
-from .canonical import argument, with_graph
+from .canonical import with_graph
 from .miss import Miss, module_path
 from .tokens import Dense, Packed, Wide, Writer
-from .transfer import SDPA, SEEDS, transfer
-from .validity import AttentionMask
+from .transfer import SEEDS, transfer
+from .validity import AttentionMask, attention_masks
 
 ATTENTIONS = {packed.attention, packed.cross_attention}
 
@@ -53,7 +53,7 @@ def drop_padding(module: fx.GraphModule) -> Unpadded:
     Raises:
         Miss: nothing masks padding, or something in the graph would see it.
     """
-    masks = _attention_masks(module.graph)
+    masks = attention_masks(module.graph)
     candidates = dict.fromkeys(found for mask in masks.values() for found in mask.validity_masks(module.graph))
     if not candidates:
         raise Miss("no attention is masked by an input [batch, length]")
@@ -88,11 +88,6 @@ def _packed_from(
             miss.where = module_path(node)
             raise
     return _unpadded(module, writer, outputs)
-
-
-def _attention_masks(graph: fx.Graph) -> dict[fx.Node, AttentionMask]:
-    masks = [argument(call, "attn_mask") for call in graph.nodes if call.target is SDPA]
-    return {mask: AttentionMask(mask) for mask in dict.fromkeys(masks) if isinstance(mask, fx.Node)}
 
 
 def _write_outputs(writer: Writer, node: fx.Node) -> list[Output | None]:

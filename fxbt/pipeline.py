@@ -17,9 +17,11 @@ from .lower import Program
 from .miss import Miss
 from .outline import inline
 from .padding import drop_padding
+from .precision import Precision
 from .record import Snapshot, StageRecord, hits_of
 from .rule import Rule, check_rules, installed_rules
 from .stage import run_stage
+from .unmasked import unmask
 from .unpadding import Unpadding
 from .verify import Verifier, is_stochastic
 from .weights import Weights
@@ -40,7 +42,8 @@ class Compiled:
     stochastic: bool
     derived_bytes: int
     kernels: dict[str, str]
-    error: float | None = None  # of the outputs against the original's, where a narrower dtype was asked for
+    precision: str | None = None  # of linears, if it is not the model's own
+    error: float | None = None  # of the outputs against the original's, in another precision
 
     @property
     def hits(self) -> dict[str, int]:
@@ -100,15 +103,15 @@ def compile(
     *,
     verify: bool = False,
     padding: str = "drop",
-    dtype: torch.dtype | None = None,
+    precision: type[Precision] | None = None,
 ) -> Compiled:
     """Canonicalize `captured.module`, run `rules` over it in order, drop padding, and lower it to a callable."""
     with debug.listening():
-        return _compile(captured, rules, verify, padding, dtype)
+        return _compile(captured, rules, verify, padding, precision)
 
 
 def _compile(
-    captured: Captured, rules: Sequence[Rule], verify: bool, padding: str, dtype: torch.dtype | None
+    captured: Captured, rules: Sequence[Rule], verify: bool, padding: str, precision: type[Precision] | None
 ) -> Compiled:
     start = time.perf_counter()
     module = captured.module
@@ -124,10 +127,10 @@ def _compile(
     after = Snapshot(module.graph)
     flat = inline(module)
     weights = None if torch.is_grad_enabled() else Weights()
-    program = Program(flat, assumes, weights, dtype)
+    program = Program(flat, assumes, weights, precision)
     unpadding = None
     if padding == "drop":
-        record, unpadding = _drop_padding(flat, program, weights, captured.example, dtype)
+        record, unpadding = _drop_padding(flat, program, weights, captured.example, precision)
         stages.append(record)
     return Compiled(
         run=unpadding or program,
@@ -141,6 +144,7 @@ def _compile(
         stochastic=is_stochastic(flat.graph),
         derived_bytes=weights.nbytes() if weights else 0,
         kernels=program.kernels,
+        precision=precision.name if precision and weights else None,
     )
 
 
@@ -149,7 +153,7 @@ def _drop_padding(
     dense: Program,
     weights: Weights | None,
     example: Sequence[torch.Tensor],
-    dtype: torch.dtype | None,
+    precision: type[Precision] | None,
 ) -> tuple[StageRecord, Unpadding | None]:
     """The graph without padding beside the dense one, where that is proven."""
     count = len(module.graph.nodes)
@@ -163,7 +167,7 @@ def _drop_padding(
             raise Miss("the graph draws random numbers; padding is dropped at inference only")
         if any(tensor.device.type != "cpu" for tensor in example):
             raise Miss("padding is dropped on CPU only")
-        unpadding = _unpadding(module, dense, weights, example, dtype)
+        unpadding = _unpadding(module, dense, weights, example, precision)
         record.places.append("")
     except Miss as miss:
         miss.rule = "padding"
@@ -177,10 +181,11 @@ def _unpadding(
     dense: Program,
     weights: Weights,
     example: Sequence[torch.Tensor],
-    dtype: torch.dtype | None,
+    precision: type[Precision] | None,
 ) -> Unpadding:
     try:
-        unpadding = Unpadding(dense, drop_padding(module), weights, dtype)
+        unpadded = drop_padding(module)
+        unpadding = Unpadding(dense, unpadded, unmask(module, unpadded.masks), weights, precision)
         unpadding.check(example)
     except Miss:
         raise

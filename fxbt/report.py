@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NOTHING_YET = "nothing is captured yet: call the model, or fast.warmup(...) with inputs of the real kind"
 _SHOWN_MISSES = 8
+_NEAR = 0.25  # of a pattern: where a rule fires elsewhere, a place with less of it is another thing altogether
 _ASKED = re.compile(r"\boutput_(\w+)=True")  # what a call asked to be returned: output_attentions=True
 
 
@@ -34,10 +35,10 @@ class GraphReport:
     """One captured graph: what the rules did to it and how long it took. Texts are made when they are asked for.
 
     `module` is the rewritten graph, `derived_bytes` the memory of weights made from the model's own (merged, packed
-    ones), `kernels` the kernel of each shape of a linear, and the microseconds that chose it. `error` is how far the
-    outputs of the captured call were from the original's, as a part of their magnitude, where a narrower `dtype` was
-    asked for. `nodes_before` and `nodes_after` count the lines of the texts in full: operations, inputs and the return,
-    without weights and sizes.
+    ones), `kernels` the kernel of each shape of a linear, and the microseconds that chose it. `precision` is that of
+    linears ("bfloat16", "int8") where another one than the model's was asked for, `error` how far that put the outputs
+    of the captured call from the original's, as a part of their magnitude. `nodes_before` and `nodes_after` count the
+    lines of the texts in full: operations, inputs and the return, without weights and sizes.
 
     Example::
 
@@ -55,6 +56,7 @@ class GraphReport:
     rewrite_seconds: float
     derived_bytes: int
     kernels: dict[str, str]
+    precision: str | None = None
     error: float | None = None
     unpadding: Unpadding | None = None
 
@@ -141,6 +143,8 @@ class GraphReport:
 
     def _nearest(self, misses: Sequence[Miss]) -> list[str]:
         most = max(miss.nearness for miss in misses)
+        if self.hits[misses[0].rule] and 0 < most < _NEAR:
+            return [f"and {len(misses)} places with little of its pattern: report.misses has them"]
         nearest = [miss for miss in misses if miss.nearness == most]
         lead = f"nearest miss of {len(misses)}" if len(misses) > 1 else "one miss"
         texts = self._grouped(nearest, lead)
@@ -280,6 +284,7 @@ class Report:
             rewrite_seconds=compiled.seconds,
             derived_bytes=compiled.derived_bytes,
             kernels=compiled.kernels,
+            precision=compiled.precision,
             error=compiled.error,
             unpadding=compiled.unpadding,
         )
@@ -320,10 +325,14 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
     if graph.unpadding:
         counts = [[verdict, count] for verdict, count in graph.unpadding.verdicts().items()]
         sections.append(("padding is dropped; calls of the latest graph", _table(["went", "calls"], counts)))
-    if graph.error is not None:
-        sections.append(("precision", f"outputs off by up to {graph.error:.1e} of their magnitude"))
+    if graph.precision is not None and graph.error is not None:
+        sections.append(
+            ("precision", f"linears in {graph.precision}: outputs off by up to {graph.error:.1e} of their magnitude")
+        )
     if graph.kernels:
-        sections.append(("kernels of linears, by rows (F.linear's, packed's time)", _table_of(graph.kernels)))
+        sections.append(
+            ("kernels, by rows of a linear and tokens of a sequence (each one's time)", _table_of(graph.kernels))
+        )
     # What another rule has made part of a larger block since is no loss: `why` tells of it, not the summary.
     fused = {entry.node for stage in graph.stages for rewrite in stage.rewrites for entry in rewrite.removed}
     misses = [miss for miss in graph.misses if not miss.refused and miss.anchor not in fused]

@@ -31,11 +31,9 @@ from .axes import (
 from .canonical import CASTS, WHOLE_AXIS, argument, is_pure
 from .miss import Miss
 from .tokens import Dense, Domain, Guard, Labels, Packed, Value, Wide, Writer, fake, tensor_inputs
-from .validity import AttentionMask, Residue
+from .validity import SDPA, AttentionMask, Residue
 
 aten = torch.ops.aten
-
-SDPA = aten.scaled_dot_product_attention.default
 
 
 def transfer(writer: Writer, node: fx.Node, seeds: Collection[Any]) -> Value:

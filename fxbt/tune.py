@@ -1,4 +1,4 @@
-"""Which kernel is the fastest for a linear layer on this machine: measured once for each shape and kept on disk.
+"""Which kernel is the fastest on this machine: measured once for each shape and kept on disk.
 
 `FXBT_TUNE=0` measures nothing and takes a fixed rule instead, so that every process chooses alike. `FXBT_CACHE_DIR`
 (else `$XDG_CACHE_HOME/fxbt`, else `~/.cache/fxbt`) is where the measurements are kept.
@@ -17,55 +17,67 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 logger = logging.getLogger("fxbt")
-mkldnn = torch.ops.mkldnn
 
-FORMAT = 1  # of the files; another one is ignored
-ROWS = (1, 4, 16, 64, 256)  # rows of x that are measured
-UP_TO = (2, 8, 32, 128)  # rows that each of them stands for, the last for all that are more
-PACKED_FOR_ROWS = 128  # the layout is the same for 16 to 1024 rows, and no slower for one
+FORMAT = 2  # of the files; another one is ignored
 BUDGET_SECONDS = 2.0  # for the shapes of one model
-MOST_OPERATIONS = 1e9  # of one call that is measured
-COLD_BYTES = 32 * 2**20  # of copies of a weight: a model's weights come from memory, not from a cache
 LEAST_TURNS, TURNS_SECONDS = 6, 0.02
-CLEARLY = 0.97  # of F.linear's time: below that, a packed copy of the weight pays
-# Without measurements: with AVX-512, packed weights were 1.2 to 1.9 times as fast from 16 rows on; calling the packed
-# kernel takes some 15 us, F.linear 3, which smaller weights than this do not win back.
-PACKED_FROM_ELEMENTS = 256 * 256
+CLEARLY = 0.97  # of the plain kernel's time: below that, another one is chosen
 
-Times = dict[str, list[float]]  # kernel -> microseconds for each of ROWS
+Times = dict[str, list[float]]  # kernel -> microseconds for each of the sizes
+Calls = list[Callable[[], Any]]  # the same kernel on different memory
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Kernels that compute the same, at several sizes.
+
+    Attributes:
+        key: all that their times depend on besides the size, as text.
+        names: of the kernels; the first one is taken unless another one is clearly faster.
+        sizes: those that are measured.
+        up_to: the size up to which each of them stands for others; the last one stands for all that are larger.
+        calls: a size -> calls of each kernel; None if it is too large to measure, and the one before stands for it.
+        by_rule: the place of the kernel that is taken where nothing is measured.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    up_to: tuple[int, ...]
+    calls: Callable[[int], list[Calls] | None]
+    by_rule: int = 0
 
 
 class Tuner:
-    """Answers for one model's linears, within a time budget; `answers` keeps what was said, as text for each shape."""
+    """Answers for one model's kernels, within a time budget; `answers` keeps what was said, as text for each shape."""
 
     def __init__(self) -> None:
         self._left = BUDGET_SECONDS
         self.answers: dict[str, str] = {}
 
-    def packed_pays(self, n: int, k: int, dtype: torch.dtype) -> tuple[bool, ...]:
-        """Whether x[rows, k] @ w[n, k].T is clearly faster on a packed weight, for the rows of each of ROWS."""
-        key = f"{n}x{k} {str(dtype).removeprefix('torch.')}"
-        times = _known(key)
+    def choose(self, contest: Contest) -> tuple[int, ...]:
+        """The place of the fastest kernel among the contest's names, for each of its sizes."""
+        times = _known(contest)
         if times is None and is_enabled() and self._left > 0:
             start = time.perf_counter()
-            times = _measure(n, k, dtype)
-            _keep(key, times)
+            times = _measure(contest)
+            _keep(contest.key, times)
             self._left -= time.perf_counter() - start
-        answer = _by_rule(n, k) if times is None else _by_times(times)
-        self.answers[key] = _describe(answer, times)
+        answer = (contest.by_rule,) * len(contest.sizes) if times is None else _by_times(contest, times)
+        self.answers[contest.key] = _describe(contest, answer, times)
         return answer
 
 
-def bucket_of(rows: int) -> int:
-    """The place in ROWS of the measurement that stands for so many rows."""
-    return sum(rows > limit for limit in UP_TO)
+def bucket_of(size: int, up_to: tuple[int, ...]) -> int:
+    """The place of the measurement that stands for a size."""
+    return sum(size > limit for limit in up_to)
 
 
 def is_enabled() -> bool:
@@ -73,50 +85,39 @@ def is_enabled() -> bool:
     return os.environ.get("FXBT_TUNE", "1") != "0"
 
 
-def _by_rule(n: int, k: int) -> tuple[bool, ...]:
-    return (torch.cpu._is_avx512_supported() and n * k >= PACKED_FROM_ELEMENTS,) * len(ROWS)
+def _by_times(contest: Contest, times: Times) -> tuple[int, ...]:
+    chosen = []
+    for plain, *others in zip(*(times[name] for name in contest.names), strict=True):
+        best = min(others)
+        chosen.append(1 + others.index(best) if best < CLEARLY * plain else 0)
+    return tuple(chosen)
 
 
-def _by_times(times: Times) -> tuple[bool, ...]:
-    pairs = zip(times["linear"], times["packed"], strict=True)
-    return tuple(packed < CLEARLY * linear for linear, packed in pairs)
-
-
-def _describe(answer: tuple[bool, ...], times: Times | None) -> str:
-    names = {True: "packed", False: "F.linear"}
+def _describe(contest: Contest, answer: tuple[int, ...], times: Times | None) -> str:
     if times is None:
-        return f"{names[answer[0]]} (by rule, not measured)"
-    shown = [
-        f"{rows}: {names[packed]} ({times['linear'][i]:.0f}, {times['packed'][i]:.0f} us)"
-        for i, (rows, packed) in enumerate(zip(ROWS, answer, strict=True))
-    ]
+        return f"{contest.names[contest.by_rule]} (by rule, not measured)"
+    shown = []
+    for i, (size, choice) in enumerate(zip(contest.sizes, answer, strict=True)):
+        measured = ", ".join(f"{times[name][i]:.0f}" for name in contest.names)
+        shown.append(f"{size}: {contest.names[choice]} ({measured} us)")
     return "  ".join(shown)
 
 
-def _measure(n: int, k: int, dtype: torch.dtype) -> Times:
-    times: Times = {"linear": [], "packed": []}
+def _measure(contest: Contest) -> Times:
+    times: Times = {name: [] for name in contest.names}
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        kernel = mkldnn._linear_pointwise.default
-        bias = torch.zeros(n, dtype=dtype)
-        copies = max(2, min(256, COLD_BYTES // (n * k * dtype.itemsize)))
-        weights = [torch.full((n, k), 0.5, dtype=dtype) for _ in range(copies)]
-        packed = [mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS) for weight in weights]
-        for rows in ROWS:
-            if times["linear"] and 2 * rows * n * k > MOST_OPERATIONS:
+        for size in contest.sizes:
+            calls = contest.calls(size)
+            if calls is None:
                 times = {name: [*measured, measured[-1]] for name, measured in times.items()}
                 continue
-            x = torch.full((rows, k), 0.5, dtype=dtype)
-            linear_us, packed_us = _typical(
-                [functools.partial(F.linear, x, weight, bias) for weight in weights],
-                [functools.partial(kernel, x, weight, bias, "none", [], "") for weight in packed],
-            )
-            times["linear"].append(linear_us)
-            times["packed"].append(packed_us)
+            for measured, microseconds in zip(times.values(), _typical(*calls), strict=True):
+                measured.append(microseconds)
     return times
 
 
-def _typical(*kernels: list[Callable[[], Any]]) -> list[float]:
-    """The lower quartile of each kernel's microseconds, in turns, each call on another copy of the weight."""
+def _typical(*kernels: Calls) -> list[float]:
+    """The lower quartile of each kernel's microseconds, in turns, each call on other memory than the one before."""
     samples: list[list[float]] = [[] for _ in kernels]
     for turn in range(16 * LEAST_TURNS):
         for calls, measured in zip(kernels, samples, strict=True):
@@ -138,7 +139,6 @@ def _machine() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "rows": list(ROWS),
     }
 
 
@@ -156,37 +156,40 @@ def cache_file() -> Path:
     root = os.environ.get("FXBT_CACHE_DIR")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxbt"
     name = hashlib.sha256(json.dumps(_machine()).encode()).hexdigest()[:16]
-    return (Path(root) if root else base) / f"linears-{name}.json"
+    return (Path(root) if root else base) / f"kernels-{name}.json"
 
 
-def _read() -> dict[str, Times]:
+def _read() -> dict[str, Any]:
     """The measurements on disk; {} where there are none, or the file is not one of ours."""
     try:
         data = json.loads(cache_file().read_text())
-        if data["machine"] != _machine():
-            return {}
-        return {key: times for key, times in data["linears"].items() if _is_valid(times)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        return dict(data["measured"]) if data["machine"] == _machine() else {}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if not isinstance(error, FileNotFoundError):
             logger.debug("the kernel measurements on disk are not read: %s", error)
         return {}
 
 
-def _is_valid(times: Any) -> bool:
+def _is_valid(contest: Contest, times: Any) -> bool:
+    if not isinstance(times, dict) or set(times) != set(contest.names):
+        return False
     return all(
-        len(times[kernel]) == len(ROWS) and all(isinstance(us, float) and us > 0 for us in times[kernel])
-        for kernel in ("linear", "packed")
+        isinstance(measured, list)
+        and len(measured) == len(contest.sizes)
+        and all(isinstance(us, float) and us > 0 for us in measured)
+        for measured in times.values()
     )
 
 
-def _known(key: str) -> Times | None:
-    return _read().get(key) if is_enabled() else None
+def _known(contest: Contest) -> Times | None:
+    times = _read().get(contest.key) if is_enabled() else None
+    return times if _is_valid(contest, times) else None
 
 
 def _keep(key: str, times: Times) -> None:
     """Writes one more measurement; what another process wrote meanwhile is kept, a reader never sees half a file."""
     path = cache_file()
-    data = {"machine": _machine(), "linears": {**_read(), key: times}}
+    data = {"machine": _machine(), "measured": {**_read(), key: times}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:

@@ -1,4 +1,4 @@
-"""A dense program and its packed twin as one callable, which decides call by call."""
+"""A dense program, its packed twin and the one without masks as one callable, which decides call by call."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .miss import Miss
 from .packed import Tokens
 from .padding import Output, Unpadded
 from .precision import Precision
+from .unmasked import Unmasked
 from .verify import difference
 from .weights import Weights
 
@@ -27,11 +28,20 @@ PACKED, DENSE, LITTLE, EMPTY = "packed", "dense", "hardly any padding", "no toke
 class Unpadding:
     """`program(*tensors)`: on valid tokens alone if there is padding and all guards hold, else on the dense graph.
 
+    Where the masks are 1 throughout, the dense graph runs without them.
     `calls` counts how they went: "packed", "dense" (no padding), or why a padded call ran dense.
     """
 
-    def __init__(self, dense: Program, unpadded: Unpadded, weights: Weights, precision: type[Precision] | None = None):
+    def __init__(
+        self,
+        dense: Program,
+        unpadded: Unpadded,
+        unmasked: Unmasked,
+        weights: Weights,
+        precision: type[Precision] | None = None,
+    ):
         self.dense = dense
+        self.unmasked = Program(unmasked.module, unmasked.assumes, weights, precision)
         self.packed = Program(unpadded.module, unpadded.assumes, weights, precision)
         self.calls: Counter[str] = Counter()
         self._masks = unpadded.masks
@@ -42,33 +52,33 @@ class Unpadding:
         self._counting = threading.Lock()
 
     def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
-        tokens, verdict = self._decide(tensors)
+        program, tokens, verdict = self._decide(tensors)
         with self._counting:
             self.calls[verdict] += 1
-        return self._run(tensors, tokens)
-
-    def _run(self, tensors: Sequence[Tensor], tokens: list[Tokens]) -> tuple[Any, ...]:
-        return self.packed(*tensors, *tokens) if tokens else self.dense(*tensors)
+        return program(*tensors, *tokens)
 
     def uncounted(self, *tensors: Tensor) -> tuple[Any, ...]:
         """A call of fxbt's own."""
-        return self._run(tensors, self._decide(tensors)[0])
+        program, tokens, _ = self._decide(tensors)
+        return program(*tensors, *tokens)
 
-    def _decide(self, tensors: Sequence[Tensor], worth: float = WORTH_DROPPING) -> tuple[list[Tokens], str]:
-        """Where the tokens of a call are, if it should run packed, and how to count it."""
+    def _decide(self, tensors: Sequence[Tensor], worth: float = WORTH_DROPPING) -> tuple[Program, list[Tokens], str]:
+        """What a call runs, where its tokens are, if that drops padding, and how to count it."""
         masks = [tensors[place] for place in self._masks]
+        if all((mask == 1).all() for mask in masks):
+            return self.unmasked, [], DENSE
         size = sum(mask.numel() for mask in masks)
         padded = size - sum(int(mask.count_nonzero()) for mask in masks)
         if not padded:
-            return [], DENSE
+            return self.dense, [], DENSE
         if padded < worth * size:
-            return [], LITTLE
+            return self.dense, [], LITTLE
         for holds, reason in zip(self._guards(*tensors), self._reasons, strict=True):
             if not holds:
-                return [], reason
+                return self.dense, [], reason
         if not all(mask.any() for mask in masks):
-            return [], EMPTY
-        return [Tokens.of(mask) for mask in masks], PACKED
+            return self.dense, [], EMPTY
+        return self.packed, [Tokens.of(mask) for mask in masks], PACKED
 
     def verdicts(self) -> dict[str, int]:
         """How calls can go, and how many did: `calls`, with the zeros."""
@@ -76,7 +86,7 @@ class Unpadding:
 
     def as_returned(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
         """A call's dense outputs as this program returns them: padding blanked, if it drops it."""
-        return self._blanked(outputs, tensors) if self._decide(tensors)[0] else list(outputs)
+        return self._blanked(outputs, tensors) if self._decide(tensors)[1] else list(outputs)
 
     def _blanked(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
         return [
@@ -85,21 +95,21 @@ class Unpadding:
         ]
 
     def check(self, example: Sequence[Tensor]) -> None:
-        """Compares the packed with the dense program on the example, padded right and left.
+        """Compares the programs with the dense one on the example, unpadded, padded right and left.
 
         Raises:
             Miss: they differ, so that the proof has a hole.
         """
-        for side in (slice(-1, None), slice(0, 1)):
+        for padded in (slice(0), slice(-1, None), slice(0, 1)):
             tensors = list(example)
             for place in self._masks:
                 tensors[place] = torch.ones_like(example[place])
-                tensors[place][0, side] = 0
-            tokens, _ = self._decide(tensors, worth=0.0)
-            if not tokens:
-                continue
-            expected = self._blanked(self.dense(*tensors), tensors)
-            for new, old in zip(self.packed(*tensors, *tokens), expected, strict=True):
+                tensors[place][0, padded] = 0
+            program, tokens, _ = self._decide(tensors, worth=0.0)
+            expected = self.dense(*tensors)
+            if tokens:
+                expected = tuple(self._blanked(expected, tensors))
+            for new, old in zip(program(*tensors, *tokens), expected, strict=True):
                 _compare(new, old, self._is_coarse)
 
 
@@ -123,4 +133,4 @@ def _compare(new: Any, old: Any, is_coarse: bool) -> None:
     tolerance = 1e-3 if is_precise and not torch._C._is_any_autocast_enabled() else 0.1
     worst = difference(new, old)
     if worst > (tolerance if old.dtype.is_floating_point else 0.0):
-        raise Miss("the packed graph's outputs are not the dense one's", found=f"a difference of {worst:.3g}")
+        raise Miss("the outputs without padding are not the dense graph's", found=f"a difference of {worst:.3g}")

@@ -16,12 +16,15 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
+from torch.utils._sympy.functions import Max, Min
 
 from .axes import sizes_of
+from .canonical import argument
 from .masks import Index, Opaque, Truth, evaluate, index_symbols, is_causal, read_constants, zero_else_below
 from .miss import Miss
 from .packed import BOUND
 
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 # An additive mask counts as blocking below this: exp of it is 0 beside any score that a model computes. -10000 is not
 # enough, since a row that it blocks everywhere still averages over padding by the scores.
 BLOCKING = -1e8
@@ -73,9 +76,9 @@ class AttentionMask:
         """
         batch, _, query, key = self.index
         among_valid = self._at({(mask, query): 1, (mask, key): 1})
-        self._check_blocked(self._at({(mask, query): 1, (mask, key): 0}))
+        blocked = self._check_blocked(self._at({(mask, query): 1, (mask, key): 0}))
         if not isinstance(self.value, Truth):
-            self._check_open(among_valid.subs(key, query))
+            self._check_open(among_valid.subs(key, query), blocked)
         return self._residue(among_valid)
 
     def addends(self) -> list[fx.Node]:
@@ -84,18 +87,26 @@ class AttentionMask:
         found = [self._nodes[name] for name in sorted(names) if name in self._nodes]
         return [node for node in found if node.op != "placeholder"]  # of those, the proof knows the value
 
+    def without_padding(self, masks: list[fx.Node]) -> Residue:
+        """What the mask says where all of `masks` are 1 throughout."""
+        names = {mask.name for mask in masks}
+        ones = {f: 1 for f in self.value.atoms(AppliedUndef) if _name(f) in names}
+        return self._residue(self.value.subs(ones))
+
     def is_padding_alone(self, mask: fx.Node, key_mask: fx.Node) -> bool:
         """Whether every query that `mask` holds valid sees exactly the keys of its row that `key_mask` does."""
         _, _, query, key = self.index
-        blocked = self._is_blocked(self._at({(mask, query): 1, (key_mask, key): 0}))
-        return blocked and self._residue(self._at({(mask, query): 1, (key_mask, key): 1})) is Residue.NOTHING
+        highest = self._range(self._at({(mask, query): 1, (key_mask, key): 0}))[1]
+        return (
+            highest <= self.limit and self._residue(self._at({(mask, query): 1, (key_mask, key): 1})) is Residue.NOTHING
+        )
 
     def blocks_keys(self, key_mask: fx.Node) -> None:
         """Proves that no query sees padded keys, and all see some valid one (of a row that has any)."""
         key = self.index[3]
-        self._check_blocked(self._at({(key_mask, key): 0}))
+        blocked = self._check_blocked(self._at({(key_mask, key): 0}))
         if not isinstance(self.value, Truth):
-            self._check_open(self._at({(key_mask, key): 1}))
+            self._check_open(self._at({(key_mask, key): 1}), blocked)
 
     def _at(self, settings: dict[tuple[fx.Node, Any], int]) -> Any:
         batch = self.index[0]
@@ -103,21 +114,22 @@ class AttentionMask:
         found = {f: known[_name(f), f.args] for f in self.value.atoms(AppliedUndef) if (_name(f), f.args) in known}
         return self.value.subs(found)
 
-    def _check_blocked(self, value: Any) -> None:
-        if not self._is_blocked(value):
+    def _check_blocked(self, value: Any) -> float:
+        """The highest that the mask is at padding, which must be low enough."""
+        highest = self._range(value)[1]
+        if highest > self.limit:
             raise Miss("padding is not masked out of the attention", node=self.node, found=_shown(value))
+        return highest
 
-    def _is_blocked(self, value: Any) -> bool:
-        if isinstance(value, Truth):
-            return value is sympy.false
-        return self._range(value)[1] <= self.limit
-
-    def _check_open(self, value: Any) -> None:
-        if self._range(value)[0] < self.limit / 2:
+    def _check_open(self, value: Any, blocked: float) -> None:
+        lowest = self._range(value)[0]
+        if lowest == -math.inf or lowest - blocked < -self.limit / 2:
             raise Miss("a valid token may not see itself, so padding may show", node=self.node, found=_shown(value))
 
     def _range(self, value: Any) -> tuple[float, float]:
-        """The lowest and highest that an additive mask can be."""
+        """The lowest and highest that a mask can be as an addend of scores."""
+        if isinstance(value, Truth):
+            return (-math.inf, -math.inf) if value is sympy.false else UNKNOWN
         match value:
             case sympy.Piecewise():
                 return _hull([self._range(case) for case, when in value.args if when is not sympy.false])
@@ -129,6 +141,10 @@ class AttentionMask:
             case sympy.Abs():
                 low, high = self._range(value.args[0])
                 return 0.0, max(-low, high)
+            case Max() | Min():
+                pick = max if isinstance(value, Max) else min
+                lows, highs = zip(*map(self._range, value.args), strict=True)
+                return pick(lows), pick(highs)
             case AppliedUndef() | sympy.Symbol() if _name(value) in self._nodes:
                 # what the caller gives may be as low as a mask, or as high
                 is_input = self._nodes[_name(value)].op == "placeholder"
@@ -143,6 +159,16 @@ class AttentionMask:
             return Residue.NOTHING
         truth = value if isinstance(value, Truth) else zero_else_below(value, self.limit)
         return Residue.CAUSAL if truth is not None and is_causal(truth, *self.index[2:]) else Residue.BLOCK
+
+
+def attention_masks(graph: fx.Graph) -> dict[fx.Node, AttentionMask]:
+    """The masks of all attentions of a graph.
+
+    Raises:
+        Miss: one of them cannot be read.
+    """
+    masks = [argument(call, "attn_mask") for call in graph.nodes if call.target is SDPA]
+    return {mask: AttentionMask(mask) for mask in dict.fromkeys(masks) if isinstance(mask, fx.Node)}
 
 
 def _is_read(content: torch.Tensor) -> bool:

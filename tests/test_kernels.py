@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from tracing import Function
 
-import fxbt
 import fxbt.kernels
 import fxbt.tune
 from fxbt.capture import capture
 from fxbt.lower import Program
 from fxbt.pipeline import compile as compile_graph
+from fxbt.precision import Bfloat16, Int8
 from fxbt.signature import make_call
 from fxbt.weights import Weights
 
@@ -26,9 +26,13 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture(autouse=True)
 def rows_packed(monkeypatch):
-    """For which of tune.ROWS weights are packed: all, unless a test says otherwise."""
-    rows = [True] * len(fxbt.tune.ROWS)
-    monkeypatch.setattr(fxbt.tune, "_by_rule", lambda n, k: tuple(rows))
+    """For which of kernels.ROWS weights are packed: all, unless a test says otherwise."""
+    rows = [1] * len(fxbt.kernels.ROWS)
+    monkeypatch.setattr(
+        fxbt.tune.Tuner,
+        "choose",
+        lambda self, contest: tuple(rows) if "packed" in contest.names else (0,) * len(contest.sizes),
+    )
     with torch.no_grad():
         yield rows
 
@@ -110,13 +114,13 @@ def test_a_linear_that_is_used_twice_keeps_its_result(lowered):
     agree(model, run, torch.randn(2, 4, 6))
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_linear_of_weights_alone_is_computed_once(dtype, lowered):
-    if dtype is not None and not mkldnn._is_mkldnn_bf16_supported():
+@pytest.mark.parametrize("precision", [None, Bfloat16, Int8])
+def test_a_linear_of_weights_alone_is_computed_once(precision, lowered):
+    if precision is Bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bfloat16 kernels for this CPU")
     model = Function(lambda x, table, w: x + F.gelu(F.linear(table, w)), table=torch.randn(5, 6), w=W).eval()
     captured = capture(model, make_call(model, torch.randn(3, 5, 8)))
-    run = Program(captured.module, (), Weights(), dtype)
+    run = Program(captured.module, {}, Weights(), precision)
     assert lowered == [torch.add]
     agree(model, run, torch.randn(2, 5, 8))
 
@@ -152,7 +156,7 @@ def test_a_flattened_linear_of_another_form_stays(shape, lowered):
 @pytest.mark.parametrize("packed_from", [0, 1, 3, 5])
 @pytest.mark.parametrize("activation", [None, F.gelu, F.relu])
 def test_the_rows_decide_where_the_measurements_differ(packed_from, activation, rows_packed, lowered):
-    rows_packed[:packed_from] = [False] * packed_from
+    rows_packed[:packed_from] = [0] * packed_from
     after = activation or (lambda y: y)
     model, run = program(lambda x, w, b: after(F.linear(x, w, b)), torch.randn(3, 5, 6), w=W, b=B)
     assert (POINTWISE in lowered) == (packed_from == 0)
@@ -213,47 +217,3 @@ def test_two_programs_share_what_they_derive():
     alone = Weights()
     Program(captured.module, {}, alone)
     assert weights.nbytes() == alone.nbytes() > 0
-
-
-needs_bfloat16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 kernels for this CPU"
-)
-
-
-class Block(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = torch.nn.Linear(32, 64), torch.nn.Linear(64, 32)
-
-    def forward(self, x):
-        return self.second(F.gelu(self.first(x))) + x
-
-
-@needs_bfloat16
-def test_linears_compute_in_bfloat16_if_asked_for(lowered):
-    model, x = Block().eval(), torch.randn(3, 5, 32)
-    fast = fxbt.optimize(model, (x,), dtype=torch.bfloat16)
-    assert lowered.count(POINTWISE) == 2
-    assert lowered.count(torch.Tensor.to) == 2  # into the first and out of the second
-    for rows in (1, 5, 300):
-        x = torch.randn(2, rows, 32)
-        torch.testing.assert_close(fast(x), model(x), rtol=0.03, atol=0.03)
-    model.first.weight.neg_()
-    torch.testing.assert_close(fast(x), model(x), rtol=0.03, atol=0.03)
-    (graph,) = fast.report.graphs.values()
-    assert 1e-5 < graph.error < 3e-2 and "precision" in str(fast.report)
-    assert all(p.dtype is torch.float32 for p in fast.parameters()) and fast(x).dtype is torch.float32
-
-
-@needs_bfloat16
-def test_with_gradients_the_dtype_stays():
-    model, x = Block().eval(), torch.randn(3, 5, 32)
-    fast = fxbt.optimize(model, dtype=torch.bfloat16)
-    with torch.enable_grad():
-        fast(x)
-        torch.testing.assert_close(fast(x), model(x))
-
-
-def test_other_dtypes_are_refused():
-    with pytest.raises(ValueError, match="dtype is torch.float16, expected None"):
-        fxbt.optimize(Block(), dtype=torch.float16)

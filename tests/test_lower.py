@@ -77,7 +77,8 @@ def test_casting_the_model_is_followed():
 @pytest.fixture
 def always_packed(monkeypatch):
     """Packs every linear, however small: which ones pay is for test_tune.py."""
-    monkeypatch.setattr(fxbt.tune, "_by_rule", lambda n, k: (True,) * len(fxbt.tune.ROWS))
+    monkeypatch.setattr(fxbt.kernels, "PACKED_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
 
 
 packed_here = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")

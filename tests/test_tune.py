@@ -7,9 +7,14 @@ import json
 import pytest
 import torch
 
-from fxbt import tune
+from fxbt import kernels, tune
+from fxbt.tune import Contest
 
-FLOAT = torch.float32
+SIZES, UP_TO = (1, 4, 16), (2, 8)
+
+
+def contest(key: str = "linear", by_rule: int = 0) -> Contest:
+    return Contest(key, ("plain", "second", "third"), SIZES, UP_TO, lambda size: [], by_rule)
 
 
 @pytest.fixture(autouse=True)
@@ -21,69 +26,75 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Counts the measurements, and answers: packed is twice as fast from the third number of rows on."""
-    shapes = []
+    """Counts the measurements, and answers: the third is the fastest at the second size, the second at the last."""
+    keys = []
 
-    def measure(n, k, dtype):
-        shapes.append((n, k))
-        return {"linear": [4.0] * len(tune.ROWS), "packed": [4.0, 4.0] + [2.0] * (len(tune.ROWS) - 2)}
+    def measure(contest):
+        keys.append(contest.key)
+        return {"plain": [4.0, 4.0, 4.0], "second": [4.0, 3.0, 1.0], "third": [5.0, 2.0, 2.0]}
 
     monkeypatch.setattr(tune, "_measure", measure)
-    return shapes
+    return keys
 
 
-WANTED = (False, False, True, True, True)
+WANTED = (0, 2, 1)
 
 
 def test_a_shape_is_measured_once_and_remembered(measured, cache):
-    assert tune.Tuner().packed_pays(8, 6, FLOAT) == WANTED
-    assert tune.Tuner().packed_pays(8, 6, FLOAT) == WANTED
-    assert measured == [(8, 6)]
+    assert tune.Tuner().choose(contest()) == WANTED
+    assert tune.Tuner().choose(contest()) == WANTED
+    assert measured == ["linear"]
     (file,) = cache.iterdir()  # no temporary file is left
-    assert set(json.loads(file.read_text())["linears"]) == {"8x6 float32"}
+    assert set(json.loads(file.read_text())["measured"]) == {"linear"}
 
 
 def test_measurements_add_up(measured):
-    for n in (8, 9, 10):
-        tune.Tuner().packed_pays(n, 6, FLOAT)
-    for n in (8, 9, 10):
-        tune.Tuner().packed_pays(n, 6, FLOAT)
+    for key in ("a", "b", "c", "a", "b", "c"):
+        tune.Tuner().choose(contest(key))
     assert len(measured) == 3
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", '{"machine": 1}', '{"machine": {}, "linears": {}}', "\\x00\\xff"],
+    ["", "{", "[]", "null", '{"machine": 1}', '{"machine": {}, "measured": {}}', "\\x00\\xff"],
 )
 def test_foreign_and_broken_files_are_ignored(measured, content):
     path = tune.cache_file()
     path.write_text(content)
-    assert tune.Tuner().packed_pays(8, 6, FLOAT) == WANTED
-    assert tune.Tuner().packed_pays(8, 6, FLOAT) == WANTED and measured == [(8, 6)]
+    assert tune.Tuner().choose(contest()) == WANTED
+    assert tune.Tuner().choose(contest()) == WANTED and measured == ["linear"]
 
 
 @pytest.mark.parametrize(
-    "times", [None, {}, {"linear": [1.0], "packed": [1.0]}, {"linear": ["a"] * 5, "packed": [-1.0] * 5}]
+    "times",
+    [
+        None,
+        {},
+        {"plain": [1.0], "second": [1.0], "third": [1.0]},
+        {"plain": ["a"] * 3, "second": [-1.0] * 3, "third": [1.0] * 3},
+        {"plain": [1.0] * 3, "second": [1.0] * 3},
+        {"plain": 1.0, "second": 1.0, "third": 1.0},
+    ],
 )
 def test_broken_entries_are_measured_anew(measured, times):
-    data = {"machine": tune._machine(), "linears": {"8x6 float32": times}}
+    data = {"machine": tune._machine(), "measured": {"linear": times}}
     tune.cache_file().write_text(json.dumps(data))
-    assert tune.Tuner().packed_pays(8, 6, FLOAT) == WANTED and measured == [(8, 6)]
+    assert tune.Tuner().choose(contest()) == WANTED and measured == ["linear"]
 
 
 def test_another_machine_has_a_file_of_its_own(measured, monkeypatch):
-    tune.Tuner().packed_pays(8, 6, FLOAT)
+    tune.Tuner().choose(contest())
     first = tune.cache_file()
     monkeypatch.setattr(tune, "_cpu_name", lambda: "another")
     assert tune.cache_file() != first
-    tune.Tuner().packed_pays(8, 6, FLOAT)
+    tune.Tuner().choose(contest())
     assert len(measured) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(measured, monkeypatch, cache):
     (cache / "file").write_text("")
     monkeypatch.setenv("FXBT_CACHE_DIR", str(cache / "file" / "below"))
-    assert tune.Tuner().packed_pays(8, 6, FLOAT) == WANTED
+    assert tune.Tuner().choose(contest()) == WANTED
 
 
 def test_the_cache_follows_xdg(monkeypatch, tmp_path):
@@ -95,31 +106,42 @@ def test_the_cache_follows_xdg(monkeypatch, tmp_path):
 def test_without_tuning_a_rule_decides(measured, monkeypatch, cache):
     monkeypatch.setenv("FXBT_TUNE", "0")
     tuner = tune.Tuner()
-    assert set(tuner.packed_pays(16, 16, FLOAT)) == {False}
-    assert set(tuner.packed_pays(1024, 1024, FLOAT)) == {torch.cpu._is_avx512_supported()}
+    assert tuner.choose(contest("a")) == (0, 0, 0)
+    assert tuner.choose(contest("b", by_rule=2)) == (2, 2, 2)
     assert not measured and not list(cache.iterdir())
-    assert "by rule" in tuner.answers["16x16 float32"]
+    assert "by rule" in tuner.answers["a"]
+
+
+def test_large_linears_are_packed_by_rule():
+    small, large = (kernels.packed_linears(n, n, torch.float32).by_rule for n in (16, 1024))
+    assert (small, large) == (0, int(torch.cpu._is_avx512_supported()))
 
 
 def test_when_the_time_is_up_the_rule_decides(measured, monkeypatch):
     monkeypatch.setattr(tune, "BUDGET_SECONDS", 0.0)
-    assert tune.Tuner().packed_pays(16, 16, FLOAT) == (False,) * len(tune.ROWS)
+    assert tune.Tuner().choose(contest()) == (0, 0, 0)
     assert not measured
 
 
 def test_only_a_clear_gain_counts():
-    count = len(tune.ROWS)
-    assert not any(tune._by_times({"linear": [1.0] * count, "packed": [0.98] * count}))
-    assert all(tune._by_times({"linear": [1.0] * count, "packed": [0.9] * count}))
+    slow, fast = ({"plain": [1.0] * 3, "second": [time] * 3, "third": [2.0] * 3} for time in (0.98, 0.9))
+    assert tune._by_times(contest(), slow) == (0, 0, 0)
+    assert tune._by_times(contest(), fast) == (1, 1, 1)
+
+
+def test_a_size_too_large_to_measure_is_as_the_one_before():
+    calls = [[lambda: None], [lambda: None]]
+    times = tune._measure(Contest("x", ("a", "b"), SIZES, UP_TO, lambda size: calls if size == 1 else None))
+    assert all(len(set(measured)) == 1 and len(measured) == 3 for measured in times.values())
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 def test_real_kernels_can_be_measured():
     tuner = tune.Tuner()
-    tuner.packed_pays(24, 16, FLOAT)
-    assert "us)" in tuner.answers["24x16 float32"]
+    assert len(tuner.choose(kernels.packed_linears(24, 16, torch.float32))) == len(kernels.ROWS)
+    assert "us)" in tuner.answers["linear 24x16 float32"]
 
 
 @pytest.mark.parametrize(("rows", "bucket"), [(0, 0), (1, 0), (2, 0), (3, 1), (8, 1), (9, 2), (129, 4), (10**6, 4)])
 def test_rows_have_the_bucket_of_the_next_measurement(rows, bucket):
-    assert tune.bucket_of(rows) == bucket
+    assert tune.bucket_of(rows, kernels.UP_TO) == bucket

@@ -1,0 +1,132 @@
+"""Attention by products: SDPA's numbers, whatever the shape, and only where SDPA's rules allow it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxbt import attend, tune
+
+KERNELS = [
+    attend.products,
+    pytest.param(
+        attend.products_by_onednn,
+        marks=pytest.mark.skipif(
+            not attend.onednn_is_exact(), reason="oneDNN computes products in bfloat16 here where that is allowed"
+        ),
+    ),
+]
+SHAPES = [(1, 2, 5, 5, 4), (3, 2, 16, 16, 8), (2, 3, 7, 12, 4), (4, 2, 33, 33, 8), (1, 1, 1, 9, 3)]
+
+
+def operands(batch: int, heads: int, queries: int, keys: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views as a merged projection gives them."""
+    generator = torch.Generator().manual_seed(queries)
+    sizes = (queries, keys, keys)
+    return tuple(  # type: ignore[return-value]
+        torch.randn(batch, size, 3 * heads, dim, generator=generator).transpose(1, 2)[:, i * heads : (i + 1) * heads]
+        for i, size in enumerate(sizes)
+    )
+
+
+@pytest.mark.parametrize("scores", [1, 64, 600, attend.SCORES])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_products_are_sdpa(kernel, shape, is_causal, scores, monkeypatch):
+    monkeypatch.setattr(attend, "SCORES", scores)  # a few sequences at a time, or a block of queries
+    query, key, value = operands(*shape)
+    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=is_causal)
+    torch.testing.assert_close(kernel(query, key, value, is_causal).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_scale_is_the_callers(kernel):
+    query, key, value = operands(2, 2, 5, 5, 4)
+    expected = F.scaled_dot_product_attention(query, key, value, scale=0.3)
+    torch.testing.assert_close(kernel(query, key, value, scale=0.3), expected)
+
+
+def chosen_kernels(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of the queries that went to products."""
+    seen: list[tuple[int, ...]] = []
+
+    def products(query, key, value, is_causal, scale):
+        seen.append(tuple(query.shape))
+        return attend.F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+
+    monkeypatch.setattr(attend, "products", products)
+    return seen
+
+
+def test_the_length_decides(monkeypatch):
+    seen = chosen_kernels(monkeypatch)
+    call = attend.Attend((0, 1, 0, 0, 0, 1))
+    for length in (16, 32, 64, 500):
+        call(*operands(1, 2, length, length, 4))
+    assert [shape[2] for shape in seen] == [32, 500]
+
+
+@pytest.mark.parametrize("options", [{"attn_mask": torch.zeros(5, 5)}, {"dropout_p": 0.5}])
+def test_masks_and_dropout_are_for_sdpa(options, monkeypatch):
+    seen = chosen_kernels(monkeypatch)
+    attend.Attend((1,) * 6)(*operands(1, 2, 5, 5, 4), **options)
+    assert not seen
+
+
+@pytest.mark.parametrize("empty", [0, 2, 3])
+def test_empty_tensors_are_for_sdpa(empty):
+    shape = [2, 2, 5, 5, 4]
+    shape[empty] = 0
+    query, key, value = operands(*shape)
+    expected = F.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(attend.Attend((1,) * 6)(query, key, value), expected)
+
+
+def test_a_blocked_row_stays_zero():
+    """What products would answer with NaN."""
+    query, key, value = operands(1, 2, 5, 5, 4)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[2] = False
+    assert (attend.Attend((1,) * 6)(query, key, value, attn_mask=mask)[:, :, 2] == 0).all()
+
+
+@pytest.mark.skipif(not attend.onednn_is_exact(), reason="products do not go to oneDNN here")
+def test_the_setting_of_products_is_put_back():
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    inside, outside = threading.Event(), threading.Event()
+
+    def other():
+        with attend.by_onednn:
+            inside.set()
+            outside.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait()
+    attend.products_by_onednn(*operands(1, 2, 5, 5, 4))
+    assert setting.fp32_precision == "bf16"  # the other thread's products are still running
+    outside.set()
+    thread.join()
+    assert setting.fp32_precision == before
+
+
+def test_an_error_puts_the_setting_back():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    query, key, value = operands(1, 2, 5, 5, 4)
+    with pytest.raises(RuntimeError):
+        attend.products_by_onednn(query, key[..., :2], value)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_real_attentions_can_be_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXBT_TUNE", "1")
+    monkeypatch.setenv("FXBT_CACHE_DIR", str(tmp_path))
+    tuner = tune.Tuner()
+    assert len(tuner.choose(attend.attentions(1, 4))) == len(attend.LENGTHS)
+    assert "us)" in tuner.answers["attention 1x4 float32"]
