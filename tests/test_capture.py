@@ -309,3 +309,36 @@ def test_assertions_about_values_stay_in_the_graph() -> None:
     assert captured.module(x, torch.tensor([2, 6]))[1].shape == (6,)
     with pytest.raises(RuntimeError):
         captured.module(x, torch.tensor([2, 9]))
+
+
+def in_images(self, x, grid):
+    """Each image's own patches, less their mean, the tall images' doubled: told apart by their sizes, in Python."""
+    lengths = grid.prod(-1)
+    lengths[0] += 0  # a write to what follows from the sizes
+    parts = [part - part.mean(0) for part in x.split(lengths.tolist())]
+    parts = [part * 2 if height > 3 else part for part, (height, _) in zip(parts, grid.tolist(), strict=True)]
+    return torch.cat(parts) * torch.repeat_interleave(grid[:, 0], lengths)[:, None]
+
+
+def test_sizes_that_python_reads_are_constants_with_a_guard():
+    model = made(in_images)
+    grid = torch.tensor([[2, 3], [4, 2]])
+    captured = capture(model, make_call(model, x=torch.randn(14, 4), grid=grid))
+    runs_like(model, captured, x=torch.randn(14, 4), grid=grid.clone())
+    with pytest.raises(AssertionError, match=r"grid == \[\[2, 3\], \[4, 2\]\]"):
+        captured.guards(torch.randn(14, 4), torch.tensor([[2, 4], [3, 2]]))
+    with pytest.raises(AssertionError, match="grid.shape"):
+        captured.guards(torch.randn(14, 4), torch.tensor([[2, 3], [4, 2], [1, 1]]))
+
+
+def test_sizes_that_python_does_not_read_stay_inputs():
+    model = made(lambda self, x, grid: x * grid.prod(-1)[:, None])
+    captured = capture(model, make_call(model, x=torch.randn(2, 4), grid=torch.tensor([[2, 3], [4, 2]])))
+    runs_like(model, captured, x=torch.randn(3, 4), grid=torch.tensor([[1, 3], [4, 5], [6, 6]]))
+
+
+@pytest.mark.parametrize("lengths", [torch.arange(300), torch.tensor([1.0, 2.0]), torch.ones(2, 4).long()])
+def test_values_that_are_no_sizes_are_not_made_constants(lengths):
+    model = made(lambda self, x, lengths: x * sum(1 for value in lengths.flatten().tolist() if value > 1))
+    with pytest.raises(CaptureError, match="data-dependent"):
+        capture(model, make_call(model, x=torch.randn(2, 4), lengths=lengths))

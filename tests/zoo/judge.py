@@ -67,15 +67,16 @@ def _verdict(fast: Any, differences: list[float | str]) -> dict[str, Any]:
     report = fast.report
     wrong = [d for d in differences if isinstance(d, str)]
     worst = max((d for d in differences if isinstance(d, float)), default=0.0)
-    misses = [miss for miss in report.latest.misses if miss.rule == "attention"] if report.latest else []
+    first = next(iter(report.graphs.values()), None)  # the one of the call whose attentions were counted
+    hits, all_misses = (first.hits, first.misses) if first else ({}, [])
     row = {
         "graphs": len(report.graphs),
-        "found": report.hits.get("attention", 0),
-        "qkv": report.hits.get("qkv", 0),
-        "layers": report.hits.get("encoder_layer", 0) + report.hits.get("decoder_layer", 0),
+        "found": hits.get("attention", 0),
+        "qkv": hits.get("qkv", 0),
+        "layers": hits.get("encoder_layer", 0) + hits.get("decoder_layer", 0),
         "difference": worst,
-        "misses": sorted({f"{miss.reason} [{miss.found}]" for miss in misses}),
-        "qkv misses": sorted({m.reason for m in report.latest.misses if m.rule == "qkv"}) if report.latest else [],
+        "misses": sorted({f"{miss.reason} [{miss.found}]" for miss in all_misses if miss.rule == "attention"}),
+        "qkv misses": sorted({miss.reason for miss in all_misses if miss.rule == "qkv"}),
     }
     if wrong:
         return row | {"status": "wrong", "reason": wrong[0]}
