@@ -34,6 +34,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from . import outputs as forms
 from .errors import CaptureError
 from .patches import patched
+from .regions import inline_regions
 from .signature import Call, leaves, named_leaves
 from .state import HOOKS, ModelState, preserved
 
@@ -334,6 +335,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _flat_module(program: ExportedProgram, model: nn.Module, call: Call, outputs: _Outputs) -> fx.GraphModule:
+    inline_regions(program.graph_module)
     graph = program.graph
     attributes: dict[str, Any] = {
         node.target: getattr(program.graph_module, node.target) for node in graph.nodes if node.op == "get_attr"
