@@ -150,10 +150,12 @@ class Int8:
             with self._graph.inserting_after(weight):
                 steps = self._graph.call_function(channel_steps, (weight,))
             with self._graph.inserting_after(steps):
-                packed = self._graph.call_function(pack_int8, (weight, steps))
-                sums = self._graph.call_function(aten.sum.dim_IntList, (weight, [1]))
+                levels = self._graph.call_function(in_steps, (weight, steps))
+            with self._graph.inserting_after(levels):
+                packed = self._graph.call_function(onednn.qlinear_prepack.default, (levels, None))
+                sums = self._graph.call_function(channel_sums, (levels, steps))
             self._known[weight] = packed, steps, sums
-            self._constant.update(self._known[weight])
+            self._constant.update((levels, *self._known[weight]))
         return self._known[weight]
 
 
@@ -162,15 +164,24 @@ def channel_steps(weight: Tensor) -> Tensor:
     return weight.abs().amax(1).div_(LARGEST).clamp_min_(SMALLEST_STEP)
 
 
-def pack_int8(weight: Tensor, steps: Tensor) -> Tensor:
-    """A weight in steps, in the layout of oneDNN's kernel."""
-    return onednn.qlinear_prepack((weight / steps[:, None]).round_().to(torch.int8), None)
+def in_steps(weight: Tensor, steps: Tensor) -> Tensor:
+    """A weight in int8."""
+    return (weight / steps[:, None]).round_().to(torch.int8)
+
+
+def channel_sums(levels: Tensor, steps: Tensor) -> Tensor:
+    """[n, k] -> [n]: the sums of each channel's int8 weights, which the middle of an input is multiplied by.
+
+    Those of the weights as they were would be worse: the roundings of a channel add up, times a middle that is large
+    where one feature is.
+    """
+    return levels.sum(1) * steps
 
 
 class Int8Linear:
     """x @ w.T + b of x = middle + step * level, where the levels are 8-bit integers and w is so in steps of its own.
 
-    The product of levels and weights is exact. NaN and inf make a token's whole result NaN.
+    The products of levels and weights are summed exactly. NaN or inf in a token makes all its results NaN or inf.
     """
 
     def __init__(self, outputs: int):

@@ -17,7 +17,7 @@ import fxbt.lower
 import fxbt.precision
 from fxbt.capture import capture
 from fxbt.pipeline import compile as compile_graph
-from fxbt.precision import Bfloat16, Int8, Int8Linear, channel_steps, pack_int8
+from fxbt.precision import Bfloat16, Int8, Int8Linear, channel_steps, channel_sums, in_steps
 from fxbt.signature import make_call
 
 POINTWISE = torch.ops.mkldnn._linear_pointwise.default
@@ -67,8 +67,10 @@ class Block(torch.nn.Module):
 
 
 def near(actual, expected):
-    """As near as bfloat16 (8 bits) and int8 (8 bits of a range of some 6 deviations) take two linears of noise."""
-    torch.testing.assert_close(actual, expected, rtol=0.03, atol=0.03)
+    """Within 5 % of their size: bfloat16 rounds by 2^-9, int8 by half of 1/127 of a token's and a channel's largest
+    value, some 1 % of a result that many products cancel in, and the models here have up to a dozen in a row."""
+    assert actual.shape == expected.shape and actual.dtype is expected.dtype
+    assert (actual - expected).norm() <= 0.05 * expected.norm()
 
 
 @precisions
@@ -162,17 +164,18 @@ def test_a_cpu_without_the_instructions_is_refused(monkeypatch):
 
 def quantized(x, weight, bias=None):
     steps = channel_steps(weight)
-    return Int8Linear(len(weight))(x, pack_int8(weight, steps), steps, weight.sum(1), bias)
+    levels = in_steps(weight, steps)
+    packed = torch.ops.onednn.qlinear_prepack(levels, None)
+    return Int8Linear(len(weight))(x, packed, steps, channel_sums(levels, steps), bias)
 
 
 def bound(x, weight):
     """What rounding both factors to half a step moves a sum of products by, and float32's own rounding of the sum."""
     x, weight = x.double(), weight.double()
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    centred = (x - (low + high) / 2).abs()
     step, steps = (high - low) / 254, weight.abs().amax(1) / 127
     by_inputs = step / 2 * (weight.abs() + steps[:, None] / 2).sum(1)
-    by_weights = centred.sum(-1, keepdim=True) * steps / 2
+    by_weights = x.abs().sum(-1, keepdim=True) * steps / 2
     by_float32 = 1e-6 * (x.abs().sum(-1, keepdim=True) * weight.abs().amax(1) + 1)
     return by_inputs + by_weights + by_float32
 
@@ -229,8 +232,9 @@ def test_what_is_not_finite_shows(value):
     weight, x = torch.randn(8, 6), torch.randn(4, 6)
     exact = quantized(x, weight)
     x[1, 2] = value
-    exact[1] = math.nan
-    assert torch.equal(quantized(x, weight).nan_to_num(7e7), exact.nan_to_num(7e7))
+    result = quantized(x, weight)
+    assert not result[1].isfinite().any()
+    assert torch.equal(result[[0, 2, 3]], exact[[0, 2, 3]])
     weight[3, 1] = value
     assert not quantized(torch.randn(4, 6), weight)[:, 3].isfinite().any()
 
