@@ -133,6 +133,29 @@ def view_to_reshape(node: fx.Node) -> Any:
     return None
 
 
+def reshape_as_to_reshape(node: fx.Node) -> Any:
+    """x.reshape_as(y), x.view_as(y) -> x.reshape(sizes of y): y itself is not read"""
+    if node.target not in (aten.reshape_as.default, aten.view_as.default):
+        return None
+    sizes = [_size_node(node, size) for size in _value(node).shape]
+    if sizes.count(None) <= 1:
+        node.target, node.args = aten.reshape.default, (node.args[0], [-1 if s is None else s for s in sizes])
+    return None
+
+
+def _size_node(node: fx.Node, size: int | torch.SymInt) -> Any:
+    """A size as a number, or as an earlier node that has it; None where none has."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    for earlier in node.graph.nodes:
+        if earlier is node:
+            return None
+        known = _value(earlier)
+        if isinstance(known, torch.SymInt) and known.node.expr == size.node.expr:
+            return earlier
+    return None
+
+
 def number_from_constant(node: fx.Node) -> Any:
     """x * tensor(0.125) -> x * 0.125, for scalars that the code wrote down (not for parameters and buffers)."""
     if node.target not in SCALAR_ARITHMETIC:
@@ -368,6 +391,7 @@ STEPS: tuple[Callable[[fx.Node], Any], ...] = (
     drop_copy,
     drop_whole_slice,
     view_to_reshape,
+    reshape_as_to_reshape,
     drop_no_op_layout,
     number_from_constant,
     drop_neutral,

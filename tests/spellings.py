@@ -472,6 +472,16 @@ def query_dependent_relative_bias(m: Any, x: Tensor, mask: Tensor) -> Tensor:
 # --- heads ------------------------------------------------------------------------------------------------------
 
 
+@spelling()
+def bias_shaped_like_the_scores(m: Any, x: Tensor) -> Tensor:
+    """SAM: the scores lend their shape to what is added to them."""
+    q, k, v = (t.flatten(0, 1) for t in projections(m, x))
+    scores = (q * DIM**-0.5) @ k.mT
+    by_query = torch.einsum("bqd,kd->bqk", q, m.distance.weight[: x.shape[1], :1].expand(-1, DIM))
+    weights = (scores + by_query.reshape_as(scores)).softmax(-1)
+    return join((weights @ v).unflatten(0, (-1, HEADS)))
+
+
 @spelling(kv_heads=2)
 def grouped_heads_expanded(m: Any, x: Tensor) -> Tensor:
     q, k, v = split(m.q(x)), split(m.k(x), 2), split(m.v(x), 2)

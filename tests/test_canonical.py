@@ -81,6 +81,17 @@ def test_view_becomes_reshape():
     assert targets(lambda x: x.view(x.shape[0], -1) * 2, X)[-2:] == [aten.reshape.default, aten.mul.Tensor]
 
 
+def test_a_shape_is_read_without_its_tensor():
+    def shaped(x):
+        like = x.exp().view(x.shape[0], -1)
+        return (x * 2).reshape_as(like) + (x * 3).view_as(like)
+
+    module = canonicalize(graph_of(shaped, X))
+    assert not nodes(module, aten.reshape_as.default) and not nodes(module, aten.view_as.default)
+    assert not nodes(module, aten.exp.default)
+    torch.testing.assert_close(module(X)[0], shaped(X))
+
+
 def test_a_scalar_parameter_is_no_number():
     module = canonicalize(graph_of(lambda x, scale: x * scale, X, scale=torch.tensor(2.0)))
     assert nodes(module, aten.mul.Tensor)[0].args[1].op == "get_attr"
