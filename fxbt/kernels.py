@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from .axes import PERMUTES, RESHAPES, permutation, sizes_of
 from .canonical import argument, same_shape
 from .tune import Calls, Contest, Tuner, bucket_of
 
@@ -186,18 +187,16 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def split_heads_once(graph: fx.Graph) -> None:
-    """split(x, sizes, -1), each part reshaped to (b, s, heads, d), transposed -> one reshape, transpose and split."""
+    """split(x, sizes, -1), each part viewed as (b, s, heads, d), transposed -> one view, transpose and split."""
     for split in [node for node in graph.nodes if node.target is aten.split_with_sizes.default]:
         parts = _parts_of_heads(split)
-        if parts is None:
+        if not parts:
             continue
-        views = [part[1] for part in parts]
+        width = int(parts[0][1].meta["val"].shape[-1])
         sizes: Any = split.args[1]
-        shape: Any = views[0].args[1]
-        *lead, _, width = shape
         heads = [size // width for size in sizes]
-        with graph.inserting_before(min(views)):
-            whole = graph.call_function(aten.reshape.default, (split.args[0], [*lead, sum(heads), width]))
+        with graph.inserting_before(min(view for _, view, _ in parts)):
+            whole = graph.call_function(aten.unflatten.int, (split.args[0], 2, [sum(heads), width]))
             turned = graph.call_function(aten.transpose.int, (whole, 1, 2))
             again = graph.call_function(aten.split_with_sizes.default, (turned, heads, 1))
             items = [graph.call_function(operator.getitem, (again, part[0].args[1])) for part in parts]
@@ -209,21 +208,22 @@ def split_heads_once(graph: fx.Graph) -> None:
         graph.erase_node(split)
 
 
-def _parts_of_heads(split: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node]] | None:
-    """(part, its reshape, its transpose) for all parts of a split of the last axis; None if one is used otherwise."""
-    rank = split.args[0].meta["val"].dim()  # type: ignore[union-attr]
-    if rank != 3 or argument(split, "dim") not in (-1, 2):
-        return None
-    parts, shapes = [], set()
+def _parts_of_heads(split: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
+    """(part, its view, its transpose) for all parts of a split of the last axis; none if one is used otherwise."""
+    source: Any = split.args[0]
+    if source.meta["val"].dim() != 3 or argument(split, "dim") not in (-1, 2):
+        return []
+    parts, widths = [], set()
     for item in split.users:
-        view = only_user(item, (aten.reshape.default,)) if item.target is operator.getitem else None
-        transposed = only_user(view, (aten.transpose.int,)) if view is not None else None
-        shape: Any = view.args[1] if view is not None else ()
-        if view is None or transposed is None or set(transposed.args[1:]) != {1, 2} or len(shape) != 4:
-            return None
+        view = only_user(item, RESHAPES) if item.target is operator.getitem else None
+        transposed = only_user(view, PERMUTES) if view is not None else None
+        if view is None or transposed is None or view.meta["val"].dim() != 4 or permutation(transposed) != [0, 2, 1, 3]:
+            return []
+        if sizes_of(view)[:2] != sizes_of(source)[:2]:
+            return []
         parts.append((item, view, transposed))
-        shapes.add((shape[0], shape[1], shape[3]))
-    width = next(iter(shapes))[2] if shapes else 0
+        widths.add(sizes_of(view)[3])
     sizes: Any = split.args[1]
-    same = len(shapes) == 1 and type(width) is int and width > 0
-    return parts if same and all(type(size) is int and size % width == 0 for size in sizes) else None
+    width = widths.pop() if len(widths) == 1 else None
+    is_even = width is not None and width.is_Integer and all(type(size) is int and size % width == 0 for size in sizes)
+    return parts if is_even else []

@@ -3,7 +3,7 @@
 Anchored at a softmax, found by meaning: backward through an affine chain on the scores to a contraction in which
 exactly one operand (the key) holds the softmax axis; forward to a contraction over that same axis (with the value).
 The roles of all axes follow by set algebra over `fxbt.axes`. Models that call SDPA already are found too, and
-improved where the mask proves to be causal or key/value heads were expanded for nothing.
+improved where the mask proves to be causal or to mask nothing, or key/value heads were expanded for nothing.
 
 Scores:   S = Q K^T, then any of: c * S, S * t (t constant along keys), S + bias, where(mask, S, fill), casts.
 Fully masked rows: a finite fill keeps its uniform average; an -inf fill gives 0 where the model gave NaN.
@@ -35,12 +35,13 @@ from fxbt.patterns.scores import (
     Scale,
     ScaleBy,
     Step,
+    Unmasked,
     bias_of,
     check_fills,
     check_gradient,
     check_not_coarser,
     fill_operands,
-    proves_causal,
+    proves_unmasked,
     query_and_key,
     times,
     unexpanded,
@@ -102,7 +103,7 @@ class Plan:
     layout: Layout
     operand_axes: list[axes.Axes]
     position: dict[fx.Node, int]
-    causal: bool
+    unmasked: Unmasked | None
 
 
 class Attention(Rule):
@@ -118,10 +119,10 @@ class Attention(Rule):
         if found is None:
             return Match(anchor, replaces=False)
         layout = _layout(found)
-        assumes = None if found.sink else proves_causal(found.steps, layout.seq, layout.keys)
-        if anchor.target is SDPA and not layout.groups and assumes is None:
+        unmasked = None if found.sink else proves_unmasked(found.steps, layout.seq, layout.keys)
+        if anchor.target is SDPA and not layout.groups and unmasked is None:
             return Match(anchor, replaces=False)
-        return _match(anchor, found, layout, assumes)
+        return _match(anchor, found, layout, unmasked)
 
     def replace(self, plan: Plan, *tensors: torch.Tensor) -> torch.Tensor:
         found, layout = plan.description, plan.layout
@@ -142,9 +143,9 @@ class Attention(Rule):
         for step in found.steps:
             if isinstance(step, ScaleBy):
                 query = times(query, operand(step.node, step.axes, per_query, expand=False), step.divide)
-        if torch.is_grad_enabled() and not plan.causal:
+        if torch.is_grad_enabled() and not plan.unmasked:
             query = _without_masked_rows(query, found.steps, scores_operand)
-        bias = None if plan.causal else bias_of(found.steps, scores_operand)
+        bias = None if plan.unmasked else bias_of(found.steps, scores_operand)
         if found.sink is not None and isinstance(found.sink.node, fx.Node):
             sink = operand(found.sink.node, found.sink.axes, per_query, expand=False)
             key, value, bias = _with_sink(query, key, value, bias, sink)
@@ -157,7 +158,7 @@ class Attention(Rule):
             value,
             attn_mask=bias,
             dropout_p=found.dropout,
-            is_causal=plan.causal or found.causal,
+            is_causal=found.causal or bool(plan.unmasked and plan.unmasked.causal),
             scale=found.scale,
             enable_gqa=bool(layout.groups),
         )
@@ -204,7 +205,7 @@ def _from_softmax(softmax: fx.Node) -> Description:
     check_gradient(steps)
     if found.zeroed is not None:
         _mask_by_zeroing(steps, found.zeroed)
-    operands = [node for node, _ in _operands(found, causal=False)]
+    operands = [node for node, _ in _operands(found, is_masked=True)]
     _check_nothing_else_reads(found.output, (product.node, softmax), operands)
     return found
 
@@ -487,18 +488,17 @@ def _head_axes(
     return (shared[-1],) if len(shared) > 1 else ()
 
 
-def _match(anchor: fx.Node, found: Description, layout: Layout, assumes: tuple[fx.Node, ...] | None) -> Match:
-    causal = assumes is not None
+def _match(anchor: fx.Node, found: Description, layout: Layout, unmasked: Unmasked | None) -> Match:
     operands: dict[fx.Node, axes.Axes] = {}
-    for node, labels in _operands(found, causal):
+    for node, labels in _operands(found, is_masked=unmasked is None):
         operands.setdefault(node, labels)
     position = {node: place for place, node in enumerate(operands)}
     operand_axes = [axes.resolve(labels) for labels in operands.values()]
-    plan = Plan(found, layout, operand_axes, position, causal)
-    return Match(anchor, tuple(operands), (found.output,), plan, assumes=assumes or ())
+    plan = Plan(found, layout, operand_axes, position, unmasked)
+    return Match(anchor, tuple(operands), (found.output,), plan, assumes=unmasked.assumes if unmasked else ())
 
 
-def _operands(found: Description, causal: bool) -> list[tuple[fx.Node, axes.Axes]]:
+def _operands(found: Description, is_masked: bool) -> list[tuple[fx.Node, axes.Axes]]:
     operands = [
         (found.query, found.query_axes),
         (found.key, found.key_axes),
@@ -507,7 +507,7 @@ def _operands(found: Description, causal: bool) -> list[tuple[fx.Node, axes.Axes
     tensors = [
         step for step in (*found.steps, *found.after, found.sink) if step and not isinstance(step, Scale | Floor)
     ]
-    if causal:
+    if not is_masked:
         tensors = [step for step in tensors if isinstance(step, ScaleBy) or step is found.sink]
     operands += [(step.node, step.axes) for step in tensors if isinstance(step.node, fx.Node)]
     return operands

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch import fx
 
@@ -318,10 +319,15 @@ def times(tensor: torch.Tensor, factor: torch.Tensor, divide: bool) -> torch.Ten
     return tensor / factor if divide else tensor * factor
 
 
-def proves_causal(
-    steps: list[Step], seq: tuple[axes.Atom, ...], keys: tuple[axes.Atom, ...]
-) -> tuple[fx.Node, ...] | None:
-    """The constants on whose content it rests that the steps mask exactly key > query; None where unproven."""
+class Unmasked(NamedTuple):
+    """That the steps mask exactly key > query, or (not `causal`) nothing; proven from the content of `assumes`."""
+
+    causal: bool
+    assumes: tuple[fx.Node, ...]
+
+
+def proves_unmasked(steps: list[Step], seq: tuple[axes.Atom, ...], keys: tuple[axes.Atom, ...]) -> Unmasked | None:
+    """Whether the steps mask later keys alone, or nothing; None where neither is proven."""
     masking: list[Any] = [step for step in steps if not isinstance(step, Scale | Floor)]
     while masking and isinstance(masking[0], ScaleBy):  # what scales the scores before they are masked masks nothing
         masking = masking[1:]
@@ -330,8 +336,6 @@ def proves_causal(
     (step,) = masking
     later = math.prod(other.number for other in steps[steps.index(step) + 1 :] if isinstance(other, Scale))
     labels = axes.resolve(step.axes)
-    if not seq or seq not in labels or keys not in labels:
-        return None
     constants = masks.read_constants(step.node)
     index = masks.index_symbols(len(labels))
     try:
@@ -339,8 +343,12 @@ def proves_causal(
     except (masks.Opaque, TypeError):  # sympy raises TypeError on NaN: not proven either
         return None
     attend = _attends(step, value, later)
-    causal = attend is not None and masks.is_causal(attend, index[labels.index(seq)], index[labels.index(keys)])
-    return tuple(constants) if causal else None
+    if attend is sympy.true:
+        return Unmasked(False, tuple(constants))
+    if attend is None or not seq or seq not in labels or keys not in labels:
+        return None
+    causal = masks.is_causal(attend, index[labels.index(seq)], index[labels.index(keys)])
+    return Unmasked(True, tuple(constants)) if causal else None
 
 
 def _attends(step: Add | Fill, value: Any, later: float) -> Any:

@@ -189,8 +189,30 @@ def test_heads_are_split_once(sizes, lowered):
     model, run = program(
         lambda x, w: sum(map(torch.sum, heads(x, w, sizes))), torch.randn(2, 5, 6), w=torch.randn(24, 6)
     )
-    assert lowered.count(torch.reshape) == 1 and lowered.count(torch.transpose) == 1
+    assert lowered.count(aten.unflatten.int) == 1 and lowered.count(torch.transpose) == 1
+    assert torch.reshape not in lowered
     agree(model, run, torch.randn(3, 7, 6))
+
+
+def test_heads_are_split_once_however_they_are_viewed(lowered):
+    def function(x, w):
+        q, k, v = F.linear(x, w).split((8, 8, 8), -1)
+        parts = (q.unflatten(-1, (2, 4)).transpose(1, 2), k.view(*k.shape[:2], -1, 4).permute(0, 2, 1, 3))
+        return sum(part.sin().sum(2) for part in (*parts, v.reshape(*v.shape[:2], 2, 4).transpose(2, 1)))
+
+    model, run = program(function, torch.randn(2, 5, 6), w=torch.randn(24, 6))
+    assert lowered.count(torch.transpose) == 1 and torch.permute not in lowered
+    agree(model, run, torch.randn(3, 7, 6))
+
+
+def test_a_view_across_batch_and_length_is_no_view_of_heads(lowered):
+    def function(x, w):
+        q, k = F.linear(x, w).split((8, 8), -1)
+        return sum(part.reshape(5, -1, 2, 4).transpose(1, 2).sin() for part in (q, k))
+
+    model, run = program(function, torch.randn(2, 5, 6), w=torch.randn(16, 6))
+    assert aten.unflatten.int not in lowered
+    agree(model, run, torch.randn(3, 5, 6))
 
 
 def test_parts_of_other_forms_are_split_as_they_were(lowered):
