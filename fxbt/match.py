@@ -39,6 +39,7 @@ from .pattern import (
     formula,
     merge_powers,
     names,
+    plain_equation,
     powers_multiply,
     shared,
 )
@@ -53,6 +54,7 @@ SHAPES = {"reshape", "view", "flatten", "unflatten"}
 PERMUTATIONS = {"transpose", "permute", "t", "mT", "swapaxes", "swapdims", "movedim", "numpy_T"}
 LAYOUT = axes.RESHAPES | axes.UNIT_DIMS | axes.IDENTITIES | axes.PERMUTES | axes.EXPANDS
 
+ENDS = "the pattern ends here"
 CLOSE = 1e-6  # relative: constants in model code are written with seven digits or more
 
 
@@ -348,6 +350,7 @@ class Matcher:
         self._shared = set().union(*(shared(term) for term in pattern.outputs))
         self._positions: dict[fx.Node, int] = {}
         self._nearest: Miss | None = None
+        self._expected: list[Any] = []
 
     def find(self, anchor: fx.Node) -> Iterator[Found]:
         """The matches whose first output is `anchor`, in the order of the operands as written.
@@ -408,14 +411,19 @@ class Matcher:
         )
 
     def _fail(self, term: Any, value: Any, state: State, reason: str = "") -> None:
-        if self._nearest is not None and state.matched <= self._nearest.matched:
-            return
         node = value if isinstance(value, fx.Node) else None
+        reason = reason or ENDS
+        nearest = self._nearest
+        if nearest is not None and state.matched <= nearest.matched:
+            if (state.matched, node, reason) == (nearest.matched, nearest.node, ENDS) and node is not None:
+                self._expected.append(term)
+            return
+        self._expected = [term]
         self._keep(
             Miss(
-                reason or "the pattern ends here",
+                reason,
                 node=node,
-                expected=term,
+                expected=_Expected(self._expected) if reason is ENDS else term,
                 found="" if node is not None else str(value),
                 matched=state.matched,
                 total=self.pattern.size,
@@ -469,7 +477,8 @@ class Matcher:
         elif _is_same(state.bound[term.name], value):
             yield state
         else:
-            self._fail(term, value, state, f"{term.name} stands for another value already")
+            expected = (f"{term.name} =", state.bound[term.name])
+            self._fail(expected, value, state, f"{term.name} stands for another value already")
 
     def _match_number(self, term: NumberVariable, value: Any, state: State) -> Iterator[State]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -494,7 +503,8 @@ class Matcher:
         elif _is_same(state.bound[term.name], value):
             yield state
         else:
-            self._fail(term, value, state, f"{term.name} stands for another weight already")
+            expected = (f"{term.name} =", state.bound[term.name])
+            self._fail(expected, value, state, f"{term.name} stands for another weight already")
 
     # --- sums and products
 
@@ -648,9 +658,9 @@ class Matcher:
         if term.op == "sum":
             yield from self._match_reduced(term, Reduced(node, node.args[0], False), state)
             return
-        pairs = self._operand_pairs(term, node)
-        if pairs is None:
-            self._fail(term, node, state, "the op has operands that the pattern does not")
+        pairs, unwritten = self._operand_pairs(term, node)
+        if unwritten:
+            self._fail(term, node, state, f"{unwritten} in the graph, unlike in the pattern")
             return
         yield from self._match_all(pairs, state)
 
@@ -690,10 +700,10 @@ class Matcher:
             return
         yield from self._match(term.args[0], node.args[0], state)
 
-    def _operand_pairs(self, term: Call, node: fx.Node) -> list[tuple[Any, Any]] | None:
-        """(what the pattern writes, what the node has) for each operand, dims made comparable; None: too many."""
+    def _operand_pairs(self, term: Call, node: fx.Node) -> tuple[list[tuple[Any, Any]], str]:
+        """(what the pattern writes, what the node has) for each operand, dims made comparable; what only one has."""
         if not hasattr(node.target, "_schema"):
-            return list(zip(term.args, node.args[1:], strict=False))
+            return list(zip(term.args, node.args[1:], strict=False)), ""
         written = dict(term.kwargs)
         pairs: list[tuple[Any, Any]] = []
         for place, parameter in enumerate(node.target._schema.arguments):
@@ -704,13 +714,17 @@ class Matcher:
                 continue
             if not is_written:
                 if not term.open and not _same_literal(parameter.default_value, actual):
-                    return None
+                    return [], f"{name}={actual}"
                 continue
             if name in DIMS:
-                rank = node.args[0].meta["val"].dim() if isinstance(node.args[0], fx.Node) else node.meta["val"].dim()
-                wanted, actual = _dims(wanted, rank), _dims(actual, rank)
+                wanted, actual = (_dims(dims, _rank_of_dims(node)) for dims in (wanted, actual))
+            if name == "correction" and actual is None:
+                actual = 1
+            if name == "equation":
+                actual = plain_equation(actual)
             pairs.append((wanted, actual))
-        return pairs if not set(written) - PRECISION - SIZES else None
+        unknown = sorted(set(written) - PRECISION - SIZES)
+        return pairs, f"no {unknown[0]}" if unknown else ""
 
     # --- slices and ancestry
 
@@ -735,9 +749,27 @@ class Matcher:
             return
         known = [state.bound[name] for name in names(term.source) if name in state.bound]
         earliest = min((self._position(node) for node in known if isinstance(node, fx.Node)), default=0)
+        nearest, is_found = self._nearest, False
         for node in _ancestors(value, self._position, earliest):
-            yield from self._match(term.source, node, state)
-        self._fail(term, value, state, f"this is not computed {formula(term)}")
+            if isinstance(term.source, Call) and not _is_op(term.source, node):
+                continue
+            for found in self._match(term.source, node, state):
+                is_found = True
+                yield found
+            if not is_found and self._nearest is not None and self._nearest.matched <= state.matched:
+                self._nearest = nearest  # passing by other values is no miss
+        if not is_found:
+            self._fail(term, value, state, f"this is not computed {formula(term)}")
+
+
+class _Expected:
+    """What was expected at a place: all that was tried there, which grows until it is read."""
+
+    def __init__(self, terms: list[Term]):
+        self._terms = terms
+
+    def __str__(self) -> str:
+        return formula(Either(tuple(dict.fromkeys(self._terms))))
 
 
 def _always_bound(terms: Iterable[Any]) -> set[str]:
@@ -828,6 +860,13 @@ def _is_op(term: Call, node: fx.Node) -> bool:
         is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and not is_float_cast(node)
         return is_pointwise and len(node.all_input_nodes) == 1 and is_pure(node)
     return op == term.op or (op in SHAPES and term.op in SHAPES) or (op in PERMUTATIONS and term.op in PERMUTATIONS)
+
+
+def _rank_of_dims(node: fx.Node) -> int:
+    """How many dims a negative one counts in: of what is read, or of the result that has one more."""
+    source = node.args[0]
+    is_larger = op_of(node) == "unsqueeze" or not isinstance(source, fx.Node)
+    return (node if is_larger else source).meta["val"].dim()  # type: ignore[union-attr]
 
 
 def _dims(dims: Any, rank: int) -> Any:

@@ -119,7 +119,9 @@ class Miss(Exception):
 
     @property
     def nearness(self) -> float:
-        """The share of the pattern that was found: 0.0 to 1.0."""
+        """The share of the pattern that was found: 0.0 to 1.0, which is also one whose rewrite did not hold."""
+        if self.refused:
+            return 1.0
         return self.matched / self.total if self.total else 0.0
 
     @property

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, dataclass_transform
 
 import torch
+import torch.nn.functional as F
 
 from .errors import RuleError
 
@@ -45,7 +46,7 @@ class Term:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return apply(func.__name__, *args, **(kwargs or {}))
+        return _functional(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -79,6 +80,26 @@ class Term:
     def __neg__(self) -> Term:
         return product(-1.0, self)
 
+    def __gt__(self, other: Any) -> Term:
+        return apply("gt", self, other)
+
+    def __ge__(self, other: Any) -> Term:
+        return apply("ge", self, other)
+
+    def __lt__(self, other: Any) -> Term:
+        return apply("lt", self, other)
+
+    def __le__(self, other: Any) -> Term:
+        return apply("le", self, other)
+
+    def __bool__(self) -> bool:
+        raise RuleError(f"a pattern cannot branch on {self}; write torch.where, or op.either(one, other)")
+
+    def __float__(self) -> float:
+        raise RuleError(f"a pattern has no number for {self}; write op.number('name') for one of the graph")
+
+    __int__ = __index__ = __float__
+
     def __getitem__(self, index: Any) -> Term:
         return _slice(self, index)
 
@@ -92,6 +113,10 @@ class Term:
     @property
     def mT(self) -> Term:
         return apply("transpose", self, -1, -2)
+
+    @property
+    def T(self) -> Term:
+        return apply("t", self)
 
     @property
     def dtype(self) -> None:
@@ -328,6 +353,10 @@ def is_sum_of_squares(term: Any) -> bool:
 def _literal(value: Any) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
+    if callable(value):
+        raise RuleError(
+            f"a pattern computes with {value!r}, which is a method not called, or an attribute it cannot read"
+        )
     if not isinstance(value, int | float):
         raise RuleError(f"a pattern cannot compute with {value!r}; expected a number or a term")
     return float(value)
@@ -351,9 +380,28 @@ ALIASES = {
     "mm": "matmul",
     "linalg_vector_norm": "norm",
     "vector_norm": "norm",
+    "scaled_dot_product_attention": "attention",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
 }
 # Blocks that match whatever operands are not written; those of fxbt.ops are nodes that rules made.
 BLOCKS = {"attention", "activation", "normalize", "linear", "layer_norm", "rms_norm", "mlp", "rotary", "residual_norm"}
+
+
+# What torch's Python functions take and ATen ops do not.
+PYTHON_ONLY = {"inplace", "out"}
+
+
+def _functional(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The term for a function of torch or torch.nn.functional, whose arguments may be other than the ATen op's."""
+    if function is F.normalize:
+        raise RuleError("a pattern calls F.normalize, which is no ATen op; write out what it computes")
+    if function is F.embedding:
+        weight, ids = args[1] if len(args) > 1 else kwargs.pop("weight"), args[0]
+        args, kwargs = (weight, ids), {}
+    return apply(function.__name__, *args, **{key: kwargs[key] for key in kwargs.keys() - PYTHON_ONLY})
 
 
 def apply(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -415,6 +463,23 @@ def _times(factor: float, addend: Any) -> Term:
     return Maybe(product(factor, addend.term)) if isinstance(addend, Maybe) else product(factor, addend)
 
 
+def _var(x: Any, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, correction: Any = None) -> Term:
+    correction = int(unbiased is not False) if correction is None else correction
+    dims = dim if isinstance(dim, list | tuple) or dim is None else (dim,)
+    return Call("var", (x, _freeze(dims)), (("correction", correction), ("keepdim", keepdim)))
+
+
+def _einsum(equation: str, *operands: Any) -> Term:
+    return Call("einsum", (plain_equation(equation), _freeze(operands if len(operands) > 1 else operands[0])))
+
+
+def plain_equation(equation: str) -> str:
+    """An einsum equation in the first letters of the alphabet: "bqd,bkd->bqk" is "abc,adc->abd"."""
+    letters = dict.fromkeys(letter for letter in equation if letter.isalpha())
+    plain = {letter: chr(ord("a") + place) for place, letter in enumerate(letters)}
+    return "".join(plain.get(letter, letter) for letter in equation if letter != " ")
+
+
 def _no_split(*args: Any, **kwargs: Any) -> Any:
     raise RuleError("a pattern cannot split by sizes, which are never written; write x.chunk(parts, dim)")
 
@@ -434,6 +499,8 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "mean": _mean,
     "sum": _sum,
     "norm": _norm,
+    "var": _var,
+    "einsum": _einsum,
     "chunk": _chunk,
     "split": _no_split,
     "size": lambda a, dim: Size(a, dim),
@@ -442,10 +509,15 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
 
 
 def _slice(source: Term, index: Any) -> Term:
-    """x[..., start:stop:step]: slices of the last dims, counted from the right."""
+    """x[..., start:stop:step]: slices of the last dims, counted from the right; x[..., None] is a dim more."""
     items = index if isinstance(index, tuple) else (index,)
+    if items == (Ellipsis, None):
+        return apply("unsqueeze", source, -1)
     if items[:1] != (Ellipsis,) or not all(isinstance(item, slice) for item in items[1:]):
-        raise RuleError(f"a pattern slices from the right, as in x[..., ::2]; found [{index!r}]")
+        raise RuleError(
+            f"a pattern slices from the right, as in x[..., ::2]; found [{index!r}]; "
+            "one element is x.select(dim, index)"
+        )
     for place, item in enumerate(items[1:]):
         if item != slice(None):
             source = Slice(source, place - len(items) + 1, item.start or 0, item.stop, item.step or 1)
@@ -619,41 +691,56 @@ class Formula:
 # --- text -------------------------------------------------------------------------------------------------------
 
 
+WIDTH = 100  # characters of a formula; a longer one is cut where it nests deepest
+DEPTHS = (*range(9, 2, -1), 2)
+
+
 def formula(term: Any) -> str:
     """A term as a formula: what "expected" says in a report."""
+    texts = (_text(term, depth) for depth in DEPTHS)
+    return next((text for text in texts if len(text) <= WIDTH), _text(term, DEPTHS[-1]))
+
+
+def _text(term: Any, depth: int) -> str:
+    """The term to some depth, and "…" for what is deeper."""
     match term:
         case Variable() | NumberVariable() | WeightVariable():
             return term.name
+        case Term() if depth == 0:
+            return "…"
         case Sum():
-            parts = [formula(part) for part in term.terms]
+            parts = [_text(part, depth - 1) for part in term.terms]
             return " + ".join(parts + ([f"{term.constant:g}"] if term.constant else []))
         case Product():
-            return _product_text(term)
+            return _product_text(term, depth - 1)
         case Call():
-            shown = [formula(arg) for arg in term.args] + [f"{key}={formula(value)}" for key, value in term.kwargs]
+            shown = [_text(arg, depth - 1) for arg in term.args]
+            shown += [f"{key}={_text(value, depth - 1)}" for key, value in term.kwargs]
             return f"{term.op}({', '.join(shown)})"
         case Part():
-            return f"{formula(term.source)}.chunk({term.of}, {term.dim})[{term.index}]"
+            return f"{_text(term.source, depth - 1)}.chunk({term.of}, {term.dim})[{term.index}]"
         case Slice():
             ends = f"{term.start or ''}:{'' if term.stop is None else term.stop}:{term.step}"
-            return f"{formula(term.source)}[dim {term.dim}, {ends}]"
+            return f"{_text(term.source, depth - 1)}[dim {term.dim}, {ends}]"
+        case Size():
+            return f"{_text(term.source, depth - 1)}.shape[{term.dim}]"
         case Either():
-            return " or ".join(formula(option) for option in term.options)
+            return " or ".join(dict.fromkeys(_text(option, depth) for option in term.options))
         case Maybe():
-            return f"[{formula(term.term)}]"
+            return f"[{_text(term.term, depth)}]"
         case ComputedFrom():
-            return f"from {formula(term.source)}"
+            return f"from {_text(term.source, depth)}"
         case tuple():
-            return f"({', '.join(formula(item) for item in term)})"
+            return f"({', '.join(_text(item, depth) for item in term)})"
         case float():
             return f"{term:g}"
     return str(term)
 
 
-def _product_text(term: Product) -> str:
+def _product_text(term: Product, depth: int) -> str:
     parts = [] if term.coefficient == 1 else [f"{term.coefficient:.6g}"]
     for factor, exponent in term.factors:
-        text = formula(factor)
+        text = _text(factor, depth)
         text = f"({text})" if isinstance(factor, Sum | Product | Either) else text
         parts.append(text if exponent == 1 else f"{text}^{exponent:g}")
     parts += [f"n^{exponent:g}" for _, exponent in term.counts]

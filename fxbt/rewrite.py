@@ -139,7 +139,11 @@ def _splice(
             if node.op == "placeholder" or node.op == "output":
                 continue
             if node.op == "get_attr":
-                raise Miss("the replacement captures a tensor; hand it over in Match.inputs", found=str(node.target))
+                raise Miss(
+                    "the replacement captures a tensor; write a number, or bind it: a weight of the pattern, an input "
+                    "of the Match",
+                    found=str(node.target),
+                )
             copies[node] = copy = graph.node_copy(node, copies.__getitem__)
             copy.meta = provenance(node, match.anchor, rule)
             if (source := drop_same_dtype_cast(copy)) is not None:

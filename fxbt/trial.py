@@ -107,7 +107,7 @@ def check_results(pattern: Callable[..., Any], replace: Callable[..., Any], plai
 def _trials(pattern: Callable[..., Any], plain: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(results, values by name) of the pattern on each set of shapes that it runs on."""
     names = list(inspect.signature(pattern).parameters)[0 if plain else 1 :]
-    with FakeTensorMode(), _quiet():
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         for value_shape, *weight_shapes in itertools.product(VALUES, *[WEIGHTS] * DIFFERENT_WEIGHTS):
             for kinds in itertools.product((value_shape, weight_shapes[0], None), repeat=len(names)):
                 op = _TorchOp(tuple(weight_shapes), value_shape)

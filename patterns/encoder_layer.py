@@ -54,8 +54,8 @@ def pre_norm(op: Any, x: Any, *blocks: Any) -> Any:
 
 
 def parallel(op: Any, x: Any) -> Any:
-    normed = op.normalize(x)
-    return x + attention(op, normed) + mlp(op, normed)
+    """Of one norm (GPT-J) or two (GPT-NeoX)."""
+    return x + attention(op, op.normalize(x)) + mlp(op, op.normalize(x))
 
 
 def blocks_the_future(attention: fx.Node) -> bool:

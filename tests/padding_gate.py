@@ -259,7 +259,7 @@ refuse(
     "scores that block",
     "adds what may be a mask itself",
     mix=lambda net, x, mask: net.attention(
-        1, x, additive(mask, x) / 1e29 + F.threshold(x @ x.transpose(1, 2), 0.0, -1e9)[:, None]
+        1, x, additive(mask, x) * 1e-29 + F.threshold(x @ x.transpose(1, 2), 0.0, -1e9)[:, None]
     ),
 )
 refuse("weights after a bias", "", mask=lambda mask, x: additive(mask, x) * x.mean())

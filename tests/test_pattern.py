@@ -142,6 +142,53 @@ def test_narrow_integers_and_coarse_floats_on_the_way_are_refused() -> None:
     assert bound(names, lambda a, b, c: ((a + b) + c).tanh(), X.half(), Y.half(), Z.bfloat16()) is None
 
 
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "relu": lambda x, y: F.relu(x) * y,
+    "silu": lambda x, y: F.silu(x) * y,
+    "gelu": lambda x, y: F.gelu(x, approximate="tanh") * y,
+    "leaky_relu": lambda x, y: F.leaky_relu(x, 0.2) * y,
+    "elu": lambda x, y: F.elu(x) * y,
+    "relu6": lambda x, y: F.relu6(x) * y,
+    "softplus": lambda x, y: F.softplus(x) * y,
+    "softmax": lambda x, y: F.softmax(x, dim=-1) * y,
+    "log_softmax": lambda x, y: F.log_softmax(x, -1) * y,
+    "dropout": lambda x, y: F.dropout(torch.tanh(x), 0.1, False) * y,
+    "linear": lambda x, y: F.linear(x, y).tanh(),
+    "layer_norm": lambda x, y: F.layer_norm(x, (4,)) * y,
+    "rms_norm": lambda x, y: F.rms_norm(x, (4,)) * y,
+    "attention": lambda x, y: F.scaled_dot_product_attention(x, y, y).tanh(),
+    "comparisons": lambda x, y: torch.where(x > 0.5, x, y) * (y <= x),
+    "masked_fill": lambda x, y: x.masked_fill(y < 0, -1.0).tanh(),
+    "clamp": lambda x, y: x.clamp(0, 1) * y,
+    "einsum": lambda x, y: torch.einsum("qd,kd->qk", x, y) * 2,
+    "matmul": lambda x, y: (x @ y.T).tanh(),
+    "variance": lambda x, y: x.var(-1, keepdim=True) * y,
+    "biased variance": lambda x, y: torch.var(x, -1, unbiased=False, keepdim=True) * y,
+    "largest": lambda x, y: x.amax(-1, keepdim=True) * y,
+    "cat": lambda x, y: torch.cat([x, y], -1).tanh(),
+    "a dim more": lambda x, y: x[..., None] * y.unsqueeze(-1),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_torch_functions_match_what_they_trace_to(name: str) -> None:
+    function = FUNCTIONS[name]
+    values = (X[None, None], Y[None, None]) if name == "attention" else (X, Y)
+    assert bound(lambda op, x, y: function(x, y), lambda x, y: function(x, y), *values) is not None
+
+
+def test_an_einsum_has_no_letters_of_its_own() -> None:
+    pattern = lambda op, x, y: op.einsum("qd,kd->qk", x, y) * 2.0  # noqa: E731
+    assert bound(pattern, lambda x, y, z: 2 * torch.einsum("ij,lj->il", x, y)) is not None
+    assert bound(pattern, lambda x, y, z: 2 * torch.einsum("ij,lj->li", x, y)) is None
+
+
+def test_the_functional_embedding_takes_its_weight_last() -> None:
+    ids = torch.tensor([[0, 2], [1, 1]])
+    names = bound(lambda op, i, w: F.embedding(i, w) * 2, lambda i, w: 2 * F.embedding(i, w), ids, X)
+    assert names is not None and names["i"].meta["val"].dtype is torch.int64
+
+
 # --- variables --------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[str]]] =
     "a variable exponent": (lambda x, y: torch.tanh(x) ** y, lambda x, y: x, ["exponent y"]),
     "a norm of another order": (lambda x: x.norm(1, -1), lambda x: x.sum(-1), ["norm of order 2"]),
     "a cast to integers": (lambda x: x.to(torch.int64) * 2, lambda x: x, ["torch.int64", "floating"]),
-    "a branch on values": (lambda x: tanh(x) if x > 0 else x, tanh, ["not supported"]),
+    "a branch on values": (lambda x: tanh(x) if x > 0 else x, tanh, ["cannot branch on gt(x, 0)", "torch.where"]),
+    "a size in Python's math": (lambda x: torch.tanh(x) / math.sqrt(x.shape[-1]), tanh, ["no number", "op.number"]),
+    "an attribute as a value": (lambda x: x - x.max(-1).values, tanh, ["method not called"]),
+    "one element": (lambda x: x[0].tanh(), tanh, ["x.select(dim, index)"]),
+    "a composite function": (lambda x: torch.nn.functional.normalize(x), tanh, ["F.normalize", "write out"]),
     "a replacement that raises": (tanh, lambda x: tanh(x).no_such_method(), ["replace fails", "no_such_method"]),
 }
 
