@@ -630,6 +630,9 @@ class Matcher:
                 inner = state.enter((*passed, node))
                 yield from self._match_operands(term, node, inner)
                 return
+            if pairs := _factors_of_linear(term, node):
+                yield from self._match_all(pairs, state.enter((*passed, node)))
+                return
         self._fail(term, value, state)
 
     def _readings(self, value: Any) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
@@ -688,15 +691,10 @@ class Matcher:
 
     def _match_permutation(self, term: Call, node: fx.Node, state: State) -> Iterator[State]:
         rank = node.meta["val"].dim()
-        probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
-        try:
-            permuted = getattr(probe, term.op)
-            permuted = permuted(*term.args[1:], **dict(term.kwargs)) if callable(permuted) else permuted
-        except (IndexError, RuntimeError):  # axes that a tensor of this rank does not have
-            self._fail(term, node, state, f"the tensor has {rank} axes")
-            return
-        if [size - 2 for size in permuted.shape] != axes.permutation(node):
-            self._fail(term, node, state, "the axes are permuted otherwise")
+        permuted = _permuted(term, rank)
+        if permuted != axes.permutation(node):
+            reason = f"the tensor has {rank} axes" if permuted is None else "the axes are permuted otherwise"
+            self._fail(term, node, state, reason)
             return
         yield from self._match(term.args[0], node.args[0], state)
 
@@ -860,6 +858,29 @@ def _is_op(term: Call, node: fx.Node) -> bool:
         is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and not is_float_cast(node)
         return is_pointwise and len(node.all_input_nodes) == 1 and is_pure(node)
     return op == term.op or (op in SHAPES and term.op in SHAPES) or (op in PERMUTATIONS and term.op in PERMUTATIONS)
+
+
+def _factors_of_linear(term: Call, node: fx.Node) -> list[tuple[Any, Any]]:
+    """The factors of a pattern's matmul with what a linear multiplies: such is the canonical form of x @ w, x @ w.T."""
+    if term.op != "matmul" or op_of(node) != "linear" or argument(node, "bias") is not None:
+        return []
+    (first, second), (x, weight) = term.args, node.args[:2]
+    if op_of(weight) in PERMUTATIONS:
+        return [(first, x), (second, weight.args[0])]  # type: ignore[union-attr]
+    if isinstance(second, Call) and second.op in PERMUTATIONS and _permuted(second, 2) == [1, 0]:
+        return [(first, x), (second.args[0], weight)]
+    return []
+
+
+def _permuted(term: Call, rank: int) -> list[int] | None:
+    """The axes of a tensor as a term of `PERMUTATIONS` has them; None where it has others."""
+    probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
+    try:
+        permuted = getattr(probe, term.op)
+        permuted = permuted(*term.args[1:], **dict(term.kwargs)) if callable(permuted) else permuted
+    except (IndexError, RuntimeError):
+        return None
+    return [size - 2 for size in permuted.shape]
 
 
 def _rank_of_dims(node: fx.Node) -> int:

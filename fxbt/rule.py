@@ -314,7 +314,7 @@ def _heads(term: Any) -> set[str]:
             if term.op in GENERIC:
                 return GENERIC[term.op]
             family = next((names for names in (SHAPES, PERMUTATIONS) if term.op in names), {term.op})
-            return set(family) | ({"mean", "norm"} if term.op == "sum" else set())
+            return set(family) | {"sum": {"mean", "norm"}, "matmul": {"linear"}}.get(term.op, set())
     return {"slice", "getitem"}
 
 

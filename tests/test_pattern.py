@@ -208,6 +208,21 @@ def test_numbers_and_weights() -> None:
     assert hits(lambda x, y, matrix: x.tanh() @ matrix[0]) == 0
 
 
+def test_a_product_with_a_weight_is_a_linear() -> None:
+    plain = Pattern(lambda op, x: op.exp(x) @ op.weight("w"))
+    transposed = Pattern(lambda op, x: op.exp(x) @ op.weight("w").T)
+    biased = Pattern(lambda op, x: op.exp(x) @ op.weight("w").T + op.weight("b"))
+
+    def hits(rule: fxbt.Rule, function: Callable[..., Any]) -> int:
+        return len(matches(rule, graph_of(function, X, matrix=torch.rand(4, 4), vector=torch.rand(4))))
+
+    assert hits(plain, lambda x, matrix, vector: x.exp() @ matrix) == 1
+    assert hits(transposed, lambda x, matrix, vector: x.exp() @ matrix.t()) == 1
+    assert hits(transposed, lambda x, matrix, vector: F.linear(x.exp(), matrix)) == 1
+    assert hits(transposed, lambda x, matrix, vector: F.linear(x.exp(), matrix, vector)) == 0
+    assert hits(biased, lambda x, matrix, vector: x.exp() @ matrix.t() + vector) == 1
+
+
 def test_one_name_is_one_value() -> None:
     silu = lambda op, x: x * op.sigmoid(x)  # noqa: E731
     assert bound(silu, lambda x, y, z: x.sigmoid() * x) is not None
