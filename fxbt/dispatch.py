@@ -116,9 +116,11 @@ class Dispatcher:
         tracer: str = "auto",
         padding: str = "drop",
         precision: type[Precision] | None = None,
+        keep_original: bool = True,
     ):
         self.original = original
         self._precision = precision
+        self._keep_original = keep_original
         self.report = Report()
         self._rules = tuple(rules)
         self._verify = verify
@@ -253,6 +255,8 @@ class Dispatcher:
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
         if problem is not None:
             raise CaptureError(f"the graph's outputs are not the original's: {problem}")
+        if compiled.weights is not None and not self._keep_original:
+            compiled.spilled = compiled.weights.spill()
         graph = _Graph(
             compiled.run, captured.guards, ModelState(self.original), captured.out_spec, _image_sizes(call.tensors)
         )

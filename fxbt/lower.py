@@ -107,6 +107,8 @@ class Program:
         if weights is not None:
             self._derive(module, graph, weights, precision)
         self._weights = _bind_weights(module, graph)
+        if weights is not None:
+            weights.note_read(self._weights)
         for node in graph.nodes:
             node.target = _binding(node) if node.op == "call_function" else node.target
         self._run = compile_graph(graph)

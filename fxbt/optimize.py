@@ -17,6 +17,7 @@ from .pipeline import in_order
 from .precision import precision_of
 from .report import Report
 from .rule import Rule, check_rules
+from .spill import check_can_spill
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,6 +33,7 @@ def optimize(
     inplace: bool = False,
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
+    keep_original: bool = True,
 ) -> Model:
     """A model of the same class that shares everything with `model` but computes its forward by optimised graphs.
 
@@ -57,10 +59,15 @@ def optimize(
             brought to 8 bits token by token, on a CPU with AVX512-VNNI, without gradients. Off by some percent, which
             the report tells: bfloat16 is nearer and, on a CPU that has it, often as fast. The weights stay as they are.
 
+        keep_original: False frees the memory of weights that graphs read packed copies of only: their values go to a
+            temporary file (in `TMPDIR`) when a graph is captured, and the same parameters are mapped onto it. They
+            stay tensors like any others (`state_dict`, training, calls that run the original), read from the disk when
+            they are asked for; those that change live in memory again. The report has the bytes.
+
     Raises:
         TypeError: `model` is no `nn.Module`, a rule is no `Rule` instance, or `example_inputs` is no mapping or tuple.
-        ValueError: the tracer, dtype or quantization is unknown or not available here, or a parameter is not
-            initialised yet.
+        ValueError: the tracer, dtype or quantization is unknown or not available here, a parameter is not initialised
+            yet, or `keep_original=False` would free no memory (not on Linux, or `TMPDIR` is in memory).
         ExampleError: the model itself rejects `example_inputs`.
 
     Example:
@@ -72,6 +79,8 @@ def optimize(
     _check_tracer(tracer)
     _check_padding(padding)
     precision_of(dtype, quantize)
+    if not keep_original:
+        check_can_spill()
     rules = check_rules(rules)
     args, kwargs = _example_call(example_inputs)
     options = {
@@ -82,6 +91,7 @@ def optimize(
         "inplace": inplace,
         "dtype": dtype,
         "quantize": quantize,
+        "keep_original": keep_original,
     }
     if _dispatcher_of(model) is not None:
         model = restore(model)
@@ -121,6 +131,7 @@ def _optimized(model: Any, options: dict[str, Any]) -> Any:
         options["tracer"],
         options["padding"],
         precision_of(options["dtype"], options["quantize"]),
+        options["keep_original"],
     )
     if "forward" in vars(model):
         dispatcher.fall_back("the model object has its own attribute `forward`, which comes before any class's")

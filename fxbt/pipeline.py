@@ -20,6 +20,7 @@ from .padding import drop_padding
 from .precision import Precision
 from .record import Snapshot, StageRecord, hits_of
 from .rule import Rule, check_rules, installed_rules
+from .spill import Spilled
 from .stage import run_stage
 from .unmasked import unmask
 from .unpadding import Unpadding
@@ -42,8 +43,10 @@ class Compiled:
     stochastic: bool
     derived_bytes: int
     kernels: dict[str, str]
+    weights: Weights | None  # what the programs derive, without gradients
     precision: str | None = None  # of linears, if it is not the model's own
     error: float | None = None  # of the outputs against the original's, in another precision
+    spilled: Spilled | None = None  # what went from memory to a file
 
     @property
     def hits(self) -> dict[str, int]:
@@ -144,6 +147,7 @@ def _compile(
         stochastic=is_stochastic(flat.graph),
         derived_bytes=weights.nbytes() if weights else 0,
         kernels=program.kernels,
+        weights=weights,
         precision=precision.name if precision and weights else None,
     )
 
@@ -171,7 +175,8 @@ def _drop_padding(
         record.places.append("")
     except Miss as miss:
         miss.rule = "padding"
-        record.misses.append(miss)
+        miss.__cause__ = miss.__context__ = None
+        record.misses.append(miss.with_traceback(None))  # else its frames, with the call's tensors, live on
     record.seconds = time.perf_counter() - start
     return record, unpadding
 

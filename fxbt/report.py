@@ -22,6 +22,7 @@ from .record import Snapshot, StageRecord, hits_of
 if TYPE_CHECKING:
     from .capture import Captured
     from .pipeline import Compiled
+    from .spill import Spilled
     from .unpadding import Unpadding
 
 NOTHING_YET = "nothing is captured yet: call the model, or fast.warmup(...) with inputs of the real kind"
@@ -37,8 +38,9 @@ class GraphReport:
     `module` is the rewritten graph, `derived_bytes` the memory of weights made from the model's own (merged, packed
     ones), `kernels` the kernel of each shape of a linear, and the microseconds that chose it. `precision` is that of
     linears ("bfloat16", "int8") where another one than the model's was asked for, `error` how far that put the outputs
-    of the captured call from the original's, as a part of their magnitude. `nodes_before` and `nodes_after` count the
-    lines of the texts in full: operations, inputs and the return, without weights and sizes.
+    of the captured call from the original's, as a part of their magnitude. `spilled` has the bytes that
+    `keep_original=False` moved to a file and those that stayed. `nodes_before` and `nodes_after` count the lines of the
+    texts in full: operations, inputs and the return, without weights and sizes.
 
     Example::
 
@@ -58,6 +60,7 @@ class GraphReport:
     kernels: dict[str, str]
     precision: str | None = None
     error: float | None = None
+    spilled: Spilled | None = None
     unpadding: Unpadding | None = None
 
     @property
@@ -286,6 +289,7 @@ class Report:
             kernels=compiled.kernels,
             precision=compiled.precision,
             error=compiled.error,
+            spilled=compiled.spilled,
             unpadding=compiled.unpadding,
         )
 
@@ -329,6 +333,8 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
         sections.append(
             ("precision", f"linears in {graph.precision}: outputs off by up to {graph.error:.1e} of their magnitude")
         )
+    if graph.spilled is not None:
+        sections.append(("weights that only copies are read of (keep_original=False)", _spilled_table(graph.spilled)))
     if graph.kernels:
         sections.append(
             ("kernels, by rows of a linear and tokens of a sequence (each one's time)", _table_of(graph.kernels))
@@ -389,6 +395,11 @@ def _places(paths: Sequence[str]) -> str:
 
 def _is_inside(where: str, at: str | None) -> bool:
     return not at or where == at or where.startswith(at + ".")
+
+
+def _spilled_table(spilled: Spilled) -> str:
+    sizes = {"moved to a file": spilled.nbytes, **{f"in memory: {why}": size for why, size in spilled.kept.items()}}
+    return _table_of({what: f"{size / 2**20:.1f} MiB" for what, size in sizes.items()})
 
 
 def _table_of(texts: dict[str, str]) -> str:

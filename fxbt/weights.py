@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from .canonical import attribute, expression, is_pure, reaches_output
+from .spill import Spilled, spilled
 
 _VERSION, _DTYPE = attrgetter("_version"), attrgetter("dtype")
 _SAMPLE = 16  # elements looked at in each weight: each is a cache miss, and one in every row took 10 % of 1x16
@@ -35,9 +36,16 @@ class Derived:
     def compute(cls, derive: Callable[..., tuple[torch.Tensor, ...]], weights: list[torch.Tensor]) -> Derived:
         """The values as the weights are now; the stamp is read first, so that a change meanwhile is seen next time."""
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            stamp = _stamp(weights)
-            samples = [_sample(weight.detach()) for weight in weights]
-            return cls(stamp, samples, torch.cat(samples), derive(*weights))
+            watched = cls.watching(weights)
+            watched.values = derive(*weights)
+            return watched
+
+    @classmethod
+    def watching(cls, weights: list[torch.Tensor], values: tuple[torch.Tensor, ...] = ()) -> Derived:
+        """Values that are those of the weights as they are now."""
+        stamp = _stamp(weights)
+        samples = [_sample(weight.detach()) for weight in weights]
+        return cls(stamp, samples, torch.cat(samples), values)
 
     def holds(self, weights: list[torch.Tensor]) -> bool:
         """Whether the weights are as they were: by what torch counts, and, past `.data` (uncounted), by a sample."""
@@ -106,6 +114,7 @@ class Weights:
         self._values: dict[fx.Node, int] = {}  # node -> its place among the derived values
         self._compute: Callable[..., tuple[torch.Tensor, ...]] | None = None
         self._derived: Derived | None = None
+        self._read: set[int] = set()
         self._lock = threading.Lock()
 
     def add(self, module: fx.GraphModule, graph: fx.Graph, constant: set[fx.Node]) -> list[int]:
@@ -144,6 +153,23 @@ class Weights:
             return 0
         self.current()
         return self._derived.nbytes() if self._derived else 0
+
+    def note_read(self, weights: list[torch.Tensor]) -> None:
+        """A program reads these in every call, besides what is derived of them."""
+        self._read.update(map(id, weights))
+
+    def spill(self) -> Spilled:
+        """Moves the weights that nothing but derived values is read of to a file. No other thread may be running."""
+        with self._lock:
+            derived, self._derived = self._derived, None
+            if derived is None or not derived.holds(self._sources):
+                return Spilled()
+            derived.samples.clear()  # views of the weights' memory
+            with spilled([weight for weight in self._sources if id(weight) not in self._read]) as result:
+                self._derived = Derived.watching(self._sources, derived.values)
+            read = sum(_nbytes(weight) for weight in self._sources if id(weight) in self._read)
+            result.kept.update({"calls read it too": read} if read else {})
+            return result
 
     def _copy(self, module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
         copies: dict[fx.Node, fx.Node] = {}

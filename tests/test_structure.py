@@ -40,6 +40,7 @@ ROOMS = [
     "transfer",
     "padding",
     "unmasked",
+    "spill",
     "weights",
     "tune",
     "attend",
