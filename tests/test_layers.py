@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES_BY_NAME, ENCODER, compare, compare_gradients, gradients, huggingface, tokens
+from models import CASES_BY_NAME, ENCODER, compare, compare_gradients, enliven, gradients, huggingface, tokens
+from padding_models import DECODER, FALCON
 from torch import nn
+from transformers import SwinConfig, SwinModel
 
 import fxbt
 
@@ -41,6 +43,48 @@ def test_every_layer_is_one_node(name: str, implementation: str) -> None:
     with torch.no_grad():
         fast = fxbt.optimize(case.build(implementation), example_inputs=case.inputs(*case.shapes[0], case.paddings[0]))
     assert layers(fast.report) == LAYERS[name], fast.report.why("encoder_layer")
+
+
+GPT = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "use_cache": False}
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("OPTModel", {**DECODER, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "one norm for both branches": ("GPTJModel", {**GPT, "rotary_dim": 4}),
+    "a norm for each branch": ("GPTNeoXModel", {**ENCODER, "use_cache": False}),
+    "products instead of linears": ("FalconModel", FALCON),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder_layers(name: str) -> None:
+    architecture, settings = DECODERS[name]
+    model = huggingface(architecture, **settings)("eager")
+    with torch.no_grad():
+        fast = fxbt.optimize(model, example_inputs=INPUTS)
+        compare(fast(**INPUTS), model(**INPUTS), dropped=[MASK])
+    assert layers(fast.report) == {"decoder_layer": 2}, fast.report.why("decoder_layer")
+
+
+def test_a_layer_with_experts_stays_open_and_says_where() -> None:
+    settings = {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}
+    with torch.no_grad():
+        report: Any = fxbt.optimize(huggingface("MixtralModel", **settings)("eager"), example_inputs=INPUTS).report
+    assert (report.hits["attention"], report.hits["qkv"], layers(report)) == (2, 2, {})
+    why = report.why("decoder_layer", at="layers.0")
+    assert "mlp(normalize(" in why and "at layers.0.mlp (modeling_mixtral.py:" in why
+
+
+def test_a_layer_of_windows_stays_open_and_says_where() -> None:
+    sizes = {"image_size": 32, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4}
+    model = enliven(SwinModel(SwinConfig(**sizes, attn_implementation="eager")))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        fast: Any = fxbt.optimize(model, example_inputs={"pixel_values": images})
+        compare(fast(images), model(images))
+    report = fast.report
+    assert (report.hits["attention"], report.hits["qkv"], report.hits["mlp"]) == (2, 2, 2)
+    assert layers(report) == {}
+    why = report.why("encoder_layer", at="encoder.layers.0.blocks.0")
+    assert "a value inside is used outside" in why and "is also used by" in why and "(modeling_swin.py:" in why
 
 
 def test_layers_with_hidden_states_as_outputs() -> None:
