@@ -1,6 +1,7 @@
 """The engines: fxbt and its peers, each a function from a loaded Hugging Face model to `batch -> last hidden states`.
 
-Each does what its own documentation recommends for a CPU, in float32. An engine that cannot take a model raises `Skip`.
+Each does what its own documentation recommends for a CPU, in float32 (but for those that name another precision).
+An engine that cannot take a model raises `Skip`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,20 @@ def fxbt(model: nn.Module, example: Batch, threads: int) -> Run:
     import fxbt
 
     fast = fxbt.optimize(model)
+    return lambda batch: fast(**batch).last_hidden_state
+
+
+def fxbt_bfloat16(model: nn.Module, example: Batch, threads: int) -> Run:
+    import fxbt
+
+    fast = fxbt.optimize(model, dtype=torch.bfloat16)
+    return lambda batch: fast(**batch).last_hidden_state
+
+
+def fxbt_int8(model: nn.Module, example: Batch, threads: int) -> Run:
+    import fxbt
+
+    fast = fxbt.optimize(model, quantize="int8")
     return lambda batch: fast(**batch).last_hidden_state
 
 
@@ -290,6 +305,8 @@ def _copy_tokenizer(folder: Path) -> None:
 # name -> (the model's attention implementation, how the engine is made from the model)
 ENGINES: dict[str, tuple[str, Prepare]] = {
     "fxbt": ("sdpa", fxbt),
+    "fxbt bf16": ("sdpa", fxbt_bfloat16),
+    "fxbt int8": ("sdpa", fxbt_int8),
     "HF eager": ("eager", hugging_face),
     "HF sdpa": ("sdpa", hugging_face),
     "fast path": ("sdpa", fast_path),

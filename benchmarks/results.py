@@ -10,6 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 OURS, BASELINE = "fxbt", "HF sdpa"
+COARSE = ("fxbt bf16", "fxbt int8")  # linears in less than float32: compared with no one
 QUIET = 0.05  # the part of the machine that other programs may take
 LEGEND = f"""\
 ms: median (min-max) over the rounds of each round's median pass over the column.
@@ -17,7 +18,8 @@ times as fast as {BASELINE}: median over the rounds of {BASELINE}'s time divided
 {OURS} / best peer: the same of {OURS}'s time divided by the best other engine's; below 1 is faster.
 % of GEMM peak: time that the matrix products of the tokens alone (no padding) would take at the best float32 rate
 measured here, as a part of the engine's time. At 1x16 weights are read for few rows: no engine gets near 100 %.
-difference: largest from HF eager at a token, as a part of the output's magnitude.
+difference: largest from HF eager at a token, as a part of the output's magnitude. All engines compute in float32 but
+those that say otherwise, whose linears are narrower.
 ready: seconds from the loaded model to the end of the first fast call (of the first column's shape).
 MiB: largest resident set while preparing, and while running; both with Python, torch and transformers."""
 
@@ -78,7 +80,7 @@ def _ratio_row(data: dict[str, Any], engine: str) -> list[str]:
 def best_peers(data: dict[str, Any]) -> dict[str, str]:
     """The fastest engine that is not fxbt, for each column."""
     return {
-        column: min((e for e in times if e != OURS), key=lambda engine: statistics.median(times[engine]))
+        column: min((e for e in times if e not in (OURS, *COARSE)), key=lambda engine: statistics.median(times[engine]))
         for column, times in data["times_ms"].items()
     }
 

@@ -11,7 +11,7 @@ import functools
 import math
 import platform
 import threading
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,30 +19,42 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from . import packed
+from .canonical import argument
 from .tune import Calls, Contest, Tuner, bucket_of
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a sequence that are measured
 UP_TO = (24, 48, 96, 192, 384)
-SCORES = 2**19  # elements at a time: 2 MiB of float32
+SCORES = 2**20  # elements at a time: 4 MiB of float32, which the allocator keeps rather than give back
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
-
-Kernel = Callable[[Tensor, Tensor, Tensor, bool, float | None], Tensor]
 
 
 def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
     """Let attentions choose their kernel by length, in a dense graph or a packed one."""
-    for node in graph.nodes:
+    read: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
         if node.target not in (SDPA, packed.attention) or not _can_be_products(node):
             continue
         heads, head_dim = node.args[0].meta["val"].shape[1::2]
         chosen = tuner.choose(attentions(heads, head_dim))
         if not any(chosen):
             continue
-        attend = Attend(chosen)
+        _read_mask(graph, node, read)
         if node.target is SDPA:
-            node.target = attend
+            node.target = Attend(chosen)
         else:
-            node.kwargs = {**node.kwargs, "attend": attend}
+            node.kwargs = {**node.kwargs, "attend": Attend(chosen)}
+
+
+def _read_mask(graph: fx.Graph, attention: fx.Node, read: dict[fx.Node, fx.Node]) -> None:
+    """Puts a `Mask` in the place of an attention's mask, or a list of them in that of its blocks: one for all."""
+    is_packed = attention.target is packed.attention
+    mask = (attention.args[4] or None) if is_packed else argument(attention, "attn_mask")
+    if not isinstance(mask, fx.Node):
+        return
+    if mask not in read:
+        with graph.inserting_after(mask):
+            read[mask] = graph.call_function(Mask.of_blocks if is_packed else Mask.of, (mask,))
+    attention.replace_input_with(mask, read[mask])
 
 
 def _can_be_products(node: fx.Node) -> bool:
@@ -57,11 +69,33 @@ def _can_be_products(node: fx.Node) -> bool:
     return is_static and all(x.shape[1] == heads for x in values)
 
 
-class Attend:
-    """`scaled_dot_product_attention` by the kernel that was `chosen` for the length; under a mask, SDPA itself.
+@dataclass(frozen=True)
+class Mask:
+    """A mask for SDPA, and, if it can be, as an addend to the scores: where it blocks a whole row, SDPA gives zeros."""
 
-    A mask may block whole rows, which SDPA answers with zeros and a softmax with NaN.
-    """
+    mask: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Mask:
+        """Reads a mask (batch | 1, heads | 1, seq | 1, keys | 1) once for all attentions that it is for."""
+        if mask.dim() != 4 or mask.dtype is not torch.float32:
+            return cls(mask, None)
+        bias = mask
+        for dim, stride in enumerate(mask.stride()):
+            bias = bias.narrow(dim, 0, 1) if stride == 0 else bias  # what was expanded is read once
+        bias = bias.contiguous()
+        is_open = bias.numel() > 0 and not bool((bias.amax(-1) == -math.inf).any())
+        return cls(mask, bias if is_open else None)
+
+    @classmethod
+    def of_blocks(cls, masks: list[Tensor]) -> list[Mask]:
+        """The same for the part that each group of sequences sees."""
+        return [cls.of(mask) for mask in masks]
+
+
+class Attend:
+    """`scaled_dot_product_attention` by the kernel that was `chosen` for the length."""
 
     def __init__(self, chosen: tuple[int, ...]):
         self._kernels = [(None, products, products_by_onednn)[choice] for choice in chosen]
@@ -72,22 +106,33 @@ class Attend:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Tensor | None = None,
+        attn_mask: Mask | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
         kernel = self._kernels[bucket_of(key.shape[2], UP_TO)]
-        if kernel is None or attn_mask is not None or dropout_p or not query.numel() or not key.numel():
+        mask, bias = (attn_mask.mask, attn_mask.bias) if attn_mask else (None, None)
+        is_masked_otherwise = mask is not None and bias is None
+        if kernel is None or is_masked_otherwise or dropout_p or not query.numel() or not key.numel():
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        return kernel(query, key, value, is_causal, scale)
+        return kernel(query, key, value, bias, is_causal, scale)
 
 
-def products(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, scale: float | None = None) -> Tensor:
-    """softmax(scale Q K^T) V of tensors (batch, heads, seq, head_dim) without gradients; as SDPA without a mask.
+def products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale Q K^T + bias) V of tensors (batch, heads, seq, head_dim) without gradients; as SDPA.
+
+    `bias` is (batch | 1, heads | 1, seq | 1, keys | 1), with something above -inf in each row.
 
     Example::
 
@@ -95,25 +140,28 @@ def products(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False,
     """
     batch, heads, queries, head_dim = query.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    scores_of_a_row = heads * queries * key.shape[2]
-    rows = SCORES // scores_of_a_row
-    if batch <= max(1, rows) and scores_of_a_row <= SCORES:
-        return _at_once(query, key, value, is_causal, scale)
+    rows = SCORES // (heads * queries * key.shape[2])
+    attend = _at_once if rows else _by_blocks
+    if batch <= max(1, rows):
+        return attend(query, key, value, bias, is_causal, scale)
     result = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
     for start in range(0, batch, max(1, rows)):
         some = slice(start, start + max(1, rows))
-        attend = _at_once if rows else _by_blocks
-        result[some] = attend(query[some], key[some], value[some], is_causal, scale)
+        its = bias if bias is None or len(bias) == 1 else bias[some]
+        result[some] = attend(query[some], key[some], value[some], its, is_causal, scale)
     return result
 
 
-def _at_once(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
+def _at_once(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     batch, heads = query.shape[:2]
     query, key, value = (x[0] if batch == 1 else x.flatten(0, 1) for x in (query, key, value))
-    return _attended(query, key.transpose(1, 2), value, scale, 0 if is_causal else None).unflatten(0, (batch, heads))
+    biases = [] if bias is None else [bias]
+    if is_causal:
+        biases.append(_later_blocked(query.shape[1], key.shape[1], 0, query))
+    return _attended(query, key.transpose(1, 2), value, biases, scale, batch).unflatten(0, (batch, heads))
 
 
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """One sequence, some queries at a time; under a causal mask without the keys behind them."""
     query, transposed, value = query[0], key[0].contiguous().transpose(1, 2), value[0].contiguous()
     heads, queries, _ = query.shape
@@ -121,20 +169,28 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale
     block = max(16, SCORES // (heads * keys))
     result = query.new_empty(queries, heads, value.shape[2]).transpose(0, 1)
     for start in range(0, queries, block):
-        seen = min(keys, start + block) if is_causal else keys
-        some = query[:, start : start + block]
-        first = start if is_causal else None
-        result[:, start : start + block] = _attended(some, transposed[:, :, :seen], value[:, :seen], scale, first)
-    return result
+        some = slice(start, min(queries, start + block))
+        seen = min(keys, some.stop) if is_causal else keys
+        biases = [] if bias is None else [bias[:, :, some if bias.shape[2] > 1 else slice(None), :seen]]
+        if is_causal:
+            biases.append(_later_blocked(some.stop - start, seen, start, query))
+        result[:, some] = _attended(query[:, some], transposed[:, :, :seen], value[:, :seen], biases, scale, 1)
+    return result.unsqueeze(0)
 
 
-def _attended(query: Tensor, transposed_key: Tensor, value: Tensor, scale: float, first: int | None) -> Tensor:
-    """Attention of (heads, seq, head_dim); causal if `first` is given, the position of the first query."""
+def _attended(
+    query: Tensor, transposed_key: Tensor, value: Tensor, biases: list[Tensor], scale: float, batch: int
+) -> Tensor:
+    """Attention of (batch * heads, seq, head_dim)."""
     scores = torch.baddbmm(query.new_empty(1), query, transposed_key, beta=0, alpha=scale)
-    if first is not None:
-        queries, keys = scores.shape[1:]
-        scores += scores.new_full((queries, keys), -math.inf).triu_(first + 1)
-    return torch.bmm(scores.softmax(-1), value)
+    for bias in biases:
+        scores.unflatten(0, (batch, -1)).add_(bias)
+    return torch.bmm(torch.softmax(scores, -1, out=scores), value)
+
+
+def _later_blocked(queries: int, keys: int, first: int, like: Tensor) -> Tensor:
+    """-inf at keys behind the query, of which the first stands at position `first`."""
+    return like.new_full((queries, keys), -math.inf).triu_(first + 1)
 
 
 # --- products by oneDNN -----------------------------------------------------------------------------------------
@@ -169,11 +225,16 @@ by_onednn = _ByOneDNN()
 
 
 def products_by_onednn(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
     """`products`, computed by oneDNN's float32 kernels, which are twice as fast as MKL's on AMD's processors."""
     with by_onednn:
-        return products(query, key, value, is_causal, scale)
+        return products(query, key, value, bias, is_causal, scale)
 
 
 @functools.cache

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import outputs, pipeline
+from . import outputs, pipeline, tune
 from .capture import capture
-from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable
+from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
 from .precision import Precision
 from .report import Report
 from .rule import Rule
@@ -251,10 +251,16 @@ class Dispatcher:
                 captured, self._rules, verify=self._verify, padding=self._padding, precision=self._precision
             )
             problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, output)
+        except RuleError as error:
+            raise CaptureError(str(error)) from error
         except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
         if problem is not None:
             raise CaptureError(f"the graph's outputs are not the original's: {problem}")
+        if slower := self._slower(compiled, call):
+            self._remember_failure(call)
+            self.fall_back(f"{call} runs faster without a graph: {slower}")
+            return
         if compiled.weights is not None and not self._keep_original:
             compiled.spilled = compiled.weights.spill()
         graph = _Graph(
@@ -281,6 +287,14 @@ class Dispatcher:
             return None
         expected = compiled.unpadding.as_returned(expected, call.tensors)
         return _values_difference(compiled.unpadding.uncounted(*call.tensors), expected, is_precise)
+
+    def _slower(self, compiled: pipeline.Compiled, call: Call) -> str | None:
+        """How much slower than the original a graph is on the call it was captured with; None where it is not."""
+        if not tune.is_enabled() or torch.is_grad_enabled() or compiled.stochastic:
+            return None
+        run = compiled.unpadding.uncounted if compiled.unpadding else compiled.run
+        times = tune.race(lambda: run(*call.tensors), lambda: self.original.forward(*call.args, **call.kwargs))
+        return f"{1e3 * times[0]:.2g} ms with it, {1e3 * times[1]:.2g} ms without" if times else None
 
     def _remember_failure(self, call: Call) -> None:
         self._failed.setdefault(self._key(call), []).append(ModelState(self.original))

@@ -22,6 +22,8 @@ from .tune import Calls, Contest, Tuner, bucket_of
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
 
+# Ops that read rows of their first argument, and which argument says where.
+LOOK_UPS = {aten.embedding.default: 1, aten.gather.default: 2}
 ROWS = (1, 4, 16, 64, 256)  # rows of x that linears are measured at
 UP_TO = (2, 8, 32, 128)
 PACKED_FOR_ROWS = 128  # the layout is the same for 16 to 1024 rows, and no slower for one
@@ -158,6 +160,45 @@ def can_be_packed(node: fx.Node, constant: set[fx.Node]) -> bool:
     x, weight = (node.args[place].meta["val"] for place in (0, 1))  # type: ignore[union-attr]
     on_cpu = x.device.type == weight.device.type == "cpu"
     return on_cpu and x.dtype is weight.dtype is torch.float32 and weight.dim() == 2
+
+
+def look_up_once(graph: fx.Graph, constant: set[fx.Node]) -> None:
+    """Rows of a weight at a slice of a constant index (positions, token types) -> a slice of the rows at all of it.
+
+    Expanding comes after the look-up too. The nodes that then depend on weights alone join `constant`.
+    """
+    waiting = [node for node in graph.nodes if node.target in LOOK_UPS and node.args[0] in constant]
+    while waiting:
+        node = waiting.pop(0)
+        place = LOOK_UPS[node.target]
+        cut: Any = node.args[place]
+        if not _can_be_cut_later(node, cut, constant):
+            continue
+        index, *layout = cut.args
+        if cut.target is aten.expand.default:
+            layout = [[*layout[0], -1]]
+        target: Any = node.target
+        with graph.inserting_before(node):
+            whole = graph.call_function(target, (*node.args[:place], index, *node.args[place + 1 :]))
+            again = graph.call_function(cut.target, (whole, *layout))
+        whole.meta["val"] = target(*fx.node.map_arg(whole.args, lambda source: source.meta["val"]))
+        again.meta = dict(node.meta)
+        constant.update([whole] if index in constant else [])
+        waiting.insert(0, whole)
+        node.replace_all_uses_with(again)
+        graph.erase_node(node)
+
+
+def _can_be_cut_later(look_up: fx.Node, cut: Any, constant: set[fx.Node]) -> bool:
+    """Whether the index is an expansion, or a slice of a constant in a dim that the looked up rows have too."""
+    if not isinstance(cut, fx.Node) or cut.kwargs or look_up.kwargs or cut in constant:
+        return False
+    if cut.target is aten.expand.default:
+        return look_up.target is aten.embedding.default
+    if cut.target is not aten.slice.Tensor or cut.args[0] not in constant:
+        return False
+    dim = argument(cut, "dim")
+    return dim >= 0 and (look_up.target is aten.embedding.default or dim == argument(look_up, "dim"))
 
 
 def make_masks_once(graph: fx.Graph) -> None:

@@ -16,7 +16,7 @@ from torch import fx
 
 from .attend import attend_fast
 from .canonical import attribute
-from .kernels import make_masks_once, pack_linears, split_heads_once
+from .kernels import look_up_once, make_masks_once, pack_linears, split_heads_once
 from .precision import Precision, narrow_linears
 from .tune import Tuner
 from .weights import Weights, compile_graph, weight_only
@@ -118,6 +118,7 @@ class Program:
     ) -> None:
         """Lower for running without gradients; what only depends on weights goes over to `weights`."""
         constant = weight_only(module, graph)
+        look_up_once(graph, constant)
         tuner = Tuner()
         if precision is None:
             pack_linears(graph, constant, tuner)

@@ -123,7 +123,8 @@ class GraphReport:
         ]
         misses = [miss for miss in self.misses if miss.rule == rule and _is_inside(miss.where, at)]
         parts = [_fired(rule, places)] if places else []
-        parts += self.nearest(misses)
+        if misses:
+            parts += self.nearest(misses) or [_far(misses)]
         elsewhere = f"; elsewhere it fired {self.hits[rule]} times" if at else ""
         return "\n".join(parts) or f"{rule} found nothing to start from{f' at {at}' if at else ''}{elsewhere}"
 
@@ -138,7 +139,7 @@ class GraphReport:
         return f"no operation of this graph is inside {at!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
 
     def nearest(self, misses: Sequence[Miss]) -> list[str]:
-        """For each rule the misses that came nearest, those that read alike once, and how many others there are."""
+        """For each rule that came near: its nearest misses, those that read alike once, and the number of others."""
         by_rule: defaultdict[str, list[Miss]] = defaultdict(list)
         for miss in misses:
             by_rule[miss.rule].append(miss)
@@ -147,7 +148,7 @@ class GraphReport:
     def _nearest(self, misses: Sequence[Miss]) -> list[str]:
         most = max(miss.nearness for miss in misses)
         if self.hits[misses[0].rule] and 0 < most < _NEAR:
-            return [f"and {len(misses)} places with little of its pattern: report.misses has them"]
+            return []
         nearest = [miss for miss in misses if miss.nearness == most]
         lead = f"nearest miss of {len(misses)}" if len(misses) > 1 else "one miss"
         texts = self._grouped(nearest, lead)
@@ -343,8 +344,8 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
     fused = {entry.node for stage in graph.stages for rewrite in stage.rewrites for entry in rewrite.removed}
     misses = [miss for miss in graph.misses if not miss.refused and miss.anchor not in fused]
     refused = [miss for miss in graph.misses if miss.refused]
-    if misses:
-        sections.append(("near misses", _first(graph.nearest(misses))))
+    if nearest := graph.nearest(misses):
+        sections.append(("near misses", _first(nearest)))
     if refused:
         sections.append(("rewrites refused by verification", _first(graph._grouped(refused, "refused"))))
     return sections
@@ -379,6 +380,10 @@ def _miss_text(group: Sequence[Miss], lead: str, details: Sequence[str]) -> str:
     return "\n".join(
         [f"{first.rule}: {lead}, at {_places([miss.where for miss in group])}{matched}", *reason, *details]
     )
+
+
+def _far(misses: Sequence[Miss]) -> str:
+    return f"and {len(misses)} places with little of its pattern: report.misses has them"
 
 
 def _fired(rule: str, places: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -28,6 +29,7 @@ logger = logging.getLogger("fxbt")
 FORMAT = 2  # of the files; another one is ignored
 BUDGET_SECONDS = 2.0  # for the shapes of one model
 LEAST_TURNS, TURNS_SECONDS = 6, 0.02
+RACE_TURNS, RACE_SECONDS = 5, 0.5
 CLEARLY = 0.97  # of the plain kernel's time: below that, another one is chosen
 
 Times = dict[str, list[float]]  # kernel -> microseconds for each of the sizes
@@ -78,6 +80,25 @@ class Tuner:
 def bucket_of(size: int, up_to: tuple[int, ...]) -> int:
     """The place of the measurement that stands for a size."""
     return sum(size > limit for limit in up_to)
+
+
+def race(call: Callable[[], Any], rival: Callable[[], Any]) -> tuple[float, float] | None:
+    """The shortest seconds of each, where the rival stays clearly faster turn by turn; None where it does not."""
+    mine, its = math.inf, math.inf
+    end = time.perf_counter() + RACE_SECONDS
+    for _ in range(RACE_TURNS):
+        its, mine = min(its, _seconds(rival)), min(mine, _seconds(call))
+        if its >= CLEARLY * mine:
+            return None
+        if time.perf_counter() > end:
+            break
+    return mine, its
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def is_enabled() -> bool:

@@ -7,9 +7,14 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from models import ENCODER, compare, tokens
+from padding_models import GPT2, T5, Case
 from torch import Tensor
 
+import fxbt
 from fxbt import attend, tune
+
+WINDOW = {"sliding_window": 4, "num_key_value_heads": 4, "use_cache": False}
 
 KERNELS = [
     attend.products,
@@ -41,7 +46,24 @@ def test_products_are_sdpa(kernel, shape, is_causal, scores, monkeypatch):
     monkeypatch.setattr(attend, "SCORES", scores)  # a few sequences at a time, or a block of queries
     query, key, value = operands(*shape)
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=is_causal)
-    torch.testing.assert_close(kernel(query, key, value, is_causal).double(), expected, rtol=1e-5, atol=1e-5)
+    found = kernel(query, key, value, is_causal=is_causal)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scores", [1, 600, attend.SCORES])
+@pytest.mark.parametrize("ones", [(), (0,), (1,), (0, 1), (1, 2), (0, 3), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_bias_is_added(kernel, ones, scores, monkeypatch):
+    monkeypatch.setattr(attend, "SCORES", scores)
+    batch, heads, queries, keys, _ = shape = (3, 2, 17, 12, 4)
+    bias = torch.randn([1 if dim in ones else size for dim, size in enumerate((batch, heads, queries, keys))])
+    bias = bias.masked_fill(torch.rand(bias.shape) < 0.3, -1e30) if bias.shape[3] > 1 else bias
+    query, key, value = operands(*shape)
+    full = bias.expand(batch, heads, queries, keys)
+    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), full.double())
+    torch.testing.assert_close(kernel(query, key, value, bias).double(), expected, rtol=1e-5, atol=1e-5)
+    found = attend.Attend((1,) * 6)(query, key, value, attn_mask=attend.Mask.of(full))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -55,9 +77,9 @@ def chosen_kernels(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of the queries that went to products."""
     seen: list[tuple[int, ...]] = []
 
-    def products(query, key, value, is_causal, scale):
+    def products(query, key, value, bias, is_causal, scale):
         seen.append(tuple(query.shape))
-        return attend.F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, bias, is_causal=is_causal, scale=scale)
 
     monkeypatch.setattr(attend, "products", products)
     return seen
@@ -71,8 +93,16 @@ def test_the_length_decides(monkeypatch):
     assert [shape[2] for shape in seen] == [32, 500]
 
 
-@pytest.mark.parametrize("options", [{"attn_mask": torch.zeros(5, 5)}, {"dropout_p": 0.5}])
-def test_masks_and_dropout_are_for_sdpa(options, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_mask": attend.Mask.of(torch.zeros(5, 5))},
+        {"attn_mask": attend.Mask.of(torch.ones(1, 1, 5, 5, dtype=torch.bool))},
+        {"attn_mask": attend.Mask.of(torch.full((1, 1, 1, 5), -torch.inf).expand(1, 2, 5, 5))},
+        {"dropout_p": 0.5},
+    ],
+)
+def test_what_a_softmax_would_answer_otherwise_is_for_sdpa(options, monkeypatch):
     seen = chosen_kernels(monkeypatch)
     attend.Attend((1,) * 6)(*operands(1, 2, 5, 5, 4), **options)
     assert not seen
@@ -87,12 +117,14 @@ def test_empty_tensors_are_for_sdpa(empty):
     torch.testing.assert_close(attend.Attend((1,) * 6)(query, key, value), expected)
 
 
-def test_a_blocked_row_stays_zero():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_blocked_row_stays_zero(dtype):
     """What products would answer with NaN."""
     query, key, value = operands(1, 2, 5, 5, 4)
-    mask = torch.ones(5, 5, dtype=torch.bool)
-    mask[2] = False
-    assert (attend.Attend((1,) * 6)(query, key, value, attn_mask=mask)[:, :, 2] == 0).all()
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    mask[:, :, 2] = False
+    mask = mask if dtype is torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    assert (attend.Attend((1,) * 6)(query, key, value, attn_mask=attend.Mask.of(mask))[:, :, 2] == 0).all()
 
 
 @pytest.mark.skipif(not attend.onednn_is_exact(), reason="products do not go to oneDNN here")
@@ -130,3 +162,21 @@ def test_real_attentions_can_be_measured(monkeypatch, tmp_path):
     tuner = tune.Tuner()
     assert len(tuner.choose(attend.attentions(1, 4))) == len(attend.LENGTHS)
     assert "us)" in tuner.answers["attention 1x4 float32"]
+
+
+@pytest.mark.parametrize("padding", ["drop", "keep"])
+@pytest.mark.parametrize("architecture", ["T5EncoderModel", "BertModel", "GPT2Model", "MistralModel"])
+def test_models_attend_by_products(architecture, padding, monkeypatch):
+    """With a bias, a mask, causal, in a window; packed and dense."""
+    settings = {"T5EncoderModel": T5, "GPT2Model": GPT2, "BertModel": ENCODER, "MistralModel": {**ENCODER, **WINDOW}}
+    model = Case(architecture, settings[architecture]).model()
+    monkeypatch.setattr(tune.Tuner, "choose", lambda self, contest: (1,) * len(contest.sizes))
+    seen = chosen_kernels(monkeypatch)
+    fast = fxbt.optimize(model, padding=padding)
+    with torch.no_grad():
+        for batch, length in ((2, 7), (3, 9), (3, 9), (1, 12)):
+            for padded in ("right", "left", "none"):
+                inputs = tokens(batch, length, padded)
+                compare(fast(**inputs), model(**inputs), dropped=[inputs["attention_mask"].bool()])
+    assert not fast.report.fallbacks
+    assert len(seen) >= 10

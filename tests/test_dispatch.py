@@ -569,3 +569,16 @@ def test_readers_do_not_wait_for_themselves():
         thread.start()
         thread.join()
         assert seen == [True]
+
+
+@pytest.mark.parametrize("times", [(2e-3, 1e-3), None])
+def test_a_graph_that_is_slower_than_the_original_is_not_used(times, monkeypatch):
+    monkeypatch.setenv("FXBT_TUNE", "1")
+    monkeypatch.setattr(fxbt.tune, "BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr(fxbt.tune, "race", lambda graph, original: (graph(), original(), times)[2])
+    fast = optimize(Net().eval())
+    fast(x_of(2))
+    assert ran_original(fast, x_of(3)) == (times is not None)
+    reasons = ["(x=float32[?, ?]) runs faster without a graph: 2 ms with it, 1 ms without"]
+    assert fast.report.fallbacks == (reasons if times else [])
+    assert fast._fxbt_dispatcher._captures == 1

@@ -164,6 +164,44 @@ def test_the_rows_decide_where_the_measurements_differ(packed_from, activation, 
         agree(model, run, torch.randn(1, rows, 6))
 
 
+class Embeddings(torch.nn.Module):
+    """Words, positions and token types as BERT adds them up."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.positions, self.types = (torch.nn.Embedding(count, 6) for count in (9, 16, 2))
+        self.register_buffer("position_ids", torch.arange(16)[None])
+        self.register_buffer("type_ids", torch.tensor([[0, 1] * 8]))
+
+    def forward(self, ids):
+        positions = self.position_ids[:, : ids.shape[1]]
+        types = torch.gather(self.type_ids, 1, positions).expand(ids.shape[0], ids.shape[1])
+        return self.words(ids) + self.types(types) + self.positions(positions)
+
+
+def test_positions_and_token_types_are_looked_up_once(lowered):
+    model = Embeddings()
+    compiled = compile_graph(capture(model, make_call(model, torch.ones(2, 5, dtype=torch.long))), ())
+    assert lowered.count(torch.embedding) == 1 and torch.gather not in lowered
+    for batch, length in ((3, 7), (1, 16), (2, 5)):
+        agree(model, compiled.run, torch.randint(9, (batch, length)))
+    with torch.no_grad():
+        model.positions.weight[2] += 1.0
+        model.type_ids[0, 1] = 0
+    agree(model, compiled.run, torch.randint(9, (3, 7)))
+
+
+def test_what_is_gathered_along_another_axis_is_gathered_as_it_was(lowered):
+    def function(x, table, index):
+        return torch.gather(table, 0, index[:, : x.shape[1]]) + x
+
+    x = torch.randn(2, 3)
+    index = torch.tensor([[0, 1, 2, 0, 1]] * 2)
+    model, run = program(function, x, table=torch.randn(4, 3), index=index)
+    assert torch.gather in lowered
+    agree(model, run, x)
+
+
 def test_masks_of_several_attentions_are_made_once(lowered):
     def function(x, mask):
         for _ in range(3):

@@ -59,7 +59,9 @@ def add(report: Report, misses: list[Miss], fired: tuple[str, ...] = (), signatu
         derived_bytes=3 * 2**20,
         unpadding=None,
         kernels={},
+        precision=None,
         error=None,
+        spilled=None,
     )
     report.add_graph(signature, SimpleNamespace(seconds=1.25, out_spec=pytree.tree_structure((0,))), compiled)  # type: ignore[arg-type]
 

@@ -145,3 +145,18 @@ def test_real_kernels_can_be_measured():
 @pytest.mark.parametrize(("rows", "bucket"), [(0, 0), (1, 0), (2, 0), (3, 1), (8, 1), (9, 2), (129, 4), (10**6, 4)])
 def test_rows_have_the_bucket_of_the_next_measurement(rows, bucket):
     assert tune.bucket_of(rows, kernels.UP_TO) == bucket
+
+
+@pytest.mark.parametrize(
+    ("mine", "its", "expected"),
+    [
+        ([2.0] * 5, [1.0] * 5, (2.0, 1.0)),
+        ([1.0], [1.0], None),  # as fast: no further turn
+        ([2.0, 2.0, 1.0], [1.1, 1.2, 1.1], None),  # a slow start, as on a busy machine
+        ([1.0], [3.0], None),
+    ],
+)
+def test_a_race_is_lost_turn_by_turn_or_not_at_all(mine, its, expected, monkeypatch):
+    times = {"mine": iter(mine), "its": iter(its)}
+    monkeypatch.setattr(tune, "_seconds", lambda name: next(times[name]))
+    assert tune.race("mine", "its") == expected  # type: ignore[arg-type]
