@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from . import packed
 from .canonical import argument
+from .kernels import additive
 from .tune import Calls, Contest, Tuner, bucket_of
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a sequence that are measured
@@ -79,6 +80,7 @@ class Mask:
     @classmethod
     def of(cls, mask: Tensor) -> Mask:
         """Reads a mask (batch | 1, heads | 1, seq | 1, keys | 1) once for all attentions that it is for."""
+        mask = additive(mask, torch.float32) if mask.dtype is torch.bool else mask
         if mask.dim() != 4 or mask.dtype is not torch.float32:
             return cls(mask, None)
         bias = mask

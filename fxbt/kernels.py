@@ -207,24 +207,25 @@ def make_masks_once(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
             mask = argument(node, "attn_mask")
-            if isinstance(mask, fx.Node) and mask.meta["val"].dtype is torch.bool and _on_cpu(node):
+            if isinstance(mask, fx.Node) and mask.meta["val"].dtype is torch.bool:
                 attentions.setdefault(mask, []).append(node)
     for mask, users in attentions.items():
         dtypes = {user.meta["val"].dtype for user in users}
         if len(users) < 2 or len(dtypes) > 1:
             continue
         with graph.inserting_after(mask):
-            bias = graph.call_function(_additive, (mask, dtypes.pop()))
+            bias = graph.call_function(additive, (mask, dtypes.pop()))
         for user in users:
             user.replace_input_with(mask, bias)
 
 
-def _on_cpu(node: fx.Node) -> bool:
-    return node.meta["val"].device.type == "cpu"
-
-
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -math.inf)
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as what is added to scores."""
+    columns = mask.shape[-1]
+    # On CUDA, SDPA's memory-efficient kernel asks for rows at multiples of 8 elements, and would copy others each time.
+    room = -(-columns // 8) * 8 if mask.is_cuda else columns
+    bias = torch.zeros((*mask.shape[:-1], room), dtype=dtype, device=mask.device)[..., :columns]
+    return bias.masked_fill_(~mask, -math.inf)
 
 
 def split_heads_once(graph: fx.Graph) -> None:

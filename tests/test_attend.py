@@ -97,7 +97,7 @@ def test_the_length_decides(monkeypatch):
     "options",
     [
         {"attn_mask": attend.Mask.of(torch.zeros(5, 5))},
-        {"attn_mask": attend.Mask.of(torch.ones(1, 1, 5, 5, dtype=torch.bool))},
+        {"attn_mask": attend.Mask.of(torch.zeros(1, 1, 5, 5, dtype=torch.bool))},
         {"attn_mask": attend.Mask.of(torch.full((1, 1, 1, 5), -torch.inf).expand(1, 2, 5, 5))},
         {"dropout_p": 0.5},
     ],
@@ -115,6 +115,15 @@ def test_empty_tensors_are_for_sdpa(empty):
     query, key, value = operands(*shape)
     expected = F.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(attend.Attend((1,) * 6)(query, key, value), expected)
+
+
+def test_a_boolean_mask_is_added_too(monkeypatch):
+    seen = chosen_kernels(monkeypatch)
+    query, key, value = operands(2, 2, 5, 5, 4)
+    mask = (torch.rand(2, 1, 5, 5) < 0.5) | torch.eye(5, dtype=torch.bool)
+    found = attend.Attend((1,) * 6)(query, key, value, attn_mask=attend.Mask.of(mask))
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, value, mask))
+    assert seen
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
