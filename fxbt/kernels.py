@@ -224,8 +224,8 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     columns = mask.shape[-1]
     # On CUDA, SDPA's memory-efficient kernel asks for rows at multiples of 8 elements, and would copy others each time.
     room = -(-columns // 8) * 8 if mask.is_cuda else columns
-    bias = torch.zeros((*mask.shape[:-1], room), dtype=dtype, device=mask.device)[..., :columns]
-    return bias.masked_fill_(~mask, -math.inf)
+    bias = torch.zeros((*mask.shape[:-1], room), dtype=dtype, device=mask.device).narrow(-1, 0, columns)
+    return bias.masked_fill_(mask.logical_not(), -math.inf)
 
 
 def split_heads_once(graph: fx.Graph) -> None:

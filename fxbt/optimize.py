@@ -48,7 +48,7 @@ def optimize(
         verify: compare the numbers of every rewrite with the graph before it, and refuse those that differ.
         tracer: "export" (torch.export; "auto" is the same) or "hf-fx" (the tracer of transformers 4.x).
         padding: "drop" computes on valid tokens alone where the graph proves that padding cannot show (without
-            gradients, on CPU): valid positions are exact; padded positions of outputs are 0, or, where the last axis
+            gradients): valid positions are exact; padded positions of outputs are 0, or, where the last axis
             is the tokens (scores of positions, as of a question-answering head), the lowest finite value, so that
             no argmax or softmax lands there. Calls without padding, and those that a run-time guard keeps dense,
             return the original's values at padding too. "keep" always does.

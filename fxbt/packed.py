@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 BOUND = 1e4  # a bias or a score of an attention is smaller than that; what blocks a key is far larger
 
@@ -34,7 +36,8 @@ class Group:
 class Tokens:
     """Where packed tokens stand in the dense batch.
 
-    `flat[t] = rows[t] * length + positions[t]`; `spans[row]` is (first token, number of tokens).
+    `flat[t] = rows[t] * length + positions[t]`; `spans[row]` is (first token, number of tokens). `bounds` is where each
+    sequence begins, and the last ends: on CUDA, where one kernel takes them all, instead of spans and groups.
     """
 
     batch: int
@@ -44,6 +47,8 @@ class Tokens:
     flat: Tensor
     spans: list[tuple[int, int]]
     groups: list[Group]
+    longest: int
+    bounds: Tensor | None = None  # int32 [batch + 1]
 
     @classmethod
     def of(cls, mask: Tensor) -> Tokens:
@@ -60,13 +65,17 @@ class Tokens:
         order = counts.argsort(stable=True)
         places, positions = valid.index_select(0, order).nonzero(as_tuple=True)
         rows = order.index_select(0, places)
+        where = (batch, length, rows, positions, rows * length + positions)
+        if mask.is_cuda:  # looking for groups would wait for the device at each
+            bounds = F.pad(counts.index_select(0, order).cumsum(0, dtype=torch.int32), (1, 0))
+            return cls(*where, [], [], int(counts.max()), bounds)
         sorted_counts = counts.index_select(0, order).tolist()
         starts = [0, *itertools.accumulate(sorted_counts)]
         spans = [(0, 0)] * batch
         for row, start, count in zip(order.tolist(), starts, sorted_counts, strict=False):
             spans[row] = (start, count)
         groups = _groups(sorted_counts, order, positions)
-        return cls(batch, length, rows, positions, rows * length + positions, spans, groups)
+        return cls(*where, spans, groups, max(sorted_counts, default=0))
 
 
 def _groups(counts: list[int], order: Tensor, positions: Tensor) -> list[Group]:
@@ -164,6 +173,26 @@ def attention(
         )
         place = output.narrow(0, group.start, group.count * group.length)
         place.view(group.count, group.length, *place.shape[1:]).copy_(attended.transpose(1, 2))
+    return output.transpose(0, 1).unsqueeze(0)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens: Tokens,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`attention` by one kernel for sequences of all lengths: on CUDA, in half precision, without a bias."""
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    bounds, longest = tokens.bounds, tokens.longest
+    assert bounds is not None, "tokens of a mask on CUDA"
+    window = (-1, 0 if is_causal else -1)
+    output: Any = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=enable_gqa
+    )
     return output.transpose(0, 1).unsqueeze(0)
 
 

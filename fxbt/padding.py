@@ -22,7 +22,7 @@ from .tokens import Dense, Packed, Wide, Writer
 from .transfer import SEEDS, transfer
 from .validity import AttentionMask, attention_masks
 
-ATTENTIONS = {packed.attention, packed.cross_attention}
+ATTENTIONS = {packed.attention, packed.cross_attention, packed.varlen_attention}
 
 
 @dataclass(frozen=True)

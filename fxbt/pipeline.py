@@ -169,8 +169,9 @@ def _drop_padding(
             raise Miss("gradients are enabled; padding is dropped at inference only")
         if is_stochastic(module.graph):
             raise Miss("the graph draws random numbers; padding is dropped at inference only")
-        if any(tensor.device.type != "cpu" for tensor in example):
-            raise Miss("padding is dropped on CPU only")
+        devices = {tensor.device for tensor in example}
+        if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
+            raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))
         unpadding = _unpadding(module, dense, weights, example, precision)
         record.places.append("")
     except Miss as miss:

@@ -99,8 +99,10 @@ def _reason_to_keep(weight: Tensor) -> str | None:
     if weight.nbytes < SMALLEST:
         return "small"
     storage = weight.untyped_storage()
-    if storage.nbytes() != weight.nbytes or not storage.resizable():
-        return "a part of other memory, or in a file already"
+    if not storage.resizable():
+        return "mapped onto a file already (as safetensors are when they are loaded), or not torch's own"
+    if storage.nbytes() != weight.nbytes:
+        return "a part of other memory"
     alone = torch.empty(0)
     if torch._C._storage_Use_Count(storage._cdata) > torch._C._storage_Use_Count(alone.untyped_storage()._cdata):
         return "another tensor shares its memory"

@@ -491,17 +491,38 @@ def _self_attention(writer: Writer, node: fx.Node, mask: Any, domain: Domain) ->
         is_causal = residue is Residue.CAUSAL
         if residue is Residue.BLOCK:
             bias = writer.cached(packed.blocks, writer.spread(mask), domain.tokens)
-    query, key, value = _nodes(writer, node)
-    call = writer.call(packed.attention, query, key, value, domain.tokens, bias, is_causal, **_options(node))
+    operands = _nodes(writer, node)
+    if _is_on_cuda(node):
+        _check_varlen(node, bias)
+        call = writer.call(packed.varlen_attention, *operands, domain.tokens, is_causal, **_options(node))
+    else:
+        call = writer.call(packed.attention, *operands, domain.tokens, bias, is_causal, **_options(node))
     labels: Labels = {-4: (domain.batch,), -2: (domain.position,)}
     return writer.packed(call, node, writer.with_labels(node, labels), domain)
+
+
+def _is_on_cuda(node: fx.Node) -> bool:
+    return node.meta["val"].device.type == "cuda"
+
+
+def _check_varlen(node: fx.Node, bias: fx.Node | None) -> None:
+    """Raises Miss for what `varlen_attn` does not take; sequence by sequence, a GPU is slower than with padding."""
+    if bias is not None:
+        raise Miss("on CUDA, sequences of different lengths attend without a bias only", node=node)
+    operands: Any = [argument(node, name).meta["val"] for name in ("query", "key", "value")]
+    if any(operand.dtype not in (torch.float16, torch.bfloat16) for operand in operands):
+        raise Miss("on CUDA, sequences of different lengths attend in float16 or bfloat16 only", node=node)
+    widths = {operand.shape[-1] for operand in operands}
+    if len(widths) > 1 or any(not isinstance(width, int) or width % 8 or width > 256 for width in widths):
+        raise Miss("on CUDA, heads must be alike and 8, 16, ... 256 wide", node=node, found=str(widths))
 
 
 def _attention_on_packed_keys(writer: Writer, node: fx.Node, mask: Any, query: Domain | None, key: Domain) -> Value:
     if mask is None:
         raise Miss("padding is not masked out of the attention", node=node)
     proof = writer.masks[mask]
-    if query is not None and query.batch is key.batch and proof.is_padding_alone(query.mask, key.mask):
+    is_apart = query is None or query.batch is not key.batch or _is_on_cuda(node)
+    if query is not None and not is_apart and proof.is_padding_alone(query.mask, key.mask):
         _rely_on(writer, proof)
         reason = "a row has queries but no keys"
         writer.guard(reason, packed.has_keys_for_queries, query.mask, key.mask)
