@@ -88,6 +88,7 @@ class Writer:
         self.current = next(iter(module.graph.nodes))
         self._sizes: dict[Any, Any] = {}
         self._cache: dict[Any, fx.Node] = {}
+        self._fakes: dict[Any, torch.Tensor] = {}
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = Dense(self.graph.node_copy(node))
@@ -199,8 +200,17 @@ class Writer:
         val = node.meta["val"]
         if isinstance(val, torch.Tensor):
             shape = [self._packed_size(label, size) for label, size in zip(axes, val.shape, strict=True)]
-            copy.meta["val"] = fake(shape, val)
+            copy.meta["val"] = self.fake(shape, val)
         return Packed(copy, axes, domain, pad)
+
+    def fake(self, shape: Sequence[Any], like: Any) -> torch.Tensor:
+        """A fake tensor of another shape; one for all that are alike, as in equal layers."""
+        sizes = [size.node.expr if isinstance(size, torch.SymInt) else size for size in shape]
+        key = (*sizes, like.dtype, like.device)
+        if key not in self._fakes:
+            with like.fake_mode:
+                self._fakes[key] = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+        return self._fakes[key]
 
     def like(self, value: Packed | Wide, copy: fx.Node, node: fx.Node, axes: Axes, pad: float | None = None) -> Value:
         """`copy` as a value of the same kind."""
@@ -234,7 +244,7 @@ class Writer:
         batch, token = self.places(labels, domain)
         shape = [1] * (rank - len(sizes)) + list(node.meta["val"].shape)
         shape[batch], shape[token] = 1, domain.count
-        val = fake(shape, node.meta["val"])
+        val = self.fake(shape, node.meta["val"])
         if batch in has and token not in has:
             return self.cached(packed.gather_rows, value.node, domain.tokens, batch, token, rank, val=val)
         full = batch if batch in has else None
@@ -290,9 +300,3 @@ class Writer:
             at = symbols.get(labels.get(dim, ()), other)
             index.append(sympy.Integer(0) if sizes[dim] == 1 else at)
         return value_at_padding(arg, tuple(index), domain.mask, (batch, position))
-
-
-def fake(shape: Sequence[Any], like: Any) -> torch.Tensor:
-    """A fake tensor of another shape."""
-    with like.fake_mode:
-        return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)

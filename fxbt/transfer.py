@@ -30,7 +30,7 @@ from .axes import (
 )
 from .canonical import CASTS, WHOLE_AXIS, argument, is_pure
 from .miss import Miss
-from .tokens import Dense, Domain, Guard, Labels, Packed, Value, Wide, Writer, fake, tensor_inputs
+from .tokens import Dense, Domain, Guard, Labels, Packed, Value, Wide, Writer, tensor_inputs
 from .validity import SDPA, AttentionMask, Residue
 
 aten = torch.ops.aten
@@ -551,7 +551,7 @@ def _bound(writer: Writer, addend: fx.Node) -> None:
     if isinstance(writer.values[addend], Dense):
         source = _selected_from(addend)
         largest = writer.cached(aten.abs.default, writer.values[source].node, val=source.meta["val"])
-        largest = writer.cached(aten.amax.default, largest, val=fake([], source.meta["val"]))
+        largest = writer.cached(aten.amax.default, largest, val=writer.fake([], source.meta["val"]))
         reason = f"a bias in an attention mask is larger than {packed.BOUND:g}"
         writer.guards[packed.is_bounded, largest] = Guard(writer.cached(packed.is_bounded, largest), reason)
         return
