@@ -23,6 +23,7 @@ import sympy
 import torch
 import torch.fx.experimental._config as fx_config
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
+from torch._functorch import predispatch
 from torch._subclasses import fake_tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -319,7 +320,7 @@ def _functional(program: ExportedProgram, call: Call) -> ExportedProgram:
             node.replace_all_uses_with(node.args[0])  # how torch.tensor(...) is traced: no reason to functionalise
             program.graph.erase_node(node)
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
-    if any(_writes(node) for graph in graphs for node in graph.nodes):
+    if any(_writes(node) or _is_of_vmap(node) for graph in graphs for node in graph.nodes):
         program = program.run_decompositions({})
     signature = program.graph_signature
     if mutated := [*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()]:
@@ -332,6 +333,11 @@ def _functional(program: ExportedProgram, call: Call) -> ExportedProgram:
 
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_of_vmap(node: fx.Node) -> bool:
+    """Whether it opens or closes a batch axis of `vmap`, which means nothing outside of a running one."""
+    return getattr(node.target, "__module__", None) == predispatch.__name__
 
 
 def _flat_module(program: ExportedProgram, model: nn.Module, call: Call, outputs: _Outputs) -> fx.GraphModule:

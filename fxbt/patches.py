@@ -1,8 +1,8 @@
-"""Stand-ins for functions of libraries whose Python looks at the values of tensors: the one place that names any.
+"""Stand-ins for functions of libraries that cannot be traced as they are: the one place that names any.
 
-A graph cannot branch on values. Each entry replaces one function while a model is traced, and only then; it computes
-the same for every input that it accepts. What it does not accept it asserts in the graph, and a call for which that
-does not hold runs the original forward.
+A graph cannot branch on values, and a loop in Python becomes thousands of nodes. Each entry replaces one function while
+a model is traced, and only then; it computes the same for every input that it accepts. What it does not accept it
+asserts in the graph, and a call for which that does not hold runs the original forward.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ def _complete_images(self: Any, pixel_values: Tensor, pixel_mask: Tensor, max_im
     return x, mask, (patch_index, (height, width))
 
 
+def _never() -> bool:
+    return False
+
+
 PATCHES = (
     Patch(
         "transformers.models.fsmt.modeling_fsmt",
@@ -64,6 +68,15 @@ PATCHES = (
         "ViltEmbeddings.visual_embed",
         _complete_images,
         "loops over the images to cut away padded pixels, and shuffles the rest",
+    ),
+    *(
+        Patch(
+            f"transformers.models.{library}.modeling_{library}",
+            "is_torchdynamo_exporting",
+            _never,
+            "solves the gated delta rule's triangular system row by row where it is exported, at once where it is not",
+        )
+        for library in ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
     ),
 )
 

@@ -342,3 +342,31 @@ def test_values_that_are_no_sizes_are_not_made_constants(lengths):
     model = made(lambda self, x, lengths: x * sum(1 for value in lengths.flatten().tolist() if value > 1))
     with pytest.raises(CaptureError, match="data-dependent"):
         capture(model, make_call(model, x=torch.randn(2, 4), lengths=lengths))
+
+
+def test_vmap_becomes_plain_operations():
+    def forward(self, x):
+        def fits(i, j):
+            return (j <= i) & j.new_ones((), dtype=torch.bool)
+
+        steps = torch.arange(x.shape[0])
+        return torch.vmap(torch.vmap(fits, in_dims=(None, 0)), in_dims=(0, None))(steps, steps).float() @ x
+
+    model = made(forward)
+    captured = capture(model, make_call(model, x=torch.randn(4, 3)))
+    runs_like(model, captured, x=torch.randn(6, 3))
+
+
+@pytest.mark.parametrize("library", ["qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid"])
+def test_gated_delta_rule_is_not_unrolled(library):
+    modeling = pytest.importorskip(f"transformers.models.{library}.modeling_{library}")
+    model = made(lambda self, q, k, v, g, beta: modeling.torch_chunk_gated_delta_rule(q, k, v, g, beta)[0])
+
+    def inputs(batch, length):
+        vectors = {name: torch.randn(batch, length, 2, 4) for name in "qkv"}
+        return {**vectors, "g": -torch.rand(batch, length, 2), "beta": torch.rand(batch, length, 2)}
+
+    captured = capture(model, make_call(model, **inputs(2, 5)))
+    assert sum(node.target is aten.linalg_solve_triangular.default for node in captured.module.graph.nodes) == 2
+    assert len(captured.module.graph.nodes) < 250  # thousands, if unrolled
+    runs_like(model, captured, **inputs(3, 9))
