@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / ".zoo"
 CHUNK = 80  # types a worker judges before its memory is given back
+MEMORY = 12 * 2**30  # bytes, for one worker
 SECONDS = 60  # of the processor's time, for one type
 
 
@@ -124,6 +126,8 @@ def work(names: list[str], use_cache: bool) -> None:
 
     from . import judge
 
+    # A type that wants more fails by itself, and not the machine with it.
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     for name in names:
