@@ -143,7 +143,7 @@ def reshape_as_to_reshape(node: fx.Node) -> Any:
     return None
 
 
-def _size_node(node: fx.Node, size: int | torch.SymInt) -> Any:
+def _size_node(node: fx.Node, size: Any) -> Any:
     """A size as a number, or as an earlier node that has it; None where none has."""
     if not isinstance(size, torch.SymInt):
         return size
@@ -154,6 +154,11 @@ def _size_node(node: fx.Node, size: int | torch.SymInt) -> Any:
         if isinstance(known, torch.SymInt) and known.node.expr == size.node.expr:
             return earlier
     return None
+
+
+def size_of_another(node: fx.Node) -> Any:
+    """The size of a value inside -> the same size, read earlier: of an input, as a rule"""
+    return _size_node(node, _value(node)) if node.target is aten.sym_size.int and not reaches_output(node) else None
 
 
 def number_from_constant(node: fx.Node) -> Any:
@@ -228,6 +233,37 @@ def linear_from_addmm(node: fx.Node) -> Any:
     transposed.meta = {**node.meta, "val": _value(weight).t()}
     linear.meta = dict(node.meta)
     return linear
+
+
+def linear_from_matmul(node: fx.Node) -> Any:
+    """matmul(x, w^T), matmul(x, w) -> linear(x, w), linear(x, w^T) for a weight w of two dims"""
+    if node.target is not aten.matmul.default:
+        return None
+    x: Any
+    matrix: Any
+    x, matrix = node.args
+    weight: Any = matrix.args[0] if _is_transposed(matrix) else matrix
+    if weight.op != "get_attr" or _value(weight).dim() != 2 or _value(x).dim() < 2:
+        return None
+    with node.graph.inserting_before(node):
+        if weight is matrix:
+            weight = node.graph.call_function(aten.t.default, (matrix,))
+            weight.meta = {**node.meta, "val": _value(matrix).t()}
+        linear = node.graph.call_function(aten.linear.default, (x, weight))
+    linear.meta = dict(node.meta)
+    return linear
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    """Whether a node is the transposition of a matrix, however it is called."""
+    if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
+        return True
+    if node.target not in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.permute.default):
+        return False
+    if node.target is aten.permute.default:
+        return [dim % 2 for dim in node.args[1]] == [1, 0]  # type: ignore[operator]
+    first, second = node.args[1:3]
+    return first % 2 != second % 2  # type: ignore[operator]
 
 
 def linear_of_flattened(node: fx.Node) -> Any:
@@ -392,11 +428,13 @@ STEPS: tuple[Callable[[fx.Node], Any], ...] = (
     drop_whole_slice,
     view_to_reshape,
     reshape_as_to_reshape,
+    size_of_another,
     drop_no_op_layout,
     number_from_constant,
     drop_neutral,
     fill_from_constant,
     linear_from_addmm,
+    linear_from_matmul,
     linear_of_flattened,
     variance_by_correction,
     keep_reduced_dim,

@@ -92,6 +92,24 @@ def test_a_shape_is_read_without_its_tensor():
     torch.testing.assert_close(module(X)[0], shaped(X))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: x @ w.T,
+        lambda x, w: torch.matmul(x, w.permute(1, 0)),
+        lambda x, w: x @ w.transpose(-1, -2),
+        lambda x, w: x @ w.mT,
+        lambda x, w: x @ w.swapaxes(0, 1),
+        lambda x, w: x @ w,
+    ],
+)
+def test_a_product_with_a_weight_is_a_linear(function):
+    weight = torch.randn(6, 6)
+    module = canonicalize(graph_of(lambda x, w: function(x, w) * 2, X, w=weight))
+    assert nodes(module, aten.linear.default) and not nodes(module, aten.matmul.default)
+    torch.testing.assert_close(module(X)[0], function(X, weight) * 2)
+
+
 def test_a_scalar_parameter_is_no_number():
     module = canonicalize(graph_of(lambda x, scale: x * scale, X, scale=torch.tensor(2.0)))
     assert nodes(module, aten.mul.Tensor)[0].args[1].op == "get_attr"
