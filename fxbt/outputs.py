@@ -6,6 +6,7 @@ Decoders return their keys and values in an object of their library's. Such an o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,20 @@ def flatten(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
 def paths(spec: pytree.TreeSpec) -> list[Any]:
     """Where each value of a flat result stands in the result: pytree key paths."""
     numbered = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    return [path for path, _ in pytree.tree_flatten_with_path(_packed(numbered, set()))[0]]
+    return [path for path, _ in pytree.tree_flatten_with_path(_keyed(_packed(numbered, set())))[0]]
+
+
+def _keyed(value: Any) -> Any:
+    """The mappings that pytree cannot name the values of (outputs of transformers 4) as dicts."""
+
+    def is_unnamed(part: Any) -> bool:
+        known = pytree.SUPPORTED_NODES.get(type(part))
+        return isinstance(part, Mapping) and known is not None and known.flatten_with_keys_fn is None
+
+    def named(part: Any) -> Any:
+        return {key: _keyed(value) for key, value in part.items()} if is_unnamed(part) else part
+
+    return pytree.tree_map(named, value, is_leaf=is_unnamed)
 
 
 def _packed(value: Any, seen: set[int]) -> Any:

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError, free_unbacked_symbols, statically_known_true
 
 from .axes import size_of
-from .canonical import drop_same_dtype_cast, writes
+from .canonical import drop_same_dtype_cast, size_of_another, writes
 from .miss import Miss, module_path
 from .record import Entry, Rewrite
 from .rule import Match, Rule
@@ -146,7 +146,7 @@ def _splice(
                 )
             copies[node] = copy = graph.node_copy(node, copies.__getitem__)
             copy.meta = provenance(node, match.anchor, rule)
-            if (source := drop_same_dtype_cast(copy)) is not None:
+            if (source := drop_same_dtype_cast(copy) or size_of_another(copy)) is not None:
                 copies[node] = source
                 graph.erase_node(copy)
     (returned,) = next(node for node in traced.graph.nodes if node.op == "output").args

@@ -63,9 +63,21 @@ def blocks_the_future(attention: fx.Node) -> bool:
     if fxbt.argument(attention, "is_causal"):
         return True
     mask = fxbt.argument(attention, "attn_mask")
-    if mask is None:
+    return mask is not None and any(map(_masks_the_future, _addends(mask)))
+
+
+def _addends(bias: fx.Node) -> list[fx.Node]:
+    """What a bias is the sum of: one mask among positions and other biases is enough."""
+    if bias.target is not torch.ops.aten.add.Tensor or bias.kwargs:
+        return [bias]
+    return [addend for arg in bias.args if isinstance(arg, fx.Node) for addend in _addends(arg)]
+
+
+def _masks_the_future(mask: fx.Node) -> bool:
+    rank = mask.meta["val"].dim()
+    if rank < 2:
         return False
-    index = fxbt.masks.index_symbols(mask.meta["val"].dim())
+    index = fxbt.masks.index_symbols(rank)
     try:
         value = fxbt.masks.evaluate(mask, index, fxbt.masks.read_constants(mask))
     except (fxbt.masks.Opaque, TypeError):  # sympy raises TypeError on NaN

@@ -31,7 +31,8 @@ SUBTRACT = {aten.sub.Tensor, aten.sub.Scalar}
 WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 MASKED_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 CLAMPS = {aten.clamp.default, aten.clamp_min.default}
-# flex_attention could, but uncompiled it takes twice eager's time (measured: 512 tokens, one thread, 42 against 20 ms).
+# flex_attention could, but on CPU it takes 1.5 to 7 times the chain's time, unless Inductor compiles it for each shape:
+# then half of it at 1024 tokens and more at 128. Measured by benchmarks/softcap.py.
 SOFTCAP = {aten.tanh.default}
 
 
@@ -100,7 +101,10 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
         check_not_coarser(node, node.meta["val"].dtype, node.args[0].meta["val"].dtype)
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
     if node.target in SOFTCAP:
-        raise Miss("the scores are softcapped, which SDPA cannot express", node=node)
+        raise Miss(
+            "the scores are softcapped, which SDPA cannot express and flex_attention computes slower unless compiled",
+            node=node,
+        )
     if node.target is aten.neg.default:
         steps.append(Scale(-1))
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]

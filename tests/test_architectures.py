@@ -1,8 +1,8 @@
 """The 45 architectures that BetterTransformer had a class for: fxbt has none for any of them.
 
 For each, with eager attention and, where the model has it, with sdpa: captured, every attention found, projections
-merged (or the reason), the outputs of the eager original at three shapes and paddings on the one graph, and equal
-gradients in training mode.
+merged and layers made one node (or the reason), the outputs of the eager original at three shapes and paddings on the
+one graph, and equal gradients in training mode.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ pytestmark = pytest.mark.skipif(
     version.parse(transformers.__version__).major < 5, reason="the settings are those of transformers 5"
 )
 
+CACHED = "a value inside is used outside"  # keys and values that forward returns as a cache
 FUSED = "one projection gives query, key and value already"
 ONE_LINEAR = "one projection gives query, key and value already"
 
@@ -68,6 +69,8 @@ class Row:
     config: str = ""  # the config class, where it is not the model's own
     kept: int = 0  # attentions left as they are, and why
     reason: str = ""
+    layers: tuple[int, int] = (1, 0)  # encoder and decoder layers that become one node each
+    open_layer: str = ""  # why another one does not
     sdpa_differs: bool = False  # transformers' own sdpa path gives other numbers than its eager one
     shuffled: bool = False  # the model shuffles image tokens: only what stands before them compares
 
@@ -175,8 +178,8 @@ def vision(name: str, model: str, **more: Any) -> Row:
 
 ROWS = [
     text("albert", "AlbertModel", settings={"embedding_size": 16}),
-    Row("bark-semantic", "BarkSemanticModel", {**BARK, "output_vocab_size": VOCAB}, qkv=FUSED),
-    Row("bark-coarse", "BarkCoarseModel", {**BARK, "output_vocab_size": VOCAB}, qkv=FUSED),
+    Row("bark-semantic", "BarkSemanticModel", {**BARK, "output_vocab_size": VOCAB}, qkv=FUSED, layers=(0, 1)),
+    Row("bark-coarse", "BarkCoarseModel", {**BARK, "output_vocab_size": VOCAB}, qkv=FUSED, layers=(0, 1)),
     Row(
         "bark-fine",
         "BarkFineModel",
@@ -185,15 +188,16 @@ ROWS = [
         qkv=FUSED,
         paddings=("none",),
     ),
-    Row("bart", "BartModel", PAIRS, inputs=token_pairs, qkv=3),
+    Row("bart", "BartModel", PAIRS, inputs=token_pairs, qkv=3, layers=(1, 1)),
     text("bert", "BertModel"),
     text("bert-generation", "BertGenerationEncoder"),
-    Row("blip-2", "Blip2Model", BLIP, inputs=images_and_text, qkv=3, shapes=SEVERAL_SHAPES),
+    Row("blip-2", "Blip2Model", BLIP, inputs=images_and_text, qkv=3, shapes=SEVERAL_SHAPES, layers=(1, 2)),
     Row(
         "bloom",
         "BloomModel",
         {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 1, "n_head": 4},
         qkv=FUSED,
+        layers=(0, 1),
     ),
     text("camembert", "CamembertModel"),
     Row(
@@ -206,8 +210,9 @@ ROWS = [
         },
         inputs=texts_and_images,
         qkv=2,
+        layers=(1, 1),
     ),
-    Row("codegen", "CodeGenModel", {**GPT, "rotary_dim": 4}, qkv=FUSED),
+    Row("codegen", "CodeGenModel", {**GPT, "rotary_dim": 4}, qkv=FUSED, layers=(0, 1)),
     text("data2vec-text", "Data2VecTextModel"),
     Row(
         "distilbert",
@@ -217,7 +222,7 @@ ROWS = [
     vision("deit", "DeiTModel"),
     text("electra", "ElectraModel", settings={"embedding_size": 16}),
     text("ernie", "ErnieModel"),
-    Row("falcon-rotary", "FalconModel", {**DECODER, "alibi": False, "multi_query": True}, qkv=FUSED),
+    Row("falcon-rotary", "FalconModel", {**DECODER, "alibi": False, "multi_query": True}, qkv=FUSED, layers=(0, 1)),
     Row(
         "falcon-alibi",
         "FalconModel",
@@ -232,9 +237,10 @@ ROWS = [
         inputs=token_pairs,
         qkv=3,
         shapes=SEVERAL_SHAPES,
+        layers=(1, 1),
     ),
-    Row("gpt2", "GPT2Model", GPT, qkv=ONE_LINEAR),
-    Row("gptj", "GPTJModel", {**GPT, "rotary_dim": 4}),
+    Row("gpt2", "GPT2Model", GPT, qkv=ONE_LINEAR, layers=(0, 1)),
+    Row("gptj", "GPTJModel", {**GPT, "rotary_dim": 4}, layers=(0, 1)),
     Row(
         "gpt-neo",
         "GPTNeoModel",
@@ -248,17 +254,18 @@ ROWS = [
             "max_position_embeddings": 64,
         },
         qkv=2,
+        layers=(0, 2),
     ),
-    Row("gpt-neox", "GPTNeoXModel", NEOX, qkv=FUSED),
-    Row("gpt-bigcode", "GPTBigCodeModel", {**GPT, "multi_query": True}, qkv=FUSED),
+    Row("gpt-neox", "GPTNeoXModel", NEOX, qkv=FUSED, layers=(0, 1)),
+    Row("gpt-bigcode", "GPTBigCodeModel", {**GPT, "multi_query": True}, qkv=FUSED, layers=(0, 1)),
     Row("hubert", "HubertModel", AUDIO, inputs=audio, paddings=("right", "none")),
     text("layoutlm", "LayoutLMModel", inputs=boxes),
-    Row("llama", "LlamaModel", {**DECODER, "num_key_value_heads": 2}),
+    Row("llama", "LlamaModel", {**DECODER, "num_key_value_heads": 2}, layers=(0, 1)),
     text("markuplm", "MarkupLMModel", settings={"max_depth": 4, "xpath_unit_hidden_size": 8}),
-    Row("marian", "MarianModel", PAIRS, inputs=token_pairs, qkv=3),
-    Row("mbart", "MBartModel", PAIRS, inputs=token_pairs, qkv=3),
-    Row("m2m100", "M2M100Model", PAIRS, inputs=token_pairs, qkv=3),
-    Row("opt", "OPTModel", {**DECODER, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    Row("marian", "MarianModel", PAIRS, inputs=token_pairs, qkv=3, layers=(1, 1)),
+    Row("mbart", "MBartModel", PAIRS, inputs=token_pairs, qkv=3, layers=(1, 1)),
+    Row("m2m100", "M2M100Model", PAIRS, inputs=token_pairs, qkv=3, layers=(1, 1)),
+    Row("opt", "OPTModel", {**DECODER, "ffn_dim": 48, "word_embed_proj_dim": 32}, layers=(0, 1)),
     Row(
         "prophetnet",
         "ProphetNetModel",
@@ -280,6 +287,7 @@ ROWS = [
         shapes=SEVERAL_SHAPES,
         kept=1,  # the n-gram stream's bias is cut from a table whose length bounds it only by value
         reason="the replacement needs a guard on sizes",
+        open_layer="this is not computed from x",  # a decoder layer of two streams of queries
     ),
     text("rembert", "RemBertModel", settings={"input_embedding_size": 16, "output_embedding_size": 16}),
     text("roberta", "RobertaModel"),
@@ -306,6 +314,7 @@ ROWS = [
         {**PAIRS, "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 64},
         inputs=speech,
         qkv=3,
+        layers=(1, 1),
     ),
     text("xlm-roberta", "XLMRobertaModel"),
     vision(
@@ -313,6 +322,7 @@ ROWS = [
         "YolosModel",
         settings={"image_size": [16, 16], "num_detection_tokens": 3, "num_hidden_layers": 2},
         qkv=2,
+        layers=(2, 0),
     ),
 ]
 VARIANTS = [(row, implementation) for row in ROWS for implementation in implementations(row.model)]
@@ -359,6 +369,18 @@ def test_projections_are_merged_or_the_reason_is_given(row: Row, implementation:
     _, fast = optimized(row.name, implementation)
     merged, why = fast.report.hits.get("qkv", 0), fast.report.why("qkv")
     assert row.qkv in why if isinstance(row.qkv, str) else merged == row.qkv, f"{merged} merged; {why}"
+
+
+@variants
+def test_every_layer_is_one_node_or_the_reason_is_given(row: Row, implementation: str) -> None:
+    model, fast = optimized(row.name, implementation)
+    if CACHED in fast.report.why("decoder_layer") + fast.report.why("encoder_layer"):
+        with torch.no_grad():
+            fast = fxbt.optimize(model, example_inputs={**example(row), "use_cache": False}, padding="keep")
+    found = tuple(fast.report.hits[rule] for rule in ("encoder_layer", "decoder_layer"))
+    why = fast.report.why("encoder_layer")
+    assert found == row.layers, f"{why}\n{fast.report.why('decoder_layer')}"
+    assert row.open_layer in why
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

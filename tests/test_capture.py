@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -360,6 +362,8 @@ def test_vmap_becomes_plain_operations():
 @pytest.mark.parametrize("library", ["qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid"])
 def test_gated_delta_rule_is_not_unrolled(library):
     modeling = pytest.importorskip(f"transformers.models.{library}.modeling_{library}")
+    if version.parse(transformers.__version__).major < 5:
+        pytest.skip("transformers 4 has no way of solving the triangular system at once")
     model = made(lambda self, q, k, v, g, beta: modeling.torch_chunk_gated_delta_rule(q, k, v, g, beta)[0])
 
     def inputs(batch, length):

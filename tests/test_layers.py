@@ -73,7 +73,7 @@ def test_a_layer_with_experts_stays_open_and_says_where() -> None:
     assert "mlp(normalize(" in why and "at layers.0.mlp (modeling_mixtral.py:" in why
 
 
-def test_a_layer_of_windows_stays_open_and_says_where() -> None:
+def test_a_layer_of_windows_is_one_node_and_one_of_shifted_windows_stays_open() -> None:
     sizes = {"image_size": 32, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4}
     model = enliven(SwinModel(SwinConfig(**sizes, attn_implementation="eager")))
     images = torch.randn(2, 3, 32, 32)
@@ -82,9 +82,9 @@ def test_a_layer_of_windows_stays_open_and_says_where() -> None:
         compare(fast(images), model(images))
     report = fast.report
     assert (report.hits["attention"], report.hits["qkv"], report.hits["mlp"]) == (2, 2, 2)
-    assert layers(report) == {}
-    why = report.why("encoder_layer", at="encoder.layers.0.blocks.0")
-    assert "a value inside is used outside" in why and "is also used by" in why and "(modeling_swin.py:" in why
+    assert layers(report) == {"encoder_layer": 1}
+    assert "encoder_layer fired once, at encoder.layers.0.blocks.0" in report.why("encoder_layer")
+    assert any("blocks.1" in miss.found for miss in report.misses if miss.rule == "encoder_layer")
 
 
 def test_layers_with_hidden_states_as_outputs() -> None:

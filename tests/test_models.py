@@ -28,6 +28,7 @@ from torch import nn
 
 import fxbt
 
+TRANSFORMERS = version.parse(transformers.__version__).major
 variants = pytest.mark.parametrize(("case", "implementation"), VARIANTS, ids=VARIANT_IDS)
 
 
@@ -120,7 +121,10 @@ def test_gradients_are_the_originals(name: str) -> None:
     model = case.build("eager")
     fast = fxbt.optimize(model, example_inputs=example(case))
     compare_gradients(*gradients(model, fast, case.inputs(*case.shapes[1], "right")))
-    assert fast.report.hits["attention"] == case.attentions
+    # GPT-2 of transformers 4 fills the future and adds the padding: SDPA's gradient differs in rows that both block.
+    differs = name == "gpt2" and TRANSFORMERS < 5
+    assert fast.report.hits["attention"] == (0 if differs else case.attentions)
+    assert ("whose gradients differ" in fast.report.why("attention")) == differs
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "bart", "vit"])
@@ -180,7 +184,7 @@ def test_autocast_is_no_worse_than_eager(name: str) -> None:
     error, allowed = ((t.float() - want)[valid].abs().mean() for t in (actual, expected))
     assert error <= 1.2 * allowed, f"mean error {error:.3g} against fp32, eager's own is {allowed:.3g}"
     # T5 of transformers 4 rounds its scores to bfloat16 on the way to the softmax, which SDPA would not.
-    rounds = name == "t5" and version.parse(transformers.__version__).major < 5
+    rounds = name == "t5" and TRANSFORMERS < 5
     assert fast.report.hits["attention"] == (0 if rounds else case.attentions), fast.report.why("attention")
     assert fast.report.fallbacks == []
 

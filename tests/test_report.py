@@ -274,6 +274,7 @@ def test_a_value_that_is_returned_is_named_with_what_to_ask(tiny_bert: nn.Module
     with torch.no_grad():
         report = fxbt.optimize(tiny_bert, {"input_ids": ids, "output_attentions": True}).report
     text = re.sub(r"\.py:\d+", ".py:0", report.why("attention"))
+    text = re.sub(r"%clone_0 (.*)\.dropout", r"%softmax_0 \1", text)  # transformers 4: by a module that does nothing
     assert text.splitlines() == [
         "attention: nearest miss of 2, at encoder.layer.0..1.attention.self",
         "  reason    the attention weights are used elsewhere too",
