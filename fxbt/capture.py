@@ -47,6 +47,7 @@ TRACERS = ("auto", "export", "hf-fx")
 _CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 _ASSERTS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+_CONVERSIONS = tuple(getattr(aten.to, name) for name in ("device", "dtype", "dtype_layout", "other"))
 _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _NOT_USER_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 _VALUES_READ = (GuardOnDataDependentSymNode, fake_tensor.DataDependentOutputException)
@@ -319,6 +320,9 @@ def _functional(program: ExportedProgram, call: Call) -> ExportedProgram:
         if node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
             node.replace_all_uses_with(node.args[0])  # how torch.tensor(...) is traced: no reason to functionalise
             program.graph.erase_node(node)
+        elif node.target is aten.copy_.default and _is_unconverted(node.args[1], node.args[0]):
+            node.replace_all_uses_with(node.args[0])  # how `self.x = self.x.to(dtype)` is traced, which changes nothing
+            program.graph.erase_node(node)
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
     if any(_writes(node) or _is_of_vmap(node) for graph in graphs for node in graph.nodes):
         program = program.run_decompositions({})
@@ -333,6 +337,24 @@ def _functional(program: ExportedProgram, call: Call) -> ExportedProgram:
 
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_unconverted(value: Any, tensor: fx.Node) -> bool:
+    """Whether `value` is `tensor` itself: no more than conversions to the dtype and device that it has already."""
+    while value is not tensor:
+        if not isinstance(value, fx.Node) or value.target not in _CONVERSIONS or _copies(value):
+            return False
+        converted, value = value.meta["val"], value.all_input_nodes[0]
+        kept = value.meta["val"]
+        if (converted.dtype, converted.device, converted.stride()) != (kept.dtype, kept.device, kept.stride()):
+            return False
+    return True
+
+
+def _copies(conversion: fx.Node) -> bool:
+    schema = conversion.target._schema.arguments  # type: ignore[union-attr]
+    given = {argument.name: value for argument, value in zip(schema, conversion.args, strict=False)} | conversion.kwargs
+    return bool(given.get("copy"))
 
 
 def _is_of_vmap(node: fx.Node) -> bool:

@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .errors import CaptureError
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,24 @@ def _never() -> bool:
     return False
 
 
+def _unconverted(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Conversions of a module to the dtype and device that it has already; others would change the model."""
+    named = [*self.named_parameters(recurse=recurse), *self.named_buffers(recurse=recurse)]
+    with _disable_current_modes(), FakeTensorMode():
+        for name, tensor in named:
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            if fn(like) is not like:
+                raise CaptureError(f"forward converts {name} of a {type(self).__name__}; a graph would not")
+    return self
+
+
 PATCHES = (
+    Patch(
+        "torch.nn.modules.module",
+        "Module._apply",
+        _unconverted,
+        "puts parameters into their module anew, which tracing has its own in the places of",
+    ),
     Patch(
         "transformers.models.fsmt.modeling_fsmt",
         "make_padding_mask",

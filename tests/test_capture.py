@@ -374,3 +374,36 @@ def test_gated_delta_rule_is_not_unrolled(library):
     assert sum(node.target is aten.linalg_solve_triangular.default for node in captured.module.graph.nodes) == 2
     assert len(captured.module.graph.nodes) < 250  # thousands, if unrolled
     runs_like(model, captured, **inputs(3, 9))
+
+
+def test_conversions_to_what_is_there_already_change_nothing():
+    def forward(self, x):
+        self.table = self.table.to(device=x.device, dtype=x.dtype)
+        self.linear = self.linear.to(x.dtype)
+        return self.linear(x) + self.table
+
+    model = made(forward, linear=nn.Linear(4, 4))
+    model.register_buffer("table", torch.randn(4))
+    captured = capture(model, make_call(model, x=torch.randn(2, 4)))
+    assert captured.module.get_buffer("table") is model.table
+    runs_like(model, captured, x=torch.randn(5, 4))
+
+
+def assigned(self, x):
+    self.table = self.table.to(x.dtype, copy=True) + 1
+    return x + self.table
+
+
+def converted(self, x):
+    return self.linear.to(torch.float64)(x.double())
+
+
+@pytest.mark.parametrize(
+    "forward, words", [(assigned, "writes in place to table"), (converted, "converts weight of a")]
+)
+def test_conversions_that_change_something_are_refused(forward, words):
+    model = made(forward, linear=nn.Linear(4, 4))
+    model.register_buffer("table", torch.zeros(4))
+    with pytest.raises(CaptureError, match=words):
+        capture(model, make_call(model, x=torch.randn(2, 4)), rehearse=False)
+    assert model.linear.weight.dtype is torch.float32
