@@ -348,13 +348,29 @@ def softmax_by_hand(node: fx.Node) -> Any:
 
 
 def softmax_of_shifted(node: fx.Node) -> Any:
-    """softmax(x - x.amax(dim, keepdim), dim) -> softmax(x, dim)"""
+    """softmax(x - x.amax(dim, keepdim), dim) -> softmax(x, dim), also where x was made smaller meanwhile
+
+    CogView's PB-relax, https://huggingface.co/papers/2105.13290: softmax((x / a - max(x / a)) * a).
+    """
     if node.target is not aten.softmax.int:
         return None
-    scores = _shifted_by_its_max(node.args[0], int(node.args[1]) % _value(node).dim())  # type: ignore[arg-type]
+    dim = int(node.args[1]) % _value(node).dim()  # type: ignore[arg-type]
+    scores = _shifted_by_its_max(node.args[0], dim) or _relaxed(node.args[0], dim)
     if scores is not None and _value(scores).dtype == _value(node.args[0]).dtype:
         node.update_arg(0, scores)
     return None
+
+
+def _relaxed(node: Any, dim: int) -> Any:
+    """x, where node is (x / a - max(x / a)) * a for a number a of at least one."""
+    if not isinstance(node, fx.Node) or node.target is not aten.mul.Tensor:
+        return None
+    factor = node.args[1]
+    smaller = _shifted_by_its_max(node.args[0], dim)
+    if smaller is None or not isinstance(factor, int | float) or factor < 1:
+        return None
+    divided = smaller.target is aten.div.Tensor and smaller.args[1] == factor and not smaller.kwargs
+    return smaller.args[0] if divided else None
 
 
 def _shifted_by_its_max(node: Any, dim: int) -> Any:

@@ -56,7 +56,7 @@ def flatten(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
 def paths(spec: pytree.TreeSpec) -> list[Any]:
     """Where each value of a flat result stands in the result: pytree key paths."""
     numbered = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    return [path for path, _ in pytree.tree_flatten_with_path(_keyed(_packed(numbered, set())))[0]]
+    return [path for path, _ in pytree.tree_flatten_with_path(_packed(_keyed(numbered), set()))[0]]
 
 
 def _keyed(value: Any) -> Any:

@@ -146,6 +146,23 @@ def test_softmax_by_hand(function, is_softmax):
     assert (aten.softmax.int in targets(function, X)) == is_softmax
 
 
+@pytest.mark.parametrize(
+    ("function", "plain"),
+    [
+        (lambda x: torch.softmax(((y := x / 32) - y.amax(-1).unsqueeze(-1)) * 32, -1), True),
+        (lambda x: torch.softmax(((y := x / 32) - y.amax(-1, keepdim=True)) * 16, -1), False),
+        (lambda x: torch.softmax(((y := x / 32) - y.amax(1, keepdim=True)) * 32, -1), False),
+        (lambda x: torch.softmax((x / 32 - (x / 16).amax(-1, keepdim=True)) * 32, -1), False),
+        (lambda x: torch.softmax(((y := x / 0.1) - y.amax(-1, keepdim=True)) * 0.1, -1), False),
+    ],
+)
+def test_relaxed_softmax(function, plain):
+    graph = graph_of(function, X)
+    expected = graph(X)[0]
+    torch.testing.assert_close(canonicalize(graph)(X)[0], expected)
+    assert (aten.amax.default not in {node.target for node in graph.graph.nodes}) == plain
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
 def test_canonical_form_is_idempotent_and_preserves_numbers(name):
     case = CASES_BY_NAME[name]
