@@ -23,6 +23,7 @@ from .canonical import CASTS, argument, attribute
 aten = torch.ops.aten
 Index = tuple[Any, ...]
 EXACT_FOR_POSITIONS = {torch.int32, torch.int64, torch.float32, torch.float64}
+WRAPPING = {torch.uint8, torch.int8, torch.int16}  # 0 - 1 is 255 in uint8
 Truth = Relational | BooleanFunction | BooleanAtom  # not sympy's Boolean: its Symbol is one, integers included
 
 
@@ -132,8 +133,9 @@ def _number(value: Any) -> Any:
 def _data(node: fx.Node, index: Index) -> Any:
     shape = node.meta["val"].shape
     read = [position for dim, position in enumerate(index) if not _is_one(shape[dim])]
-    symbol = sympy.Function(node.name, integer=not node.meta["val"].dtype.is_floating_point)
-    applied = symbol(*read) if read else sympy.Symbol(node.name, integer=True)
+    # nothing is assumed of floats: integer=False would say that no float is 0
+    known = {} if node.meta["val"].dtype.is_floating_point else {"integer": True}
+    applied = sympy.Function(node.name, **known)(*read) if read else sympy.Symbol(node.name, **known)
     return sympy.Ne(applied, 0) if node.meta["val"].dtype is torch.bool else applied
 
 
@@ -217,7 +219,12 @@ def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
             return sympy.Piecewise(*[(combine(lhs, case), when) for case, when in rhs.args])
         return function(lhs, rhs)
 
-    return _pointwise(combine)
+    def run(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+        if node.meta["val"].dtype in WRAPPING:
+            raise Opaque(f"arithmetic in {node.meta['val'].dtype}")
+        return _pointwise(combine)(node, index, constants)
+
+    return run
 
 
 def _where(condition: Any, then: Any, otherwise: Any) -> Any:

@@ -318,6 +318,14 @@ GUARDED.append(
 GUARDED.append(
     Case("a mask of twos", Net, NOT_ZERO_OR_ONE, lambda ids, mask: {"input_ids": ids, "attention_mask": 2 * mask})
 )
+REFUSED.append(
+    Case(
+        "a mask that wraps around",  # 0 - 1 is 255 in uint8
+        lambda: Net(mask=lambda mask, x: (mask[:, None, None] - 1).to(x.dtype) * 1e9),
+        "cannot be read",
+        lambda ids, mask: {"input_ids": ids, "attention_mask": mask.to(torch.uint8)},
+    )
+)
 
 
 class CrossAttention(nn.Module):

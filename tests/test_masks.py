@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import sympy
 import torch
 from tracing import graph_of, nodes, returned
 
@@ -115,6 +116,22 @@ def test_data_stays_a_function_of_its_position():
 
     node = returned(canonicalize(graph_of(padding, torch.ones(2, 5))))
     assert str(masks.evaluate(node, masks.index_symbols(3), {})) == "args_0(i0, i2) > 0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.long, torch.uint8, torch.bool])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_data_may_be_zero_whatever_its_type(dtype: torch.dtype, rank: int) -> None:
+    """A float is no integer in general, but it can be 0."""
+    data = torch.ones((2, 5)[:rank], dtype=dtype)
+    node = returned(canonicalize(graph_of(lambda x: x == 0, data)))
+    value = masks.evaluate(node, masks.index_symbols(rank), {})
+    assert value not in (sympy.true, sympy.false) and value.atoms(sympy.Symbol)
+
+
+def test_arithmetic_that_wraps_around_is_not_read() -> None:
+    node = returned(canonicalize(graph_of(lambda x: x - 1, torch.ones(2, 5, dtype=torch.uint8))))
+    with pytest.raises(masks.Opaque, match="arithmetic in torch.uint8"):
+        masks.evaluate(node, masks.index_symbols(2), {})
 
 
 def test_an_unknown_op_is_data_not_a_guess():

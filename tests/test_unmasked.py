@@ -87,3 +87,25 @@ def test_what_a_mask_adds_where_it_is_open_stays() -> None:
         for batch, length in ((2, 7), (2, 7), (3, 5)):
             inputs = {"input_ids": ids(batch, length), "attention_mask": torch.ones(batch, length, dtype=torch.long)}
             compare(fast(**inputs), model(**inputs))
+
+
+class FilledByFloats(ScaledMask):
+    """Blocks where a mask, given as floats, is 0."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.embedding(input_ids)).unflatten(-1, (3, 2, 4)).transpose(1, 3).unbind(2)
+        scores = (query @ key.transpose(-1, -2)).masked_fill(attention_mask[:, None, None] == 0, -1e9)
+        return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+def test_a_mask_of_floats_is_not_taken_for_open() -> None:
+    """Captured without padding, where a mask that is lost makes no difference."""
+    model = FilledByFloats().eval()
+    fast: Any = fxbt.optimize(model)
+    with torch.no_grad():
+        for batch, length in ((2, 7), (3, 5), (2, 12)):
+            for mask in (torch.ones(batch, length), torch.ones(batch, length).triu(1), torch.ones(batch, length)):
+                inputs = {"input_ids": ids(batch, length), "attention_mask": mask}
+                compare(fast(**inputs), model(**inputs), dropped=[mask.bool()])
+    assert not fast.report.fallbacks
+    assert fast.report.latest.calls["packed"] == 3
