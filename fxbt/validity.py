@@ -47,6 +47,8 @@ class AttentionMask:
     """
 
     def __init__(self, node: fx.Node):
+        if node.target is torch.ops.aten.cat.default:
+            raise Miss("an attention sink or other keys of their own stand beside the tokens'", node=node)
         self.node = node
         self.index = index_symbols(4)
         rank = node.meta["val"].dim()

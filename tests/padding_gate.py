@@ -188,6 +188,16 @@ def batch_statistics(x: Tensor) -> Tensor:
     return F.batch_norm(x.transpose(1, 2), None, None, training=True).transpose(1, 2)
 
 
+def attention_with_sink(net: Net, x: Tensor, mask: Tensor) -> Tensor:
+    """Each head may look away: one more score, a number of its own, takes weight and gives nothing."""
+    query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in net.qkv[1](x).chunk(3, dim=-1))
+    scores = query @ key.transpose(-1, -2) + additive(mask, x)
+    sink = net.factor.reshape(1, 1, 1, 1).expand(*scores.shape[:3], 1)
+    weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    return x + (weights @ value).transpose(1, 2).flatten(2)
+
+
+refuse("an attention sink", "an attention sink", mix=attention_with_sink)
 refuse(
     "a token put in front",
     MIXES,

@@ -74,6 +74,9 @@ FALCON: dict[str, Any] = {
     "pad_token_id": PAD,
 }
 
+EXPERTS: dict[str, Any] = {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}
+SINKS: dict[str, Any] = {**EXPERTS, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -199,4 +202,13 @@ WITH_HEADS = [
     Case("BertModel", ENCODER, "sdpa", extra=(("output_hidden_states", True),)),
     Case("LlamaModel", DECODER, "eager", extra=(("output_hidden_states", True),)),
     *(Case("BertModel", ENCODER, "sdpa", wrap=wrap) for wrap in (MaskedMean, MeanByProduct, MaskedMax)),
+]
+
+SINK = "an attention sink"
+ROUTED = "an op mixes tokens, padded ones among them"
+DENSE = [
+    (Case("GptOssModel", SINKS), SINK),
+    (Case("MixtralModel", EXPERTS, "sdpa"), ROUTED),
+    (Case("MixtralModel", EXPERTS), ROUTED),
+    (Case("MixtralForCausalLM", {**EXPERTS, "sliding_window": None}, "sdpa"), ROUTED),
 ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import PAD, VOCAB, compare
+from models import PAD, VOCAB, compare, enliven
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -114,6 +114,22 @@ def test_models_run_on_valid_tokens_alone(case: models.Case) -> None:
         fast = check(case)
     assert fast.report.hits["padding"] == 1, fast.report.why("padding")
     assert calls_of(fast)["packed"] >= 3, calls_of(fast)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("case", "reason"), models.DENSE, ids=str)
+def test_sinks_and_routing_to_experts_stay_dense_and_say_why(case: models.Case, reason: str, seed: int) -> None:
+    """Other weights send other tokens to other experts; nothing is blanked, so outputs are the original's everywhere."""
+    model = enliven(case.model(), seed)
+    fast: Any = fxbt.optimize(model)
+    with torch.no_grad():
+        for batch, length in ((3, 9), (2, 6), (4, 13)):
+            for mask in masks(batch, length, seed).values():
+                inputs = case.inputs(mask, mask)
+                compare(fast(**inputs), model(**inputs))
+    assert not fast.report.fallbacks
+    assert fast.report.hits["padding"] == 0 and not calls_of(fast)
+    assert reason in fast.report.why("padding")
 
 
 def test_calls_without_padding_are_dense() -> None:
