@@ -36,6 +36,7 @@ from . import outputs as forms
 from .errors import CaptureError
 from .patches import patched
 from .regions import inline_regions
+from .scalars import Constant, Scalars
 from .signature import Call, leaves, named_leaves
 from .state import HOOKS, ModelState, preserved
 
@@ -73,6 +74,8 @@ class _Outputs:
 
     spec: pytree.TreeSpec | None = None
     constants: dict[int, Any] = field(default_factory=dict)  # position among the leaves -> value
+    originals: dict[str, Tensor] = field(default_factory=dict)  # the model's buffers
+    read: list[Constant] = field(default_factory=list)  # those whose value is part of the graph
 
 
 def capture(
@@ -231,7 +234,7 @@ def _run(model: nn.Module, call: Call, tensors: Sequence[Tensor]) -> Any:
 
 
 def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., Any]) -> Captured:
-    outputs = _Outputs()
+    outputs = _Outputs(originals=dict(model.named_buffers()))
     tensors, free_rank = attempt.tensors, attempt.free_rank
     fixed = {i: tensors[i] for i in attempt.fixed}
     # A GraphModule's class is made for its own graph, and torch.export asks such modules for it.
@@ -253,7 +256,8 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
         program = _functional(program, call)
     module = _flat_module(program, model, call, outputs)
     assert outputs.spec is not None
-    return Captured(module, outputs.spec, _guards(module, call.names, fixed), tensors)
+    guards = _guards(module, call.names, fixed)
+    return Captured(module, outputs.spec, _also(guards, outputs.read) if outputs.read else guards, tensors)
 
 
 @contextlib.contextmanager
@@ -278,7 +282,9 @@ def _flat_forward(
         )
         arguments = call.rebuild(tensors)
         before = leaves(arguments)
-        result = run(self, *arguments[0], **arguments[1])
+        with Scalars(self, outputs.originals) as scalars:
+            result = run(self, *arguments[0], **arguments[1])
+        outputs.read = scalars.read
         after = leaves(arguments)
         if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
             raise CaptureError("forward changes a container it was given; a graph would not")
@@ -501,6 +507,18 @@ def _assertions(count: int, conditions: list[tuple[str, str]]) -> Callable[..., 
     namespace: dict[str, Any] = {"math": math}
     exec(source, namespace)  # sizes compare at full speed, without a graph in between
     return namespace["guards"]
+
+
+def _also(guards: Callable[..., None], constants: list[Constant]) -> Callable[..., None]:
+    """These guards, and that tensors of the model have the values that they had."""
+
+    def both(*tensors: Tensor) -> None:
+        guards(*tensors)
+        for constant in constants:
+            if not constant.holds():
+                raise AssertionError(f"{constant.name} == {constant.value}")
+
+    return both
 
 
 # transformers' own fx tracer (4.x)

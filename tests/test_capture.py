@@ -407,3 +407,79 @@ def test_conversions_that_change_something_are_refused(forward, words):
     with pytest.raises(CaptureError, match=words):
         capture(model, make_call(model, x=torch.randn(2, 4)), rehearse=False)
     assert model.linear.weight.dtype is torch.float32
+
+
+class Framed(nn.Module):
+    """A convolution padded to whole frames, by the count that tensors of the model and the length give."""
+
+    def __init__(self, kernel=7, stride=4):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 2, kernel, stride)
+        self.register_buffer("kernel", torch.tensor(kernel), persistent=False)
+        self.register_buffer("stride", torch.tensor(stride), persistent=False)
+
+    def forward(self, x):
+        length, padding = x.shape[-1], self.kernel - self.stride
+        frames = torch.ceil((length - self.kernel + padding) / self.stride + 1).to(torch.int64) - 1
+        extra = frames * self.stride + self.kernel - padding - length
+        x = x * 2 if max(padding, extra) >= length else x
+        return self.conv(nn.functional.pad(x, (padding, extra)))[..., :frames]
+
+
+def test_numbers_that_follow_from_sizes_are_sizes():
+    model = Framed()
+    captured = capture(model, make_call(model, x=torch.randn(2, 2, 40)))
+    assert aten.ceil.default not in targets(captured)
+    for length in (5, 39, 40, 41, 42, 43, 1000):
+        runs_like(model, captured, x=torch.randn(3, 2, length))
+    with pytest.raises(AssertionError, match=r"< x\.shape\[2\]"):
+        captured.guards(torch.randn(2, 2, 3))
+    with pytest.raises(AssertionError, match="< 4194304"):  # where float32 might round past an integer
+        captured.guards(torch.empty(2, 2, 5_000_000, device="meta"))
+
+
+def test_tensors_whose_values_are_part_of_a_graph_are_guarded():
+    model = Framed()
+    x = torch.randn(2, 2, 40)
+    captured = capture(model, make_call(model, x=x))
+    model.stride.fill_(5)
+    with pytest.raises(AssertionError, match="stride == 4"):
+        captured.guards(x)
+    model.stride.data = torch.tensor(4)
+    captured.guards(x)
+
+
+def test_a_length_divided_by_torch_is_a_size():
+    model = made(lambda self, x: x.view(x.shape[0], torch.div(x.shape[1], 2, rounding_mode="trunc"), 2).sum(1))
+    captured = capture(model, make_call(model, x=torch.randn(2, 8)))
+    runs_like(model, captured, x=torch.randn(3, 12))
+
+
+def written(self, x):
+    count = torch.tensor(x.shape[1])
+    count.view(1)[0] = 3
+    return x[:, :count]
+
+
+def of_values(self, x):
+    return x[:, : (x > 0).sum() + self.seen]
+
+
+@pytest.mark.parametrize("forward", [written, of_values])
+def test_numbers_that_are_written_or_follow_from_values_are_no_sizes(forward):
+    model = made(forward)
+    model.register_buffer("seen", torch.tensor(1))
+    captured = capture(model, make_call(model, x=torch.randn(2, 8)))
+    assert aten.item.default in targets(captured)
+    runs_like(model, captured, x=torch.randn(3, 9))
+
+
+def test_a_tensor_that_is_counted_up_is_no_constant():
+    def forward(self, x):
+        self.seen.add_(1)
+        return x[:, : self.seen]
+
+    model = made(forward)
+    model.register_buffer("seen", torch.tensor(1))
+    with pytest.raises(CaptureError, match="writes in place to seen"):
+        capture(model, make_call(model, x=torch.randn(2, 8)))

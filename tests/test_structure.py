@@ -18,6 +18,7 @@ ROOMS = [
     "outputs",
     "patches",
     "regions",
+    "scalars",
     "state",
     "capture",
     "miss",
