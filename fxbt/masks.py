@@ -304,18 +304,47 @@ def _cast(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -
         return truth(value)
     if isinstance(value, Truth):
         return sympy.Piecewise((1, value), (0, True))
-    return _converted(value, dtype)
+    return _converted(value, node.args[0].meta["val"].dtype, dtype)
 
 
-def _converted(value: Any, dtype: torch.dtype) -> Any:
-    """A number as torch converts it; expressions only between types that hold every position exactly."""
+def _converted(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
+    """A number as torch converts it; an expression as it is between types that hold all its values."""
     if isinstance(value, sympy.Piecewise):
-        return sympy.Piecewise(*[(_converted(case, dtype), when) for case, when in value.args])
+        return sympy.Piecewise(*[(_converted(case, source, dtype), when) for case, when in value.args])
     if value.is_number:
-        return _number(torch.tensor(float(value), dtype=torch.float64).to(dtype).item())
-    if not value.is_integer or dtype not in EXACT_FOR_POSITIONS:
+        return converted(value, dtype)
+    is_wider = source.is_floating_point and dtype.is_floating_point and torch.promote_types(source, dtype) is dtype
+    if is_wider or (value.is_integer and dtype in EXACT_FOR_POSITIONS):
+        return value
+    if dtype not in ROUNDINGS:
         raise Opaque(f"a cast to {dtype}")
-    return value
+    return ROUNDINGS[dtype](value)
+
+
+def converted(number: Any, dtype: torch.dtype) -> Any:
+    """A number as torch holds it in another type."""
+    return _number(torch.tensor(float(number), dtype=torch.float64).to(dtype).item())
+
+
+class Rounding(sympy.Function):
+    """What data becomes in half precision: known as soon as the data is a number, such as a mask's 0 or 1."""
+
+    dtype: torch.dtype
+
+    @classmethod
+    def eval(cls, value: Any) -> Any:
+        return converted(value, cls.dtype) if value.is_number else None
+
+
+class ToFloat16(Rounding):
+    dtype = torch.float16
+
+
+class ToBFloat16(Rounding):
+    dtype = torch.bfloat16
+
+
+ROUNDINGS = {kind.dtype: kind for kind in (ToFloat16, ToBFloat16)}
 
 
 def _triangle(relation: Any, outside: Callable[[Any], Any]) -> Callable[..., Any]:

@@ -20,7 +20,18 @@ from torch.utils._sympy.functions import Max, Min
 
 from .axes import sizes_of
 from .canonical import argument
-from .masks import Index, Opaque, Truth, evaluate, index_symbols, is_causal, read_constants, zero_else_below
+from .masks import (
+    Index,
+    Opaque,
+    Rounding,
+    Truth,
+    converted,
+    evaluate,
+    index_symbols,
+    is_causal,
+    read_constants,
+    zero_else_below,
+)
 from .miss import Miss
 from .packed import BOUND
 
@@ -140,6 +151,9 @@ class AttentionMask:
                 return _known(sum(low for low, _ in ranges), sum(high for _, high in ranges))
             case sympy.Mul():
                 return _product([self._range(factor) for factor in value.args])
+            case Rounding():
+                low, high = self._range(value.args[0])
+                return float(converted(low, value.dtype)), float(converted(high, value.dtype))
             case sympy.Abs():
                 low, high = self._range(value.args[0])
                 return 0.0, max(-low, high)

@@ -1,7 +1,8 @@
 """Modules in which dropping padding would be wrong, or right only for some calls: each with its reason.
 
 All are variations of one small encoder that packs: `Net` with another embedding, mask, mixer between its layers, or
-head. `REFUSED` must stay dense, `GUARDED` must pack and go dense where `breaks` says so.
+head. `REFUSED` must stay dense, `GUARDED` must pack and go dense where `breaks` says so. `PACKED` are the spellings of
+a mask that pack always.
 """
 
 from __future__ import annotations
@@ -78,17 +79,24 @@ class Case:
         default=lambda ids, mask: {"input_ids": ids, "attention_mask": mask}
     )
     breaks: Callable[[Tensor], bool] = field(default=lambda mask: True)
+    dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         return self.name
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        return enliven(self.build())
+        return enliven(self.build()).to(self.dtype)
+
+    @property
+    def tolerance(self) -> float:
+        """Of the outputs' magnitude: a few roundings of the dtype."""
+        return max(2e-5, 4 * torch.finfo(self.dtype).eps)
 
 
 REFUSED: list[Case] = []
 GUARDED: list[Case] = []
+PACKED: list[Case] = []
 
 
 def refuse(name: str, reason: str, **variation: Any) -> None:
@@ -97,6 +105,10 @@ def refuse(name: str, reason: str, **variation: Any) -> None:
 
 def guard(name: str, reason: str, breaks: Callable[[Tensor], bool], **variation: Any) -> None:
     GUARDED.append(Case(name, lambda: Net(**variation), reason, breaks=breaks))
+
+
+def pack(name: str, dtype: torch.dtype = torch.float32, **variation: Any) -> None:
+    PACKED.append(Case(name, lambda: Net(**variation), "", dtype=dtype))
 
 
 MIXES = "mixes tokens, padded ones among them"
@@ -273,6 +285,25 @@ refuse(
     ),
 )
 refuse("weights after a bias", "", mask=lambda mask, x: additive(mask, x) * x.mean())
+
+# --- masks in half precision ---
+
+
+def in_half(dtype: torch.dtype, fill: float | None = None) -> Mask:
+    """(1 - mask) * finfo.min, computed in `dtype` whatever the model's."""
+    lowest = torch.finfo(dtype).min if fill is None else fill
+    return lambda mask, x: ((1.0 - mask[:, None, None, :].to(dtype)) * lowest).to(x.dtype)
+
+
+pack("a mask in a float16 model", torch.float16, mask=in_half(torch.float16))
+pack("a mask in a bfloat16 model", torch.bfloat16, mask=in_half(torch.bfloat16))
+pack("a mask made in bfloat16", mask=in_half(torch.bfloat16))
+refuse("a mask made in float16", UNMASKED, mask=in_half(torch.float16))  # -65504 is no mask in float32
+refuse("-10000 in bfloat16", UNMASKED, mask=in_half(torch.bfloat16, -10000.0))
+refuse("a soft mask in half", UNMASKED, mask=lambda mask, x: (mask[:, None, None].bfloat16() - 1.0).to(x.dtype))
+REFUSED.append(
+    Case("-10000 in a float16 model", lambda: Net(mask=in_half(torch.float16, -1e4)), UNMASKED, dtype=torch.float16)
+)
 
 # --- what is right for some calls only --------------------------------------------------------------------------
 

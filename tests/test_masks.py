@@ -7,6 +7,7 @@ import math
 import pytest
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from tracing import graph_of, nodes, returned
 
 from fxbt import masks
@@ -132,6 +133,15 @@ def test_arithmetic_that_wraps_around_is_not_read() -> None:
     node = returned(canonicalize(graph_of(lambda x: x - 1, torch.ones(2, 5, dtype=torch.uint8))))
     with pytest.raises(masks.Opaque, match="arithmetic in torch.uint8"):
         masks.evaluate(node, masks.index_symbols(2), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_data_in_half_precision_is_rounded_once_it_is_known(dtype: torch.dtype) -> None:
+    module = canonicalize(graph_of(lambda x: x.to(dtype).float(), torch.ones(2, 5, dtype=torch.long)))
+    value = masks.evaluate(returned(module), masks.index_symbols(2), {})
+    (data,) = value.atoms(AppliedUndef)
+    for number in (0, 1, 2049, -70001):
+        assert value.subs(data, number) == masks.converted(number, dtype)
 
 
 def test_an_unknown_op_is_data_not_a_guess():
