@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from . import outputs as forms
+from .branches import Answer, Followed, Noted
 from .errors import CaptureError
 from .patches import patched
 from .regions import inline_regions
@@ -139,21 +140,18 @@ def _capture(model: nn.Module, call: Call, example: tuple[Tensor, ...], tracer: 
 def _capture_export(
     model: nn.Module, call: Call, example: tuple[Tensor, ...], run: Callable[..., Any], free_rank: int = 3
 ) -> Captured:
-    first_error: Exception | None = None
-    for attempt in _attempts(model, call, example, free_rank):
-        if attempt.fixed and not _reads_values(first_error):
-            break
+    errors: list[Exception] = []
+    for attempt in _attempts(model, call, example, free_rank, errors):
         try:
             captured = _export(model, call, attempt, run)
             captured.guards(*example)
             return captured
         except CaptureError:
             raise
-        except Exception as error:  # the next attempt asks for less; the first error tells most
-            if first_error is None or isinstance(first_error, AssertionError):
-                first_error = error
-    assert first_error is not None
-    raise first_error
+        except Exception as error:  # the next attempt asks for less
+            errors.append(error)
+    # The first error tells most, if it is no guard that the example itself does not fulfil.
+    raise next((error for error in errors if not isinstance(error, AssertionError)), errors[0])
 
 
 @dataclass(frozen=True)
@@ -162,11 +160,14 @@ class _Attempt:
 
     tensors: tuple[Tensor, ...]
     free_rank: int  # up to which rank inputs are dynamic in all dims rather than the first two
+    answers: tuple[Answer, ...] = ()  # to Python's questions for values, which the graph asserts
     fixed: frozenset[int] = frozenset()  # inputs whose values are constants of the graph, with a guard
 
 
-def _attempts(model: nn.Module, call: Call, example: tuple[Tensor, ...], free_rank: int) -> Iterator[_Attempt]:
-    """What to try, most general first."""
+def _attempts(
+    model: nn.Module, call: Call, example: tuple[Tensor, ...], free_rank: int, errors: list[Exception]
+) -> Iterator[_Attempt]:
+    """What to try, most general first; `errors` are those of the attempts so far."""
     larger = [example]
     # An axis of size one is taken for a constant, so that it is made larger where the model agrees.
     for axes in ((0,), (0, 1)):
@@ -177,9 +178,21 @@ def _attempts(model: nn.Module, call: Call, example: tuple[Tensor, ...], free_ra
         if any(2 < tensor.ndim <= free_rank for tensor in tensors):
             yield _Attempt(tensors, free_rank)
         yield _Attempt(tensors, 2)
+    if not _reads_values(errors[0]):
+        return
+    answers = _answers(model, call, larger[0])
+    if answers:
+        yield _Attempt(larger[0], 2, answers)
     sizes = frozenset(i for i, tensor in enumerate(example) if _may_hold_sizes(tensor))
     if sizes:
-        yield _Attempt(example, free_rank, sizes)
+        yield _Attempt(example, free_rank, answers, sizes)
+
+
+def _answers(model: nn.Module, call: Call, tensors: tuple[Tensor, ...]) -> tuple[Answer, ...]:
+    """The truth of each tensor that Python asks for, in order; none where a loop asks at every step."""
+    with Noted(_is_user_code) as noted:
+        _run(model, call, tensors)
+    return () if noted.loop() else tuple(noted.answers)
 
 
 def _may_hold_sizes(tensor: Tensor) -> bool:
@@ -188,9 +201,9 @@ def _may_hold_sizes(tensor: Tensor) -> bool:
     return is_table and 0 < tensor.numel() <= _MANY_SIZES and not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def _reads_values(error: Exception | None) -> bool:
+def _reads_values(error: Exception) -> bool:
     """Whether it was Python's looking at values of tensors that a trace failed on."""
-    return error is not None and any(isinstance(cause, _VALUES_READ) for cause in _causes(error))
+    return any(isinstance(cause, _VALUES_READ) for cause in _causes(error))
 
 
 def _enlarge(example: tuple[Tensor, ...], axes: tuple[int, ...]) -> tuple[Tensor, ...] | None:
@@ -239,7 +252,7 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
     fixed = {i: tensors[i] for i in attempt.fixed}
     # A GraphModule's class is made for its own graph, and torch.export asks such modules for it.
     kind = nn.Module if isinstance(model, fx.GraphModule) else type(model)
-    forward = _flat_forward(call, outputs, run, ModelState(model), fixed)
+    forward = _flat_forward(call, outputs, run, ModelState(model), fixed, attempt.answers)
     flat = object.__new__(_subclass(kind, {"forward": forward}))
     # Hooks on the model itself are called around its forward as ever, graph or not.
     object.__setattr__(flat, "__dict__", {**vars(model), **{kind: OrderedDict() for kind in HOOKS}})
@@ -270,7 +283,12 @@ def _knowing(fixed: dict[int, Tensor]) -> Iterator[None]:
 
 
 def _flat_forward(
-    call: Call, outputs: _Outputs, run: Callable[..., Any], state: ModelState, fixed: dict[int, Tensor]
+    call: Call,
+    outputs: _Outputs,
+    run: Callable[..., Any],
+    state: ModelState,
+    fixed: dict[int, Tensor],
+    answers: tuple[Answer, ...],
 ) -> Callable[..., tuple[Any, ...]]:
     values = {i: (tensor.tolist(), tensor.dtype, tensor.device) for i, tensor in fixed.items()}
 
@@ -282,7 +300,7 @@ def _flat_forward(
         )
         arguments = call.rebuild(tensors)
         before = leaves(arguments)
-        with Scalars(self, outputs.originals) as scalars:
+        with Followed(answers, _is_user_code), Scalars(self, outputs.originals) as scalars:
             result = run(self, *arguments[0], **arguments[1])
         outputs.read = scalars.read
         after = leaves(arguments)

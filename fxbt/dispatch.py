@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import outputs, pipeline, tune
+from .branches import GOES_ANOTHER_WAY
 from .capture import capture
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
 from .precision import Precision
@@ -90,6 +91,8 @@ class _Graph:
     state: ModelState
     out_spec: pytree.TreeSpec
     image_sizes: list[tuple[int, ...]]
+    served: int = 0
+    refused: int = 0  # calls that go another way, which only running the graph shows
 
     def applies(self, tensors: Sequence[Tensor]) -> bool:
         try:
@@ -191,14 +194,29 @@ class Dispatcher:
 
     def _run_graph(self, graph: _Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return pytree.tree_unflatten(graph.run(*call.tensors), graph.out_spec)
+            output = pytree.tree_unflatten(graph.run(*call.tensors), graph.out_spec)
+            graph.served += 1
+            return output
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         output = self._run_original(args, kwargs)  # if the call is wrong, the model's own error is the one to see
-        self._graphs[self._key(call)] = [g for g in self._graphs[self._key(call)] if g is not graph]
+        if GOES_ANOTHER_WAY in problem:
+            self._refused(graph, call, problem)
+            return output
+        self._drop(graph, call)
         self._remember_failure(call)
         self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
         return output
+
+    def _refused(self, graph: _Graph, call: Call, problem: str) -> None:
+        """Keeps a graph that does not go a call's way for those that do, as long as they are the most."""
+        graph.refused += 1
+        if graph.refused > graph.served:
+            self._drop(graph, call)  # the next such call is captured
+        self.fall_back(f"the graph for {call} was not used: {problem.removeprefix('RuntimeError: ')}")
+
+    def _drop(self, graph: _Graph, call: Call) -> None:
+        self._graphs[self._key(call)] = [g for g in self._graphs[self._key(call)] if g is not graph]
 
     def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Inside the first call of a model that this one is a part of: that one is captured whole.

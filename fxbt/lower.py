@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .attend import attend_fast
+from .branches import assert_now
 from .canonical import attribute
 from .kernels import look_up_once, make_masks_once, pack_linears, split_heads_once
 from .precision import Precision, narrow_linears
@@ -60,6 +61,7 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.arange.default: torch.arange,
     aten.__and__.Tensor: torch.bitwise_and,
     aten.ge.Scalar: torch.ge,
+    aten._assert_async.msg: assert_now,
 }
 
 

@@ -483,3 +483,50 @@ def test_a_tensor_that_is_counted_up_is_no_constant():
     model.register_buffer("seen", torch.tensor(1))
     with pytest.raises(CaptureError, match="writes in place to seen"):
         capture(model, make_call(model, x=torch.randn(2, 8)))
+
+
+def branching(self, x, mask):
+    if not torch.isfinite(x).all():
+        raise ValueError("x is not finite")
+    if mask.any():
+        x = x.masked_fill(mask[..., None], self.filling.item())
+    if self.ready.item():
+        x = x + 1
+    return x * 2 if (mask.sum() > 100) else x
+
+
+def branching_model():
+    model = made(branching)
+    model.register_buffer("filling", torch.tensor(5.0))
+    model.register_buffer("ready", torch.tensor(True))
+    return model
+
+
+def test_branches_go_the_way_of_the_example_and_the_graph_asserts_it():
+    model = branching_model()
+    x, mask = torch.randn(2, 5, 4), torch.zeros(2, 5, dtype=torch.bool)
+    mask[0, 1] = True
+    captured = capture(model, make_call(model, x=x, mask=mask))
+    runs_like(model, captured, x=torch.randn(3, 7, 4), mask=torch.rand(3, 7) > 0.5)
+    line = branching.__code__.co_firstlineno
+    many = torch.randn(9, 20, 4), torch.ones(9, 20) > 0
+    for other, asks in (((x, mask & False), line + 3), ((x / 0, mask), line + 1), (many, line + 7)):
+        with pytest.raises(RuntimeError, match=f"another way than the one .* at .*test_capture.py:{asks}, which was"):
+            captured.module(*other)
+    model.ready.fill_(False)
+    with pytest.raises(RuntimeError, match=f"test_capture.py:{line + 5}, which was True"):
+        captured.module(x, mask)
+
+
+def until_all_are_done(self, x, steps=30):
+    for _ in range(steps):
+        x = x + 1
+        if (x > 20).all():
+            break
+    return x
+
+
+def test_a_loop_that_asks_at_every_step_is_refused():
+    model = made(until_all_are_done)
+    with pytest.raises(CaptureError, match=r"at .*test_capture.py:\d+: if \(x > 20\).all\(\):"):
+        capture(model, make_call(model, x=torch.zeros(2, 3)))

@@ -582,3 +582,33 @@ def test_a_graph_that_is_slower_than_the_original_is_not_used(times, monkeypatch
     reasons = ["(x=float32[?, ?]) runs faster without a graph: 2 ms with it, 1 ms without"]
     assert fast.report.fallbacks == (reasons if times else [])
     assert fast._fxbt_dispatcher._captures == 1
+
+
+class Branching(nn.Module):
+    """Doubles where anything is masked."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("ready", torch.tensor(True))
+
+    def forward(self, x, mask):
+        x = self.linear(x)
+        if mask.any():
+            x = x * 2
+        return x + 1 if self.ready.item() else x
+
+
+def test_calls_that_go_another_way_run_the_original_and_then_a_graph_of_their_own() -> None:
+    model = Branching()
+    fast = fxbt.optimize(model)
+    x, some, none = torch.randn(2, 5, 4), torch.ones(2, 5) > 0, torch.zeros(2, 5) > 0
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxbt.FxbtWarning)
+        for mask in (some, some, some, none, some, none, none, none, none, some):
+            assert torch.equal(fast(x, mask), model(x, mask))
+        assert len(fast.report.graphs) == 2
+        assert "was not used: the call goes another way than the one that was captured at" in fast.report.fallbacks[0]
+        model.ready.fill_(False)
+        for mask in (some, none, none, some):
+            assert torch.equal(fast(x, mask), model(x, mask))

@@ -19,6 +19,7 @@ ROOMS = [
     "patches",
     "regions",
     "scalars",
+    "branches",
     "state",
     "capture",
     "miss",
