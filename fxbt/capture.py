@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import sympy
 import torch
@@ -27,13 +26,13 @@ from torch._functorch import predispatch
 from torch._subclasses import fake_tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from . import outputs as forms
 from .branches import Answer, Followed, Noted
+from .constants import Constants, constant, knowing
 from .errors import CaptureError
 from .patches import patched
 from .regions import inline_regions
@@ -54,7 +53,6 @@ _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _NOT_USER_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 _VALUES_READ = (GuardOnDataDependentSymNode, fake_tensor.DataDependentOutputException)
 _MANY_SIZES = 256  # of a call, at most, are compared at every call
-_MANY_CONSTANTS = 2**16  # elements of a tensor that follows from such sizes: positions of patches
 _STDLIB = sysconfig.get_paths()["stdlib"]
 
 
@@ -263,7 +261,12 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
         for i, t in enumerate(tensors)
     ]
     # Size-oblivious: one graph serves size one too, wherever the model does not ask for it.
-    with fx_config.patch(backed_size_oblivious=True), warnings.catch_warnings(), patched(), _knowing(fixed):  # type: ignore[attr-defined]
+    with (
+        fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+        warnings.catch_warnings(),
+        patched(),
+        knowing() if fixed else contextlib.nullcontext(),
+    ):
         warnings.simplefilter("ignore")
         program = torch.export.export(flat, tensors, strict=False, dynamic_shapes=(tuple(dims),) if dims else None)
         program = _functional(program, call)
@@ -271,15 +274,6 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
     assert outputs.spec is not None
     guards = _guards(module, call.names, fixed)
     return Captured(module, outputs.spec, _also(guards, outputs.read) if outputs.read else guards, tensors)
-
-
-@contextlib.contextmanager
-def _knowing(fixed: dict[int, Tensor]) -> Iterator[None]:
-    """Tracing computes what follows from constants alone, for tensors of more than one element too."""
-    with contextlib.ExitStack() as stack:
-        for tracing in (fake_tensor, proxy_tensor) if fixed else ():
-            stack.enter_context(mock.patch.object(tracing, "CONSTANT_NUMEL_LIMIT", _MANY_CONSTANTS))
-        yield
 
 
 def _flat_forward(
@@ -290,17 +284,16 @@ def _flat_forward(
     fixed: dict[int, Tensor],
     answers: tuple[Answer, ...],
 ) -> Callable[..., tuple[Any, ...]]:
-    values = {i: (tensor.tolist(), tensor.dtype, tensor.device) for i, tensor in fixed.items()}
-
     def forward(self: nn.Module, *tensors: Tensor) -> tuple[Any, ...]:
         _share_batch(tensors)
-        tensors = tuple(
-            torch.tensor(values[i][0], dtype=values[i][1], device=values[i][2]) if i in values else tensor
-            for i, tensor in enumerate(tensors)
-        )
+        tensors = tuple(constant(fixed[i]) if i in fixed else tensor for i, tensor in enumerate(tensors))
         arguments = call.rebuild(tensors)
         before = leaves(arguments)
-        with Followed(answers, _is_user_code), Scalars(self, outputs.originals) as scalars:
+        with (
+            Constants() if fixed else contextlib.nullcontext(),
+            Followed(answers, _is_user_code),
+            Scalars(self, outputs.originals) as scalars,
+        ):
             result = run(self, *arguments[0], **arguments[1])
         outputs.read = scalars.read
         after = leaves(arguments)
@@ -532,9 +525,9 @@ def _also(guards: Callable[..., None], constants: list[Constant]) -> Callable[..
 
     def both(*tensors: Tensor) -> None:
         guards(*tensors)
-        for constant in constants:
-            if not constant.holds():
-                raise AssertionError(f"{constant.name} == {constant.value}")
+        for read in constants:
+            if not read.holds():
+                raise AssertionError(f"{read.name} == {read.value}")
 
     return both
 

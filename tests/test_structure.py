@@ -20,6 +20,7 @@ ROOMS = [
     "regions",
     "scalars",
     "branches",
+    "constants",
     "state",
     "capture",
     "miss",
