@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import linecache
 import logging
 import math
 import re
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import sympy
 import torch
@@ -52,6 +54,11 @@ _CONVERSIONS = tuple(getattr(aten.to, name) for name in ("device", "dtype", "dty
 _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _NOT_USER_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 _VALUES_READ = (GuardOnDataDependentSymNode, fake_tensor.DataDependentOutputException)
+_VALUES_NEEDED = (
+    "the model's Python goes by a number that only the values of tensors give, and a graph knows their shapes alone; "
+    "compute it with tensor operations (torch.where instead of if), or pass it as a number"
+)
+_ASKING_LOOP = "a loop asks the values of tensors at every step whether to go on; a graph has a fixed number of steps"
 _MANY_SIZES = 256  # of a call, at most, are compared at every call
 _STDLIB = sysconfig.get_paths()["stdlib"]
 
@@ -178,19 +185,17 @@ def _attempts(
         yield _Attempt(tensors, 2)
     if not _reads_values(errors[0]):
         return
-    answers = _answers(model, call, larger[0])
+    with Noted(_is_user_code) as noted:
+        _run(model, call, larger[0])
+    loop = noted.loop()
+    answers = () if loop else tuple(noted.answers)
     if answers:
         yield _Attempt(larger[0], 2, answers)
     sizes = frozenset(i for i, tensor in enumerate(example) if _may_hold_sizes(tensor))
     if sizes:
         yield _Attempt(example, free_rank, answers, sizes)
-
-
-def _answers(model: nn.Module, call: Call, tensors: tuple[Tensor, ...]) -> tuple[Answer, ...]:
-    """The truth of each tensor that Python asks for, in order; none where a loop asks at every step."""
-    with Noted(_is_user_code) as noted:
-        _run(model, call, tensors)
-    return () if noted.loop() else tuple(noted.answers)
+    if loop:
+        raise CaptureError(_ASKING_LOOP, _line(*loop))
 
 
 def _may_hold_sizes(tensor: Tensor) -> bool:
@@ -264,6 +269,7 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
     with (
         fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         warnings.catch_warnings(),
+        _quiet(),
         patched(),
         knowing() if fixed else contextlib.nullcontext(),
     ):
@@ -274,6 +280,22 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
     assert outputs.spec is not None
     guards = _guards(module, call.names, fixed)
     return Captured(module, outputs.spec, _also(guards, outputs.read) if outputs.read else guards, tensors)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from printing the graph so far where an attempt fails; the error says what there is to say."""
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return "Unable to find user code" not in str(record.msg)
+
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    log.addFilter(is_wanted)
+    try:
+        with mock.patch("torch.export._trace.print", lambda *_, **__: None, create=True):
+            yield
+    finally:
+        log.removeFilter(is_wanted)
 
 
 def _flat_forward(
@@ -614,12 +636,20 @@ def _fresh(tensor: Tensor, requires_grad: bool | None = None) -> Tensor:
 
 
 def _capture_error(error: Exception) -> CaptureError:
-    chain = list(_causes(error))
-    for cause in chain:
+    for cause in _causes(error):
         if isinstance(cause, CaptureError):
             return cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return CaptureError(f"{type(error).__name__}: {lines[0] if lines else ''}", where(error))
+    first = lines[0] if lines else ""
+    if _reads_values(error):
+        return CaptureError(f"{_VALUES_NEEDED} (torch: {_shortened(first)})", where(error))
+    return CaptureError(f"{type(error).__name__}: {first}", where(error))
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    """torch's first sentence, which has the expression."""
+    text = re.sub(r" \((unhinted|Size-like symbols):.*", "", text)
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def where(error: BaseException) -> str:
@@ -628,8 +658,12 @@ def where(error: BaseException) -> str:
         frames = traceback.extract_tb(cause.__traceback__)
         user = [frame for frame in frames if _is_user_code(frame.filename)]
         if user:
-            return f"{user[-1].filename}:{user[-1].lineno}: {(user[-1].line or '').strip()}"
+            return _line(user[-1].filename, user[-1].lineno or 0)
     return ""
+
+
+def _line(file: str, number: int) -> str:
+    return f"{file}:{number}: {linecache.getline(file, number).strip()}"
 
 
 def _is_user_code(filename: str) -> bool:
