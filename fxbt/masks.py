@@ -17,12 +17,13 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch import fx
 
-from .axes import IDENTITIES, PERMUTES, RESHAPES, permutation, size_of
+from .axes import IDENTITIES, PERMUTES, RESHAPES, UNIT_DIMS, permutation, sizes_of
 from .canonical import CASTS, argument, attribute
 
 aten = torch.ops.aten
 Index = tuple[Any, ...]
 EXACT_FOR_POSITIONS = {torch.int32, torch.int64, torch.float32, torch.float64}
+VIEWS = RESHAPES | UNIT_DIMS
 WRAPPING = {torch.uint8, torch.int8, torch.int16}  # 0 - 1 is 255 in uint8
 Truth = Relational | BooleanFunction | BooleanAtom  # not sympy's Boolean: its Symbol is one, integers included
 
@@ -268,15 +269,20 @@ def _permute(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]
 
 
 def _unit_dims(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
-    """A reshape that only adds or removes dims of size one."""
-    source, result = node.args[0].meta["val"], node.meta["val"]
-    sizes = [size_of(source, dim) for dim in range(source.dim())]
-    result_sizes = [size_of(result, dim) for dim in range(result.dim())]
-    if [size for size in sizes if size != 1] != [size for size in result_sizes if size != 1]:
-        return _data(node, index)
+    """A reshape that only adds or removes dims of size one, seen from whichever of the reshapes before it."""
+    result_sizes = sizes_of(node)
+    source: Any = node.args[0]
+    while not _differ_in_units(sizes_of(source), result_sizes):
+        if source.target not in VIEWS:
+            return _data(node, index)
+        source = source.args[0]
     positions = iter(at for at, size in zip(index, result_sizes, strict=True) if size != 1)
-    inner = tuple(sympy.Integer(0) if size == 1 else next(positions) for size in sizes)
-    return evaluate(node.args[0], inner, constants)
+    inner = tuple(sympy.Integer(0) if size == 1 else next(positions) for size in sizes_of(source))
+    return evaluate(source, inner, constants)
+
+
+def _differ_in_units(sizes: list[Any], others: list[Any]) -> bool:
+    return [size for size in sizes if size != 1] == [size for size in others if size != 1]
 
 
 def _slice(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
@@ -425,10 +431,7 @@ EVALUATORS = _table(
         (tuple(IDENTITIES), _identity),
         ((aten.expand.default, aten.expand_as.default), _expand),
         (tuple(PERMUTES), _permute),
-        (
-            (*RESHAPES, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
-            _unit_dims,
-        ),
+        (tuple(VIEWS), _unit_dims),
         ((aten.slice.Tensor,), _slice),
         ((aten.select.int,), _select),
         (tuple(CASTS), _cast),

@@ -8,7 +8,7 @@ merges both has size T). `Tokens` says where they come from; it is made once a c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,6 +227,49 @@ def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
     _, per_head, per_token, per_dim = x.stride()
     strides = (length * per_token, per_head, per_token, per_dim)
     return x.as_strided((count, heads, length, dim), strides, x.storage_offset() + start * per_token)
+
+
+# --- what a call says -----------------------------------------------------------------------------------------
+
+COMPARISONS: dict[str, Callable[..., Tensor]] = {
+    "==": torch.eq,
+    "!=": torch.ne,
+    ">": torch.gt,
+    ">=": torch.ge,
+    "<": torch.lt,
+    "<=": torch.le,
+}
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where the tokens of a call are: the input at `place`, or where it compares with a number."""
+
+    place: int
+    comparison: str | None = None
+    number: float = 1
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """[batch, length], not 0 where tokens are."""
+        given = tensors[self.place]
+        return given if self.comparison is None else COMPARISONS[self.comparison](given, self.number)
+
+    def example(self, given: Tensor, padded: Tensor) -> Tensor:
+        """A tensor like the one given, of tokens wherever `padded` does not hold.
+
+        Raises:
+            ValueError: no value is known that stands for one of the two.
+        """
+        if self.comparison is None:
+            return (~padded).to(given.dtype)
+        near = torch.tensor([self.number, self.number - 1, self.number + 1]).to(given.dtype)
+        values = torch.cat([given.flatten(), near[near >= 0].to(given.device)])
+        is_token = COMPARISONS[self.comparison](values, self.number)
+        if is_token.all() or not is_token.any():
+            raise ValueError(f"nothing is {self.comparison} {self.number} and nothing else")
+        token, padding = values[is_token][0], values[~is_token][-1]
+        tokens = torch.where(is_token[: given.numel()].view_as(given), given, token)
+        return torch.where(padded, padding, tokens)
 
 
 # --- what must hold of a call -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from .canonical import with_graph
 from .miss import Miss, module_path
 from .tokens import Dense, Packed, Wide, Writer
 from .transfer import SEEDS, transfer
-from .validity import AttentionMask, attention_masks
+from .validity import AttentionMask, Validity, attention_masks
 
 ATTENTIONS = {packed.attention, packed.cross_attention, packed.varlen_attention}
 
@@ -29,7 +29,7 @@ ATTENTIONS = {packed.attention, packed.cross_attention, packed.varlen_attention}
 class Output:
     """How an output shows padding: the mask it was dropped by, the dims it stands in, and what stands there."""
 
-    mask: int  # position among the graph's inputs
+    mask: int  # position among the masks
     batch: int
     token: int
     fill: float
@@ -40,7 +40,8 @@ class Unpadded:
     """A graph that computes on valid tokens. It takes the dense graph's inputs, then one `Tokens` for each mask."""
 
     module: fx.GraphModule
-    masks: list[int]  # positions of the validity masks among the inputs
+    masks: list[packed.Mask]
+    validities: list[Validity]  # the same, of the dense graph
     guards: fx.GraphModule  # inputs -> booleans
     reasons: list[str]  # for each guard, why a call is dense if it does not hold
     outputs: list[Output | None]  # None: exact everywhere
@@ -54,9 +55,9 @@ def drop_padding(module: fx.GraphModule) -> Unpadded:
         Miss: nothing masks padding, or something in the graph would see it.
     """
     masks = attention_masks(module.graph)
-    candidates = dict.fromkeys(found for mask in masks.values() for found in mask.validity_masks(module.graph))
+    candidates = dict.fromkeys(found for mask in masks.values() for found in mask.validities(module.graph))
     if not candidates:
-        raise Miss("no attention is masked by an input [batch, length]")
+        raise Miss("no attention is masked by an input [batch, length], or an embedding's padding_idx")
     first: Miss | None = None
     for seeds in SEEDS:
         try:
@@ -68,13 +69,14 @@ def drop_padding(module: fx.GraphModule) -> Unpadded:
 
 
 def _packed_from(
-    module: fx.GraphModule, candidates: list[fx.Node], masks: dict[fx.Node, AttentionMask], seeds: set[Any]
+    module: fx.GraphModule, candidates: list[Validity], masks: dict[fx.Node, AttentionMask], seeds: set[Any]
 ) -> Unpadded:
     writer = Writer(module, candidates)
     writer.masks = masks
     for domain in writer.domains:
-        if domain.mask.meta["val"].dtype is not torch.bool:
-            writer.guard(f"{domain.mask.name} holds values other than 0 and 1", packed.is_zero_or_one, domain.mask)
+        source = domain.validity.input
+        if domain.validity.relation is None and source.meta["val"].dtype is not torch.bool:
+            writer.guard(f"{source.name} holds values other than 0 and 1", packed.is_zero_or_one, domain.mask)
     outputs: list[Output | None] = []
     for node in module.graph.nodes:
         try:
@@ -118,14 +120,12 @@ def _packed_again(writer: Writer, node: fx.Node, value: Wide) -> Packed:
 def _contract(writer: Writer, node: fx.Node, value: Packed) -> Output:
     batch, token = writer.places(writer.labels(value), value.domain)
     dtype = node.meta["val"].dtype
-    inputs = [node for node in node.graph.nodes if node.op == "placeholder"]
     scores_positions = token == -1 and batch != token and dtype.is_floating_point
     fill = torch.finfo(dtype).min if scores_positions else 0
-    return Output(inputs.index(value.domain.mask), batch, token, fill)
+    return Output(writer.domains.index(value.domain), batch, token, fill)
 
 
 def _unpadded(module: fx.GraphModule, writer: Writer, outputs: list[Output | None]) -> Unpadded:
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     guards = list(writer.guards.values())
     guard_graph = _guard_graph(writer, [guard.node for guard in guards])
     writer.graph.eliminate_dead_code()  # the guards, which nothing in it reads, go with it
@@ -133,12 +133,20 @@ def _unpadded(module: fx.GraphModule, writer: Writer, outputs: list[Output | Non
         raise Miss("no attention is between tokens of the mask's batch and length")
     return Unpadded(
         with_graph(module, writer.graph),
-        [inputs.index(domain.mask) for domain in writer.domains],
+        [_mask(module, domain.validity) for domain in writer.domains],
+        [domain.validity for domain in writer.domains],
         with_graph(module, guard_graph),
         [guard.reason for guard in guards],
         outputs,
         {name: operator.attrgetter(name)(module) for name in sorted(writer.assumes)},
     )
+
+
+def _mask(module: fx.GraphModule, validity: Validity) -> packed.Mask:
+    place = [node for node in module.graph.nodes if node.op == "placeholder"].index(validity.input)
+    if validity.relation is None:
+        return packed.Mask(place)
+    return packed.Mask(place, validity.relation.rel_op, validity.number)
 
 
 def _guard_graph(writer: Writer, conditions: list[fx.Node]) -> fx.Graph:

@@ -191,7 +191,7 @@ def _unpadding(
 ) -> Unpadding:
     try:
         unpadded = drop_padding(module)
-        unpadding = Unpadding(dense, unpadded, unmask(module, unpadded.masks), weights, precision)
+        unpadding = Unpadding(dense, unpadded, unmask(module, unpadded.validities), weights, precision)
         unpadding.check(example)
     except Miss:
         raise

@@ -19,16 +19,17 @@ from torch import fx
 from . import packed
 from .axes import Atom, Axes, fresh, sizes_of
 from .miss import Miss
-from .validity import AttentionMask, value_at_padding
+from .validity import AttentionMask, Validity, value_at_padding
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Domain:
-    """The tokens of one validity mask."""
+    """The valid tokens of one input."""
 
-    mask: fx.Node  # the dense graph's input [batch, length]
+    validity: Validity  # of the dense graph
+    mask: fx.Node  # in the packed graph: [batch, length], not 0 where tokens are valid
     tokens: fx.Node  # the packed graph's input that says where they stand
     batch: Atom
     position: Atom
@@ -79,7 +80,7 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 class Writer:
     """The packed graph as it grows: what each node of the dense graph became, and how to go between the kinds."""
 
-    def __init__(self, module: fx.GraphModule, masks: list[fx.Node]):
+    def __init__(self, module: fx.GraphModule, validities: list[Validity]):
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Value] = {}
         self.masks: dict[fx.Node, AttentionMask] = {}
@@ -93,26 +94,30 @@ class Writer:
             if node.op == "placeholder":
                 self.values[node] = Dense(self.graph.node_copy(node))
         self.domains: list[Domain] = []
-        for mask in masks:
-            self.domains.append(self._domain(mask))
+        tokens = [self.graph.placeholder(f"tokens_{place}") for place in range(len(validities))]
+        for validity, node in zip(validities, tokens, strict=True):
+            self.domains.append(self._domain(validity, node))
         self._positions = {domain.position for domain in self.domains}
         self._special = self._positions | {domain.batch for domain in self.domains}
         for domain in self.domains:
-            mask = self.values[domain.mask].node
+            source = self.values[domain.validity.input].node
             for dim, atom in enumerate((domain.batch, domain.position)):
-                self._sizes[atom.size] = self.cached(aten.sym_size.int, mask, dim)
+                self._sizes[atom.size] = self.cached(aten.sym_size.int, source, dim)
 
-    def _domain(self, mask: fx.Node) -> Domain:
-        batch, length = sizes_of(mask)
+    def _domain(self, validity: Validity, tokens: fx.Node) -> Domain:
+        source = validity.input
+        batch, length = sizes_of(source)
         if batch.is_Integer or length.is_Integer:
-            raise Miss("the mask has a fixed size", node=mask)
+            raise Miss("the mask has a fixed size", node=source)
         if any(domain.position.size == length for domain in self.domains):
-            raise Miss("several masks stand for the same positions", node=mask)
-        tokens = self.graph.placeholder(f"tokens_{len(self.domains)}")
+            raise Miss("several masks stand for the same positions", node=source)
         shared = [domain.batch for domain in self.domains if domain.batch.size == batch]
-        count = mask.meta["val"].fake_mode.shape_env.create_unbacked_symint()
+        count = source.meta["val"].fake_mode.shape_env.create_unbacked_symint()
         torch._check(count >= 0)
-        return Domain(mask, tokens, shared[0] if shared else Atom(batch), Atom(length), count)
+        mask = self.values[source].node
+        if validity.relation is not None:
+            mask = self.cached(packed.COMPARISONS[validity.relation.rel_op], mask, validity.number)
+        return Domain(validity, mask, tokens, shared[0] if shared else Atom(batch), Atom(length), count)
 
     # --- reading ---
 
@@ -191,8 +196,7 @@ class Writer:
         return Dense(copy)
 
     def guard(self, reason: str, function: Callable[..., Any], *args: Any) -> None:
-        """A condition on values of the dense graph."""
-        args = tuple(self.values[arg].node if isinstance(arg, fx.Node) else arg for arg in args)
+        """A condition on values of this graph."""
         self.guards.setdefault((function, args), Guard(self.cached(function, *args), reason))
 
     def packed(self, copy: fx.Node, node: fx.Node, axes: Axes, domain: Domain, pad: float | None = None) -> Packed:
@@ -299,4 +303,4 @@ class Writer:
             other = sympy.Symbol(f"d{-dim}", integer=True, nonnegative=True)
             at = symbols.get(labels.get(dim, ()), other)
             index.append(sympy.Integer(0) if sizes[dim] == 1 else at)
-        return value_at_padding(arg, tuple(index), domain.mask, (batch, position))
+        return value_at_padding(arg, tuple(index), domain.validity, (batch, position))

@@ -368,7 +368,8 @@ def index(writer: Writer, node: fx.Node) -> Value:
     if given != sorted({batch, token}) or batch == token or is_boolean:
         raise Miss("an op reads tokens at positions given as data", node=node)
     reason = "padding is read at a position that the call gives"
-    writer.guard(reason, packed.is_valid_at, value.domain.mask, positions[batch + rank], positions[token + rank])
+    at = [writer.values[positions[dim + rank]].node for dim in (batch, token)]
+    writer.guard(reason, packed.is_valid_at, value.domain.mask, *at)
     return writer.dense(node)
 
 
@@ -486,7 +487,7 @@ def _self_attention(writer: Writer, node: fx.Node, mask: Any, domain: Domain) ->
             "padding stands before tokens under a mask that is only causal", packed.is_padded_right, domain.mask
         )
     else:
-        residue = writer.masks[mask].self_attention(domain.mask)
+        residue = writer.masks[mask].self_attention(domain.validity)
         _rely_on(writer, writer.masks[mask])
         is_causal = residue is Residue.CAUSAL
         if residue is Residue.BLOCK:
@@ -522,14 +523,14 @@ def _attention_on_packed_keys(writer: Writer, node: fx.Node, mask: Any, query: D
         raise Miss("padding is not masked out of the attention", node=node)
     proof = writer.masks[mask]
     is_apart = query is None or query.batch is not key.batch or _is_on_cuda(node)
-    if query is not None and not is_apart and proof.is_padding_alone(query.mask, key.mask):
+    if query is not None and not is_apart and proof.is_padding_alone(query.validity, key.validity):
         _rely_on(writer, proof)
         reason = "a row has queries but no keys"
         writer.guard(reason, packed.has_keys_for_queries, query.mask, key.mask)
         call = writer.call(packed.cross_attention, *_nodes(writer, node), query.tokens, key.tokens, **_options(node))
         labels: Labels = {-4: (query.batch,), -2: (query.position,)}
         return writer.packed(call, node, writer.with_labels(node, labels), query)
-    proof.blocks_keys(key.mask)
+    proof.blocks_keys(key.validity)
     _rely_on(writer, proof)
     writer.guard("a row has no keys", packed.has_no_empty_row, key.mask)
     if not isinstance(writer.values[mask], Dense):

@@ -1,6 +1,6 @@
 """The same graph for calls without padding: attention under masks that then say nothing, or only "j <= i", unmasked.
 
-Where every validity mask is 1 throughout, most masks are proven to let everything through (see `validity`), so that
+Where all tokens are valid, most masks are proven to let everything through (see `validity`), so that
 neither they nor their sum with the scores need computing.
 """
 
@@ -14,25 +14,23 @@ import torch
 from torch import fx
 
 from .canonical import argument, with_graph
-from .validity import SDPA, Residue, attention_masks
+from .validity import SDPA, Residue, Validity, attention_masks
 
 
 @dataclass(frozen=True)
 class Unmasked:
-    """A graph that stands for another one wherever its validity masks are 1 throughout."""
+    """A graph that stands for another one wherever all tokens are valid."""
 
     module: fx.GraphModule
     assumes: dict[str, torch.Tensor]
 
 
-def unmask(module: fx.GraphModule, validity: list[int]) -> Unmasked:
-    """The graph of `module` where its inputs at the positions `validity` are ones.
+def unmask(module: fx.GraphModule, validities: list[Validity]) -> Unmasked:
+    """The graph of `module` where all tokens are valid.
 
     Raises:
         Miss: an attention mask cannot be read.
     """
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    ones = [inputs[place] for place in validity]
     masks = attention_masks(module.graph)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -40,7 +38,7 @@ def unmask(module: fx.GraphModule, validity: list[int]) -> Unmasked:
     assumes: set[str] = set()
     for node in module.graph.nodes:
         mask = masks.get(argument(node, "attn_mask")) if node.target is SDPA else None
-        residue = mask.without_padding(ones) if mask else Residue.BLOCK
+        residue = mask.without_padding(validities) if mask else Residue.BLOCK
         if mask and residue is not Residue.BLOCK:
             _take_mask(copies[node], is_causal=residue is Residue.CAUSAL)
             assumes |= mask.assumes

@@ -64,7 +64,7 @@ class Unpadding:
 
     def _decide(self, tensors: Sequence[Tensor], worth: float = WORTH_DROPPING) -> tuple[Program, list[Tokens], str]:
         """What a call runs, where its tokens are, if that drops padding, and how to count it."""
-        masks = [tensors[place] for place in self._masks]
+        masks = [mask.of(tensors) for mask in self._masks]
         if all((mask == 1).all() for mask in masks):
             return self.unmasked, [], DENSE
         size = sum(mask.numel() for mask in masks)
@@ -90,7 +90,7 @@ class Unpadding:
 
     def _blanked(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
         return [
-            value if contract is None else _blanked(value, contract, tensors[contract.mask])
+            value if contract is None else _blanked(value, contract, self._masks[contract.mask].of(tensors))
             for value, contract in zip(outputs, self._outputs, strict=True)
         ]
 
@@ -102,9 +102,10 @@ class Unpadding:
         """
         for padded in (slice(0), slice(-1, None), slice(0, 1)):
             tensors = list(example)
-            for place in self._masks:
-                tensors[place] = torch.ones_like(example[place])
-                tensors[place][0, padded] = 0
+            for mask in self._masks:
+                is_padding = torch.zeros_like(example[mask.place], dtype=torch.bool)
+                is_padding[0, padded] = True
+                tensors[mask.place] = mask.example(example[mask.place], is_padding)
             program, tokens, _ = self._decide(tensors, worth=0.0)
             expected = self.dense(*tensors)
             if tokens:

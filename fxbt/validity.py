@@ -10,16 +10,18 @@ from __future__ import annotations
 import enum
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 from torch import fx
 from torch.utils._sympy.functions import Max, Min
 
-from .axes import sizes_of
-from .canonical import argument
+from .axes import IDENTITIES, RESHAPES, UNIT_DIMS, sizes_of
+from .canonical import CASTS, argument
 from .masks import (
     Index,
     Opaque,
@@ -36,6 +38,7 @@ from .miss import Miss
 from .packed import BOUND
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
+EMBEDDING = torch.ops.aten.embedding.default
 # An additive mask counts as blocking below this: exp of it is 0 beside any score that a model computes. -10000 is not
 # enough, since a row that it blocks everywhere still averages over padding by the scores.
 BLOCKING = -1e8
@@ -48,6 +51,35 @@ class Residue(enum.Enum):
     NOTHING = "nothing"
     CAUSAL = "causal"
     BLOCK = "block"
+
+
+@dataclass(frozen=True)
+class Validity:
+    """Which tokens are valid: those where an input [batch, length] is 1 and not 0, or `relation(input, number)` holds.
+
+    The second is how masks are made of ids, and of boolean masks that are True at padding.
+    """
+
+    input: fx.Node
+    relation: type[Relational] | None = None
+    number: float = 1
+
+    def assume(self, value: Any, at: Index, is_valid: bool) -> Any:
+        """An evaluated expression where the token at (row, position) is valid, or is padding."""
+        for data in value.atoms(AppliedUndef):
+            if _name(data) == self.input.name and data.args == at:
+                value = self._assume(value, data, is_valid)
+        return value
+
+    def _assume(self, value: Any, data: Any, is_valid: bool) -> Any:
+        if self.relation is None:
+            return value.subs(data, int(is_valid))
+        number = sympy.sympify(self.number)
+        condition = self.relation(data, number)
+        given = {condition: sympy.sympify(is_valid), sympy.Not(condition): sympy.sympify(not is_valid)}
+        value = value.xreplace(given | {known.reversed: truth for known, truth in given.items()})
+        is_number = self.relation is (sympy.Eq if is_valid else sympy.Ne)
+        return value.subs(data, number) if is_number else value
 
 
 class AttentionMask:
@@ -75,21 +107,37 @@ class AttentionMask:
         dtype = node.meta["val"].dtype
         self.limit = BLOCKING if dtype is not torch.float16 else torch.finfo(dtype).min / 2
 
-    def validity_masks(self, graph: fx.Graph) -> list[fx.Node]:
-        """The graph's inputs [batch, length] that the mask reads at (batch, key)."""
+    def validities(self, graph: fx.Graph) -> list[Validity]:
+        """What may say which keys are valid: the graph's inputs [batch, length] that the mask reads at (batch, key)."""
         batch, _, _, key = self.index
-        names = {_name(f) for f in self.value.atoms(AppliedUndef) if f.args == (batch, key)}
-        return [n for n in graph.nodes if n.op == "placeholder" and n.name in names and n.meta["val"].dim() == 2]
+        read = {_name(f): f for f in self.value.atoms(AppliedUndef) if f.args == (batch, key)}
+        inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name in read and n.meta["val"].dim() == 2]
+        return [found for node in inputs for found in self._validities(node, read[node.name])]
 
-    def self_attention(self, mask: fx.Node) -> Residue:
-        """What is left among the valid tokens of `mask`, which holds both the queries and the keys.
+    def _validities(self, node: fx.Node, data: Any) -> list[Validity]:
+        """An input is a mask of 0 and 1, a boolean one may say where padding is, and of ids an embedding knows one."""
+        conditions = [c if c.lhs == data else c.reversed for c in self.value.atoms(Relational) if data in c.args]
+        conditions = [c for one in conditions if one.rhs.is_Integer for c in (one, sympy.Not(one))]
+        pads = _padding_ids(node)
+        if node.meta["val"].dtype is torch.bool:
+            found = [Validity(node), Validity(node, sympy.Eq, 0)]
+        elif pads is not None and conditions:
+            found = [Validity(node, type(c), int(c.rhs)) for c in conditions if any(_spares(c, data, p) for p in pads)]
+        else:
+            return [Validity(node)]
+        batch, _, _, key = self.index
+        blocked = [self._range(one.assume(self.value, (batch, key), False))[1] <= self.limit for one in found]
+        return [one for one, is_blocked in zip(found, blocked, strict=True) if is_blocked]
+
+    def self_attention(self, tokens: Validity) -> Residue:
+        """What is left among the valid tokens, which are both the queries and the keys.
 
         Raises:
             Miss: padding is not proven to be blocked.
         """
-        batch, _, query, key = self.index
-        among_valid = self._at({(mask, query): 1, (mask, key): 1})
-        blocked = self._check_blocked(self._at({(mask, query): 1, (mask, key): 0}))
+        query, key = self.index[2:]
+        among_valid = self._at((tokens, query, True), (tokens, key, True))
+        blocked = self._check_blocked(self._at((tokens, query, True), (tokens, key, False)))
         if not isinstance(self.value, Truth):
             self._check_open(among_valid.subs(key, query), blocked)
         return self._residue(among_valid)
@@ -100,32 +148,34 @@ class AttentionMask:
         found = [self._nodes[name] for name in sorted(names) if name in self._nodes]
         return [node for node in found if node.op != "placeholder"]  # of those, the proof knows the value
 
-    def without_padding(self, masks: list[fx.Node]) -> Residue:
-        """What the mask says where all of `masks` are 1 throughout."""
-        names = {mask.name for mask in masks}
-        ones = {f: 1 for f in self.value.atoms(AppliedUndef) if _name(f) in names}
-        return self._residue(self.value.subs(ones))
+    def without_padding(self, validities: list[Validity]) -> Residue:
+        """What the mask says where all tokens are valid."""
+        value = self.value
+        for data in self.value.atoms(AppliedUndef):
+            for tokens in validities:
+                value = tokens.assume(value, data.args, True)
+        return self._residue(value)
 
-    def is_padding_alone(self, mask: fx.Node, key_mask: fx.Node) -> bool:
-        """Whether every query that `mask` holds valid sees exactly the keys of its row that `key_mask` does."""
-        _, _, query, key = self.index
-        highest = self._range(self._at({(mask, query): 1, (key_mask, key): 0}))[1]
-        return (
-            highest <= self.limit and self._residue(self._at({(mask, query): 1, (key_mask, key): 1})) is Residue.NOTHING
-        )
+    def is_padding_alone(self, tokens: Validity, keys: Validity) -> bool:
+        """Whether every query that is valid sees exactly the keys of its row that are."""
+        query, key = self.index[2:]
+        highest = self._range(self._at((tokens, query, True), (keys, key, False)))[1]
+        among_valid = self._at((tokens, query, True), (keys, key, True))
+        return highest <= self.limit and self._residue(among_valid) is Residue.NOTHING
 
-    def blocks_keys(self, key_mask: fx.Node) -> None:
+    def blocks_keys(self, keys: Validity) -> None:
         """Proves that no query sees padded keys, and all see some valid one (of a row that has any)."""
         key = self.index[3]
-        blocked = self._check_blocked(self._at({(key_mask, key): 0}))
+        blocked = self._check_blocked(self._at((keys, key, False)))
         if not isinstance(self.value, Truth):
-            self._check_open(self._at({(key_mask, key): 1}), blocked)
+            self._check_open(self._at((keys, key, True)), blocked)
 
-    def _at(self, settings: dict[tuple[fx.Node, Any], int]) -> Any:
-        batch = self.index[0]
-        known = {(node.name, (batch, position)): value for (node, position), value in settings.items()}
-        found = {f: known[_name(f), f.args] for f in self.value.atoms(AppliedUndef) if (_name(f), f.args) in known}
-        return self.value.subs(found)
+    def _at(self, *settings: tuple[Validity, Any, bool]) -> Any:
+        """The mask where the tokens at these positions are valid or padding."""
+        value = self.value
+        for tokens, position, is_valid in settings:
+            value = tokens.assume(value, (self.index[0], position), is_valid)
+        return value
 
     def _check_blocked(self, value: Any) -> float:
         """The highest that the mask is at padding, which must be low enough."""
@@ -192,14 +242,33 @@ def _is_read(content: torch.Tensor) -> bool:
     return content.numel() == 1 or (content.dim() > 1 and content.shape[-1] == content.shape[-2])
 
 
-def value_at_padding(node: fx.Node, index: Index, mask: fx.Node, at: Index) -> float | None:
-    """The number that `node` is at `index` wherever `mask` is 0 at `at`; None where it is none."""
+def _padding_ids(node: fx.Node) -> set[int] | None:
+    """What embeddings that look a value up declare as padding; None where none does look it up."""
+    found: set[int] | None = None
+    for user in node.users:
+        inner = None
+        if user.target is EMBEDDING and user.args[1] is node:
+            padding = argument(user, "padding_idx", -1)
+            inner = {padding} if isinstance(padding, int) and padding >= 0 else set()
+        elif user.target in RESHAPES | UNIT_DIMS | IDENTITIES | CASTS:
+            inner = _padding_ids(user)
+        found = inner if found is None else found | (inner or set())
+    return found
+
+
+def _spares(condition: Relational, data: Any, padding: int) -> bool:
+    """Whether a condition on ids, which are not negative, holds for all but one."""
+    others = (padding + 1, padding - 1) if padding else (1,)
+    return condition.subs(data, padding) == sympy.false and all(condition.subs(data, n) == sympy.true for n in others)
+
+
+def value_at_padding(node: fx.Node, index: Index, tokens: Validity, at: Index) -> float | None:
+    """The number that `node` is at `index` wherever the token at `at` is padding; None where it is none."""
     try:
         value = evaluate(node, index, {})
     except Opaque:
         return None
-    padding = {f: 0 for f in value.atoms(AppliedUndef) if _name(f) == mask.name and f.args == at}
-    value = value.subs(padding)
+    value = tokens.assume(value, at, False)
     if isinstance(value, Truth):
         return {sympy.true: 1.0, sympy.false: 0.0}.get(value)
     return float(value) if value.is_number and value.is_real else None

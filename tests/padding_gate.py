@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import VOCAB, enliven
+from models import PAD, VOCAB, EinsumAttention, MultiheadSelfAttention, PlainModel, Sizes, TorchEncoder, enliven
 from torch import Tensor, nn
 
 LOWEST = torch.finfo(torch.float32).min
@@ -408,3 +408,150 @@ refuse(
         *[x.transpose(1, 2)[:, None]] * 3, attn_mask=torch.zeros(HIDDEN, HIDDEN)
     )[:, 0].transpose(1, 2),
 )
+
+
+# --- masks made of ids, and masks that are True at padding ---
+
+
+class IdsAlone(Net):
+    """Makes its mask of the ids; `valid` gives what `Net` gets as validity."""
+
+    def __init__(self, valid: Callable[[Tensor], Tensor], padding_idx: int | None = PAD, **variation: Any):
+        super().__init__(**variation)
+        self.tokens = nn.Embedding(VOCAB, HIDDEN, padding_idx=padding_idx)
+        self._valid = valid
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return super().forward(input_ids, self._valid(input_ids))
+
+
+def ids_at(padding: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """Inputs of a model that makes its mask of ids, padded with one of them."""
+    return lambda ids, mask: {"input_ids": ids.masked_fill(mask == 0, padding)}
+
+
+def ids_alone(name: str, reason: str, valid: Callable[[Tensor], Tensor], pad: int = PAD, **variation: Any) -> Case:
+    return Case(name, lambda: IdsAlone(valid, **variation), reason, ids_at(pad))
+
+
+def not_pad(ids: Tensor) -> Tensor:
+    return ids.ne(PAD)
+
+
+def masked_mean(net: Net, x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def hidden_where(mask: Tensor, x: Tensor) -> Tensor:
+    """Of a mask that is True at padding."""
+    return torch.zeros(mask.shape[0], 1, 1, mask.shape[1]).masked_fill(mask[:, None, None].bool(), LOWEST)
+
+
+PACKED += [
+    ids_alone("ids.ne(pad)", "", not_pad),
+    ids_alone("ids != pad as numbers", "", lambda ids: (ids != PAD).long()),
+    ids_alone("ids.eq(pad) hides", "", lambda ids: ids.eq(PAD), mask=hidden_where),
+    ids_alone("ids != pad as a boolean mask", "", not_pad, mask=boolean(lambda m: m[:, None, None])),
+    ids_alone("ids > 0", "", lambda ids: ids > 0, pad=0, padding_idx=0),
+    ids_alone("ids as truth", "", lambda ids: ids.bool(), pad=0, padding_idx=0),
+    ids_alone("ids != pad in bfloat16", "", not_pad, mask=in_half(torch.bfloat16)),
+    ids_alone("two spellings", "", not_pad, second=lambda mask, x: hidden_where(~mask, x)),
+    ids_alone(
+        "ids != pad and causal",
+        "",
+        not_pad,
+        mask=boolean(lambda m: m[:, None, None] & torch.ones(m.shape[1], m.shape[1], dtype=torch.bool).tril()),
+    ),
+    ids_alone("masked mean by ids", "", not_pad, head=masked_mean),
+    ids_alone("mask of ids as data", "", not_pad, mix=lambda net, x, mask: x + net.positions(mask.cumsum(1))),
+    Case(
+        "True at padding",
+        lambda: Net(mask=hidden_where),
+        "",
+        lambda ids, mask: {"input_ids": ids, "attention_mask": mask == 0},
+    ),
+]
+GUARDED.append(
+    Case(
+        "first token under a mask of ids",
+        lambda: IdsAlone(not_pad, head=lambda net, x, mask: x[:, 0]),
+        AT_FIRST,
+        ids_at(PAD),
+        lambda m: bool((m[:, 0] == 0).any()),
+    )
+)
+BY_IDS = "no attention is masked by an input [batch, length], or an embedding's padding_idx"
+REFUSED += [
+    ids_alone("ids that no embedding calls padding", BY_IDS, not_pad, padding_idx=None),
+    ids_alone("ids of another number", BY_IDS, lambda ids: ids.ne(7)),
+    ids_alone("several special ids", BY_IDS, lambda ids: ids > 3),
+    ids_alone("all ids but one hidden", BY_IDS, lambda ids: ids.eq(PAD)),
+    ids_alone("mean over ids", MIXES, not_pad, head=lambda net, x, mask: x.mean(1)),
+    ids_alone("mean where ids are padding", MIXES, not_pad, head=lambda net, x, mask: masked_mean(net, x, ~mask)),
+    ids_alone("ids under a soft mask", BY_IDS, not_pad, mask=lambda mask, x: mask[:, None, None].to(x.dtype) - 1.0),
+    ids_alone("ids under -10000", BY_IDS, not_pad, mask=filled(-10000.0)),
+    ids_alone(
+        "another row of ids in the second layer", UNMASKED, not_pad, second=lambda mask, x: additive(mask.roll(1, 1), x)
+    ),
+    ids_alone("another row's ids", BY_IDS, lambda ids: ids.flip(0).ne(PAD)),
+    ids_alone("ids of a position before", BY_IDS, lambda ids: ids.roll(1, 1).ne(PAD)),
+    Case(
+        "True where tokens are, hidden in the second layer",
+        lambda: Net(mask=boolean(lambda m: m[:, None, None]), second=hidden_where),
+        "",
+        lambda ids, mask: {"input_ids": ids, "attention_mask": mask.bool()},
+    ),
+]
+
+
+class CrossAttentionByIds(nn.Module):
+    """Both sides make their masks of ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = CrossAttention(lambda own, other: keys_of(other.long()))
+
+    def forward(self, input_ids: Tensor, other_ids: Tensor) -> Tensor:
+        return self.model(input_ids, input_ids.ne(PAD), other_ids, other_ids.ne(PAD))
+
+
+def two_inputs_of_ids(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    inputs = two_inputs(ids, mask)
+    other = inputs["other_ids"].masked_fill(inputs["other_mask"] == 0, PAD)
+    return {**ids_at(PAD)(ids, mask), "other_ids": other}
+
+
+def declare_padding(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = PAD
+    return model
+
+
+PACKED.append(Case("cross-attention by ids", lambda: declare_padding(CrossAttentionByIds()), "", two_inputs_of_ids))
+
+# --- torch's own modules ---
+
+
+def plain(attention: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: PlainModel(Sizes(), attention)
+
+
+def bare_encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(HIDDEN, HEADS, HIDDEN, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def vectors(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Vectors instead of ids, and a mask that is True at padding."""
+    return {"src": F.one_hot(ids % HIDDEN, HIDDEN).float(), "src_key_padding_mask": mask == 0}
+
+
+PACKED += [
+    Case("nn.TransformerEncoder, post-norm", lambda: TorchEncoder(Sizes(), norm_first=False), ""),
+    Case("nn.TransformerEncoder, pre-norm", lambda: TorchEncoder(Sizes(), norm_first=True), ""),
+    Case("nn.TransformerEncoder on vectors", bare_encoder, "", vectors),
+    Case("nn.MultiheadAttention", plain(lambda: MultiheadSelfAttention(Sizes(), need_weights=False)), ""),
+    Case("nn.MultiheadAttention by weights", plain(lambda: MultiheadSelfAttention(Sizes(), need_weights=True)), ""),
+    Case("attention by einsum", plain(lambda: EinsumAttention(Sizes())), ""),
+]

@@ -50,6 +50,11 @@ def upper_triangle(x):
     return torch.full((x.shape[1], x.shape[1]), -math.inf).triu(1)
 
 
+def compare_in_rows(x):
+    query, key = positions(x)
+    return key <= query
+
+
 CAUSAL = {
     "key <= query": compare(lambda query, key: key <= query),
     "query >= key": compare(lambda query, key: query >= key),
@@ -63,6 +68,7 @@ CAUSAL = {
     "additive": additive,
     "cast to bfloat16": lambda x: additive(x).bfloat16(),
     "gathered": lambda x: torch.arange(x.shape[1])[positions(x)[1]] <= positions(x)[0],
+    "reshaped there and back": lambda x: compare_in_rows(x).reshape(-1).reshape(1, x.shape[1], x.shape[1]),
     "additive from one minus": lambda x: (1.0 - (positions(x)[1] <= positions(x)[0]).float()) * -3e38,
 }
 NOT_CAUSAL = {
@@ -83,6 +89,7 @@ NOT_CAUSAL = {
     "half positions": compare(lambda query, key: key.half() <= query.half()),
     "not a number": lambda x: (1.0 - (positions(x)[1] <= positions(x)[0]).float()) * -math.inf,
     "wrapped around": lambda x: torch.arange(x.shape[1])[positions(x)[1] - 2] <= positions(x)[0],
+    "reshaped to another row": lambda x: compare_in_rows(x).reshape(-1, 2).reshape(2, -1)[:, : x.shape[1]],
     "first diagonal": lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(1),
 }
 

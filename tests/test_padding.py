@@ -130,6 +130,20 @@ def test_models_run_on_valid_tokens_alone(case: models.Case) -> None:
     assert calls_of(fast)["packed"] >= 3, calls_of(fast)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_model_that_makes_its_mask_of_ids(implementation: str) -> None:
+    """DPR's question encoder masks its own padding id, and returns its first token."""
+    model = models.Case("DPRQuestionEncoder", models.ENCODER, implementation).model()
+    fast: Any = fxbt.optimize(model)
+    with torch.no_grad():
+        for batch, length in ((3, 9), (2, 6), (4, 13)):
+            for mask in reversed(masks(batch, length).values()):
+                inputs = {"input_ids": random_ids(mask).masked_fill(mask == 0, PAD)}
+                compare(fast(**inputs), model(**inputs))
+    assert not fast.report.fallbacks
+    assert calls_of(fast)["packed"] >= 3 and calls_of(fast)["padding stands at position 0, which is read"] >= 3
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("case", "reason"), models.DENSE, ids=str)
 def test_sinks_and_routing_to_experts_stay_dense_and_say_why(case: models.Case, reason: str, seed: int) -> None:

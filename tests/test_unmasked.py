@@ -14,6 +14,7 @@ import fxbt
 from fxbt.canonical import argument
 from fxbt.outline import inline
 from fxbt.unmasked import SDPA, unmask
+from fxbt.validity import Validity
 
 
 def ids(batch: int, length: int) -> Tensor:
@@ -26,8 +27,8 @@ def unmasked_attentions(model: nn.Module) -> list[tuple[bool, bool]]:
     with torch.no_grad():
         fast(input_ids=ids(2, 7), attention_mask=torch.ones(2, 7, dtype=torch.long))
     module = inline(fast.report.latest.module)
-    inputs = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-    graph = unmask(module, [inputs.index("attention_mask")]).module.graph
+    (mask,) = [node for node in module.graph.nodes if node.name == "attention_mask"]
+    graph = unmask(module, [Validity(mask)]).module.graph
     calls = [node for node in graph.nodes if node.target is SDPA]
     return [(argument(call, "attn_mask") is not None, bool(argument(call, "is_causal"))) for call in calls]
 
