@@ -1,7 +1,8 @@
 """How many attentions an original computes, counted at its own calls and without fxbt.
 
 A softmax is an attention's if its result, through anything but a layer with weights, comes to a product of two
-activations: a router's softmax or a classifier's does not.
+activations: a router's softmax or a classifier's does not. Over a single key it is one whatever the scores, and no
+attention: a shrunk image has a stage of one patch.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Counter(TorchFunctionMode):
         if func in WHOLE_ATTENTIONS:
             self.whole += 1
             return result
+        if func in SOFTMAXES and _over_one_key(result, args, kwargs):
+            return result
         if func in SOFTMAXES:
             self._note(result, {self.softmaxes})
             self.softmaxes += 1
@@ -61,6 +64,11 @@ class Counter(TorchFunctionMode):
         for tensor in _tensors(result):
             self._from[id(tensor)] = sources
             self._alive.append(tensor)
+
+
+def _over_one_key(result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    return isinstance(dim, int) and result.shape[dim] == 1
 
 
 def _contracts(func: Any, operands: list[Tensor], result: Any) -> bool:

@@ -55,8 +55,9 @@ def write(rows: list[Row], path: Path) -> None:
 def _summary(rows: list[Row], built: list[Row]) -> list[str]:
     judged = [row for row in built if row["status"] in ("optimised", "wrong", "fallback")]
     optimised = [row for row in judged if row["status"] == "optimised"]
-    real, found = sum(row["real"] for row in judged), sum(min(row["found"], row["real"]) for row in judged)
-    captured = sum(row["real"] for row in optimised)
+    real, found = sum(map(_needed, judged)), sum(min(row["found"], row["real"]) for row in judged)
+    captured = sum(map(_needed, optimised))
+    unused = sum(row["real"] for row in judged) - real
     statuses = Counter(row["status"] for row in rows)
     return [
         f"- judged so far: {len(rows)} of {len(build.model_types())} types, in random order; "
@@ -65,8 +66,16 @@ def _summary(rows: list[Row], built: list[Row]) -> list[str]:
         f"- wrong: {statuses['wrong']}; original forward instead: {statuses['fallback']}; "
         f"not done in time: {statuses['timeout']}; crashed: {statuses['crash']}",
         f"- attentions found: {found} of {real} real ones ({_percent(found, real)}), "
-        f"{_percent(found, captured)} of those in captured models",
+        f"{_percent(found, captured)} of those in captured models; {unused} more are computed by originals that do not "
+        "use them, and dropped",
     ]
+
+
+def _needed(row: Row) -> int:
+    """The attentions that an output depends on: a graph holds no others."""
+    in_graph = row["softmaxes"] - row["other softmaxes"] if "softmaxes" in row else row["real"]
+    unused = row["status"] == "optimised" and not row["misses"] and row["found"] <= in_graph < row["real"]
+    return in_graph if unused else row["real"]
 
 
 def _percent(part: int, whole: int) -> str:
@@ -82,7 +91,7 @@ def _missing(row: Row) -> list[str]:
     """Why something is not as it should be; softmaxes that are no attention's are no fault."""
     if row["status"] != "optimised":
         return [row.get("reason") or row["status"]]
-    return row["misses"] if row["found"] < row["real"] else []
+    return row["misses"] if row["found"] < _needed(row) else []
 
 
 def _general(reason: str) -> str:
@@ -104,7 +113,7 @@ def _line(row: Row) -> tuple[str, ...]:
     return (
         row["type"],
         captured,
-        f"{row['found']}/{row['real']}",
+        f"{row['found']}/{_needed(row)}",
         str(row["qkv"]),
         str(row["layers"] or "-"),
         f"{row['difference']:.0e}" if row["difference"] else "0",
