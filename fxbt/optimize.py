@@ -50,8 +50,8 @@ def optimize(
         padding: "drop" computes on valid tokens alone where the graph proves that padding cannot show (without
             gradients): valid positions are exact; padded positions of outputs are 0, or, where the last axis
             is the tokens (scores of positions, as of a question-answering head), the lowest finite value, so that
-            no argmax or softmax lands there. Calls without padding, and those that a run-time guard keeps dense,
-            return the original's values at padding too. "keep" always does.
+            no argmax or softmax lands there. Calls without padding, those that a run-time guard keeps dense, and the
+            one that captures a graph return the original's values at padding too. "keep" always does.
         inplace: change `model` itself rather than make a second object beside it.
         dtype: `torch.bfloat16` computes linear layers in it on a CPU with instructions for it, without gradients: some
             1.5 times as fast as float32, off by some 5e-3, which the report tells. The weights stay as they are.
