@@ -190,6 +190,7 @@ def _attempts(
     loop = noted.loop()
     answers = () if loop else tuple(noted.answers)
     if answers:
+        errors.clear()  # those questions are answered now
         yield _Attempt(larger[0], 2, answers)
     sizes = frozenset(i for i, tensor in enumerate(example) if _may_hold_sizes(tensor))
     if sizes:

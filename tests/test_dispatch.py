@@ -294,7 +294,7 @@ def test_the_limit_of_captures():
 class DataDependent(Net):
     def forward(self, x):
         Net.ran += 1
-        if x.sum() > 0:  # cannot be captured
+        if int(x.sum()) > 0:  # cannot be captured
             return x
         return -x
 
@@ -313,7 +313,7 @@ def test_a_failed_capture_is_remembered_and_said_once():
 def test_a_failure_is_tried_again_after_an_edit_once():
     class Switch(Net):
         def forward(self, x):
-            if self.config.inner and x.sum() > 0:
+            if self.config.inner and int(x.sum()) > 0:
                 return -x
             return super().forward(x)
 
