@@ -6,12 +6,14 @@ the caller takes the first that its inputs run on.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from models import enliven
@@ -167,7 +169,11 @@ OPEN: Numbers = {
     "image_token_index": FIRST_SPECIAL + 5,
     "video_token_id": FIRST_SPECIAL + 6,
     "video_token_index": FIRST_SPECIAL + 6,
+    "deepstack_layer_map": [[0, 0]],
+    "downsample_rate": "1/2",
 }
+EMPTY: Numbers = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
+OPEN_PER_LAYER = {"layer_types": "full_attention", "mlp_layer_types": "dense"}
 
 
 def _base_width(value: int, name: str, config: Numbers) -> int:
@@ -245,12 +251,12 @@ def shrink(config: PreTrainedConfig, recipe: Recipe, widths: set[int] | None = N
         small = _small(name, value, context, recipe, widths)
         if small is not value:
             changes[name] = small
-    missing = (
-        {**MISSING, **OPEN, "layer_types": ["full_attention"] * context["fxbt layers"]} if recipe.fill else MISSING
-    )
+    per_layer = {name: [kind] * context["fxbt layers"] for name, kind in OPEN_PER_LAYER.items()}
+    missing = {**MISSING, **OPEN, **per_layer} if recipe.fill else MISSING
     for name, value in missing.items():
         if name in known and numbers.get(name) is None:
             changes[name] = value
+    changes |= {n: value for n, value in EMPTY.items() if recipe.fill and n in known and numbers.get(n) == {}}
     for flag in ("_attn_implementation", "torch_dtype", "dtype"):
         changes.pop(flag, None)
     return type(config)(**changes)
@@ -397,7 +403,24 @@ def _made(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMo
     if size > LARGEST:
         raise Unbuildable(f"{size:,} parameters")
     torch.manual_seed(0)
-    return enliven(kind._from_config(config, attn_implementation="eager"))
+    with _at_most_parameters(LARGEST):
+        return enliven(kind._from_config(config, attn_implementation="eager"))
+
+
+@contextlib.contextmanager
+def _at_most_parameters(limit: int) -> Iterator[None]:
+    """Stops the making of a model that grows too large, before it takes the machine's memory."""
+    register, left = nn.Module.register_parameter, limit
+
+    def counted(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= parameter.numel() if parameter is not None else 0
+        if left < 0:
+            raise Unbuildable(f"more than {limit:,} parameters")
+        register(self, name, parameter)
+
+    with mock.patch.object(nn.Module, "register_parameter", counted):
+        yield
 
 
 def _first_line(error: BaseException) -> str:
