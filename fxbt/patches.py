@@ -71,6 +71,51 @@ def _unconverted(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool 
     return self
 
 
+def _kimi_delta_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The delta rule with a decay for each channel, in chunks; (I - A)^-1 of a chunk by one triangular solve."""
+    dtype, length = query.dtype, key.shape[1]
+    query, key, value, beta, g = (x.transpose(1, 2).float() for x in (query, key, value, beta, g))
+    if use_qk_l2norm_in_kernel:
+        query, key = (x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
+    padding = -length % chunk_size
+    query = query * query.shape[-1] ** -0.5
+    beta = beta.unsqueeze(-1)
+    query, key, value, g, beta = (
+        F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, chunk_size)) for x in (query, key, value, g, beta)
+    )
+    decay = g.cumsum(-2)
+    later = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=query.device).triu(1)
+    between = (decay.unsqueeze(-2) - decay.unsqueeze(-3)).masked_fill(later.unsqueeze(-1), float("-inf")).exp()
+    inside = (key.unsqueeze(-2) * key.unsqueeze(-3) * between).sum(-1) * beta  # zero for later keys
+
+    def solved(x: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(inside, x, upper=False, unitriangular=True)
+
+    values, keys = solved(value * beta), solved(key * beta * decay.exp())
+    scores = (query.unsqueeze(-2) * key.unsqueeze(-3) * between).sum(-1)
+    state = value.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1])
+    state = state if initial_state is None else initial_state.to(value)
+    outputs = []
+    for i in range(key.shape[2]):
+        new = values[:, :, i] - keys[:, :, i] @ state
+        outputs.append((query[:, :, i] * decay[:, :, i].exp()) @ state + scores[:, :, i] @ new)
+        last = decay[:, :, i, -1:]
+        state = state * last.exp().transpose(-1, -2) + (key[:, :, i] * (last - decay[:, :, i]).exp()).mT @ new
+    output = torch.stack(outputs, 2).flatten(2, 3)[:, :, :length].transpose(1, 2).to(dtype)
+    return output, state if output_final_state else None
+
+
 PATCHES = (
     Patch(
         "torch.nn.modules.module",
@@ -98,6 +143,15 @@ PATCHES = (
             "solves the gated delta rule's triangular system row by row where it is exported, at once where it is not",
         )
         for library in ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
+    ),
+    *(
+        Patch(
+            f"transformers.models.{library}.modeling_{library}",
+            "chunk_kimi_delta_attention",
+            _kimi_delta_attention,
+            "solves the triangular system of a chunk row by row, 64 of them",
+        )
+        for library in ("kimi_linear", "bailing_hybrid", "glm5_next")
     ),
 )
 

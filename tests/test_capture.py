@@ -376,6 +376,32 @@ def test_gated_delta_rule_is_not_unrolled(library):
     runs_like(model, captured, **inputs(3, 9))
 
 
+@pytest.mark.parametrize("library", ["kimi_linear", "bailing_hybrid", "glm5_next"])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_kimi_delta_attention_is_not_unrolled(library, with_state):
+    modeling = pytest.importorskip(f"transformers.models.{library}.modeling_{library}")
+
+    def forward(self, q, k, v, g, beta, state=None):
+        options = {"initial_state": state, "output_final_state": with_state, "use_qk_l2norm_in_kernel": with_state}
+        return modeling.chunk_kimi_delta_attention(q, k, v, g, beta, **options)
+
+    def inputs(batch, length):
+        vectors = {name: torch.randn(batch, length, 2, 4) for name in "qkv"}
+        state = {"state": torch.randn(batch, 2, 4, 4)} if with_state else {}
+        return {**vectors, "g": -torch.rand(batch, length, 2, 4), "beta": torch.rand(batch, length, 2), **state}
+
+    model = made(forward)
+    captured = capture(model, make_call(model, **inputs(2, 70)))
+    assert len(captured.module.graph.nodes) < 300  # thousands, if unrolled
+    for batch, length in ((3, 65), (2, 128)):
+        given = inputs(batch, length)
+        call = make_call(model, **given)
+        captured.guards(*call.tensors)
+        found = pytree.tree_unflatten(captured.module(*call.tensors), captured.out_spec)
+        for new, old in zip(found, model(**given), strict=True):
+            torch.testing.assert_close(new, old, atol=2e-5, rtol=1e-4)
+
+
 def test_conversions_to_what_is_there_already_change_nothing():
     def forward(self, x):
         self.table = self.table.to(device=x.device, dtype=x.dtype)
