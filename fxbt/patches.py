@@ -71,6 +71,17 @@ def _unconverted(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool 
     return self
 
 
+def _every_expert(self: Any, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
+    """Each expert on its tokens, those without any too: a graph cannot loop over the ones that have some."""
+    output = torch.zeros_like(hidden_states)
+    chosen = selected_experts.permute(2, 1, 0)
+    for i in range(self.num_experts):
+        choice, token = torch.where(chosen[i])
+        result = self[f"expert_{i}"](hidden_states[token]) * routing_weights[token, choice, None]
+        output.index_add_(0, token, result.to(output.dtype))
+    return output
+
+
 def _kimi_delta_attention(
     query: Tensor,
     key: Tensor,
@@ -134,6 +145,12 @@ PATCHES = (
         "ViltEmbeddings.visual_embed",
         _complete_images,
         "loops over the images to cut away padded pixels, and shuffles the rest",
+    ),
+    Patch(
+        "transformers.models.switch_transformers.modeling_switch_transformers",
+        "SwitchTransformersExperts.forward",
+        _every_expert,
+        "loops over the experts that have tokens",
     ),
     *(
         Patch(

@@ -402,6 +402,26 @@ def test_kimi_delta_attention_is_not_unrolled(library, with_state):
             torch.testing.assert_close(new, old, atol=2e-5, rtol=1e-4)
 
 
+def test_experts_without_tokens_are_no_branch():
+    modeling = pytest.importorskip("transformers.models.switch_transformers.modeling_switch_transformers")
+    if version.parse(transformers.__version__).major < 5:
+        pytest.skip("transformers 4 writes these experts another way")
+    config = transformers.SwitchTransformersConfig(d_model=4, d_ff=8, num_experts=3)
+    model = made(lambda self, x, selected, weights: self.experts(x, selected, weights))
+    model.experts = modeling.SwitchTransformersExperts(config)
+    model.eval()
+
+    def inputs(tokens, used):
+        selected = nn.functional.one_hot(torch.randint(used, (tokens, 1)), 3)
+        return torch.randn(tokens, 4), selected, torch.rand(tokens, 1)
+
+    captured = capture(model, make_call(model, *inputs(7, 2)))
+    for tokens, used in ((9, 3), (4, 1), (5, 2)):
+        given = inputs(tokens, used)
+        captured.guards(*given)
+        torch.testing.assert_close(captured.module(*given)[0], model(*given))
+
+
 def test_conversions_to_what_is_there_already_change_nothing():
     def forward(self, x):
         self.table = self.table.to(device=x.device, dtype=x.dtype)
