@@ -36,6 +36,7 @@ from . import outputs as forms
 from .branches import Answer, Followed, Noted
 from .constants import Constants, constant, knowing
 from .errors import CaptureError
+from .loops import refused
 from .patches import patched
 from .regions import inline_regions
 from .scalars import Constant, Scalars
@@ -313,6 +314,7 @@ def _flat_forward(
         arguments = call.rebuild(tensors)
         before = leaves(arguments)
         with (
+            refused(tensors),
             Constants() if fixed else contextlib.nullcontext(),
             Followed(answers, _is_user_code),
             Scalars(self, outputs.originals) as scalars,

@@ -603,3 +603,38 @@ def test_what_follows_from_constant_sizes_is_known():
     runs_like(model, captured, x=torch.randn(14, 4), grid=grid.clone())
     with pytest.raises(AssertionError, match=r"grid == "):
         captured.guards(torch.randn(14, 4), torch.tensor([[3, 2], [2, 4]]))
+
+
+def scanned(self, x):
+    state, states = x[:, 0] * 0.0, []
+    for i in range(x.shape[1]):
+        state = state * 0.5 + x[:, i]
+        states.append(state)
+    return torch.stack(states, 1)
+
+
+def scanned_by_item(self, x):
+    return [row.sum() for row in (x[i] for i in range(x.shape[0]))], x
+
+
+def scanned_in_chunks(self, x):
+    return sum(x[:, 4 * i : 4 * i + 4].sum(1) for i in range(x.shape[1] // 4))
+
+
+def test_a_loop_over_the_sequence_is_refused_before_it_is_unrolled():
+    model = made(scanned)
+    with pytest.raises(CaptureError, match=r"one length only\n.*test_capture.py:\d+: for i in range\(x.shape\[1\]\):"):
+        capture(model, make_call(model, x=torch.randn(2, 9)))
+
+
+@pytest.mark.parametrize("forward", [scanned_by_item, scanned_in_chunks])
+def test_loops_over_items_and_chunks_are_unrolled(forward):
+    model = made(forward)
+    captured = capture(model, make_call(model, x=torch.randn(2, 9)))
+    runs_like(model, captured, x=torch.randn(2, 10))
+
+
+def test_a_loop_over_features_is_unrolled():
+    model = made(lambda self, x: sum(x[:, i] * i for i in range(x.shape[1])))
+    captured = capture(model, make_call(model, x=torch.randn(2, 3, 4)))
+    runs_like(model, captured, x=torch.randn(5, 3, 4))

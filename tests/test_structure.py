@@ -21,6 +21,7 @@ ROOMS = [
     "scalars",
     "branches",
     "constants",
+    "loops",
     "state",
     "capture",
     "miss",
