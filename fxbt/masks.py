@@ -24,7 +24,7 @@ aten = torch.ops.aten
 Index = tuple[Any, ...]
 EXACT_FOR_POSITIONS = {torch.int32, torch.int64, torch.float32, torch.float64}
 VIEWS = RESHAPES | UNIT_DIMS
-WRAPPING = {torch.uint8, torch.int8, torch.int16}  # 0 - 1 is 255 in uint8
+NO_NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16}  # 1 + 1 is 1 in bool, 0 - 1 is 255 in uint8
 Truth = Relational | BooleanFunction | BooleanAtom  # not sympy's Boolean: its Symbol is one, integers included
 
 
@@ -163,13 +163,16 @@ def _constant(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor
 
 
 def _truth(condition: Any, dtype: torch.dtype) -> Any:
-    return condition if dtype is torch.bool else sympy.Piecewise((1, condition), (0, True))
+    return condition if dtype is torch.bool else _as_number(condition)
+
+
+def _as_number(value: Any) -> Any:
+    return sympy.Piecewise((1, value), (0, True)) if isinstance(value, Truth) else value
 
 
 def _compare(relation: Any, lhs: Any, rhs: Any) -> Any:
     for value, other, flip in ((lhs, rhs, False), (rhs, lhs, True)):
-        if isinstance(value, Truth):
-            value = sympy.Piecewise((1, value), (0, True))
+        value = _as_number(value)
         if not isinstance(value, sympy.Piecewise):
             continue
         cases = [(_compare(relation, *((other, case) if flip else (case, other))), when) for case, when in value.args]
@@ -211,19 +214,23 @@ def _relational(relation: Any) -> Callable[..., Any]:
 
 def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     def combine(lhs: Any, rhs: Any) -> Any:
-        for value in (lhs, rhs):
-            if isinstance(value, Truth):
-                raise Opaque("arithmetic on a boolean")
+        lhs, rhs = _as_number(lhs), _as_number(rhs)
         if isinstance(lhs, sympy.Piecewise):
             return sympy.Piecewise(*[(combine(case, rhs), when) for case, when in lhs.args])
         if isinstance(rhs, sympy.Piecewise):
             return sympy.Piecewise(*[(combine(lhs, case), when) for case, when in rhs.args])
         return function(lhs, rhs)
 
+    return _in_numbers(_pointwise(combine))
+
+
+def _in_numbers(evaluator: Callable[..., Any]) -> Callable[..., Any]:
+    """An evaluator for results that do not wrap around."""
+
     def run(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
-        if node.meta["val"].dtype in WRAPPING:
+        if node.meta["val"].dtype in NO_NUMBERS:
             raise Opaque(f"arithmetic in {node.meta['val'].dtype}")
-        return _pointwise(combine)(node, index, constants)
+        return evaluator(node, index, constants)
 
     return run
 
@@ -309,7 +316,7 @@ def _cast(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -
     if dtype is torch.bool:
         return truth(value)
     if isinstance(value, Truth):
-        return sympy.Piecewise((1, value), (0, True))
+        return _as_number(value)
     return _converted(value, node.args[0].meta["val"].dtype, dtype)
 
 
@@ -333,7 +340,7 @@ def converted(number: Any, dtype: torch.dtype) -> Any:
 
 
 class Rounding(sympy.Function):
-    """What data becomes in half precision: known as soon as the data is a number, such as a mask's 0 or 1."""
+    """What data becomes in a type of less precision: known as soon as the data is a number, such as a mask's 0 or 1."""
 
     dtype: torch.dtype
 
@@ -350,7 +357,11 @@ class ToBFloat16(Rounding):
     dtype = torch.bfloat16
 
 
-ROUNDINGS = {kind.dtype: kind for kind in (ToFloat16, ToBFloat16)}
+class ToFloat32(Rounding):
+    dtype = torch.float32
+
+
+ROUNDINGS = {kind.dtype: kind for kind in (ToFloat16, ToBFloat16, ToFloat32)}
 
 
 def _triangle(relation: Any, outside: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -444,7 +455,7 @@ EVALUATORS = _table(
         ((aten.sub.Tensor, aten.sub.Scalar), _arithmetic(operator.sub)),
         ((aten.rsub.Scalar, aten.rsub.Tensor), _arithmetic(lambda lhs, rhs: rhs - lhs)),
         ((aten.mul.Tensor, aten.mul.Scalar), _arithmetic(operator.mul)),
-        ((aten.neg.default,), _pointwise(operator.neg)),
+        ((aten.neg.default,), _in_numbers(_pointwise(operator.neg))),
         ((aten.abs.default,), _pointwise(sympy.Abs)),
         ((aten.le.Tensor, aten.le.Scalar), _relational(sympy.Le)),
         ((aten.lt.Tensor, aten.lt.Scalar), _relational(sympy.Lt)),

@@ -452,6 +452,9 @@ PACKED += [
     ids_alone("ids != pad as numbers", "", lambda ids: (ids != PAD).long()),
     ids_alone("ids.eq(pad) hides", "", lambda ids: ids.eq(PAD), mask=hidden_where),
     ids_alone("ids != pad as a boolean mask", "", not_pad, mask=boolean(lambda m: m[:, None, None])),
+    ids_alone(
+        "ids == pad times a number", "", lambda ids: ids == PAD, mask=lambda mask, x: mask[:, None, None] * LOWEST
+    ),
     ids_alone("ids > 0", "", lambda ids: ids > 0, pad=0, padding_idx=0),
     ids_alone("ids as truth", "", lambda ids: ids.bool(), pad=0, padding_idx=0),
     ids_alone("ids != pad in bfloat16", "", not_pad, mask=in_half(torch.bfloat16)),
@@ -554,4 +557,76 @@ PACKED += [
     Case("nn.MultiheadAttention", plain(lambda: MultiheadSelfAttention(Sizes(), need_weights=False)), ""),
     Case("nn.MultiheadAttention by weights", plain(lambda: MultiheadSelfAttention(Sizes(), need_weights=True)), ""),
     Case("attention by einsum", plain(lambda: EinsumAttention(Sizes())), ""),
+]
+
+# --- from attacks on the proof: what nearly packs, and what does though it seems not to ---
+
+
+def one_plus(net: Net, x: Tensor) -> Tensor:
+    """Scores of pairs of tokens."""
+    return net.score(x) + net.score(x).transpose(1, 2)
+
+
+refuse("pairs summed over valid keys", MIXES, head=lambda net, x, mask: (one_plus(net, x) * mask[:, None]).sum(1))
+refuse("rows by length", "positions given as data", head=lambda net, x, mask: x[mask.sum(1).argsort()])
+refuse("a product with a softmaxed mask", SUMS, head=lambda net, x, mask: mask[:, None].to(x.dtype).softmax(-1) @ x)
+refuse("other rows by a mask", SUMS, head=lambda net, x, mask: torch.einsum("bs,csd->bcd", mask.to(x.dtype), x))
+refuse("tokens by a mask", "positions given as data", head=lambda net, x, mask: x[mask.bool()])
+refuse("padding replaced by a token", MIXES, head=lambda net, x, mask: replaced(net, x, mask).sum(1))
+refuse("a mean of other outputs", MIXES, head=lambda net, x, mask: (x, x.mean(1)))
+refuse("a sum by class", UNKNOWN, head=lambda net, x, mask: by_class(x, mask))
+refuse("a loss that ignores padding", UNKNOWN, head=lambda net, x, mask: token_losses(x, mask).mean())
+refuse("a mask or the diagonal", UNMASKED, mask=boolean(lambda m: m[:, None, None] | diagonal(m.shape[1])))
+refuse("0 and up are valid", UNMASKED, mask=lambda mask, x: torch.where(mask[:, None, None] >= 0, 0.0, LOWEST))
+refuse(
+    "a fill that takes the mask back",
+    UNMASKED,
+    mask=lambda mask, x: additive(mask, x) + (mask == 0)[:, None, None] * -LOWEST,
+)
+refuse("at least -5", "", mask=lambda mask, x: additive(mask, x).clamp(min=-5.0))
+refuse("int32 that overflows", "", mask=lambda mask, x: ((mask.int()[:, None, None] - 1) * (2**31 - 1) * 2).to(x.dtype))
+
+
+def replaced(net: Net, x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask[..., None].bool(), x, net.tokens.weight[0])
+
+
+def by_class(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros(x.shape[0], 2, HIDDEN).scatter_add(1, mask[..., None].expand(-1, -1, HIDDEN), x)
+
+
+def token_losses(x: Tensor, mask: Tensor) -> Tensor:
+    return F.cross_entropy(x.flatten(0, 1), torch.where(mask == 1, 1, -100).flatten(), ignore_index=-100)
+
+
+def filled_scores(net: Net, x: Tensor, mask: Tensor) -> Tensor:
+    return net.score(x).squeeze(-1).masked_fill(mask == 0, -1e4)
+
+
+pack("softmax of filled scores", head=lambda net, x, mask: filled_scores(net, x, mask).softmax(-1))
+pack("argmax of filled scores", head=lambda net, x, mask: filled_scores(net, x, mask).argmax(-1))
+pack("logsumexp of filled tokens", head=lambda net, x, mask: x.masked_fill(mask[..., None] == 0, -1e9).logsumexp(1))
+pack("variance of zeroed tokens", head=lambda net, x, mask: (x * mask[..., None]).var(1))
+pack("running sum of zeroed tokens", mix=lambda net, x, mask: (x * mask[..., None]).cumsum(1))
+pack("mean of tokens added to each", mix=lambda net, x, mask: x + masked_mean(net, x, mask)[:, None])
+pack("tokens counted", mix=lambda net, x, mask: x + net.positions(mask.cumsum(1) * mask))
+pack("tokens see tokens, padding sees padding", mask=boolean(lambda m: m[:, None, None] == m[:, None, :, None]))
+PACKED += [
+    Case("a mask of float64", Net, "", lambda ids, mask: {"input_ids": ids, "attention_mask": mask.double()}),
+    Case("a mask of uint8", Net, "", lambda ids, mask: {"input_ids": ids, "attention_mask": mask.to(torch.uint8)}),
+    Case(
+        "a mean of what is True at padding",
+        lambda: Net(mask=hidden_where, head=lambda net, x, mask: masked_mean(net, x, ~mask)),
+        "",
+        lambda ids, mask: {"input_ids": ids, "attention_mask": mask == 0},
+    ),
+]
+REFUSED += [
+    Case(
+        "a mean of padding, where that is True",
+        lambda: Net(mask=hidden_where, head=masked_mean),
+        MIXES,
+        lambda ids, mask: {"input_ids": ids, "attention_mask": mask == 0},
+    ),
+    ids_alone("as many as there are ids", BY_IDS, lambda ids: torch.arange(ids.shape[1]) < not_pad(ids).sum(1, True)),
 ]

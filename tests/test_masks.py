@@ -136,10 +136,18 @@ def test_data_may_be_zero_whatever_its_type(dtype: torch.dtype, rank: int) -> No
     assert value not in (sympy.true, sympy.false) and value.atoms(sympy.Symbol)
 
 
-def test_arithmetic_that_wraps_around_is_not_read() -> None:
-    node = returned(canonicalize(graph_of(lambda x: x - 1, torch.ones(2, 5, dtype=torch.uint8))))
+@pytest.mark.parametrize("function", [lambda x: x - 1, lambda x: -x])
+def test_arithmetic_that_wraps_around_is_not_read(function) -> None:
+    node = returned(canonicalize(graph_of(function, torch.ones(2, 5, dtype=torch.uint8))))
     with pytest.raises(masks.Opaque, match="arithmetic in torch.uint8"):
         masks.evaluate(node, masks.index_symbols(2), {})
+
+
+def test_booleans_in_arithmetic_are_0_and_1() -> None:
+    node = returned(canonicalize(graph_of(lambda x: (x > 0) * -1e9 + 1, torch.ones(2, 5))))
+    value = masks.evaluate(node, masks.index_symbols(2), {})
+    (data,) = value.atoms(AppliedUndef)
+    assert [float(value.subs(data, number)) for number in (3, -3)] == [-1e9 + 1, 1.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import padding_gate as gate
 import padding_models as models
 import pytest
+import sympy
 import torch
-from models import VOCAB, compare
+from models import PAD, VOCAB, compare
 from torch import Tensor, nn
 
 import fxbt
@@ -48,6 +50,23 @@ def unmasked_attentions(model: nn.Module) -> list[tuple[bool, bool]]:
 )
 def test_only_masks_that_say_nothing_go(case: models.Case, attentions: list[tuple[bool, bool]]) -> None:
     assert unmasked_attentions(case.model()) == attentions
+
+
+def test_masks_of_ids_go_where_no_id_is_padding() -> None:
+    model = gate.Case("", lambda: gate.IdsAlone(gate.not_pad), "").model()
+    fast: Any = fxbt.optimize(model)
+    with torch.no_grad():
+        fast(input_ids=ids(2, 7))
+    module = inline(fast.report.latest.module)
+    (given,) = [node for node in module.graph.nodes if node.name == "input_ids"]
+
+    def masks(tokens: Validity) -> int:
+        graph = unmask(module, [tokens]).module.graph
+        return sum(argument(node, "attn_mask") is not None for node in graph.nodes if node.target is SDPA)
+
+    assert masks(Validity(given, sympy.Ne, PAD)) == 0
+    assert masks(Validity(given, sympy.Ne, 7)) == 2
+    assert masks(Validity(given, sympy.Eq, 7)) == 0  # 7 is not PAD
 
 
 @pytest.mark.parametrize("value", [1, 2, -1])
