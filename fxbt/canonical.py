@@ -88,8 +88,12 @@ def drop_same_dtype_cast(node: fx.Node) -> Any:
 
 
 def drop_copy(node: fx.Node) -> Any:
-    """x.contiguous(), x.clone() -> x, except where the caller would see the strides or an alias."""
-    if node.target not in COPIES or reaches_output(node):
+    """x.contiguous(), x.clone() -> x, except where the caller would see the strides or an alias.
+
+    So would a convolution: it and the norms after it compute images by other algorithms where channels come last, and
+    torch's group_norm loses digits there.
+    """
+    if node.target not in COPIES or reaches_output(node) or any(user.target in BY_STRIDES for user in node.users):
         return None
     if node.target is aten.detach.default and torch.is_grad_enabled():
         return None
@@ -403,6 +407,17 @@ CASTS = {
 }
 COPIES = {aten.contiguous.default, aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default}
 COPIES.add(aten.detach.default)
+BY_STRIDES = {
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.convolution.default,
+    aten.group_norm.default,
+    aten.batch_norm.default,
+}
 
 REDUCTIONS = {
     aten.mean.dim,

@@ -40,6 +40,7 @@ from fxbt.patterns.scores import (
     check_fills,
     check_gradient,
     check_not_coarser,
+    check_order,
     fill_operands,
     proves_unmasked,
     query_and_key,
@@ -202,6 +203,7 @@ def _from_softmax(softmax: fx.Node) -> Description:
     found.scale *= query_scale * key_scale
     found.value, found.value_axes = axes.peel(found.value, found.value_axes)
     check_fills(steps)
+    check_order(steps)
     check_gradient(steps)
     if found.zeroed is not None:
         _mask_by_zeroing(steps, found.zeroed)

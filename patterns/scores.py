@@ -7,7 +7,7 @@ kept as steps, so that the same steps, run on nothing, give the bias that SDPA a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ aten = torch.ops.aten
 
 # A masked score must vanish beside any real score and absorb it when added: float32 near 1e9 has steps of 64.
 LARGEST_FILL = -0.99e9
+# From here on float32 rounds a score by more than the tolerance of the tests.
+ROUNDS_FROM = 5e3
 # A fill no later bias can lift again.
 BOTTOM = -1e30
 
@@ -31,6 +33,8 @@ SUBTRACT = {aten.sub.Tensor, aten.sub.Scalar}
 WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 MASKED_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 CLAMPS = {aten.clamp.default, aten.clamp_min.default}
+# Their numbers are places and sizes.
+BY_POSITION = {aten.slice.Tensor, aten.select.int, aten.arange.default, aten.arange.start, aten.arange.start_step}
 # flex_attention could, but on CPU it takes 1.5 to 7 times the chain's time, unless Inductor compiles it for each shape:
 # then half of it at 1024 tokens and more at 128. Measured by benchmarks/softcap.py.
 SOFTCAP = {aten.tanh.default}
@@ -250,6 +254,17 @@ def check_fills(steps: list[Step]) -> None:
             raise Miss("a bias added after the mask could lift the masked scores again", node=step.node)
 
 
+def check_order(steps: list[Step]) -> None:
+    """A mask of about -1e6 rounds what it is added to: in rows that it blocks entirely, other biases show how.
+
+    A lower one absorbs them in any order, a smaller one rounds too little to matter.
+    """
+    biases = [step.node for step in steps if isinstance(step, Add) and isinstance(step.node, fx.Node)]
+    for bias in biases if len(biases) > 1 else ():
+        if any(ROUNDS_FROM <= abs(number) < -LARGEST_FILL for number in _numbers_in(bias)):
+            raise Miss("a mask that rounds other biases is added to them one after the other", node=bias)
+
+
 def check_gradient(steps: list[Step]) -> None:
     """In rows that a fill and a bias mask only together, a fill stops the gradient and SDPA's bias does not."""
     if not torch.is_grad_enabled() or not any(isinstance(step, Fill) and step.fill > -math.inf for step in steps):
@@ -260,7 +275,12 @@ def check_gradient(steps: list[Step]) -> None:
 
 
 def _may_mask(bias: fx.Node) -> bool:
-    """Whether a bias is computed from a mask value, or is an argument of which nothing is known.
+    """Whether a bias is computed from a mask value, or is an argument of which nothing is known."""
+    return any(number <= LARGEST_FILL for number in _numbers_in(bias))
+
+
+def _numbers_in(bias: fx.Node) -> Iterator[float]:
+    """The numbers a bias is computed from; minus infinity for an argument of which nothing is known.
 
     What a layer or a product gives is an activation, and those stay small.
     """
@@ -268,16 +288,14 @@ def _may_mask(bias: fx.Node) -> bool:
     while waiting:
         node = waiting.pop()
         if node.op == "placeholder" and node.meta["val"].is_floating_point():
-            return True
+            yield -math.inf
         if node.op != "call_function" or node.target in axes.EQUATIONS or node.target is aten.embedding.default:
             continue
-        numbers = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, int | float)]
-        if min(numbers, default=0) <= LARGEST_FILL:
-            return True
+        if node.target not in BY_POSITION:
+            yield from (arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, int | float))
         sources = [source for source in node.all_input_nodes if source not in seen]
         waiting.extend(source for source in sources if isinstance(source.meta.get("val"), torch.Tensor))
         seen.update(sources)
-    return False
 
 
 def bias_of(steps: list[Step], operand: Operand) -> torch.Tensor | None:

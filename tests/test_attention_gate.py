@@ -253,6 +253,26 @@ def test_pitfall_fully_masked_row_with_a_finite_fill(fill: float, added: bool) -
         assert found(fast) == 1, fast.report.why("attention")
 
 
+@pytest.mark.parametrize(("fill", "replaced"), [(FINFO_MIN, 1), (-1e9, 1), (-1e6, 0), (-1e4, 0), (-100.0, 1)])
+def test_pitfall_mask_added_to_another_bias(fill: float, replaced: int) -> None:
+    """Where a mask rounds the scores and the bias, their order shows in a row of masked keys alone."""
+
+    def compute(m: Any, x: Tensor) -> Tensor:
+        scores, v = scored(m, x)
+        place = torch.arange(x.shape[1])
+        blocked = (place == 2)[:, None] | (place > 3)
+        distance = (place[:, None] - place).float()
+        return (scores + 0.37 * distance + blocked * fill).softmax(-1) @ v
+
+    model = small(compute)
+    with torch.no_grad():
+        fast = fxbt.optimize(model, example_inputs={"x": states()}, padding="keep")
+        for shape in ((2, 6), (3, 9), (1, 7)):
+            compare(fast(x=states(*shape)), model(x=states(*shape)))
+    assert found(fast) == replaced, fast.report.why("attention")
+    assert replaced or "rounds other biases" in fast.report.why("attention")
+
+
 def test_pitfall_finfo_min_plus_zeroing() -> None:
     def compute(m: Any, x: Tensor) -> Tensor:
         scores, v = scored(m, x)

@@ -146,6 +146,17 @@ def test_softmax_by_hand(function, is_softmax):
     assert (aten.softmax.int in targets(function, X)) == is_softmax
 
 
+def test_images_keep_their_layout_before_a_convolution():
+    kernel = torch.ones(4, 4, 1, 1)
+
+    def images(x):
+        channels_first = x.unsqueeze(0).permute(0, 3, 1, 2).contiguous()
+        return torch.nn.functional.group_norm(torch.conv2d(channels_first, kernel), 2)
+
+    found = targets(images, torch.randn(2, 3, 4))
+    assert aten.contiguous.default in found or aten.clone.default in found
+
+
 @pytest.mark.parametrize(
     ("function", "plain"),
     [
