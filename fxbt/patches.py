@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import CaptureError
+from .scan import selective_scan
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,30 @@ def _kimi_delta_attention(
     return output, state if output_final_state else None
 
 
+def _selective_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: Any,
+) -> Any:
+    """Mamba's recurrence over the tokens as one operation."""
+    dt = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
+    dt = F.softplus(dt) if delta_softplus else dt
+    decay = torch.exp(A[None, :, None, :] * dt[..., None])
+    inputs = dt[..., None] * B.transpose(1, 2)[:, None].float() * hidden_states[..., None].float()
+    output, state = selective_scan(decay, inputs, C.transpose(1, 2))
+    output = output if D is None else output + hidden_states * D[None, :, None]
+    output = output if z is None else output * F.silu(z)
+    return (output, state) if return_last_state else output
+
+
 PATCHES = (
     Patch(
         "torch.nn.modules.module",
@@ -160,6 +185,15 @@ PATCHES = (
             "solves the gated delta rule's triangular system row by row where it is exported, at once where it is not",
         )
         for library in ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
+    ),
+    *(
+        Patch(
+            f"transformers.models.{library}.modeling_{library}",
+            "mamba_selective_scan",
+            _selective_scan,
+            "loops over the tokens",
+        )
+        for library in ("mamba", "falcon_mamba", "jamba", "zamba")
     ),
     *(
         Patch(

@@ -638,3 +638,32 @@ def test_a_loop_over_features_is_unrolled():
     model = made(lambda self, x: sum(x[:, i] * i for i in range(x.shape[1])))
     captured = capture(model, make_call(model, x=torch.randn(2, 3, 4)))
     runs_like(model, captured, x=torch.randn(5, 3, 4))
+
+
+@pytest.mark.parametrize("library", ["mamba", "falcon_mamba", "jamba", "zamba"])
+def test_a_selective_scan_is_one_operation(library):
+    modeling = pytest.importorskip(f"transformers.models.{library}.modeling_{library}")
+    if not hasattr(modeling, "mamba_selective_scan"):
+        pytest.skip("this version of transformers has the loop inside of a larger function")
+
+    def forward(self, x, dt, a, b, c, d, z):
+        more = {"D": d, "z": z, "delta_bias": d, "delta_softplus": True, "return_last_state": True}
+        return modeling.mamba_selective_scan(x, dt, -a.exp(), b, c, **more)
+
+    def inputs(batch, length):
+        channels = {name: torch.randn(batch, 3, length, requires_grad=True) for name in ("x", "dt", "z")}
+        states = {name: torch.randn(batch, 4, length, requires_grad=True) for name in "bc"}
+        return {**channels, **states, "a": torch.randn(3, 4, requires_grad=True), "d": torch.randn(3)}
+
+    model = made(forward)
+    with torch.enable_grad():
+        captured = capture(model, make_call(model, **inputs(2, 5)), any_image_size=True)
+        assert torch.ops.fxbt.selective_scan.default in targets(captured)
+        given = inputs(4, 9)
+        call = make_call(model, **given)
+        captured.guards(*call.tensors)
+        found, expected = captured.module(*call.tensors), model(**given)
+        variables = [tensor for tensor in given.values() if tensor.requires_grad]
+        gradients = [torch.autograd.grad([o.sin().sum() for o in outputs], variables) for outputs in (found, expected)]
+    for new, old in zip([*found, *gradients[0]], [*expected, *gradients[1]], strict=True):
+        torch.testing.assert_close(new, old)

@@ -16,6 +16,7 @@ ROOMS = [
     "errors",
     "signature",
     "outputs",
+    "scan",
     "patches",
     "regions",
     "scalars",
