@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._decomp import decompositions
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import CaptureError
@@ -152,6 +154,18 @@ def _selective_scan(
     return (output, state) if return_last_state else output
 
 
+def _first_step(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer of a recurrent network where only shapes are asked for, whose graph has it as one operation."""
+
+    def stand_in(inp: Tensor, *args: Any, **options: Any) -> Any:
+        if not isinstance(inp, FakeTensor) or get_proxy_mode() is not None:
+            return layer(inp, *args, **options)
+        output, hidden = layer(inp[:1], *args, **options)
+        return output.expand(inp.shape[0], -1, -1).contiguous(), hidden
+
+    return stand_in
+
+
 PATCHES = (
     Patch(
         "torch.nn.modules.module",
@@ -185,6 +199,15 @@ PATCHES = (
             "solves the gated delta rule's triangular system row by row where it is exported, at once where it is not",
         )
         for library in ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
+    ),
+    *(
+        Patch(
+            "torch._decomp.decompositions",
+            layer,
+            _first_step(getattr(decompositions, layer)),
+            "loops over the tokens to find the shape of an LSTM's or GRU's output",
+        )
+        for layer in ("one_layer_lstm", "one_layer_rnn")
     ),
     *(
         Patch(

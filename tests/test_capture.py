@@ -667,3 +667,17 @@ def test_a_selective_scan_is_one_operation(library):
         gradients = [torch.autograd.grad([o.sin().sum() for o in outputs], variables) for outputs in (found, expected)]
     for new, old in zip([*found, *gradients[0]], [*expected, *gradients[1]], strict=True):
         torch.testing.assert_close(new, old)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2, "batch_first": True}], ids=str)
+def test_recurrent_networks_are_one_operation_for_all_lengths(kind, options):
+    model = nn.Sequential(kind(4, 3, **options))
+    captured = capture(model, make_call(model, torch.randn(6, 5, 4)))
+    assert len(captured.module.graph.nodes) < 40 * (1 + 3 * len(options))
+    for shape in ((9, 2, 4), (3, 7, 4)):
+        x = torch.randn(*shape)
+        captured.guards(x)
+        expected = pytree.tree_leaves(model(x))
+        for new, old in zip(captured.module(x), expected, strict=True):
+            torch.testing.assert_close(new, old)
