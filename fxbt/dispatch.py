@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ class _Graph:
     state: ModelState
     out_spec: pytree.TreeSpec
     image_sizes: list[tuple[int, ...]]
+    slower: Callable[[Call], str | None]  # than the original, on such a call
+    pays: dict[int, bool] = field(default_factory=dict)  # by the size of calls: whether the graph serves them
     served: int = 0
     refused: int = 0  # calls that go another way, which only running the graph shows
 
@@ -193,12 +196,19 @@ class Dispatcher:
             return self.original.forward(*args, **kwargs)
 
     def _run_graph(self, graph: _Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pays = graph.pays.get(_magnitude(call.tensors))
+        if pays is False:
+            return self._run_original(args, kwargs)
+        problem = ""
         try:
             output = pytree.tree_unflatten(graph.run(*call.tensors), graph.out_spec)
-            graph.served += 1
-            return output
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
+        if not problem:
+            graph.served += 1
+            if pays is None:
+                self._measure(graph, call)
+            return output
         output = self._run_original(args, kwargs)  # if the call is wrong, the model's own error is the one to see
         if GOES_ANOTHER_WAY in problem:
             self._refused(graph, call, problem)
@@ -207,6 +217,14 @@ class Dispatcher:
         self._remember_failure(call)
         self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
         return output
+
+    def _measure(self, graph: _Graph, call: Call) -> None:
+        """Notes whether calls of about this size are the graph's, which was measured on one of another size."""
+        with _LOCK.reading():
+            slower = graph.slower(call)
+        graph.pays[_magnitude(call.tensors)] = slower is None
+        if slower:
+            self.fall_back(f"calls like {_shapes(call)} run faster without a graph: {slower}")
 
     def _refused(self, graph: _Graph, call: Call, problem: str) -> None:
         """Keeps a graph that does not go a call's way for those that do, as long as they are the most."""
@@ -282,7 +300,13 @@ class Dispatcher:
         if compiled.weights is not None and not self._keep_original:
             compiled.spilled = compiled.weights.spill()
         graph = _Graph(
-            compiled.run, captured.guards, ModelState(self.original), captured.out_spec, _image_sizes(call.tensors)
+            compiled.run,
+            captured.guards,
+            ModelState(self.original),
+            captured.out_spec,
+            _image_sizes(call.tensors),
+            functools.partial(self._slower, compiled),
+            {_magnitude(call.tensors): True},
         )
         key = self._key(call)
         self.report.add_graph(f"{call}{' training' if self.original.training else ''}", captured, compiled)
@@ -307,8 +331,8 @@ class Dispatcher:
         return _values_difference(compiled.unpadding.uncounted(*call.tensors), expected, is_precise)
 
     def _slower(self, compiled: pipeline.Compiled, call: Call) -> str | None:
-        """How much slower than the original a graph is on the call it was captured with; None where it is not."""
-        if not tune.is_enabled() or torch.is_grad_enabled() or compiled.stochastic:
+        """How much slower than the original a graph is on a call; None where it is not, or cannot be measured."""
+        if not tune.is_enabled() or torch.is_grad_enabled() or compiled.stochastic or compiled.spilled:
             return None
         run = compiled.unpadding.uncounted if compiled.unpadding else compiled.run
         times = tune.race(lambda: run(*call.tensors), lambda: self.original.forward(*call.args, **call.kwargs))
@@ -320,6 +344,11 @@ class Dispatcher:
     def _has_failed(self, call: Call) -> bool:
         states = self._failed.get(self._key(call), ())
         return len(states) >= _STATES_PER_FAILURE or any(state.holds() for state in states)
+
+
+def _magnitude(tensors: Sequence[Tensor]) -> int:
+    """The size of a call: calls of one magnitude are less than a factor of two apart."""
+    return sum(tensor.numel() for tensor in tensors).bit_length()
 
 
 def _image_sizes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:

@@ -584,6 +584,38 @@ def test_a_graph_that_is_slower_than_the_original_is_not_used(times, monkeypatch
     assert fast._fxbt_dispatcher._captures == 1
 
 
+def test_a_graph_that_is_slower_at_another_size_is_not_used_there(monkeypatch):
+    monkeypatch.setenv("FXBT_TUNE", "1")
+    monkeypatch.setattr(fxbt.tune, "BUDGET_SECONDS", 0.0)
+    raced = []
+
+    def race(graph, original):
+        rows = len(original())
+        raced.append(rows)
+        assert torch.equal(graph()[0], original())
+        return (2e-3, 1e-3) if rows > 8 else None
+
+    monkeypatch.setattr(fxbt.tune, "race", race)
+    fast = optimize(Net().eval())
+    fast(x_of(2))
+    assert not ran_original(fast, x_of(2)) and raced == [2]
+    fast(x_of(40))  # served by the graph, and measured
+    assert raced == [2, 40]
+    assert ran_original(fast, x_of(41)) and not ran_original(fast, x_of(3))
+    assert raced == [2, 40, 3] or raced == [2, 40]
+    assert fast.report.fallbacks == [
+        "calls like (x torch.float32[40, 4]) run faster without a graph: 2 ms with it, 1 ms without"
+    ]
+
+
+def test_without_measuring_every_size_is_the_graphs(monkeypatch):
+    monkeypatch.setattr(fxbt.tune, "race", lambda *_: pytest.fail("measured"))
+    fast = optimize(Net().eval())
+    for rows in (2, 40, 3):
+        fast(x_of(rows))
+    assert not ran_original(fast, x_of(41))
+
+
 class Branching(nn.Module):
     """Doubles where anything is masked."""
 
