@@ -178,7 +178,8 @@ def _attempts(
     # An axis of size one is taken for a constant, so that it is made larger where the model agrees.
     for axes in ((0,), (0, 1)):
         enlarged = _enlarge(example, axes)
-        if enlarged is not None and _accepts(model, call, enlarged):
+        is_new = enlarged is not None and all(_shapes(enlarged) != _shapes(tensors) for tensors in larger)
+        if enlarged is not None and is_new and _accepts(model, call, enlarged):
             larger.insert(0, enlarged)
     for tensors in larger:
         if any(2 < tensor.ndim <= free_rank for tensor in tensors):
@@ -186,18 +187,23 @@ def _attempts(
         yield _Attempt(tensors, 2)
     if not _reads_values(errors[0]):
         return
-    with Noted(_is_user_code) as noted:
-        _run(model, call, larger[0])
-    loop = noted.loop()
-    answers = () if loop else tuple(noted.answers)
-    if answers:
-        errors.clear()  # those questions are answered now
-        yield _Attempt(larger[0], 2, answers)
+    for tensors in larger:
+        with Noted(_is_user_code) as noted:
+            _run(model, call, tensors)
+        loop = noted.loop()
+        answers = () if loop else tuple(noted.answers)
+        if answers:
+            errors.clear()  # those questions are answered now
+            yield _Attempt(tensors, 2, answers)
     sizes = frozenset(i for i, tensor in enumerate(example) if _may_hold_sizes(tensor))
     if sizes:
         yield _Attempt(example, free_rank, answers, sizes)
     if loop:
         raise CaptureError(_ASKING_LOOP, _line(*loop))
+
+
+def _shapes(tensors: tuple[Tensor, ...]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]
 
 
 def _may_hold_sizes(tensor: Tensor) -> bool:

@@ -564,6 +564,13 @@ def test_branches_go_the_way_of_the_example_and_the_graph_asserts_it():
         captured.module(x, mask)
 
 
+def test_branches_are_followed_where_only_a_batch_of_one_will_do():
+    model = made(lambda self, x: x * 2 if x.any() else (x if x.shape[0] == 1 else -x))
+    ones = made(lambda self, x: (x * 2 if x.any() else x) + (1 if x.shape[0] == 1 else 2))
+    for one in (model, ones):
+        runs_like(one, capture(one, make_call(one, x=torch.ones(1, 5))), x=torch.ones(1, 7))
+
+
 def until_all_are_done(self, x, steps=30):
     for _ in range(steps):
         x = x + 1
