@@ -8,7 +8,9 @@ reads none. What cannot be followed is a `Miss`, and the graph stays as it is.
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import fx
 
 from . import packed
+from .axes import sizes_of
 from .canonical import with_graph
 from .miss import Miss, module_path
 from .tokens import Dense, Packed, Wide, Writer
@@ -59,19 +62,27 @@ def drop_padding(module: fx.GraphModule) -> Unpadded:
     if not candidates:
         raise Miss("no attention is masked by an input [batch, length], or an embedding's padding_idx")
     first: Miss | None = None
-    for seeds in SEEDS:
+    for validities, seeds in itertools.product(_one_for_each_length(candidates), SEEDS):
         try:
-            return _packed_from(module, list(candidates), masks, seeds)
+            return _packed_from(module, validities, masks, seeds)
         except Miss as miss:
             first = first or miss
     assert first is not None
     raise first
 
 
+def _one_for_each_length(candidates: Iterable[Validity]) -> list[tuple[Validity, ...]]:
+    """The ways to choose who says which tokens of a length are valid: where both may, the mask before the ids."""
+    by_length: dict[Any, list[Validity]] = {}
+    for validity in sorted(candidates, key=lambda one: one.of_ids):
+        by_length.setdefault(sizes_of(validity.input)[1], []).append(validity)
+    return list(itertools.product(*by_length.values()))
+
+
 def _packed_from(
-    module: fx.GraphModule, candidates: list[Validity], masks: dict[fx.Node, AttentionMask], seeds: set[Any]
+    module: fx.GraphModule, validities: tuple[Validity, ...], masks: dict[fx.Node, AttentionMask], seeds: set[Any]
 ) -> Unpadded:
-    writer = Writer(module, candidates)
+    writer = Writer(module, validities)
     writer.masks = masks
     for domain in writer.domains:
         source = domain.validity.input

@@ -80,7 +80,7 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 class Writer:
     """The packed graph as it grows: what each node of the dense graph became, and how to go between the kinds."""
 
-    def __init__(self, module: fx.GraphModule, validities: list[Validity]):
+    def __init__(self, module: fx.GraphModule, validities: Sequence[Validity]):
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Value] = {}
         self.masks: dict[fx.Node, AttentionMask] = {}
@@ -109,8 +109,6 @@ class Writer:
         batch, length = sizes_of(source)
         if batch.is_Integer or length.is_Integer:
             raise Miss("the mask has a fixed size", node=source)
-        if any(domain.position.size == length for domain in self.domains):
-            raise Miss("several masks stand for the same positions", node=source)
         shared = [domain.batch for domain in self.domains if domain.batch.size == batch]
         count = source.meta["val"].fake_mode.shape_env.create_unbacked_symint()
         torch._check(count >= 0)

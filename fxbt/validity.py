@@ -64,6 +64,10 @@ class Validity:
     relation: type[Relational] | None = None
     number: float = 1
 
+    @property
+    def of_ids(self) -> bool:
+        return self.relation is not None and self.input.meta["val"].dtype is not torch.bool
+
     def assume(self, value: Any, at: Index, is_valid: bool) -> Any:
         """An evaluated expression where the token at (row, position) is valid, or is padding."""
         for data in value.atoms(AppliedUndef):

@@ -507,6 +507,18 @@ REFUSED += [
 ]
 
 
+class IdsToo(Net):
+    """Attends where both a mask and the ids allow it."""
+
+    def __init__(self, also: Callable[[Tensor], Tensor] = not_pad, **variation: Any):
+        super().__init__(mask=boolean(lambda m: m[:, None, None]), **variation)
+        self.tokens = nn.Embedding(VOCAB, HIDDEN, padding_idx=PAD)
+        self._also = also
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return super().forward(input_ids, attention_mask.bool() & self._also(input_ids))
+
+
 class CrossAttentionByIds(nn.Module):
     """Both sides make their masks of ids."""
 
@@ -531,6 +543,16 @@ def declare_padding(model: nn.Module) -> nn.Module:
     return model
 
 
+def with_padding_ids(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The padding id stands at tokens too, and other ids at padding."""
+    return {"input_ids": ids.masked_fill(ids % 5 == 0, PAD), "attention_mask": mask}
+
+
+PACKED += [
+    Case("a mask and ids", IdsToo, "", with_padding_ids),
+    Case("a mask and ids that are not padding", lambda: IdsToo(lambda ids: ids.ne(7)), "", with_padding_ids),
+    Case("a mask and the mean by both", lambda: IdsToo(head=masked_mean), "", with_padding_ids),
+]
 PACKED.append(Case("cross-attention by ids", lambda: declare_padding(CrossAttentionByIds()), "", two_inputs_of_ids))
 
 # --- torch's own modules ---
