@@ -154,6 +154,51 @@ def _selective_scan(
     return (output, state) if return_last_state else output
 
 
+def _text_on_patches(
+    image_embeddings: Tensor,
+    inputs_embeds: Tensor,
+    bbox: Tensor,
+    visual_bbox: Tensor | None,
+    attention_mask: Tensor | None = None,
+    num_patches: int = 14,
+    max_len: int = 0,
+    image_size: int = 224,
+    patch_size: int = 16,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """UDOP's tokens with the patches they stand on, then the patches with no token, in order, and zeros."""
+    if max_len != 0:
+        raise CaptureError(f"combine_image_text_embeddings is captured for max_len=0 alone, not {max_len}")
+    column, row = (
+        torch.floor((bbox[..., i] + bbox[..., i + 2]) / 2.0 * num_patches).long().clip(0, num_patches - 1)
+        for i in (0, 1)
+    )
+    patch = column + row * num_patches
+    bbox = bbox.to(torch.float32 if bbox.device.type == "mps" else torch.float64)
+    is_blank = (bbox.mean(-1) == 0.0) | (bbox.mean(-1) == 1.0)
+    of_tokens = image_embeddings.gather(1, patch.unsqueeze(-1).expand(-1, -1, image_embeddings.shape[-1]))
+    inputs_embeds += of_tokens.masked_fill(is_blank.unsqueeze(-1), 0.0)
+    is_free = torch.ones_like(image_embeddings[..., 0], dtype=torch.bool).scatter(1, patch, False)
+    order = torch.argsort((~is_free).long(), dim=1, stable=True)
+    is_free = is_free.gather(1, order)
+
+    def free(values: Tensor) -> Tensor:
+        values = values.gather(1, order.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+        return values.masked_fill(~is_free.unsqueeze(-1), 0.0)
+
+    if visual_bbox is None:
+        from transformers.models.udop.modeling_udop import get_visual_bbox
+
+        places = get_visual_bbox(image_size=image_size, patch_size=patch_size).to(image_embeddings.device)
+        visual_bbox = places.expand(image_embeddings.shape[0], -1, -1)
+    if attention_mask is not None:
+        attention_mask = torch.cat([attention_mask, is_free.to(attention_mask.dtype)], 1)
+    return (
+        torch.cat([inputs_embeds, free(image_embeddings)], 1),
+        torch.cat([bbox, free(visual_bbox)], 1),
+        attention_mask,
+    )
+
+
 def _first_step(layer: Callable[..., Any]) -> Callable[..., Any]:
     """A layer of a recurrent network where only shapes are asked for, whose graph has it as one operation."""
 
@@ -184,6 +229,12 @@ PATCHES = (
         "ViltEmbeddings.visual_embed",
         _complete_images,
         "loops over the images to cut away padded pixels, and shuffles the rest",
+    ),
+    Patch(
+        "transformers.models.udop.modeling_udop",
+        "combine_image_text_embeddings",
+        _text_on_patches,
+        "loops over images to take out the patches that tokens stand on",
     ),
     Patch(
         "transformers.models.switch_transformers.modeling_switch_transformers",

@@ -422,6 +422,33 @@ def test_experts_without_tokens_are_no_branch():
         torch.testing.assert_close(captured.module(*given)[0], model(*given))
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["boxes of patches given", "boxes of patches made"])
+def test_text_on_patches_of_an_image(given):
+    modeling = pytest.importorskip("transformers.models.udop.modeling_udop")
+
+    def forward(self, images, tokens, boxes, patches, mask):
+        return modeling.combine_image_text_embeddings(
+            images, tokens * 1, boxes, patches, mask, num_patches=4, image_size=8, patch_size=2
+        )
+
+    def inputs(batch, length):
+        corners = torch.rand(batch, length, 2) / 2
+        boxes = torch.cat([corners, corners + torch.rand_like(corners) / 2], -1)
+        boxes[0, 0], boxes[-1, 1] = 0.0, 1.0
+        return {
+            "images": torch.randn(batch, 16, 3),
+            "tokens": torch.randn(batch, length, 3),
+            "boxes": boxes,
+            "patches": torch.rand(batch, 16, 4) if given else None,
+            "mask": torch.ones(batch, length).long(),
+        }
+
+    model = made(forward)
+    captured = capture(model, make_call(model, **inputs(2, 5)))
+    for shape in ((3, 9), (2, 40), (2, 2)):
+        runs_like(model, captured, **inputs(*shape))
+
+
 def test_conversions_to_what_is_there_already_change_nothing():
     def forward(self, x):
         self.table = self.table.to(device=x.device, dtype=x.dtype)
