@@ -12,7 +12,13 @@ import torch.fx.experimental._config as fx_config
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError, free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    _ShapeEnvGuardError,
+    free_unbacked_symbols,
+    statically_known_true,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .axes import size_of
 from .canonical import drop_same_dtype_cast, size_of_another, writes
@@ -72,12 +78,16 @@ def _place(match: Match) -> fx.Node:
     return first
 
 
+class _NeedsGuard(Miss):
+    """A replacement would hold for some sizes only."""
+
+
 @contextlib.contextmanager
 def _without_new_guards(mode: FakeTensorMode) -> Iterator[None]:
     """Refuse what would only hold for some sizes: tracing must add no guard to the shape environment.
 
     Raises:
-        Miss: a guard was asked for.
+        _NeedsGuard: a guard was asked for.
     """
     shape_env = mode.shape_env
     if shape_env is None:
@@ -90,8 +100,8 @@ def _without_new_guards(mode: FakeTensorMode) -> Iterator[None]:
     try:
         with shape_env.error_on_new_guards():
             yield
-    except _ShapeEnvGuardError as error:
-        raise Miss("the replacement needs a guard on sizes", found=str(error)) from error
+    except (_ShapeEnvGuardError, GuardOnDataDependentSymNode) as error:
+        raise _NeedsGuard("the replacement needs a guard on sizes", found=str(error).splitlines()[0]) from error
     finally:
         log.setLevel(level)
         mode.cache_enabled = cached
@@ -117,13 +127,21 @@ def _trace(rule: Rule, match: Match) -> fx.GraphModule:
     def replacement(*tensors: torch.Tensor) -> Any:
         try:
             return rule.results(match, tensors)
-        except (_ShapeEnvGuardError, Miss):
+        except (_ShapeEnvGuardError, GuardOnDataDependentSymNode, Miss):
             raise
         except Exception as error:
             raise Miss(f"replace raises {type(error).__name__}: {error}", node=match.anchor) from error
 
-    with fx_config.patch(backed_size_oblivious=True), mode, _without_new_guards(mode):  # type: ignore[attr-defined]
-        traced = make_fx(replacement, tracing_mode="real", pre_dispatch=True)(*fakes)
+    def trace() -> fx.GraphModule:
+        with fx_config.patch(backed_size_oblivious=True), mode, _without_new_guards(mode):  # type: ignore[attr-defined]
+            return make_fx(replacement, tracing_mode="real", pre_dispatch=True)(*fakes)
+
+    try:
+        traced = trace()
+    except _NeedsGuard:
+        # SDPA asks sizes which kernel to take, though on fake tensors none runs: the plain one asks for less.
+        with sdpa_kernel(SDPBackend.MATH):
+            traced = trace()
     traced.graph.eliminate_dead_code()
     return traced
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from models import compare
+from torch import Tensor, nn
 from tracing import Function, captured, nodes
 
 import fxbt
@@ -143,3 +145,21 @@ def test_user_rules_run_in_optimize():
 def test_things_that_are_no_rules_are_refused_at_once(rules, message):
     with pytest.raises(TypeError, match=message):
         fxbt.optimize(Function(silu_by_hand), rules=rules)
+
+
+class Parts(nn.Module):
+    """Attention within parts whose lengths are values: SDPA asks whether they are zero."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        parts = x.split(lengths.tolist(), dim=1)
+        return torch.cat([(part @ part.mT / 2).softmax(-1) @ part for part in parts], 1)
+
+
+def test_attention_over_lengths_that_are_values() -> None:
+    model, x = Parts().eval(), torch.randn(2, 9, 4)
+    with torch.no_grad():
+        fast = fxbt.optimize(model, {"x": x, "lengths": torch.tensor([4, 5])}, padding="keep")
+        for lengths in ([3, 6], [8, 1], [9, 0]):
+            compare(fast(x, torch.tensor(lengths)), model(x, torch.tensor(lengths)))
+    assert fast.report.hits["attention"] == 2, fast.report.why("attention")
+    assert len(fast.report.graphs) == 1 and fast.report.fallbacks == []
