@@ -584,9 +584,7 @@ def test_branches_go_the_way_of_the_example_and_the_graph_asserts_it():
     line = branching.__code__.co_firstlineno
     many = torch.randn(9, 20, 4), torch.ones(9, 20) > 0
     for other, asks in (((x, mask & False), line + 3), ((x / 0, mask), line + 1), (many, line + 7)):
-        with pytest.raises(
-            RuntimeError, match=f"another way than the captured one at .*test_capture.py:{asks}, which found"
-        ):
+        with pytest.raises(RuntimeError, match=f"another way than .* at .*test_capture.py:{asks}, which found"):
             captured.module(*other)
     model.ready.fill_(False)
     with pytest.raises(RuntimeError, match=f"test_capture.py:{line + 5}, which found True"):
