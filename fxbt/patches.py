@@ -63,9 +63,14 @@ def _never() -> bool:
     return False
 
 
+_APPLY = nn.Module._apply
+
+
 def _unconverted(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Conversions of a module to the dtype and device that it has already; others would change the model."""
     named = [*self.named_parameters(recurse=recurse), *self.named_buffers(recurse=recurse)]
+    if not any(isinstance(tensor, FakeTensor) for _, tensor in named):
+        return _APPLY(self, fn, recurse)  # no module of the traced model: another thread's
     with _disable_current_modes(), FakeTensorMode():
         for name, tensor in named:
             like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)

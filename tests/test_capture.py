@@ -1,5 +1,7 @@
 """Capture: dynamic shapes with exact guards, structure of outputs, what is refused and why, a model left as it was."""
 
+import threading
+
 import pytest
 import torch
 import transformers
@@ -460,6 +462,20 @@ def test_conversions_to_what_is_there_already_change_nothing():
     captured = capture(model, make_call(model, x=torch.randn(2, 4)))
     assert captured.module.get_buffer("table") is model.table
     runs_like(model, captured, x=torch.randn(5, 4))
+
+
+def test_another_thread_converts_its_model_meanwhile():
+    other = nn.Linear(2, 2)
+
+    def forward(self, x):
+        thread = threading.Thread(target=other.double)
+        thread.start()
+        thread.join()
+        return x * 2
+
+    model = made(forward)
+    capture(model, make_call(model, x=torch.randn(2, 4)), rehearse=False)
+    assert other.weight.dtype is torch.float64 and other(torch.ones(1, 2).double()).shape == (1, 2)
 
 
 def assigned(self, x):
