@@ -229,6 +229,8 @@ def sum_cuts(value: Any, limit: int, loose: bool = False) -> Iterator[Addends]:
     if isinstance(value, int | float):
         yield Addends(float(value), ())
         return
+    if limit < 1:
+        return
     yield Addends(0.0, ((1.0, value),))
     op = op_of(value)
     if op in ("add", "sub", "rsub"):
@@ -250,10 +252,9 @@ def _binary_sums(node: fx.Node, limit: int, loose: bool) -> Iterator[Addends]:
     first, second = (1.0, float(alpha)) if op_of(node) == "add" else (1.0, -float(alpha))
     if op_of(node) == "rsub":
         first, second = -float(alpha), 1.0
-    for lhs in sum_cuts(node.args[0], limit, loose):
+    left_for_lhs = limit if isinstance(node.args[1], int | float) else limit - 1
+    for lhs in sum_cuts(node.args[0], left_for_lhs, loose):
         for rhs in sum_cuts(node.args[1], limit - len(lhs.terms), loose):
-            if len(lhs.terms) + len(rhs.terms) > limit:
-                continue
             left, right = _scaled(lhs, first, node), _scaled(rhs, second, node)
             yield Addends(left.constant + right.constant, left.terms + right.terms, left.through | right.through)
 

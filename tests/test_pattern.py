@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import operator
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ import fxbt
 from fxbt import pipeline
 from fxbt.canonical import canonicalize
 from fxbt.errors import RuleError
+from fxbt.match import sum_cuts
 from fxbt.miss import Miss
 from fxbt.testing import assert_rewrites, assert_untouched
 
@@ -601,3 +604,13 @@ def test_broken_rules_of_installed_packages_are_named(shipped: Callable[[str], N
     shipped(source)
     with pytest.raises(RuleError, match="mine = gates_of_a_test:rules"):
         pipeline.in_order([])
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_a_long_sum_has_few_readings(limit: int) -> None:
+    terms = [torch.randn(2, 3) for _ in range(40)]
+    module = make_fx(lambda *terms: functools.reduce(operator.add, terms), tracing_mode="fake")(*terms)
+    graph = module.graph
+    total = next(node for node in reversed(graph.nodes) if node.op == "call_function")
+    cuts = list(sum_cuts(total, limit))
+    assert [len(cut.terms) for cut in cuts] == list(range(1, limit + 1))
