@@ -277,6 +277,7 @@ def ctranslate2(model: nn.Module, example: Batch, threads: int) -> Run:
     import ctranslate2
 
     with tempfile.TemporaryDirectory() as folder:
+        model.config.position_embedding_type = "absolute"  # transformers 5 knows no other; the converter still asks
         model.save_pretrained(f"{folder}/hf")
         _copy_tokenizer(Path(folder) / "hf")
         ctranslate2.converters.TransformersConverter(f"{folder}/hf").convert(f"{folder}/ct2")
