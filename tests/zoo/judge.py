@@ -41,8 +41,10 @@ def judge(model_type: str, use_cache: bool = True) -> dict[str, Any]:
         for batch, length in inputs.SHAPES
         for padding in (PADDINGS if maker.has_mask else ("none",))
     ]
+    outputs = [(call, _try(model, maker(*call))) for call in calls]
+    calls = [call for call, output in outputs if output is not None]  # audio models take no mask of another length
+    expected = [output for _, output in outputs if output is not None]
     row["real"], row["other softmaxes"] = count.attentions(model, maker(*calls[0]))
-    expected = [_try(model, maker(*call)) for call in calls]
     start = time.perf_counter()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", fxbt.FxbtWarning)
@@ -116,8 +118,6 @@ def _try(model: nn.Module, call: dict[str, Any]) -> Any:
 def _difference(model: nn.Module, fast: Any, call: dict[str, Any], expected: Any) -> float | str:
     """The largest difference relative to an output's magnitude, or what is wrong."""
     torch.manual_seed(0)
-    if expected is None:
-        return 0.0
     try:
         actual = fast(**call)
     except Exception as error:
