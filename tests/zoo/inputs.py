@@ -445,8 +445,9 @@ def _runs(model: nn.Module, maker: Maker) -> str | None:
     """Why the model does not run on what `maker` makes; None where it does, with finite numbers."""
     try:
         with torch.no_grad():
-            for batch, length in SHAPES[:2]:
-                outputs = model(**maker(batch, length, "none"))
+            # A mask of ones is not looked at: only one with padding shows whether it is of the right length.
+            for (batch, length), padding in zip(SHAPES[:2], ("none", "right"), strict=True):
+                outputs = model(**maker(batch, length, padding))
         leaves = [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
     except NoInputs as error:
         return str(error)
