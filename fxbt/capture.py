@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import linecache
 import logging
 import math
 import re
@@ -35,7 +34,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from . import outputs as forms
 from .branches import Answer, Followed, Noted
 from .constants import Constants, constant, knowing
-from .errors import CaptureError
+from .errors import CaptureError, line_at
 from .loops import refused
 from .patches import patched
 from .regions import inline_regions
@@ -199,7 +198,7 @@ def _attempts(
     if sizes:
         yield _Attempt(example, free_rank, answers, sizes)
     if loop:
-        raise CaptureError(_ASKING_LOOP, _line(*loop))
+        raise CaptureError(_ASKING_LOOP, line_at(*loop))
 
 
 def _shapes(tensors: tuple[Tensor, ...]) -> list[torch.Size]:
@@ -667,12 +666,8 @@ def where(error: BaseException) -> str:
         frames = traceback.extract_tb(cause.__traceback__)
         user = [frame for frame in frames if _is_user_code(frame.filename)]
         if user:
-            return _line(user[-1].filename, user[-1].lineno or 0)
+            return line_at(user[-1].filename, user[-1].lineno or 0)
     return ""
-
-
-def _line(file: str, number: int) -> str:
-    return f"{file}:{number}: {linecache.getline(file, number).strip()}"
 
 
 def _is_user_code(filename: str) -> bool:

@@ -199,12 +199,11 @@ class Dispatcher:
         pays = graph.pays.get(_magnitude(call.tensors))
         if pays is False:
             return self._run_original(args, kwargs)
-        problem = ""
         try:
             output = pytree.tree_unflatten(graph.run(*call.tensors), graph.out_spec)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        if not problem:
+        else:
             graph.served += 1
             if pays is None:
                 self._measure(graph, call)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import linecache
+
 
 class FxbtError(Exception):
     """Base of all errors raised by fxbt itself (never by the user's model)."""
@@ -35,6 +37,11 @@ class CaptureError(FxbtError, RuntimeError):
         super().__init__(f"{reason}\n  at {where}" if where else reason)
         self.reason = reason
         self.where = where
+
+
+def line_at(file: str, number: int) -> str:
+    """A line of the model's code, as `CaptureError.where` shows it."""
+    return f"{file}:{number}: {linecache.getline(file, number).strip()}"
 
 
 class NotOptimizedError(FxbtError, ValueError):

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import SymInt, Tensor
 
-from .errors import CaptureError
+from .errors import CaptureError, line_at
 
 _UNROLLED = "a loop over the sequence would be unrolled: the graph would be for one length only"
 
@@ -48,6 +48,5 @@ def _symbols(sizes: list[Any]) -> set[Any]:
 
 
 def _refuse_range(file: str, number: int) -> None:
-    line = linecache.getline(file, number).strip()
-    if re.search(r"\bfor\b.*\brange\(", line):
-        raise CaptureError(_UNROLLED, f"{file}:{number}: {line}")
+    if re.search(r"\bfor\b.*\brange\(", linecache.getline(file, number)):
+        raise CaptureError(_UNROLLED, line_at(file, number))

@@ -259,7 +259,7 @@ def check_order(steps: list[Step]) -> None:
 
     A lower one absorbs them in any order, a smaller one rounds too little to matter.
     """
-    biases = [step.node for step in steps if isinstance(step, Add) and isinstance(step.node, fx.Node)]
+    biases = _biases(steps)
     for bias in biases if len(biases) > 1 else ():
         if any(ROUNDS_FROM <= abs(number) < -LARGEST_FILL for number in _numbers_in(bias)):
             raise Miss("a mask that rounds other biases is added to them one after the other", node=bias)
@@ -269,9 +269,14 @@ def check_gradient(steps: list[Step]) -> None:
     """In rows that a fill and a bias mask only together, a fill stops the gradient and SDPA's bias does not."""
     if not torch.is_grad_enabled() or not any(isinstance(step, Fill) and step.fill > -math.inf for step in steps):
         return
-    for step in steps:
-        if isinstance(step, Add) and isinstance(step.node, fx.Node) and _may_mask(step.node):
-            raise Miss("scores are masked by a fill and by a bias, whose gradients differ", node=step.node)
+    for bias in _biases(steps):
+        if _may_mask(bias):
+            raise Miss("scores are masked by a fill and by a bias, whose gradients differ", node=bias)
+
+
+def _biases(steps: list[Step]) -> list[fx.Node]:
+    """The tensors that are added to the scores, innermost first."""
+    return [step.node for step in steps if isinstance(step, Add) and isinstance(step.node, fx.Node)]
 
 
 def _may_mask(bias: fx.Node) -> bool:

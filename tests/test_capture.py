@@ -324,11 +324,15 @@ def in_images(self, x, grid):
     return torch.cat(parts) * torch.repeat_interleave(grid[:, 0], lengths)[:, None]
 
 
-def test_sizes_that_python_reads_are_constants_with_a_guard():
-    model = made(in_images)
-    grid = torch.tensor([[2, 3], [4, 2]])
+def captured_on_two_images(forward):
+    model, grid = made(forward), torch.tensor([[2, 3], [4, 2]])
     captured = capture(model, make_call(model, x=torch.randn(14, 4), grid=grid))
     runs_like(model, captured, x=torch.randn(14, 4), grid=grid.clone())
+    return captured
+
+
+def test_sizes_that_python_reads_are_constants_with_a_guard():
+    captured = captured_on_two_images(in_images)
     with pytest.raises(AssertionError, match=r"grid == \[\[2, 3\], \[4, 2\]\]"):
         captured.guards(torch.randn(14, 4), torch.tensor([[2, 4], [3, 2]]))
     with pytest.raises(AssertionError, match="grid.shape"):
@@ -647,10 +651,7 @@ def in_windows(self, x, grid):
 
 
 def test_what_follows_from_constant_sizes_is_known():
-    model = made(in_windows)
-    grid = torch.tensor([[2, 3], [4, 2]])
-    captured = capture(model, make_call(model, x=torch.randn(14, 4), grid=grid))
-    runs_like(model, captured, x=torch.randn(14, 4), grid=grid.clone())
+    captured = captured_on_two_images(in_windows)
     with pytest.raises(AssertionError, match=r"grid == "):
         captured.guards(torch.randn(14, 4), torch.tensor([[3, 2], [2, 4]]))
 

@@ -78,7 +78,6 @@ def _verdict(fast: Any, differences: list[float | str]) -> dict[str, Any]:
     worst = max((d for d in differences if isinstance(d, float)), default=0.0)
     first = next(iter(report.graphs.values()), None)  # the one of the call whose attentions were counted
     hits, all_misses = (first.hits, first.misses) if first else ({}, [])
-    missed = sorted({f"{miss.reason} [{miss.found}]" for miss in all_misses if miss.rule == "attention"})
     row = {
         "graphs": len(report.graphs),
         "found": hits.get("attention", 0),
@@ -86,7 +85,7 @@ def _verdict(fast: Any, differences: list[float | str]) -> dict[str, Any]:
         "qkv": hits.get("qkv", 0),
         "layers": hits.get("encoder_layer", 0) + hits.get("decoder_layer", 0),
         "difference": worst,
-        "misses": missed,
+        "misses": sorted({f"{miss.reason} [{miss.found}]" for miss in all_misses if miss.rule == "attention"}),
         "qkv misses": sorted({miss.reason for miss in all_misses if miss.rule == "qkv"}),
     }
     if wrong:
@@ -107,12 +106,16 @@ def _size(model: nn.Module) -> int:
 
 def _try(model: nn.Module, call: dict[str, Any]) -> Any:
     """The original's output; None where the model itself rejects the call."""
-    torch.manual_seed(0)
     try:
-        with torch.no_grad():
-            return model(**call)
+        return _run(model, call)
     except Exception:
         return None
+
+
+def _run(model: nn.Module, call: dict[str, Any], seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model(**call)
 
 
 def _difference(model: nn.Module, fast: Any, call: dict[str, Any], expected: Any) -> float | str:
@@ -138,9 +141,7 @@ def _without_random(
     model: nn.Module, call: dict[str, Any], found: list[Any], wanted: list[Any]
 ) -> tuple[list[Any], list[Any]]:
     """Both outputs, zero where the original's own change with the seed: a graph may draw in another order."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        again = pytree.tree_leaves(model(**call))
+    again = pytree.tree_leaves(_run(model, call, seed=1))
     pairs = []
     for got, want, other in zip(found, wanted, again, strict=False):
         comparable = isinstance(want, Tensor) and want.is_floating_point() and got.shape == want.shape == other.shape
@@ -173,7 +174,8 @@ def _against_float64(model: nn.Module, call: dict[str, Any], found: Any, wanted:
     exact = copy.deepcopy(model).double()
     wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in call.items()}
     try:
-        reference, nudged = _leaves(exact, wide), _leaves(_one_rounding_away(model), call)
+        reference = pytree.tree_leaves(_run(exact, wide))
+        nudged = pytree.tree_leaves(_run(_one_rounding_away(model), call))
     except Exception as error:
         return f"differs by {worst:.1e}; float64 gives no judgement ({build._first_line(error)})"
     for got, want, near, true in zip(found, wanted, nudged, reference, strict=False):
@@ -185,12 +187,6 @@ def _against_float64(model: nn.Module, call: dict[str, Any], found: Any, wanted:
         if not mine <= 4 * max(eager, condition):
             return f"differs by {worst:.1e}; from float64 by {mine:.1e}, eager by {eager:.1e}"
     return worst
-
-
-def _leaves(model: nn.Module, call: dict[str, Any]) -> list[Any]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return pytree.tree_leaves(model(**call))
 
 
 def _one_rounding_away(model: nn.Module) -> nn.Module:
