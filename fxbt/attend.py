@@ -7,6 +7,7 @@ or of a block of queries, are larger and faster as long as their scores stay in 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import platform
@@ -21,21 +22,25 @@ from torch import Tensor, fx
 from . import packed
 from .canonical import argument
 from .kernels import additive
+from .products import by_products, products
 from .tune import Calls, Contest, Tuner, bucket_of
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a sequence that are measured
 UP_TO = (24, 48, 96, 192, 384)
-SCORES = 2**20  # elements at a time: 4 MiB of float32, which the allocator keeps rather than give back
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
+BY_PRODUCTS = torch.ops.fxbt.attention_by_products.default
 
 
 def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
     """Let attentions choose their kernel by length, in a dense graph or a packed one."""
     read: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.target not in (SDPA, packed.attention) or not _can_be_products(node):
+        if node.target not in (SDPA, BY_PRODUCTS, packed.attention) or not _can_be_products(node):
             continue
         heads, head_dim = node.args[0].meta["val"].shape[1::2]
+        if node.target is BY_PRODUCTS:
+            node.target = ByProducts(tuner.choose(ways_to_multiply(heads, head_dim)))
+            continue
         chosen = tuner.choose(attentions(heads, head_dim))
         if not any(chosen):
             continue
@@ -59,7 +64,7 @@ def _read_mask(graph: fx.Graph, attention: fx.Node, read: dict[fx.Node, fx.Node]
 
 
 def _can_be_products(node: fx.Node) -> bool:
-    """Whether an attention is in float32 on the CPU, with as many key as query heads."""
+    """Whether an attention is in float32 on the CPU; in SDPA's place products need a key head for each query head."""
     values: list[Any] = [operand.meta.get("val") for operand in node.args[:3] if isinstance(operand, fx.Node)]
     if len(values) != 3 or torch.is_autocast_enabled("cpu"):
         return False
@@ -67,7 +72,7 @@ def _can_be_products(node: fx.Node) -> bool:
         return False
     heads, head_dim = values[0].shape[1::2]
     is_static = isinstance(heads, int) and isinstance(head_dim, int)
-    return is_static and all(x.shape[1] == heads for x in values)
+    return is_static and (node.target is BY_PRODUCTS or all(x.shape[1] == heads for x in values))
 
 
 @dataclass(frozen=True)
@@ -124,75 +129,16 @@ class Attend:
         return kernel(query, key, value, bias, is_causal, scale)
 
 
-def products(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """softmax(scale Q K^T + bias) V of tensors (batch, heads, seq, head_dim) without gradients; as SDPA.
+class ByProducts:
+    """`attention_by_products` with the products that were `chosen` for the length."""
 
-    `bias` is (batch | 1, heads | 1, seq | 1, keys | 1), with something above -inf in each row.
+    def __init__(self, chosen: tuple[int, ...]):
+        self._contexts = [(contextlib.nullcontext(), by_onednn)[choice] for choice in chosen]
+        self.__name__ = "attend_by_products"
 
-    Example::
-
-        >>> torch.testing.assert_close(products(q, k, v), F.scaled_dot_product_attention(q, k, v))
-    """
-    batch, heads, queries, head_dim = query.shape
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    rows = SCORES // (heads * queries * key.shape[2])
-    attend = _at_once if rows else _by_blocks
-    if batch <= max(1, rows):
-        return attend(query, key, value, bias, is_causal, scale)
-    result = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
-    for start in range(0, batch, max(1, rows)):
-        some = slice(start, start + max(1, rows))
-        its = bias if bias is None or len(bias) == 1 else bias[some]
-        result[some] = attend(query[some], key[some], value[some], its, is_causal, scale)
-    return result
-
-
-def _at_once(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    batch, heads = query.shape[:2]
-    query, key, value = (x[0] if batch == 1 else x.flatten(0, 1) for x in (query, key, value))
-    biases = [] if bias is None else [bias]
-    if is_causal:
-        biases.append(_later_blocked(query.shape[1], key.shape[1], 0, query))
-    return _attended(query, key.transpose(1, 2), value, biases, scale, batch).unflatten(0, (batch, heads))
-
-
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    """One sequence, some queries at a time; under a causal mask without the keys behind them."""
-    query, transposed, value = query[0], key[0].contiguous().transpose(1, 2), value[0].contiguous()
-    heads, queries, _ = query.shape
-    keys = transposed.shape[2]
-    block = max(16, SCORES // (heads * keys))
-    result = query.new_empty(queries, heads, value.shape[2]).transpose(0, 1)
-    for start in range(0, queries, block):
-        some = slice(start, min(queries, start + block))
-        seen = min(keys, some.stop) if is_causal else keys
-        biases = [] if bias is None else [bias[:, :, some if bias.shape[2] > 1 else slice(None), :seen]]
-        if is_causal:
-            biases.append(_later_blocked(some.stop - start, seen, start, query))
-        result[:, some] = _attended(query[:, some], transposed[:, :, :seen], value[:, :seen], biases, scale, 1)
-    return result.unsqueeze(0)
-
-
-def _attended(
-    query: Tensor, transposed_key: Tensor, value: Tensor, biases: list[Tensor], scale: float, batch: int
-) -> Tensor:
-    """Attention of (batch * heads, seq, head_dim)."""
-    scores = torch.baddbmm(query.new_empty(1), query, transposed_key, beta=0, alpha=scale)
-    for bias in biases:
-        scores.unflatten(0, (batch, -1)).add_(bias)
-    return torch.bmm(torch.softmax(scores, -1, out=scores), value)
-
-
-def _later_blocked(queries: int, keys: int, first: int, like: Tensor) -> Tensor:
-    """-inf at keys behind the query, of which the first stands at position `first`."""
-    return like.new_full((queries, keys), -math.inf).triu_(first + 1)
+    def __call__(self, query: Tensor, key: Tensor, *others: Any, **options: Any) -> Tensor:
+        with self._contexts[bucket_of(key.shape[2], UP_TO)]:
+            return by_products(query, key, *others, **options)
 
 
 # --- products by oneDNN -----------------------------------------------------------------------------------------
@@ -258,7 +204,16 @@ def onednn_is_exact() -> bool:
 
 def attentions(heads: int, head_dim: int) -> Contest:
     """SDPA's kernel against products, for one sequence of so many heads, by its length."""
-    kernels: dict[str, Any] = {"SDPA": F.scaled_dot_product_attention, "products": products}
+    return _contest(f"attention {heads}x{head_dim} float32", heads, head_dim, {"SDPA": F.scaled_dot_product_attention})
+
+
+def ways_to_multiply(heads: int, head_dim: int) -> Contest:
+    """Products by torch's default library against oneDNN's, as `attentions`."""
+    return _contest(f"products {heads}x{head_dim} float32", heads, head_dim, {})
+
+
+def _contest(name: str, heads: int, head_dim: int, kernels: dict[str, Any]) -> Contest:
+    kernels["products"] = products
     if onednn_is_exact():
         kernels["oneDNN products"] = products_by_onednn
 
@@ -266,4 +221,4 @@ def attentions(heads: int, head_dim: int) -> Contest:
         query, key, value = torch.full((length, 3 * heads, head_dim), 0.5).transpose(0, 1)[None].split(heads, 1)
         return [[functools.partial(kernel, query, key, value)] for kernel in kernels.values()]
 
-    return Contest(f"attention {heads}x{head_dim} float32", tuple(kernels), LENGTHS, UP_TO, calls)
+    return Contest(name, tuple(kernels), LENGTHS, UP_TO, calls)

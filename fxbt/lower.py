@@ -19,6 +19,7 @@ from .branches import assert_now
 from .canonical import attribute
 from .kernels import look_up_once, make_masks_once, pack_linears, split_heads_once
 from .precision import Precision, narrow_linears
+from .products import by_products
 from .tune import Tuner
 from .weights import Weights, compile_graph, weight_only
 
@@ -62,6 +63,7 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.__and__.Tensor: torch.bitwise_and,
     aten.ge.Scalar: torch.ge,
     aten._assert_async.msg: assert_now,
+    torch.ops.fxbt.attention_by_products.default: by_products,
 }
 
 

@@ -19,7 +19,7 @@ from torch import fx
 from . import axes
 from .canonical import CASTS, argument, is_pure
 from .miss import Miss
-from .ops import FUSED
+from .ops import ATTENTIONS, FUSED
 from .pattern import (
     ALIASES,
     Call,
@@ -71,7 +71,7 @@ def op_of(node: Any) -> str:
     """
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return ""
-    if node.target is aten.scaled_dot_product_attention.default:
+    if node.target in ATTENTIONS:
         return "attention"
     if not isinstance(node.target, torch._ops.OpOverload):
         name = getattr(node.target, "__name__", "")

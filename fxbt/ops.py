@@ -2,7 +2,9 @@
 
 Each is a plain function of a body, the graph of the block as it was captured, and the values that the body reads; the
 first ones are the block's own inputs. So a fused node differentiates, fake-traces and compiles like the nodes it
-stands for, and `fxbt.rewrite.inline` gives those back for lowering.
+stands for, and `fxbt.outline.inline` gives those back for lowering.
+
+`attention_by_products` is a torch operator of its own, for attention that SDPA cannot express.
 
 Example::
 
@@ -16,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
+from .products import attention_by_products as attention_by_products
 
 Body = Callable[..., torch.Tensor]
 
@@ -58,4 +62,7 @@ def decoder_layer(body: Body, x: torch.Tensor, *others: torch.Tensor) -> torch.T
     return body(x, *others)
 
 
+ATTENTIONS = frozenset(
+    {torch.ops.aten.scaled_dot_product_attention.default, torch.ops.fxbt.attention_by_products.default}
+)
 FUSED = {op.__name__: op for op in (rotary, residual_norm, mlp, encoder_layer, decoder_layer)}

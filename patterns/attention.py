@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
-from fxbt import Match, Miss, Rule, axes
+from fxbt import Match, Miss, Rule, axes, ops
+from fxbt.patterns import sinks
 from fxbt.patterns.scores import (
     DIVIDE,
     MASKED_FILL,
@@ -40,14 +41,15 @@ from fxbt.patterns.scores import (
     check_fills,
     check_gradient,
     check_not_coarser,
-    check_order,
     fill_operands,
     proves_unmasked,
     query_and_key,
+    scale_of,
     times,
     unexpanded,
     unwind,
 )
+from fxbt.patterns.written_out import WrittenOut, written_out
 
 aten = torch.ops.aten
 
@@ -77,6 +79,12 @@ class Description:
     after: list[ScaleBy | Scale] = field(default_factory=list)
     causal: bool = False
     sink: Add | None = None  # one more score for each query, of a key without a value
+    written: WrittenOut | None = None  # scores that SDPA cannot express
+
+    @property
+    def masking(self) -> list[Step]:
+        """The steps that may mask: what a softcap is put on masks nothing."""
+        return self.written.after if self.written else self.steps
 
 
 @dataclass
@@ -106,6 +114,10 @@ class Plan:
     position: dict[fx.Node, int]
     unmasked: Unmasked | None
 
+    @property
+    def is_causal(self) -> bool:
+        return self.description.causal or bool(self.unmasked and self.unmasked.causal)
+
 
 class Attention(Rule):
     """softmax(scale * Q K^T + bias) V  ->  scaled_dot_product_attention(Q, K, V, bias, scale)"""
@@ -120,16 +132,16 @@ class Attention(Rule):
         if found is None:
             return Match(anchor, replaces=False)
         layout = _layout(found)
-        unmasked = None if found.sink else proves_unmasked(found.steps, layout.seq, layout.keys)
+        unmasked = None if found.sink else proves_unmasked(found.masking, layout.seq, layout.keys)
         if anchor.target is SDPA and not layout.groups and unmasked is None:
             return Match(anchor, replaces=False)
         return _match(anchor, found, layout, unmasked)
 
-    def replace(self, plan: Plan, *tensors: torch.Tensor) -> torch.Tensor:
+    def replace(self, plan: Plan, *tensors: Tensor) -> Tensor:
         found, layout = plan.description, plan.layout
         sizes = axes.sizes_from(axes.size_table(plan.operand_axes), tensors)
 
-        def operand(node: fx.Node, source: axes.Axes, target: axes.Axes, expand: bool = True) -> torch.Tensor:
+        def operand(node: fx.Node, source: axes.Axes, target: axes.Axes, expand: bool = True) -> Tensor:
             return axes.arrange(tensors[plan.position[node]], source, target, sizes, expand)
 
         query = operand(found.query, found.query_axes, (layout.batch, layout.heads, layout.seq, layout.head_dim))
@@ -138,31 +150,19 @@ class Attention(Rule):
         per_query = (layout.batch, layout.heads, layout.seq, ())
         scores_axes = (layout.batch, layout.heads, layout.seq, layout.keys)
 
-        def scores_operand(node: fx.Node, source: axes.Axes) -> torch.Tensor:
+        def scores_operand(node: fx.Node, source: axes.Axes) -> Tensor:
             return operand(node, source, scores_axes, expand=False)
 
         for step in found.steps:
             if isinstance(step, ScaleBy):
                 query = times(query, operand(step.node, step.axes, per_query, expand=False), step.divide)
-        if torch.is_grad_enabled() and not plan.unmasked:
-            query = _without_masked_rows(query, found.steps, scores_operand)
-        bias = None if plan.unmasked else bias_of(found.steps, scores_operand)
-        if found.sink is not None and isinstance(found.sink.node, fx.Node):
-            sink = operand(found.sink.node, found.sink.axes, per_query, expand=False)
-            key, value, bias = _with_sink(query, key, value, bias, sink)
-        if bias is not None:
-            bias = _with_batch_and_keys(bias, query, key)
-        query, key, value, bias = _same_dtype(query, key, value, bias)
-        result = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=bias,
-            dropout_p=found.dropout,
-            is_causal=found.causal or bool(plan.unmasked and plan.unmasked.causal),
-            scale=found.scale,
-            enable_gqa=bool(layout.groups),
-        )
+        if found.written is not None:
+            result = _by_products(plan, found.written, query, key, value, scores_operand)
+        else:
+            sink = None
+            if found.sink is not None and isinstance(found.sink.node, fx.Node):
+                sink = operand(found.sink.node, found.sink.axes, per_query, expand=False)
+            result = _sdpa(plan, query, key, value, sink, scores_operand)
         for after in found.after:
             if isinstance(after, Scale):
                 result = result * after.number
@@ -174,6 +174,39 @@ class Attention(Rule):
         )
 
 
+def _sdpa(plan: Plan, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, operand: Operand) -> Tensor:
+    found = plan.description
+    if torch.is_grad_enabled() and not plan.unmasked:
+        query = _without_masked_rows(query, found.steps, operand)
+    bias = None if plan.unmasked else bias_of(found.steps, operand)
+    if sink is not None:
+        key, value, bias = sinks.with_sink(query, key, value, bias, sink)
+    if bias is not None:
+        bias = _with_batch_and_keys(bias, query, key)
+    query, key, value, bias = _same_dtype(query, key, value, bias)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=bias,
+        dropout_p=found.dropout,
+        is_causal=plan.is_causal,
+        scale=found.scale,
+        enable_gqa=bool(plan.layout.groups),
+    )
+
+
+def _by_products(
+    plan: Plan, written: WrittenOut, query: Tensor, key: Tensor, value: Tensor, operand: Operand
+) -> Tensor:
+    before, after = written.biases(operand, is_masked=not plan.unmasked)
+    like = query.new_empty((), dtype=written.dtype)
+    query, key, value, _, *biases = _same_dtype(query, key, value, like, *before, *after)
+    before, after = biases[: len(before)], biases[len(before) :]
+    scale, softcap = plan.description.scale, written.softcap
+    return ops.attention_by_products(query, key, value, before, after, scale, softcap, plan.is_causal)
+
+
 # --- finding ----------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +216,8 @@ def _from_softmax(softmax: fx.Node) -> Description:
     score_axes = axes.fresh(softmax)
     weights, sink = softmax, None
     if scores.target is aten.cat.default:
-        scores, weights, score_axes, sink = _without_sink(softmax, score_axes)
+        weights = _only_user(softmax)
+        scores, score_axes, sink = sinks.cut_off(softmax, weights, score_axes)
     keys = score_axes[dim]
     if not keys:
         raise Miss("the softmax runs over an axis of size one", node=softmax)
@@ -195,44 +229,27 @@ def _from_softmax(softmax: fx.Node) -> Description:
         steps.insert(0, Add(product.addend, axes.broadcast_axes(product.addend, product.axes), product.addend_factor))
     query, key = query_and_key(product, keys)
     found = _follow(weights, score_axes, keys)
-    found.steps, found.sink = steps, sink
+    if sink is None and sinks.normalizer_of(scores):
+        found.output, found.output_axes, sink = sinks.multiplied_on(
+            found.output, found.output_axes, softmax, score_axes
+        )
+    found.written, found.sink = written_out(steps, softmax), sink
     found.head_dim = product.contracted
-    found.scale = product.factor * math.prod(step.number for step in steps if isinstance(step, Scale))
+    found.steps = steps
+    found.scale = product.factor * (found.written.scale if found.written else scale_of(steps))
     found.query, found.query_axes, query_scale = _peel_scaled(*query)
     found.key, found.key_axes, key_scale = _peel_scaled(*key)
     found.scale *= query_scale * key_scale
     found.value, found.value_axes = axes.peel(found.value, found.value_axes)
     check_fills(steps)
-    check_order(steps)
     check_gradient(steps)
     if found.zeroed is not None:
         _mask_by_zeroing(steps, found.zeroed)
+    if found.written and (found.dropout or found.sink):
+        raise Miss("the scores need writing out, with a dropout or a sink on top", node=softmax)
     operands = [node for node, _ in _operands(found, is_masked=True)]
     _check_nothing_else_reads(found.output, (product.node, softmax), operands)
     return found
-
-
-def _without_sink(softmax: fx.Node, labels: axes.Axes) -> tuple[fx.Node, fx.Node, axes.Axes, Add]:
-    """softmax([scores, sink])[..., :keys], a key that takes weight and gives nothing: what stands without it.
-
-    Returns the scores, the weights after the sink was cut off, their axes, and the sink.
-    """
-    cat: Any = softmax.args[0]
-    last = len(labels) - 1
-    dims = [int(d) % (last + 1) for d in (axes.argument(cat, "dim", 0), softmax.args[1])]  # type: ignore[arg-type]
-    sizes = [axes.sizes_of(part)[last] for part in cat.args[0]]
-    if dims != [last, last] or len(sizes) != 2 or sizes.count(1) != 1:
-        raise Miss("the softmax runs over joined scores", node=cat, expected="scores, and one sink for each query")
-    place = sizes.index(1)
-    scores, sink = cat.args[0][1 - place], cat.args[0][place]
-    weights = _only_user(softmax)
-    is_cut = weights.target is aten.slice.Tensor and int(axes.argument(weights, "dim", 0)) % (last + 1) == last
-    start, step = axes.argument(weights, "start") or 0, axes.argument(weights, "step", 1)
-    if not is_cut or (start, step) != (1 - place, 1) or axes.sizes_of(weights)[last] != sizes[1 - place]:
-        raise Miss("the weights of a sink are not cut off", node=weights, expected="a slice of the other keys")
-    rows = labels[:-1]
-    node, sink_axes = unexpanded(sink, axes.broadcast_axes(sink, (*rows, ())))
-    return scores, weights, (*rows, axes.fresh(scores)[-1]), Add(node, sink_axes, 1)
 
 
 def _peel_scaled(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, float]:
@@ -506,16 +523,14 @@ def _operands(found: Description, is_masked: bool) -> list[tuple[fx.Node, axes.A
         (found.key, found.key_axes),
         (found.value, found.value_axes),
     ]
-    tensors = [
-        step for step in (*found.steps, *found.after, found.sink) if step and not isinstance(step, Scale | Floor)
-    ]
-    if not is_masked:
-        tensors = [step for step in tensors if isinstance(step, ScaleBy) or step is found.sink]
+    dropped = [] if is_masked else [step for step in found.masking if isinstance(step, Add | Fill)]
+    steps: list[Any] = [step for step in found.steps if step not in dropped]
+    tensors = [step for step in (*steps, *found.after, found.sink) if isinstance(step, ScaleBy | Add | Fill)]
     operands += [(step.node, step.axes) for step in tensors if isinstance(step.node, fx.Node)]
     return operands
 
 
-def _with_batch_and_keys(bias: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def _with_batch_and_keys(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """`bias` with a batch and a key axis of full size: SDPA guards on the ones that it broadcasts itself."""
     shape = [-1] * 4
     for dim, size in ((0, query.shape[0]), (3, key.shape[2])):
@@ -524,18 +539,7 @@ def _with_batch_and_keys(bias: torch.Tensor, query: torch.Tensor, key: torch.Ten
     return bias if shape == [-1] * 4 else bias.expand(shape)
 
 
-def _with_sink(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Any, sink: torch.Tensor) -> Any:
-    """(key, value, bias) with a last key and value of zeros, whose score the bias alone gives."""
-    rows = query.shape[:3]
-    if bias is None:
-        bias = query.new_zeros(1, 1, 1, 1)
-    if bias.dtype is torch.bool:
-        bias = torch.where(bias, 0.0, -math.inf).to(query.dtype)
-    bias = torch.cat([bias.expand(*rows, key.shape[2]), sink.to(bias.dtype).expand(*rows, 1)], -1)
-    return F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1)), bias
-
-
-def _without_masked_rows(query: torch.Tensor, steps: list[Step], operand: Operand) -> torch.Tensor:
+def _without_masked_rows(query: Tensor, steps: list[Step], operand: Operand) -> Tensor:
     """Zero the queries that finite fills mask everywhere: their weights stay uniform, and as in a fill, no gradient
     passes from them to the scores."""
     fills = [step for step in steps if isinstance(step, Fill)]
@@ -545,7 +549,7 @@ def _without_masked_rows(query: torch.Tensor, steps: list[Step], operand: Operan
     return query * functools.reduce(torch.logical_and, kept).any(-1, keepdim=True)
 
 
-def _kept(mask: torch.Tensor, step: Fill) -> torch.Tensor:
+def _kept(mask: Tensor, step: Fill) -> Tensor:
     return mask.bool() if step.keep else mask.logical_not()
 
 

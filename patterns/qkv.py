@@ -1,7 +1,7 @@
 """Projections that share an input as one: query, key, value = split(x W^T + b), W = [Wq; Wk; Wv].
 
-Anchored at SDPA, the pivot: back from each operand, through whatever keeps it one projection (layout, rotary, norms),
-to the linear it comes from. Linears on one input are merged: all three in self-attention, key and value in
+Anchored at attention, the pivot: back from each operand, through whatever keeps it one projection (layout, rotary,
+norms), to the linear it comes from. Linears on one input are merged: all three in self-attention, key and value in
 cross-attention. The merged weights stay an expression of the originals in the graph, so they follow every change.
 """
 
@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxbt import Match, Miss, Rule
+from fxbt import Match, Miss, Rule, ops
 
 aten = torch.ops.aten
 
-SDPA = aten.scaled_dot_product_attention.default
 LINEAR = aten.linear.default
 # Past a detach, merging would turn a weight's missing gradient into zeros.
-BARRIERS = {SDPA, aten.detach.default}
+BARRIERS = {*ops.ATTENTIONS, aten.detach.default}
 
 
 @dataclass
@@ -36,7 +35,7 @@ class MergeQKV(Rule):
 
     name = "qkv"
     proven = True
-    targets = frozenset({SDPA})
+    targets = ops.ATTENTIONS
 
     def find(self, anchor: fx.Node) -> Match:
         sources = [_projection(operand) for operand in anchor.args[:3]]

@@ -1,7 +1,7 @@
-"""What happens to attention scores between the query-key product and the softmax: an affine chain, read backward.
+"""What happens to attention scores between the query-key product and the softmax: a chain of steps, read backward.
 
-S = Q K^T, then any of: c * S, S * t (t constant along the keys), S + bias, where(mask, S, fill), casts. The chain is
-kept as steps, so that the same steps, run on nothing, give the bias that SDPA adds to its own scaled product.
+S = Q K^T, then any of: c * S, S * t (t constant along the keys), S + bias, where(mask, S, fill), casts, tanh(S). But
+for the tanh they are affine, and the same steps, run on nothing, give the bias that SDPA adds to its scaled product.
 """
 
 from __future__ import annotations
@@ -35,9 +35,6 @@ MASKED_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 CLAMPS = {aten.clamp.default, aten.clamp_min.default}
 # Their numbers are places and sizes.
 BY_POSITION = {aten.slice.Tensor, aten.select.int, aten.arange.default, aten.arange.start, aten.arange.start_step}
-# flex_attention could, but on CPU it takes 1.5 to 7 times the chain's time, unless Inductor compiles it for each shape:
-# then half of it at 1024 tokens and more at 128. Measured by benchmarks/softcap.py.
-SOFTCAP = {aten.tanh.default}
 
 
 @dataclass
@@ -82,7 +79,12 @@ class Floor:
     lowest: float
 
 
-Step = Scale | ScaleBy | Add | Fill | Floor
+@dataclass
+class Tanh:
+    """tanh(S)"""
+
+
+Step = Scale | ScaleBy | Add | Fill | Floor | Tanh
 Operand = Callable[[fx.Node, axes.Axes], torch.Tensor]
 
 
@@ -90,7 +92,7 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
     """Back from the softmax input to the query-key product; what happens on the way goes to `steps`, outermost first.
 
     Raises:
-        Miss: something stands there that is not an affine step on the scores.
+        Miss: something else stands there.
     """
     product = axes.contraction_of(node, labels)
     if product is not None:
@@ -104,11 +106,9 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
     if node.target in axes.CASTS:
         check_not_coarser(node, node.meta["val"].dtype, node.args[0].meta["val"].dtype)
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
-    if node.target in SOFTCAP:
-        raise Miss(
-            "the scores are softcapped, which SDPA cannot express and flex_attention computes slower unless compiled",
-            node=node,
-        )
+    if node.target is aten.tanh.default:
+        steps.append(Tanh())
+        return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
     if node.target is aten.neg.default:
         steps.append(Scale(-1))
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
@@ -254,15 +254,16 @@ def check_fills(steps: list[Step]) -> None:
             raise Miss("a bias added after the mask could lift the masked scores again", node=step.node)
 
 
-def check_order(steps: list[Step]) -> None:
-    """A mask of about -1e6 rounds what it is added to: in rows that it blocks entirely, other biases show how.
+def rounding_bias(steps: list[Step]) -> fx.Node | None:
+    """A mask of about -1e6: it rounds what it is added to, and in rows that it blocks entirely other biases show how.
 
     A lower one absorbs them in any order, a smaller one rounds too little to matter.
     """
     biases = _biases(steps)
     for bias in biases if len(biases) > 1 else ():
         if any(ROUNDS_FROM <= abs(number) < -LARGEST_FILL for number in _numbers_in(bias)):
-            raise Miss("a mask that rounds other biases is added to them one after the other", node=bias)
+            return bias
+    return None
 
 
 def check_gradient(steps: list[Step]) -> None:
@@ -303,6 +304,11 @@ def _numbers_in(bias: fx.Node) -> Iterator[float]:
         seen.update(sources)
 
 
+def scale_of(steps: list[Step]) -> float:
+    """What the steps multiply the scores by."""
+    return math.prod(step.number for step in steps if isinstance(step, Scale))
+
+
 def bias_of(steps: list[Step], operand: Operand) -> torch.Tensor | None:
     """What the steps add to the scaled product: the chain, innermost first, run on a score of zero.
 
@@ -329,6 +335,7 @@ def _apply(step: Step, bias: torch.Tensor | None, operand: Operand) -> torch.Ten
         keep = mask if step.keep else mask.logical_not()
         zero = torch.zeros((), device=keep.device)
         return torch.where(keep, zero if bias is None else bias, step.fill)
+    assert isinstance(step, Add), "scores under a tanh are no sum with a bias"
     term = _addend(step, operand)
     return term if bias is None else bias + term
 

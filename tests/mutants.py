@@ -470,10 +470,42 @@ def relu_of_scores(m: Any, x: Tensor) -> Tensor:
     return scores.relu().softmax(-1) @ v
 
 
-@mutant(must_stay=True)
+@mutant()
 def softcap(m: Any, x: Tensor) -> Tensor:
     scores, v = scored(m, x)
     return (2.0 * torch.tanh(scores / 2.0)).softmax(-1) @ v
+
+
+@mutant()
+def softcap_on_a_bias(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    place = torch.arange(x.shape[1])
+    return (2.0 * torch.tanh((scores - (place[:, None] - place).abs()) / 2.0)).softmax(-1) @ v
+
+
+@mutant(must_stay=True)
+def softcap_on_a_mask(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    later = torch.arange(x.shape[1])[:, None] < torch.arange(x.shape[1])
+    return (2.0 * torch.tanh(scores.masked_fill(later, FINFO_MIN) / 2.0)).softmax(-1) @ v
+
+
+@mutant(must_stay=True)
+def softcap_twice(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return (2.0 * torch.tanh(torch.tanh(scores / 2.0))).softmax(-1) @ v
+
+
+@mutant(must_stay=True)
+def softcap_by_query(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return (x[:, None, :, :1] * torch.tanh(scores / 2.0)).softmax(-1) @ v
+
+
+@mutant(must_stay=True)
+def sigmoid_in_the_place_of_a_softcap(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return (2.0 * torch.sigmoid(scores / 2.0)).softmax(-1) @ v
 
 
 @mutant(must_stay=True)
@@ -1379,6 +1411,113 @@ def sink_of_the_scores(m: Any, x: Tensor) -> Tensor:
 def sink_of_three_zeros(m: Any, x: Tensor) -> Tensor:
     scores, v = scored(m, x)
     return F.pad(scores, (0, 3)).softmax(-1)[..., : x.shape[1]] @ v
+
+
+def sink_factor(m: Any, scores: Tensor) -> Tensor:
+    """sigmoid(logsumexp(scores) - sink), which makes a sink of a factor on the context."""
+    return (scores.logsumexp(-1) - m.head_scale.view(1, -1, 1)).sigmoid().unsqueeze(-1)
+
+
+@mutant()
+def sink_by_a_factor(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return scores.softmax(-1) @ v * sink_factor(m, scores)
+
+
+@mutant()
+def sink_by_a_factor_where_rows_are_masked(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    scores = scores.masked_fill(torch.arange(x.shape[1])[:, None] == 2, FINFO_MIN)
+    return scores.softmax(-1) @ v * sink_factor(m, scores)
+
+
+@mutant(nan_rows=True)
+def sink_by_a_factor_where_rows_are_masked_by_infinity(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    scores = scores.masked_fill(torch.arange(x.shape[1])[:, None] == 2, -INF)
+    return scores.softmax(-1) @ v * sink_factor(m, scores)
+
+
+@mutant(must_stay=True)
+def sink_by_a_factor_over_queries(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return scores.softmax(-1) @ v * (scores.logsumexp(-2) - m.head_scale.view(1, -1, 1)).sigmoid().unsqueeze(-1)
+
+
+@mutant(must_stay=True, shapes=FOUR_POSITIONS)
+def sink_by_a_factor_of_another_head(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return scores.softmax(-1) @ v * sink_factor(m, scores).transpose(1, 2)
+
+
+@mutant(must_stay=True, shapes=FOUR_POSITIONS)
+def sink_by_a_factor_along_the_value(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return scores.softmax(-1) @ v * sink_factor(m, scores).transpose(2, 3)
+
+
+@mutant(must_stay=True, shapes=FOUR_POSITIONS)
+def sink_by_a_factor_with_a_sink_for_each_value(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return scores.softmax(-1) @ v * (scores.logsumexp(-1, keepdim=True) - m.head_scale).sigmoid()
+
+
+@mutant(must_stay=True)
+def sink_by_a_factor_of_the_scores_before_their_mask(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return scores.masked_fill(padded(x), FINFO_MIN).softmax(-1) @ v * sink_factor(m, scores)
+
+
+@mutant(must_stay=True)
+def sink_by_a_factor_of_the_scores_before_their_scale(m: Any, x: Tensor) -> Tensor:
+    q, k, v = qkv(m, x)
+    scores = q @ k.mT
+    return (scores * SCALE).softmax(-1) @ v * sink_factor(m, scores)
+
+
+@mutant(must_stay=True)
+def sink_by_the_other_factor(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return scores.softmax(-1) @ v * (m.head_scale.view(1, -1, 1) - scores.logsumexp(-1)).sigmoid().unsqueeze(-1)
+
+
+@mutant(must_stay=True)
+def sink_by_a_factor_twice_the_sink(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    total = scores.logsumexp(-1, keepdim=True)
+    return scores.softmax(-1) @ v * torch.sub(total, m.head_scale.view(1, -1, 1, 1), alpha=2).sigmoid()
+
+
+@mutant(must_stay=True)
+def sink_taken_from_the_factor(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return scores.softmax(-1) @ v * (scores.logsumexp(-1, keepdim=True).sigmoid() - m.head_scale.view(1, -1, 1, 1))
+
+
+@mutant(must_stay=True)
+def sink_by_a_factor_on_the_value(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return scores.softmax(-1) @ (v * sink_factor(m, scores))
+
+
+@mutant(must_stay=True)
+def sink_by_a_factor_behind_a_residual(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return (scores.softmax(-1) @ v + v) * sink_factor(m, scores)
+
+
+@mutant(must_stay=True)
+def sink_by_a_factor_and_the_context_besides(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    context = scores.softmax(-1) @ v
+    return context * sink_factor(m, scores) + context.flip(2)
+
+
+@mutant(must_stay=True)
+def sink_by_a_factor_that_is_returned(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    scores, v = scored(m, x)
+    factor = sink_factor(m, scores)
+    return scores.softmax(-1) @ v * factor, factor
 
 
 @mutant()

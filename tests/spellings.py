@@ -703,6 +703,27 @@ def attention_sink_first_behind_a_mask(m: Any, x: Tensor, mask: Tensor) -> Tenso
     return join((scores - scores.amax(-1, keepdim=True)).softmax(-1)[..., 1:] @ v)
 
 
+@spelling()
+def attention_sink_as_a_factor(m: Any, x: Tensor) -> Tensor:
+    """exp(S) / (sum(exp(S)) + exp(sink)) = softmax(S) * sigmoid(logsumexp(S) - sink) (Granite's way)."""
+    q, k, v = projections(m, x)
+    scores = q @ k.mT * DIM**-0.5
+    factor = (scores.logsumexp(-1) - m.head_scale.view(1, -1, 1)).sigmoid()
+    return join(m.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype)) @ v * factor.unsqueeze(-1).to(v.dtype))
+
+
+@spelling(WithMask, kv_heads=2)
+def attention_sink_as_a_factor_behind_a_mask(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """One sink for each query, grouped heads, right or left of the product, in another layout."""
+    q, k, v = split(m.q(x)), split(m.k(x), 2), split(m.v(x), 2)
+    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    scores = (q @ k.mT * DIM**-0.5).masked_fill((mask[:, None, None, :] == 0) | later, FINFO_MIN)
+    sink = m.distance(torch.arange(x.shape[1])).T[None, :, :, None]
+    factor = (scores.logsumexp(-1, keepdim=True) - sink).sigmoid()
+    return (factor.transpose(1, 2) * (scores.softmax(-1) @ v).transpose(1, 2)).flatten(2)
+
+
 @spelling(found=0)
 def attention_sink_that_gives_value(m: Any, x: Tensor) -> Tensor:
     """The joined score has a value of its own: no sink."""

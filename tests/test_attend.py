@@ -12,7 +12,7 @@ from padding_models import GPT2, T5, Case
 from torch import Tensor
 
 import fxbt
-from fxbt import attend, tune
+from fxbt import attend, products, tune
 
 WINDOW = {"sliding_window": 4, "num_key_value_heads": 4, "use_cache": False}
 
@@ -38,23 +38,23 @@ def operands(batch: int, heads: int, queries: int, keys: int, dim: int) -> tuple
     )
 
 
-@pytest.mark.parametrize("scores", [1, 64, 600, attend.SCORES])
+@pytest.mark.parametrize("scores", [1, 64, 600, products.SCORES])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_products_are_sdpa(kernel, shape, is_causal, scores, monkeypatch):
-    monkeypatch.setattr(attend, "SCORES", scores)  # a few sequences at a time, or a block of queries
+    monkeypatch.setattr(products, "SCORES", scores)  # a few sequences at a time, or a block of queries
     query, key, value = operands(*shape)
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=is_causal)
     found = kernel(query, key, value, is_causal=is_causal)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scores", [1, 600, attend.SCORES])
+@pytest.mark.parametrize("scores", [1, 600, products.SCORES])
 @pytest.mark.parametrize("ones", [(), (0,), (1,), (0, 1), (1, 2), (0, 3), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_bias_is_added(kernel, ones, scores, monkeypatch):
-    monkeypatch.setattr(attend, "SCORES", scores)
+    monkeypatch.setattr(products, "SCORES", scores)
     batch, heads, queries, keys, _ = shape = (3, 2, 17, 12, 4)
     bias = torch.randn([1 if dim in ones else size for dim, size in enumerate((batch, heads, queries, keys))])
     bias = bias.masked_fill(torch.rand(bias.shape) < 0.3, -1e30) if bias.shape[3] > 1 else bias

@@ -40,7 +40,15 @@ MASKS = (
 CASTS = ("none", "float32", "double")
 NORMS = ("none", "rms", "layer")
 FLAWS = (
-    *("weights returned", "scores returned", "other axis", "factor by key", "softcap", "added boolean", "weak fill"),
+    *(
+        "weights returned",
+        "scores returned",
+        "other axis",
+        "factor by key",
+        "cap on mask",
+        "added boolean",
+        "weak fill",
+    ),
     *("twice", "weights times key mask", "shifted weights", "relu", "squared", "scaled after fill", "value mixed"),
 )
 
@@ -57,6 +65,7 @@ class Spelling:
     norm: str = "none"
     groups: int = 1
     rotary: bool = False
+    softcap: bool = False
     dropout: bool = False
     fused: bool = False
     cross: bool = False
@@ -148,7 +157,7 @@ class Attention(nn.Module):
             scores = scores * self.temperature
         if flaw == "factor by key":
             scores = scores * self.by_key[: scores.shape[-1]]
-        if flaw == "softcap":
+        if self.spelling.softcap:
             scores = 5 * torch.tanh(scores / 5)
         if flaw == "relu":
             scores = scores.relu()
@@ -184,6 +193,8 @@ class Attention(nn.Module):
             scores = scores + self.relative[:, :length, :length]
         if kind == "relative and padding":
             scores = scores + torch.where(keep, 0.0, lowest)
+        if flaw == "cap on mask":
+            scores = 5 * torch.tanh(scores / 5)
         return scores * 1e-30 if flaw == "scaled after fill" else scores
 
     def _weights(self, scores: Tensor, mask: Tensor) -> Tensor:
@@ -277,6 +288,7 @@ spellings = st.builds(
     norm=st.sampled_from(NORMS),
     groups=st.sampled_from((1, 2, 4)),
     rotary=st.booleans(),
+    softcap=st.booleans(),
     dropout=st.booleans(),
     fused=st.booleans(),
     cross=st.booleans(),

@@ -29,6 +29,7 @@ ROOMS = [
     "canonical",
     "axes",
     "masks",
+    "products",
     "ops",
     "pattern",
     "match",

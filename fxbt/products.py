@@ -1,0 +1,177 @@
+"""Attention written out as two batched products around a softmax, its scores in place and as many as a cache holds.
+
+softmax(softcap * tanh(scale Q K^T + before ...) + after ...) V: also what SDPA has no argument for, scores under a tanh
+or biases whose order shows. Without gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SCORES = 2**20  # elements at a time: 4 MiB of float32, which the allocator keeps rather than give back
+
+
+@dataclass(frozen=True)
+class Scores:
+    """From products to scores; biases are (batch | 1, heads | 1, seq | 1, keys | 1), and added one after the other."""
+
+    scale: float
+    before: tuple[Tensor, ...] = ()
+    softcap: float | None = None
+    after: tuple[Tensor, ...] = ()
+    is_causal: bool = False
+
+    def of(self, sequences: slice, queries: slice = slice(None), keys: slice = slice(None)) -> Scores:
+        """The same for a part of the batch, the queries and the keys."""
+        part = (sequences, slice(None), queries, keys)
+
+        def cut(bias: Tensor) -> Tensor:
+            return bias[tuple(s if n > 1 else slice(None) for s, n in zip(part, bias.shape, strict=True))]
+
+        return replace(self, before=tuple(map(cut, self.before)), after=tuple(map(cut, self.after)))
+
+    def write(self, products: Tensor, first: int) -> None:
+        """Makes scores of scaled products (batch, heads, seq, keys) in place; the first query stands at `first`."""
+        for bias in self.before:
+            products.add_(bias)
+        if self.softcap is not None:
+            products.tanh_().mul_(self.softcap)
+        for bias in self.after:
+            products.add_(bias)
+        if self.is_causal:
+            products.add_(_later_blocked(products, first))
+
+
+def products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale Q K^T + bias) V of tensors (batch, heads, seq, head_dim) without gradients; as SDPA.
+
+    `bias` is (batch | 1, heads | 1, seq | 1, keys | 1), with something above -inf in each row.
+
+    Example::
+
+        >>> torch.testing.assert_close(products(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    """
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return attend(query, key, value, Scores(scale, after=() if bias is None else (bias,), is_causal=is_causal))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """Attention of query (batch, heads, seq, head_dim), key and value (batch, key_heads, keys, dim)."""
+    batch, heads, queries, _ = query.shape
+    # On an accelerator there is nothing to be kept in a cache.
+    most = SCORES if query.device.type == "cpu" else batch * heads * queries * key.shape[2]
+    sequences = most // max(1, heads * queries * key.shape[2])
+    some = _at_once if sequences or not batch else _by_blocks
+    if batch <= max(1, sequences):
+        return some(query, key, value, scores)
+    result = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+    for start in range(0, batch, max(1, sequences)):
+        part = slice(start, start + max(1, sequences))
+        result[part] = some(query[part], key[part], value[part], scores.of(part))
+    return result
+
+
+def _at_once(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    return _attended(query, _by_head(key).transpose(1, 2), _by_head(value), scores)
+
+
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """One sequence, some queries at a time; under a causal mask without the keys behind them."""
+    transposed, value = _by_head(key).contiguous().transpose(1, 2), _by_head(value).contiguous()
+    _, heads, queries, _ = query.shape
+    keys = transposed.shape[2]
+    block = max(16, SCORES // (heads * keys))
+    result = query.new_empty(1, queries, heads, value.shape[2]).transpose(1, 2)
+    for start in range(0, queries, block):
+        some = slice(start, min(queries, start + block))
+        seen = slice(0, min(keys, some.stop) if scores.is_causal else keys)
+        its = scores.of(slice(None), some, seen)
+        result[:, :, some] = _attended(query[:, :, some], transposed[:, :, seen], value[:, seen], its, start)
+    return result
+
+
+def _by_head(x: Tensor) -> Tensor:
+    return x[0] if x.shape[0] == 1 else x.flatten(0, 1)
+
+
+def _attended(query: Tensor, transposed_key: Tensor, value: Tensor, scores: Scores, first: int = 0) -> Tensor:
+    """Query (batch, heads, seq, head_dim) on key and value (batch * key_heads, ...): heads of a group are its rows."""
+    batch, heads, queries, head_dim = query.shape
+    groups = batch * heads // max(1, len(transposed_key))
+    rows = query.reshape(len(transposed_key), groups * queries, head_dim)
+    written = torch.baddbmm(query.new_empty(1), rows, transposed_key, beta=0, alpha=scores.scale)
+    scores.write(written.view(batch, heads, queries, written.shape[2]), first)
+    result = torch.bmm(torch.softmax(written, -1, out=written), value)
+    return result.view(batch, heads, queries, value.shape[2])
+
+
+def _later_blocked(scores: Tensor, first: int) -> Tensor:
+    """-inf at keys behind the query, of which the first stands at position `first`."""
+    return scores.new_full(scores.shape[2:], -math.inf).triu_(first + 1)
+
+
+@torch.library.custom_op("fxbt::attention_by_products", mutates_args=())
+def attention_by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    scale: float,
+    softcap: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """softmax(softcap * tanh(scale Q K^T + before ...) + after ...) V; without a softcap, no tanh either.
+
+    query (batch, heads, seq, head_dim), key and value (batch, key_heads, keys, dim); biases (batch | 1, heads | 1,
+    seq | 1, keys | 1) are added one after the other. Without gradients.
+
+    Source: softcapped scores, Gemma team 2024, "Gemma 2", section 2.
+
+    Example::
+
+        >>> fxbt.ops.attention_by_products(q, k, v, [], [mask], scale=0.125 / 50, softcap=50.0)
+    """
+    # As its fake says; the next op of a program takes any strides.
+    return by_products(query, key, value, before, after, scale, softcap, is_causal).contiguous()
+
+
+@attention_by_products.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    scale: float,
+    softcap: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, heads, queries, value.shape[3])
+
+
+def by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    scale: float,
+    softcap: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """`attention_by_products` without the dispatcher around it."""
+    return attend(query, key, value, Scores(scale, tuple(before), softcap, tuple(after), is_causal))
