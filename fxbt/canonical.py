@@ -191,6 +191,18 @@ def fill_from_constant(node: fx.Node) -> Any:
     return None
 
 
+def compare_with_number(node: fx.Node) -> Any:
+    """x == tensor(c), x < tensor(c) -> with the number c"""
+    if node.target not in COMPARISONS:
+        return None
+    x, constant = node.args
+    number = _constant_number(constant)
+    if number is not None and torch.result_type(_value(x), number) == torch.result_type(_value(x), _value(constant)):
+        node.target = COMPARISONS[node.target]
+        node.update_arg(1, number)
+    return None
+
+
 def _constant_number(node: Any) -> float | int | None:
     """The value of a scalar computed from lifted constants and numbers alone."""
     if not isinstance(node, fx.Node) or not isinstance(_value(node), torch.Tensor) or _value(node).dim() != 0:
@@ -434,6 +446,14 @@ NUMBER_OVERLOADS = {
     aten.maximum.default: (1, aten.clamp_min.default),
     aten.max.other: (1, aten.clamp_min.default),
 }
+COMPARISONS = {
+    aten.eq.Tensor: aten.eq.Scalar,
+    aten.ne.Tensor: aten.ne.Scalar,
+    aten.lt.Tensor: aten.lt.Scalar,
+    aten.le.Tensor: aten.le.Scalar,
+    aten.gt.Tensor: aten.gt.Scalar,
+    aten.ge.Tensor: aten.ge.Scalar,
+}
 CONSTANT_OPS = {
     aten.full.default,
     aten.scalar_tensor.default,
@@ -464,6 +484,7 @@ STEPS: tuple[Callable[[fx.Node], Any], ...] = (
     number_from_constant,
     drop_neutral,
     fill_from_constant,
+    compare_with_number,
     linear_from_addmm,
     linear_from_matmul,
     linear_of_flattened,

@@ -130,6 +130,24 @@ def test_fill_constants_become_numbers():
     assert {aten.where.ScalarOther, aten.masked_fill.Scalar, aten.clamp_min.default} <= set(found)
 
 
+@pytest.mark.parametrize("compare", [torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge])
+def test_comparing_with_a_scalar_constant(compare):
+    overload = getattr(aten, compare.__name__).Scalar
+    assert overload in targets(lambda x: compare(x, torch.tensor(0.5)), X)
+    assert overload in targets(lambda x: compare(x > 0, torch.tensor(False)), X)
+    assert overload not in targets(lambda x: compare(x, torch.tensor([0.5])), X)
+
+
+def test_comparing_with_a_constant_in_more_precision():
+    """Among tensors of no dims the wider type wins, and a number has none."""
+    assert aten.eq.Tensor in targets(lambda x: x.sum() == torch.tensor(0.1, dtype=torch.float64), X)
+
+
+def test_equal_comparisons_with_constants_are_shared():
+    found = targets(lambda x: x.masked_fill(x > torch.tensor(1), 2.0) + (x > torch.tensor(1)), X)
+    assert found.count(aten.gt.Scalar) == 1
+
+
 @pytest.mark.parametrize(
     ("function", "is_softmax"),
     [
