@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv, Min
 
 from .canonical import CASTS as CASTS
@@ -578,9 +579,19 @@ def _merge_dim(
             if not here:
                 shape[dim + offset] = _known(sizes(atom))
         tensor = tensor.expand(shape)
-        # merging broadcast with real axes copies anyway; copied first, it asks no question about sizes
-        tensor = tensor if len(label) == 1 else tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.flatten(dim, dim + len(label) - 1) if len(label) > 1 else tensor
+    if len(label) == 1:
+        return tensor
+    if not all(present) or _merging_asks(tensor, dim, len(label)):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.flatten(dim, dim + len(label) - 1)
+
+
+def _merging_asks(tensor: torch.Tensor, dim: int, count: int) -> bool:
+    """Whether merging dims copies, unless some sizes are one: copied first, it asks no question about sizes."""
+    known = all(statically_known_true(size != 1) for size in tensor.shape)
+    inner = range(dim + 1, dim + count)
+    together = [statically_known_true(tensor.stride(d - 1) == tensor.stride(d) * tensor.shape[d]) for d in inner]
+    return not known and not all(together)
 
 
 def _known(size: Any) -> Any:
