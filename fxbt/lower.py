@@ -20,6 +20,7 @@ from .canonical import attribute
 from .kernels import look_up_once, make_masks_once, pack_linears, split_heads_once
 from .precision import Precision, narrow_linears
 from .products import by_products
+from .rows import some_rows_at_a_time
 from .tune import Tuner
 from .weights import Weights, compile_graph, weight_only
 
@@ -131,6 +132,7 @@ class Program:
         attend_fast(graph, tuner)
         make_masks_once(graph)
         split_heads_once(graph)
+        some_rows_at_a_time(graph, constant, _binding)
         self.kernels = tuner.answers
         self._places = weights.add(module, graph, constant)
         self._derived = weights if self._places else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
@@ -63,6 +64,20 @@ def test_derived_weights_follow_every_change(change):
         torch.testing.assert_close(compiled.run(x)[0], model(x))
         change(model)
         torch.testing.assert_close(compiled.run(x)[0], model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_watched_weights_stay_as_free_as_they_were(dtype):
+    """Looking at a weight's memory as numpy does would forbid resizing it."""
+    model = Function(lambda x, w, v: x @ (w + v), w=torch.randn(6, 6), v=torch.ones(6, 6)).to(dtype).eval()
+    with torch.no_grad():
+        x = torch.randn(2, 6).to(dtype)
+        compiled = compile_graph(capture(model, make_call(model, x)), ())
+        compiled.run(x)
+        model.w.data[0, 0] = math.nan  # not equal to itself, and no change the next time
+        torch.testing.assert_close(compiled.run(x)[0], model(x), equal_nan=True)
+    assert compiled.derived_bytes == 36 * x.element_size()
+    assert all(weight.untyped_storage().resizable() for weight in model.parameters())
 
 
 def test_casting_the_model_is_followed():

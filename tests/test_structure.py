@@ -52,6 +52,7 @@ ROOMS = [
     "kernels",
     "attend",
     "precision",
+    "rows",
     "lower",
     "unpadding",
     "fold",
