@@ -62,11 +62,15 @@ def atoms_of(axes: Axes) -> tuple[Atom, ...]:
 
 
 def size_of(value: torch.Tensor, dim: int) -> Any:
-    """The size of a dim as a sympy expression, reduced by what the shape environment knows.
+    """The size of a dim as a sympy expression, reduced by what the shape environment knows."""
+    return reduced(value.shape[dim])
+
+
+def reduced(size: int | torch.SymInt) -> Any:
+    """A size or stride as a sympy expression, reduced by what the shape environment knows.
 
     Sizes that only their value range shows to be one number (`1 - Max(0, 1 - s)`) become that number.
     """
-    size = value.shape[dim]
     if not isinstance(size, torch.SymInt):
         return sympy.Integer(size)
     shape_env = size.node.shape_env
@@ -80,11 +84,14 @@ def size_of(value: torch.Tensor, dim: int) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _proven_minima(shape_env: Any, guards: int) -> dict[Any, Any]:
-    """What guards say about minima: min(16, s) == s once a table of 16 rows, cut to s, met an axis of s."""
+    """What guards say about minima: min(16, s) == s once a table of 16 rows, cut to s, met an axis of s.
+
+    And about what is computed from them: min(15, s) + min(15, s + 1) - 1 == 2 * s.
+    """
     equal = [guard.expr.replace(FloorDiv, _quotient) for guard in shape_env.guards if isinstance(guard.expr, sympy.Eq)]
     sides = [(fact.lhs, fact.rhs) for fact in equal if isinstance(fact, sympy.Eq)]
     sides += [(rhs, lhs) for lhs, rhs in sides]
-    return {lhs: rhs for lhs, rhs in sides if isinstance(lhs, Min) and not rhs.has(Min)}
+    return {lhs: rhs for lhs, rhs in sides if lhs.has(Min) and not rhs.has(Min, FloorDiv)}
 
 
 def _smallest(shape_env: Any, *sizes: Any) -> Any:

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .axes import size_of
+from .axes import reduced, size_of
 from .canonical import drop_same_dtype_cast, size_of_another, writes
 from .miss import Miss, module_path
 from .record import Entry, Rewrite
@@ -134,7 +134,7 @@ def _trace(rule: Rule, match: Match) -> fx.GraphModule:
 
     def trace() -> fx.GraphModule:
         with fx_config.patch(backed_size_oblivious=True), mode, _without_new_guards(mode):  # type: ignore[attr-defined]
-            return make_fx(replacement, tracing_mode="real", pre_dispatch=True)(*fakes)
+            return make_fx(replacement, tracing_mode="real", pre_dispatch=True)(*map(_in_known_sizes, fakes))
 
     try:
         traced = trace()
@@ -144,6 +144,22 @@ def _trace(rule: Rule, match: Match) -> fx.GraphModule:
             traced = trace()
     traced.graph.eliminate_dead_code()
     return traced
+
+
+def _in_known_sizes(fake: Any) -> Any:
+    """A fake tensor whose sizes are the same expression where guards say that they are equal."""
+    if not isinstance(fake, torch.Tensor):
+        return fake
+    shape, strides = ([_known(size) for size in sizes] for sizes in (fake.shape, fake.stride()))
+    same = all(was is now for was, now in zip(fake.shape, shape, strict=True))
+    return fake if same else fake.new_empty_strided(shape, strides).requires_grad_(fake.requires_grad)
+
+
+def _known(size: int | torch.SymInt) -> Any:
+    expression = reduced(size)
+    if not isinstance(size, torch.SymInt) or expression == size.node.expr:
+        return size
+    return size.node.shape_env.create_symintnode(expression, hint=size.node.hint)
 
 
 def _splice(

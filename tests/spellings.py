@@ -680,6 +680,17 @@ def softmax_of_scores_less_their_maximum(m: Any, x: Tensor) -> Tensor:
 
 
 @spelling()
+def biases_whose_sizes_are_equal_by_a_guard(m: Any, x: Tensor) -> Tensor:
+    """ProphetNet: cuts of a table side by side, min(64, s) + min(64, s + 32) - 32 columns for 2 * s keys."""
+    seq = x.shape[1]
+    q, k, v = projections(m, x)
+    k, v = torch.cat([k, k.flip(2)], dim=2), torch.cat([v, v.flip(1)], dim=2)
+    table = torch.cat([m.triangle, m.triangle.T], dim=1)
+    near, far = (torch.cat([table[:seq, :seq], table[:seq, start : start + seq]], dim=1) for start in (8, CONTEXT))
+    return join((q @ k.mT * DIM**-0.5 + near - far).softmax(-1) @ v)
+
+
+@spelling()
 def head_mask_after_softmax(m: Any, x: Tensor) -> Tensor:
     q, k, v = projections(m, x)
     weights = (q @ k.mT * DIM**-0.5).softmax(-1)

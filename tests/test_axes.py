@@ -157,3 +157,17 @@ def test_minima_that_a_guard_proves_are_sizes():
     module = canonicalize(graph_of(lambda x, table: x + table[: x.shape[1]], torch.randn(2, 7), table=torch.randn(16)))
     length = module.graph.find_nodes(op="placeholder")[0].meta["val"].shape[1].node.expr
     assert axes.sizes_of(returned(module))[1] == length
+
+
+def test_sums_of_minima_that_a_guard_proves_are_sizes():
+    """Two cuts of a table, side by side, added to what is twice as long."""
+
+    def function(x, table):
+        seq = x.shape[1]
+        return torch.cat([x, x], dim=1) + torch.cat([table[:seq], table[16 : 16 + seq]])
+
+    module = canonicalize(graph_of(function, torch.randn(2, 7), table=torch.randn(32)))
+    length = module.graph.find_nodes(op="placeholder")[0].meta["val"].shape[1].node.expr
+    (cut,) = [node for node in module.graph.nodes if node.target is aten.cat.default and len(axes.sizes_of(node)) == 1]
+    assert cut.meta["val"].shape[0].node.expr != 2 * length
+    assert axes.sizes_of(cut) == [2 * length]
