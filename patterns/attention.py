@@ -13,6 +13,7 @@ Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.1; torch's
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass, field
@@ -128,16 +129,19 @@ class Attention(Rule):
     targets = frozenset(SOFTMAX | {SDPA})
 
     def find(self, anchor: fx.Node) -> Match:
-        found = _from_sdpa(anchor) if anchor.target is SDPA else _from_softmax(anchor)
-        if found is None:
+        attentions = _from_sdpa(anchor) if anchor.target is SDPA else _from_softmax(anchor)
+        if not attentions:
             return Match(anchor, replaces=False)
-        layout = _layout(found)
-        unmasked = None if found.sink else proves_unmasked(found.masking, layout.seq, layout.keys)
-        if anchor.target is SDPA and not layout.groups and unmasked is None:
+        found, layouts = attentions[0], _layouts(attentions)
+        unmasked = None if found.sink else proves_unmasked(found.masking, layouts[0].seq, layouts[0].keys)
+        if anchor.target is SDPA and not layouts[0].groups and unmasked is None:
             return Match(anchor, replaces=False)
-        return _match(anchor, found, layout, unmasked)
+        return _match(anchor, attentions, layouts, unmasked)
 
-    def replace(self, plan: Plan, *tensors: Tensor) -> Tensor:
+    def replace(self, plans: list[Plan], *tensors: Tensor) -> list[Tensor]:
+        return [self._attend(plan, tensors) for plan in plans]
+
+    def _attend(self, plan: Plan, tensors: tuple[Tensor, ...]) -> Tensor:
         found, layout = plan.description, plan.layout
         sizes = axes.sizes_from(axes.size_table(plan.operand_axes), tensors)
 
@@ -210,7 +214,8 @@ def _by_products(
 # --- finding ----------------------------------------------------------------------------------------------------
 
 
-def _from_softmax(softmax: fx.Node) -> Description:
+def _from_softmax(softmax: fx.Node) -> list[Description]:
+    """One attention, or several of the same weights with other values."""
     scores: Any = softmax.args[0]
     dim: Any = softmax.args[1]
     score_axes = axes.fresh(softmax)
@@ -228,8 +233,8 @@ def _from_softmax(softmax: fx.Node) -> Description:
     if product.addend is not None:
         steps.insert(0, Add(product.addend, axes.broadcast_axes(product.addend, product.axes), product.addend_factor))
     query, key = query_and_key(product, keys)
-    found = _follow(weights, score_axes, keys)
-    if sink is None and sinks.normalizer_of(scores):
+    found, *others = _values_of(weights, score_axes, keys)
+    if sink is None and not others and sinks.normalizer_of(scores):
         found.output, found.output_axes, sink = sinks.multiplied_on(
             found.output, found.output_axes, softmax, score_axes
         )
@@ -240,16 +245,28 @@ def _from_softmax(softmax: fx.Node) -> Description:
     found.query, found.query_axes, query_scale = _peel_scaled(*query)
     found.key, found.key_axes, key_scale = _peel_scaled(*key)
     found.scale *= query_scale * key_scale
-    found.value, found.value_axes = axes.peel(found.value, found.value_axes)
+    attentions = [_with_value_of(found, other) for other in (found, *others)]
     check_fills(steps)
     check_gradient(steps)
     if found.zeroed is not None:
         _mask_by_zeroing(steps, found.zeroed)
     if found.written and (found.dropout or found.sink):
         raise Miss("the scores need writing out, with a dropout or a sink on top", node=softmax)
-    operands = [node for node, _ in _operands(found, is_masked=True)]
-    _check_nothing_else_reads(found.output, (product.node, softmax), operands)
-    return found
+    operands = [node for each in attentions for node, _ in _operands(each, is_masked=True)]
+    _check_nothing_else_reads([each.output for each in attentions], (product.node, softmax), operands)
+    return attentions
+
+
+def _with_value_of(found: Description, other: Description) -> Description:
+    value, value_axes = axes.peel(other.value, other.value_axes)
+    return dataclasses.replace(
+        found,
+        value=value,
+        value_axes=value_axes,
+        output=other.output,
+        output_axes=other.output_axes,
+        after=other.after,
+    )
 
 
 def _peel_scaled(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, float]:
@@ -264,6 +281,14 @@ def _peel_scaled(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, 
             return node, labels, scale
         scale *= 1 / factor if node.target in DIVIDE else factor
         node = node.args[0]
+
+
+def _values_of(weights: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...]) -> list[Description]:
+    """What the weights are multiplied with: a value, or several at once, as in two equal attentions."""
+    products = [axes.contraction_with(user, weights, labels) for user in weights.users]
+    if len(products) > 1 and all(products):
+        return [_with_value(product, weights, keys, labels, []) for product in products if product]
+    return [_follow(weights, labels, keys)]
 
 
 def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]) -> Description:
@@ -390,13 +415,13 @@ def _with_value(
     )
 
 
-def _check_nothing_else_reads(output: fx.Node, interior: tuple[fx.Node, ...], operands: list[fx.Node]) -> None:
+def _check_nothing_else_reads(outputs: list[fx.Node], interior: tuple[fx.Node, ...], operands: list[fx.Node]) -> None:
     """The chain from product to output must die with the rewrite, else it would be computed twice.
 
     What the replacement itself reads lives on: a bias computed from the scores keeps them.
     """
-    dying = {output}
-    waiting = list(output.all_input_nodes)
+    dying = set(outputs)
+    waiting = [node for output in outputs for node in output.all_input_nodes]
     while waiting:
         node = waiting.pop()
         if (
@@ -413,14 +438,14 @@ def _check_nothing_else_reads(output: fx.Node, interior: tuple[fx.Node, ...], op
             raise Miss("the scores are used elsewhere too", node=node, expected="one use: the softmax")
 
 
-def _from_sdpa(node: fx.Node) -> Description | None:
-    """A call to SDPA, its axes named as if it were spelled out; None where there is nothing to improve."""
+def _from_sdpa(node: fx.Node) -> list[Description]:
+    """A call to SDPA, its axes named as if it were spelled out; nothing where there is nothing to improve."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     query, key, value, mask = (given.get(name) for name in names[:4])
     rank = query.meta["val"].dim()
     if given.get("enable_gqa") or any(operand.meta["val"].dim() != rank for operand in (key, value)):
-        return None
+        return []
     output_axes = axes.fresh(node)
     query_axes = (*output_axes[:-1], axes.fresh(query)[-1])  # type: ignore[arg-type]
     keys = axes.fresh(key)[-2]  # type: ignore[arg-type]
@@ -435,10 +460,10 @@ def _from_sdpa(node: fx.Node) -> Description | None:
     scale = given.get("scale")
     head_size = query.meta["val"].shape[-1]
     if scale is None and not isinstance(head_size, int):
-        return None
+        return []
     key, key_axes = axes.peel(key, key_axes)  # type: ignore[arg-type]
     value, value_axes = axes.peel(value, value_axes)  # type: ignore[arg-type]
-    return Description(
+    found = Description(
         query=query,  # type: ignore[arg-type]
         query_axes=query_axes,
         key=key,
@@ -455,9 +480,18 @@ def _from_sdpa(node: fx.Node) -> Description | None:
         dropout=float(given.get("dropout_p") or 0),  # type: ignore[arg-type]
         causal=bool(given.get("is_causal")),
     )
+    return [found]
 
 
 # --- roles ------------------------------------------------------------------------------------------------------
+
+
+def _layouts(attentions: list[Description]) -> list[Layout]:
+    layouts = [_layout(found) for found in attentions]
+    for layout, found in zip(layouts, attentions, strict=True):
+        if dataclasses.replace(layout, value_dim=()) != dataclasses.replace(layouts[0], value_dim=()):
+            raise Miss("the attention weights meet values of different axes", node=found.value)
+    return layouts
 
 
 def _layout(found: Description) -> Layout:
@@ -507,14 +541,16 @@ def _head_axes(
     return (shared[-1],) if len(shared) > 1 else ()
 
 
-def _match(anchor: fx.Node, found: Description, layout: Layout, unmasked: Unmasked | None) -> Match:
+def _match(anchor: fx.Node, attentions: list[Description], layouts: list[Layout], unmasked: Unmasked | None) -> Match:
     operands: dict[fx.Node, axes.Axes] = {}
-    for node, labels in _operands(found, is_masked=unmasked is None):
-        operands.setdefault(node, labels)
+    for found in attentions:
+        for node, labels in _operands(found, is_masked=unmasked is None):
+            operands.setdefault(node, labels)
     position = {node: place for place, node in enumerate(operands)}
     operand_axes = [axes.resolve(labels) for labels in operands.values()]
-    plan = Plan(found, layout, operand_axes, position, unmasked)
-    return Match(anchor, tuple(operands), (found.output,), plan, assumes=unmasked.assumes if unmasked else ())
+    plans = [Plan(*each, operand_axes, position, unmasked) for each in zip(attentions, layouts, strict=True)]
+    outputs = tuple(found.output for found in attentions)
+    return Match(anchor, tuple(operands), outputs, plans, assumes=unmasked.assumes if unmasked else ())
 
 
 def _operands(found: Description, is_masked: bool) -> list[tuple[fx.Node, axes.Axes]]:

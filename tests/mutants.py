@@ -1520,6 +1520,63 @@ def sink_by_a_factor_that_is_returned(m: Any, x: Tensor) -> tuple[Tensor, Tensor
     return scores.softmax(-1) @ v * factor, factor
 
 
+@mutant(must_stay=True)
+def sink_by_a_factor_on_one_of_two_values(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights = scores.softmax(-1)
+    return weights @ v * sink_factor(m, scores) + weights @ v.flip(2)
+
+
+@mutant()
+def sink_by_a_factor_on_both_of_two_values(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights, factor = scores.softmax(-1), sink_factor(m, scores)
+    return weights @ v * factor + weights @ v.flip(2) * factor
+
+
+@mutant()
+def two_values(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights = scores.softmax(-1)
+    return weights @ v - weights @ (v.flip(2) * 0.5)
+
+
+@mutant(must_stay=True)
+def two_values_one_of_them_for_each_query(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights = scores.softmax(-1)
+    relative = m.by_pair[: x.shape[1], : x.shape[1], None] * m.last[0]
+    return weights @ v + torch.einsum("bhij,ijd->bhid", weights, relative)
+
+
+@mutant(must_stay=True)
+def two_values_one_of_them_of_one_head(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights = scores.softmax(-1)
+    return weights @ v + torch.einsum("bhij,bjd->bhid", weights, v[:, 1])
+
+
+@mutant(must_stay=True)
+def two_values_one_of_them_summed_over_queries(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights = scores.softmax(-1)
+    return weights @ v + weights.mT @ v
+
+
+@mutant(must_stay=True)
+def two_values_one_of_them_the_result_of_the_other(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights = scores.softmax(-1)
+    return weights @ (weights @ v)
+
+
+@mutant(must_stay=True)
+def a_value_and_a_norm_of_the_weights(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights = scores.softmax(-1)
+    return weights @ v / weights.square().sum(-1, keepdim=True)
+
+
 @mutant()
 def sink_scaled_with_the_scores(m: Any, x: Tensor) -> Tensor:
     q, k, v = qkv(m, x)

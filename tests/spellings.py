@@ -680,6 +680,25 @@ def softmax_of_scores_less_their_maximum(m: Any, x: Tensor) -> Tensor:
 
 
 @spelling()
+def weights_with_two_values(m: Any, x: Tensor) -> Tensor:
+    """Of other widths, and in another layout."""
+    q, k, v = projections(m, x)
+    weights = (q @ k.mT * DIM**-0.5).softmax(-1)
+    narrow = torch.einsum("bhij,bjhd->bihd", weights, v.transpose(1, 2)[..., :2] * 3.0)
+    return join(weights @ v) + F.pad(narrow, (0, DIM - 2)).flatten(2)
+
+
+@spelling(WithMask, attentions=2, found=1)
+def differential_attention(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """Two attentions with equal scores, of half of the value's heads each (DiffLlama's eager way)."""
+    q, k, v = projections(m, x)
+    bias = (1.0 - mask[:, None, None, :].to(x.dtype)) * -1e9
+    halves = [half.repeat(1, 2, 1, 1) for half in v.chunk(2, dim=1)]
+    first, second = torch.cat([(q @ k.mT * DIM**-0.5 + bias).softmax(-1) @ half for half in halves], -1).chunk(2, dim=1)
+    return join(torch.cat([first - 0.3 * second, first], dim=1)[..., :DIM])
+
+
+@spelling()
 def biases_whose_sizes_are_equal_by_a_guard(m: Any, x: Tensor) -> Tensor:
     """ProphetNet: cuts of a table side by side, min(64, s) + min(64, s + 32) - 32 columns for 2 * s keys."""
     seq = x.shape[1]

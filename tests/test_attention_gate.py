@@ -73,6 +73,7 @@ GRADIENT_SPELLINGS = [
         "attention_sink",
         "attention_sink_as_a_factor",
         "causal_buffer",
+        "differential_attention",
         "fused_qkv_five_dims_unbind",
         "grouped_heads_expanded",
         "head_mask_after_softmax",
