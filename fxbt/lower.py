@@ -18,6 +18,7 @@ from .attend import attend_fast
 from .branches import assert_now
 from .canonical import attribute
 from .kernels import look_up_once, make_masks_once, pack_linears, split_heads_once
+from .memory import peak_bytes
 from .precision import Precision, narrow_linears
 from .products import by_products
 from .rows import some_rows_at_a_time
@@ -116,6 +117,7 @@ class Program:
             weights.note_read(self._weights)
         for node in graph.nodes:
             node.target = _binding(node) if node.op == "call_function" else node.target
+        self._graph = graph
         self._run = compile_graph(graph)
 
     def _derive(
@@ -145,6 +147,12 @@ class Program:
             return self._run(*tensors, *self._weights)
         values = self._derived.current()
         return self._run(*tensors, *[values[place] for place in self._places], *self._weights)
+
+    def peak_bytes(self, *tensors: Any) -> int:
+        """The most memory that values hold at once in such a call, besides inputs and weights."""
+        values = self._derived.current() if self._derived else ()
+        derived = [values[place] for place in self._places] if self._derived else []
+        return peak_bytes(self._graph, [*tensors, *derived, *self._weights])
 
 
 def _binding(node: fx.Node) -> Any:

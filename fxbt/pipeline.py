@@ -42,6 +42,7 @@ class Compiled:
     seconds: float
     stochastic: bool
     derived_bytes: int
+    peak_bytes: int | None  # of what the captured call computes, without gradients
     kernels: dict[str, str]
     weights: Weights | None  # what the programs derive, without gradients
     precision: str | None = None  # of linears, if it is not the model's own
@@ -146,6 +147,7 @@ def _compile(
         seconds=time.perf_counter() - start,
         stochastic=is_stochastic(flat.graph),
         derived_bytes=weights.nbytes() if weights else 0,
+        peak_bytes=program.peak_bytes(*captured.example) if weights else None,
         kernels=program.kernels,
         weights=weights,
         precision=precision.name if precision and weights else None,

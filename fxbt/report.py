@@ -36,11 +36,12 @@ class GraphReport:
     """One captured graph: what the rules did to it and how long it took. Texts are made when they are asked for.
 
     `module` is the rewritten graph, `derived_bytes` the memory of weights made from the model's own (merged, packed
-    ones), `kernels` the kernel of each shape of a linear, and the microseconds that chose it. `precision` is that of
-    linears ("bfloat16", "int8") where another one than the model's was asked for, `error` how far that put the outputs
-    of the captured call from the original's, as a part of their magnitude. `spilled` has the bytes that
-    `keep_original=False` moved to a file and those that stayed. `nodes_before` and `nodes_after` count the lines of the
-    texts in full: operations, inputs and the return, without weights and sizes.
+    ones), `peak_bytes` the most that values of the captured call hold at once (None with gradients), `kernels` the
+    kernel of each shape of a linear, and the microseconds that chose it. `precision` is that of linears ("bfloat16",
+    "int8") where another one than the model's was asked for, `error` how far that put the outputs of the captured call
+    from the original's, as a part of their magnitude. `spilled` has the bytes that `keep_original=False` moved to a
+    file and those that stayed. `nodes_before` and `nodes_after` count the lines of the texts in full: operations,
+    inputs and the return, without weights and sizes.
 
     Example::
 
@@ -57,6 +58,7 @@ class GraphReport:
     capture_seconds: float
     rewrite_seconds: float
     derived_bytes: int
+    peak_bytes: int | None
     kernels: dict[str, str]
     precision: str | None = None
     error: float | None = None
@@ -287,6 +289,7 @@ class Report:
             capture_seconds=captured.seconds,
             rewrite_seconds=compiled.seconds,
             derived_bytes=compiled.derived_bytes,
+            peak_bytes=compiled.peak_bytes,
             kernels=compiled.kernels,
             precision=compiled.precision,
             error=compiled.error,
@@ -316,10 +319,11 @@ def _graph_table(graphs: dict[str, GraphReport]) -> str:
             f"{graph.capture_seconds:.2f}",
             f"{graph.rewrite_seconds:.2f}",
             f"{graph.derived_bytes / 2**20:.1f}",
+            "" if graph.peak_bytes is None else f"{graph.peak_bytes / 2**20:.1f}",
         ]
         for key, graph in graphs.items()
     ]
-    return _table(["signature", "nodes", "capture s", "rewrite s", "derived weights MiB"], rows)
+    return _table(["signature", "nodes", "capture s", "rewrite s", "derived weights MiB", "values MiB"], rows)
 
 
 def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:

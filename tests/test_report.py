@@ -57,6 +57,7 @@ def add(report: Report, misses: list[Miss], fired: tuple[str, ...] = (), signatu
         ],
         seconds=0.5,
         derived_bytes=3 * 2**20,
+        peak_bytes=5 * 2**20,
         unpadding=None,
         kernels={},
         precision=None,

@@ -53,6 +53,7 @@ ROOMS = [
     "attend",
     "precision",
     "rows",
+    "memory",
     "lower",
     "unpadding",
     "fold",

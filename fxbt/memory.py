@@ -1,0 +1,46 @@
+"""How much memory the values of a graph take while it runs, each from when it is made to when it is read last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+
+def peak_bytes(graph: fx.Graph, arguments: Sequence[Any]) -> int:
+    """The most bytes that values computed from the arguments hold at once, between two operations of the graph.
+
+    A view counts with what it looks at; what an operation takes for itself while it runs is not seen.
+
+    Example::
+
+        >>> graph = fx.symbolic_trace(lambda x: x.exp().sin().cos()).graph
+        >>> peak_bytes(graph, [torch.ones(256)])  # what is read and what is made of it
+        2048
+    """
+    watched = _Watched(graph, arguments)
+    watched.run(*arguments)
+    return watched.peak
+
+
+class _Watched(fx.Interpreter):
+    def __init__(self, graph: fx.Graph, arguments: Sequence[Any]) -> None:
+        super().__init__(nn.Module(), garbage_collect_values=True, graph=graph)
+        self.peak = 0
+        self._given = _storages(arguments).keys()
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        held = _storages((*self.env.values(), result))
+        self.peak = max(self.peak, sum(held[storage] for storage in held.keys() - self._given))
+        return result
+
+
+def _storages(values: Iterable[Any]) -> dict[int, int]:
+    """The memory behind tensors: storage -> bytes. Packed weights, which have none to look at, are no values."""
+    tensors = [value for value in pytree.tree_leaves(list(values)) if isinstance(value, Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
+    return {storage._cdata: storage.nbytes() for storage in storages}
