@@ -137,7 +137,7 @@ class _Untouched:
 
     def __init__(self, containers: list[Any], tensors: list[Tensor], single: list[tuple[Any, Any, Tensor]]) -> None:
         self._counted = [c for c in containers if type(c) is dict and c]
-        self._versions = list(map(dict_version, self._counted))
+        self._version = self._version_now()
         self._empty = [c for c in containers if not c]
         self._rest = [c for c in containers if c and type(c) is not dict]
         self._copies = [c.copy() for c in self._rest]
@@ -147,9 +147,13 @@ class _Untouched:
         self._tensors = tensors
         self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
+    def _version_now(self) -> int:
+        """Versions only grow, so that their sum is equal if each is: no list of them, which a cold cache pays for."""
+        return sum(map(dict_version, self._counted))
+
     def holds(self) -> bool:
         return (
-            list(map(dict_version, self._counted)) == self._versions
+            self._version_now() == self._version
             and not any(self._empty)
             and self._rest == self._copies
             and all(container[key] is tensor for container, key, tensor in self._single)

@@ -28,7 +28,7 @@ _SAMPLE = 16  # elements looked at in each weight: each is a cache miss, and one
 class Derived:
     """Values computed from weights, with the state of the weights they were computed from."""
 
-    stamp: list[Any]
+    stamp: tuple[int, ...]
     # live views: they keep the old storages alive, so that no new one can stand at their address unseen
     samples: list[np.ndarray]
     sampled: bytes
@@ -59,9 +59,12 @@ class Derived:
         return sum(_nbytes(value) for value in self.values if _address(value) not in self.addresses)
 
 
-def _stamp(sources: list[torch.Tensor]) -> list[Any]:
-    """What changes when a weight is written (version) or swapped (address); a graph's guards see its dtype."""
-    return [*map(_VERSION, sources), *map(torch.Tensor.data_ptr, sources)]
+def _stamp(sources: list[torch.Tensor]) -> tuple[int, ...]:
+    """What changes when a weight is written (version) or swapped (address); a graph's guards see its dtype.
+
+    Versions only grow, so that their sum is equal if each is.
+    """
+    return sum(map(_VERSION, sources)), *map(torch.Tensor.data_ptr, sources)
 
 
 def _sample(weight: torch.Tensor) -> np.ndarray:
