@@ -90,6 +90,21 @@ def _every_expert(self: Any, hidden_states: Tensor, selected_experts: Tensor, ro
     return output
 
 
+def _every_gated_expert(
+    self: Any, hidden_states: Tensor, router_indices: Tensor | None = None, routing_weights: Any = None
+) -> Tensor:
+    """The same with experts that are slices of stacked weights and count in float32, as the privacy filter's."""
+    output = torch.zeros_like(hidden_states, dtype=torch.float32)
+    chosen = F.one_hot(router_indices, num_classes=self.num_experts).permute(2, 1, 0)  # type: ignore[arg-type]
+    for i in range(self.num_experts):
+        choice, token = torch.where(chosen[i])
+        x = hidden_states[token].float()
+        gated = self._apply_gate(x @ self.gate_up_proj[i].float() + self.gate_up_proj_bias[i].float()).float()
+        result = gated @ self.down_proj[i].float() + self.down_proj_bias[i].float()
+        output.index_add_(0, token, result * routing_weights[token, choice, None].float())
+    return output.to(hidden_states.dtype)
+
+
 def _kimi_delta_attention(
     query: Tensor,
     key: Tensor,
@@ -245,6 +260,12 @@ PATCHES = (
         "transformers.models.switch_transformers.modeling_switch_transformers",
         "SwitchTransformersExperts.forward",
         _every_expert,
+        "loops over the experts that have tokens",
+    ),
+    Patch(
+        "transformers.models.openai_privacy_filter.modeling_openai_privacy_filter",
+        "OpenAIPrivacyFilterExperts.forward",
+        _every_gated_expert,
         "loops over the experts that have tokens",
     ),
     *(

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import transformers
+from models import enliven
 from packaging import version
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -423,6 +424,25 @@ def test_experts_without_tokens_are_no_branch():
 
     captured = capture(model, make_call(model, *inputs(7, 2)))
     for tokens, used in ((9, 3), (4, 1), (5, 2)):
+        given = inputs(tokens, used)
+        captured.guards(*given)
+        torch.testing.assert_close(captured.module(*given)[0], model(*given))
+
+
+def test_stacked_experts_without_tokens_are_no_branch():
+    name = "transformers.models.openai_privacy_filter.modeling_openai_privacy_filter"
+    modeling = pytest.importorskip(name, reason="this transformers has no privacy filter")
+    config = transformers.OpenAIPrivacyFilterConfig(hidden_size=4, intermediate_size=8, num_local_experts=5)
+    model = made(lambda self, x, selected, weights: self.experts(x, selected, weights))
+    model.experts = enliven(modeling.OpenAIPrivacyFilterExperts(config))
+    model.eval()
+
+    def inputs(tokens, used):
+        selected = torch.rand(tokens, used).argsort(-1)[:, :2]
+        return torch.randn(tokens, 4), selected, torch.rand(tokens, selected.shape[1])
+
+    captured = capture(model, make_call(model, *inputs(7, 3)))
+    for tokens, used in ((9, 5), (4, 2), (1, 4)):
         given = inputs(tokens, used)
         captured.guards(*given)
         torch.testing.assert_close(captured.module(*given)[0], model(*given))

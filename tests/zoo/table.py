@@ -58,6 +58,7 @@ def _summary(rows: list[Row], built: list[Row]) -> list[str]:
     real, found = sum(map(_needed, judged)), sum(min(row["found"], row["real"]) for row in judged)
     captured = sum(map(_needed, optimised))
     unused = sum(row["real"] for row in judged) - real
+    others = sum(row["other softmaxes"] for row in judged)
     statuses = Counter(row["status"] for row in rows)
     return [
         f"- judged so far: {len(rows)} of {len(build.model_types())} types, in random order; "
@@ -67,7 +68,9 @@ def _summary(rows: list[Row], built: list[Row]) -> list[str]:
         f"not done in time: {statuses['timeout']}; crashed: {statuses['crash']}",
         f"- attentions found: {found} of {real} real ones ({_percent(found, real)}), "
         f"{_percent(found, captured)} of those in captured models; {unused} more are computed by originals that do not "
-        "use them, and dropped",
+        "use them, or twice, and dropped",
+        f"- no attentions: {others} softmaxes whose scores are no product of a query and a key (routers, additive "
+        "attention, token learners), or whose result meets no value",
     ]
 
 
