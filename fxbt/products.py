@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from torch import Tensor
 SCORES = 2**20  # elements at a time: 4 MiB of float32, which the allocator keeps rather than give back
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """From products to scores; biases are (batch | 1, heads | 1, seq | 1, keys | 1), and added one after the other."""
 
     scale: float
@@ -26,6 +25,11 @@ class Scores:
     after: tuple[Tensor, ...] = ()
     is_causal: bool = False
 
+    @property
+    def are_products(self) -> bool:
+        """Whether there is nothing to do but scale."""
+        return not (self.before or self.after or self.is_causal) and self.softcap is None
+
     def of(self, sequences: slice, queries: slice = slice(None), keys: slice = slice(None)) -> Scores:
         """The same for a part of the batch, the queries and the keys."""
         part = (sequences, slice(None), queries, keys)
@@ -33,7 +37,7 @@ class Scores:
         def cut(bias: Tensor) -> Tensor:
             return bias[tuple(s if n > 1 else slice(None) for s, n in zip(part, bias.shape, strict=True))]
 
-        return replace(self, before=tuple(map(cut, self.before)), after=tuple(map(cut, self.after)))
+        return self._replace(before=tuple(map(cut, self.before)), after=tuple(map(cut, self.after)))
 
     def write(self, products: Tensor, first: int) -> None:
         """Makes scores of scaled products (batch, heads, seq, keys) in place; the first query stands at `first`."""
@@ -64,10 +68,10 @@ def products(
         >>> torch.testing.assert_close(products(q, k, v), F.scaled_dot_product_attention(q, k, v))
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return attend(query, key, value, Scores(scale, after=() if bias is None else (bias,), is_causal=is_causal))
+    return _attention(query, key, value, Scores(scale, after=() if bias is None else (bias,), is_causal=is_causal))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """Attention of query (batch, heads, seq, head_dim), key and value (batch, key_heads, keys, dim)."""
     batch, heads, queries, _ = query.shape
     # On an accelerator there is nothing to be kept in a cache.
@@ -112,7 +116,8 @@ def _attended(query: Tensor, transposed_key: Tensor, value: Tensor, scores: Scor
     groups = batch * heads // max(1, len(transposed_key))
     rows = query.reshape(len(transposed_key), groups * queries, head_dim)
     written = torch.baddbmm(query.new_empty(1), rows, transposed_key, beta=0, alpha=scores.scale)
-    scores.write(written.view(batch, heads, queries, written.shape[2]), first)
+    if not scores.are_products:
+        scores.write(written.view(batch, heads, queries, written.shape[2]), first)
     result = torch.bmm(torch.softmax(written, -1, out=written), value)
     return result.view(batch, heads, queries, value.shape[2])
 
@@ -174,4 +179,4 @@ def by_products(
     is_causal: bool = False,
 ) -> Tensor:
     """`attention_by_products` without the dispatcher around it."""
-    return attend(query, key, value, Scores(scale, tuple(before), softcap, tuple(after), is_causal))
+    return _attention(query, key, value, Scores(scale, tuple(before), softcap, tuple(after), is_causal))

@@ -94,6 +94,8 @@ def _is_of_a_row(node: fx.Node, constant: set[fx.Node]) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() < 2 or not isinstance(value.shape[-1], int):
         return False
+    if value.device.type != "cpu":
+        return False
     if _is_linear(node):
         return node.target is not mkldnn._linear_pointwise.binary
     is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())

@@ -18,6 +18,7 @@ from fxbt.miss import Miss
 from fxbt.outline import inline
 from fxbt.padding import drop_padding
 from fxbt.pipeline import default_rules
+from fxbt.rows import ByRows, some_rows_at_a_time
 from fxbt.signature import make_call
 from fxbt.stage import run_stage
 
@@ -36,6 +37,13 @@ def without_gradients():
 
 def graph_on_cuda(name, dtype, **settings):
     """The rewritten graph of a model, its values as if they were on CUDA."""
+    module = graph_on_cpu(name, dtype, **settings)
+    for node in module.graph.nodes:
+        node.meta["val"] = fx.node.map_aggregate(node.meta.get("val"), as_if_on_cuda)
+    return module
+
+
+def graph_on_cpu(name, dtype, **settings):
     model = huggingface(name, **{**SETTINGS, **settings})("eager").eval().to(dtype)
     ids = torch.randint(3, VOCAB, MASK.shape)
     captured = capture(model, make_call(model, input_ids=ids, attention_mask=MASK))
@@ -43,10 +51,7 @@ def graph_on_cuda(name, dtype, **settings):
     for rule in default_rules():
         run_stage(captured.module, rule, None, {})
     canonicalize(captured.module)
-    module = inline(captured.module)
-    for node in module.graph.nodes:
-        node.meta["val"] = fx.node.map_aggregate(node.meta.get("val"), as_if_on_cuda)
-    return module
+    return inline(captured.module)
 
 
 def as_if_on_cuda(value):
@@ -95,6 +100,15 @@ def test_the_kernel_takes_what_it_is_given():
         tokens = packed.Tokens(3, 5, bounds, bounds, bounds, [], [], 5, bounds)
         output = packed.varlen_attention(query, key, key, tokens, is_causal=True, enable_gqa=True)
     assert output.shape == query.shape and output.dtype is query.dtype and output.device == query.device
+
+
+@pytest.mark.parametrize("graph_on, parts", [(graph_on_cpu, 2), (graph_on_cuda, 0)])
+def test_all_rows_of_an_mlp_at_once(graph_on, parts):
+    """Some at a time are for a CPU's allocator."""
+    module = graph_on("BertModel", torch.float32)
+    weights = {node for node in module.graph.nodes if node.op == "get_attr"}
+    some_rows_at_a_time(module.graph, weights, lambda node: node.target)
+    assert sum(isinstance(target, ByRows) for target in targets(module)) == parts
 
 
 def sequence_by_sequence(q, k, v, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa):
