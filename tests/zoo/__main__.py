@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / ".zoo"
 CHUNK = 80  # types a worker judges before its memory is given back
 MEMORY = 12 * 2**30  # bytes, for one worker
-SECONDS = 60  # of the processor's time, for one type
+SECONDS = 180  # of the processor's time, for one type
 
 
 def main() -> None:
