@@ -22,13 +22,12 @@ from torch import Tensor, fx
 from . import packed
 from .canonical import argument
 from .kernels import additive
+from .ops import BY_PRODUCTS, SDPA
 from .products import by_products, products
 from .tune import Calls, Contest, Tuner, bucket_of
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a sequence that are measured
 UP_TO = (24, 48, 96, 192, 384)
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
-BY_PRODUCTS = torch.ops.fxbt.attention_by_products.default
 
 
 def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:

@@ -16,9 +16,13 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import fx
 
+from .canonical import argument
+from .miss import Miss
 from .products import attention_by_products as attention_by_products
 
 Body = Callable[..., torch.Tensor]
@@ -62,7 +66,21 @@ def decoder_layer(body: Body, x: torch.Tensor, *others: torch.Tensor) -> torch.T
     return body(x, *others)
 
 
-ATTENTIONS = frozenset(
-    {torch.ops.aten.scaled_dot_product_attention.default, torch.ops.fxbt.attention_by_products.default}
-)
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+BY_PRODUCTS = torch.ops.fxbt.attention_by_products.default
+ATTENTIONS = frozenset({SDPA, BY_PRODUCTS})
 FUSED = {op.__name__: op for op in (rotary, residual_norm, mlp, encoder_layer, decoder_layer)}
+
+
+def mask_of(attention: fx.Node) -> Any:
+    """The mask, or bias, that a call of one of `ATTENTIONS` adds to its scores; None where it adds nothing.
+
+    Raises:
+        Miss: it adds several, or one before a softcap.
+    """
+    if attention.target is SDPA:
+        return argument(attention, "attn_mask")
+    before, after = argument(attention, "before"), argument(attention, "after")
+    if before or len(after) > 1:
+        raise Miss("attention adds several biases to its scores, one after the other", node=attention)
+    return after[0] if after else None

@@ -11,12 +11,10 @@ from torch import fx
 from .canonical import argument, attribute, with_graph
 from .match import is_weight
 from .miss import Miss, module_path
-from .ops import FUSED
+from .ops import FUSED, SDPA
 from .record import Entry, Rewrite
 from .rewrite import provenance
 from .rule import Match, Rule
-
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def outline(module: fx.GraphModule, rule: Rule, match: Match) -> Rewrite:

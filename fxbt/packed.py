@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from .products import by_products
+
 BOUND = 1e4  # a bias or a score of an attention is smaller than that; what blocks a key is far larger
 
 
@@ -174,6 +176,24 @@ def attention(
         place = output.narrow(0, group.start, group.count * group.length)
         place.view(group.count, group.length, *place.shape[1:]).copy_(attended.transpose(1, 2))
     return output.transpose(0, 1).unsqueeze(0)
+
+
+def softcapped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens: Tokens,
+    bias: list[Tensor] | None = None,
+    is_causal: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """`attention` on softcap * tanh(scale Q K^T), to which the bias is added."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **_: Any) -> Tensor:
+        return by_products(q, k, v, [], [] if attn_mask is None else [attn_mask], scale, softcap, is_causal)
+
+    return attention(query, key, value, tokens, bias, is_causal, scale, attend=attend)
 
 
 def varlen_attention(

@@ -25,7 +25,7 @@ from .tokens import Dense, Packed, Wide, Writer
 from .transfer import SEEDS, transfer
 from .validity import AttentionMask, Validity, attention_masks
 
-ATTENTIONS = {packed.attention, packed.cross_attention, packed.varlen_attention}
+ATTENTIONS = {packed.attention, packed.softcapped_attention, packed.cross_attention, packed.varlen_attention}
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ from .axes import (
 )
 from .canonical import CASTS, WHOLE_AXIS, argument, is_pure
 from .miss import Miss
+from .ops import ATTENTIONS, SDPA, mask_of
 from .tokens import Dense, Domain, Guard, Labels, Packed, Value, Wide, Writer, tensor_inputs
-from .validity import SDPA, AttentionMask, Residue
+from .validity import AttentionMask, Residue
 
 aten = torch.ops.aten
 
@@ -449,11 +450,11 @@ def size(writer: Writer, node: fx.Node) -> Value:
 
 
 def attention(writer: Writer, node: fx.Node) -> Value:
-    """SDPA: per sequence where queries and keys are packed, else on dense queries under a mask that hides padding."""
+    """Per sequence where queries and keys are packed, else on dense queries under a mask that hides padding."""
     if argument(node, "dropout_p"):
         raise Miss("attention with dropout", node=node)
     operands: list[Any] = [argument(node, name) for name in ("query", "key", "value")]
-    mask: Any = argument(node, "attn_mask")
+    mask = mask_of(node)
     if any(-1 in writer.labels(writer.values[operand]) for operand in operands):
         raise Miss("attention sums over batch or tokens as if they were features", node=node)
     query, key, value = (_sequences(writer, writer.values[operand]) for operand in operands)
@@ -497,7 +498,8 @@ def _self_attention(writer: Writer, node: fx.Node, mask: Any, domain: Domain) ->
         _check_varlen(node, bias)
         call = writer.call(packed.varlen_attention, *operands, domain.tokens, is_causal, **_options(node))
     else:
-        call = writer.call(packed.attention, *operands, domain.tokens, bias, is_causal, **_options(node))
+        attend = packed.attention if node.target is SDPA else packed.softcapped_attention
+        call = writer.call(attend, *operands, domain.tokens, bias, is_causal, **_options(node))
     labels: Labels = {-4: (domain.batch,), -2: (domain.position,)}
     return writer.packed(call, node, writer.with_labels(node, labels), domain)
 
@@ -508,6 +510,8 @@ def _is_on_cuda(node: fx.Node) -> bool:
 
 def _check_varlen(node: fx.Node, bias: fx.Node | None) -> None:
     """Raises Miss for what `varlen_attn` does not take; sequence by sequence, a GPU is slower than with padding."""
+    if node.target is not SDPA:
+        raise Miss("on CUDA, sequences of different lengths attend without a softcap only", node=node)
     if bias is not None:
         raise Miss("on CUDA, sequences of different lengths attend without a bias only", node=node)
     operands: Any = [argument(node, name).meta["val"] for name in ("query", "key", "value")]
@@ -522,7 +526,7 @@ def _attention_on_packed_keys(writer: Writer, node: fx.Node, mask: Any, query: D
     if mask is None:
         raise Miss("padding is not masked out of the attention", node=node)
     proof = writer.masks[mask]
-    is_apart = query is None or query.batch is not key.batch or _is_on_cuda(node)
+    is_apart = query is None or query.batch is not key.batch or _is_on_cuda(node) or node.target is not SDPA
     if query is not None and not is_apart and proof.is_padding_alone(query.validity, key.validity):
         _rely_on(writer, proof)
         reason = "a row has queries but no keys"
@@ -576,7 +580,8 @@ def _nodes(writer: Writer, node: fx.Node) -> list[Any]:
 
 
 def _options(node: fx.Node) -> dict[str, Any]:
-    return {name: argument(node, name) for name in ("scale", "enable_gqa")}
+    names = ("scale", "enable_gqa") if node.target is SDPA else ("scale", "softcap")
+    return {name: argument(node, name) for name in names}
 
 
 # --- the table --------------------------------------------------------------------------------------------------
@@ -592,7 +597,7 @@ UNTAGGED = {  # pointwise, though torch does not say so
     *(aten.negative.default, aten.absolute.default, aten.hardswish.default, aten.log_sigmoid.default),
 }
 NORMS = {aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default}
-SCORES = {*EQUATIONS, *NORMS, aten.linear.default, aten.addmm.default, SDPA}
+SCORES = {*EQUATIONS, *NORMS, aten.linear.default, aten.addmm.default, *ATTENTIONS}
 SELECTIONS = {
     *(aten.slice.Tensor, aten.select.int, aten.unbind.int, aten.chunk.default),
     *(aten.split_with_sizes.default, aten.split.Tensor),
@@ -641,5 +646,5 @@ HANDLERS: dict[Any, Callable[[Writer, fx.Node], Value]] = {
     aten.batch_norm.default: batch_norm,
     aten.sym_size.int: size,
     operator.getitem: item,
-    SDPA: attention,
+    **dict.fromkeys(ATTENTIONS, attention),
 }

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .canonical import argument, with_graph
-from .validity import SDPA, Residue, Validity, attention_masks
+from .canonical import with_graph
+from .ops import ATTENTIONS, SDPA, mask_of
+from .validity import Residue, Validity, attention_masks
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def unmask(module: fx.GraphModule, validities: list[Validity]) -> Unmasked:
     graph.output(graph.graph_copy(module.graph, copies))
     assumes: set[str] = set()
     for node in module.graph.nodes:
-        mask = masks.get(argument(node, "attn_mask")) if node.target is SDPA else None
+        mask = masks.get(mask_of(node)) if node.target in ATTENTIONS else None
         residue = mask.without_padding(validities) if mask else Residue.BLOCK
         if mask and residue is not Residue.BLOCK:
             _take_mask(copies[node], is_causal=residue is Residue.CAUSAL)
@@ -47,8 +48,12 @@ def unmask(module: fx.GraphModule, validities: list[Validity]) -> Unmasked:
 
 
 def _take_mask(attention: fx.Node, is_causal: bool) -> None:
-    names = [parameter.name for parameter in SDPA._schema.arguments]
+    names = [parameter.name for parameter in attention.target._schema.arguments]  # type: ignore[union-attr]
     given: dict[str, Any] = dict(zip(names, attention.args, strict=False)) | dict(attention.kwargs)
-    given |= {"attn_mask": None, "is_causal": is_causal}
+    given["is_causal"] = is_causal
+    if attention.target is SDPA:
+        given["attn_mask"] = None
+    else:
+        given["after"] = []
     attention.args = tuple(given.pop(name) for name in names[:3])
     attention.kwargs = given

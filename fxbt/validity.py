@@ -35,9 +35,9 @@ from .masks import (
     zero_else_below,
 )
 from .miss import Miss
+from .ops import ATTENTIONS, mask_of
 from .packed import BOUND
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 EMBEDDING = torch.ops.aten.embedding.default
 # An additive mask counts as blocking below this: exp of it is 0 beside any score that a model computes. -10000 is not
 # enough, since a row that it blocks everywhere still averages over padding by the scores.
@@ -237,7 +237,7 @@ def attention_masks(graph: fx.Graph) -> dict[fx.Node, AttentionMask]:
     Raises:
         Miss: one of them cannot be read.
     """
-    masks = [argument(call, "attn_mask") for call in graph.nodes if call.target is SDPA]
+    masks = [mask_of(call) for call in graph.nodes if call.target in ATTENTIONS]
     return {mask: AttentionMask(mask) for mask in dict.fromkeys(masks) if isinstance(mask, fx.Node)}
 
 

@@ -210,6 +210,26 @@ def attention_with_sink(net: Net, x: Tensor, mask: Tensor) -> Tensor:
 
 
 refuse("an attention sink", "an attention sink", mix=attention_with_sink)
+
+
+def softcapped(before: Mask | None, after: Mask | None) -> Mixer:
+    """Attention on 2 tanh((scores + before) / 2) + after."""
+
+    def mix(net: Net, x: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in net.qkv[1](x).chunk(3, dim=-1))
+        scores = query @ key.transpose(-1, -2)
+        scores = 2 * torch.tanh((scores + before(mask, x) if before else scores) / 2)
+        scores = scores + after(mask, x) if after else scores
+        return x + (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+    return mix
+
+
+SEVERAL = "several biases"
+refuse("a softcap without a mask", UNMASKED, mix=softcapped(None, None))
+refuse("a softcap on a mask", SEVERAL, mix=softcapped(additive, None))
+refuse("a softcap between masks", SEVERAL, mix=softcapped(additive, additive))
+refuse("a softcap under a weak mask", UNMASKED, mix=softcapped(None, lambda mask, x: -50.0 * (1 - mask[:, None, None])))
 refuse(
     "a token put in front",
     MIXES,
@@ -295,6 +315,11 @@ def in_half(dtype: torch.dtype, fill: float | None = None) -> Mask:
     return lambda mask, x: ((1.0 - mask[:, None, None, :].to(dtype)) * lowest).to(x.dtype)
 
 
+pack("a softcap", mix=softcapped(None, additive))
+pack(
+    "a softcap under a boolean mask",
+    mix=softcapped(None, lambda m, x: torch.where(m[:, None, None].bool(), 0.0, LOWEST)),
+)
 pack("a mask in a float16 model", torch.float16, mask=in_half(torch.float16))
 pack("a mask in a bfloat16 model", torch.bfloat16, mask=in_half(torch.bfloat16))
 pack("a mask made in bfloat16", mask=in_half(torch.bfloat16))

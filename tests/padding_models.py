@@ -74,6 +74,14 @@ FALCON: dict[str, Any] = {
     "pad_token_id": PAD,
 }
 
+GEMMA2: dict[str, Any] = {
+    **DECODER,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 4,
+    "attn_logit_softcapping": 2.0,
+}
+T5GEMMA: dict[str, Any] = {"encoder": GEMMA2, "decoder": GEMMA2}
 EXPERTS: dict[str, Any] = {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}
 SINKS: dict[str, Any] = {**EXPERTS, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 
@@ -113,6 +121,7 @@ class Case:
     def has_decoder(self) -> bool:
         return self.architecture in (
             "T5Model",
+            "T5GemmaModel",
             "BartModel",
             "T5ForConditionalGeneration",
             "BartForConditionalGeneration",
@@ -172,6 +181,7 @@ ENCODERS = [
     *both("ModernBertModel", MODERN),
     *both("T5EncoderModel", T5),
     Case("RoFormerModel", {**ENCODER, "embedding_size": 32}),
+    Case("T5GemmaEncoderModel", {**T5GEMMA, "is_encoder_decoder": False}),
 ]
 DECODERS = [
     *both("GPT2Model", GPT2),
@@ -182,12 +192,14 @@ DECODERS = [
     Case("BloomModel", BLOOM),
     *both("FalconModel", FALCON),
     *both("MistralModel", {**DECODER, "sliding_window": 4}),
+    Case("Gemma2Model", GEMMA2),
 ]
 PAIRS = [
     *both("T5Model", T5, masks=BOTH_MASKS),
     Case("T5Model", T5, masks=("attention_mask",)),
     *both("BartModel", BART, masks=BOTH_MASKS),
     Case("BartModel", BART, masks=("attention_mask",)),
+    Case("T5GemmaModel", T5GEMMA, masks=BOTH_MASKS, extra=(("use_cache", False),)),
 ]
 WITH_HEADS = [
     *(Case(f"Bert{head}", ENCODER, "sdpa") for head in HEADS),
@@ -197,6 +209,7 @@ WITH_HEADS = [
     Case("GPT2ForSequenceClassification", GPT2),
     Case("LlamaForSequenceClassification", DECODER, "sdpa"),
     Case("LlamaForCausalLM", DECODER),
+    Case("Gemma2ForCausalLM", GEMMA2),
     Case("T5ForConditionalGeneration", T5, masks=BOTH_MASKS),
     Case("BartForConditionalGeneration", BART, "sdpa", masks=BOTH_MASKS),
     Case("BertModel", ENCODER, "sdpa", extra=(("output_hidden_states", True),)),
