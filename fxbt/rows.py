@@ -68,6 +68,7 @@ def _is_linear(node: fx.Node) -> bool:
 def _hidden_layer(last: fx.Node, constant: set[fx.Node]) -> tuple[list[fx.Node], fx.Node] | None:
     """What is computed between a linear and the one source of its input, and that source; None if it is no MLP's."""
     by_row = [last.args[0], _residual(last)]
+    # Each input must be either read row by row or a weight.
     if any((source in by_row) == (source in constant) for source in last.all_input_nodes):
         return None
     region: set[fx.Node] = set()
