@@ -19,6 +19,7 @@ from .branches import assert_now
 from .canonical import attribute
 from .kernels import look_up_once, make_masks_once, pack_linears, split_heads_once
 from .memory import peak_bytes
+from .ops import BY_PRODUCTS
 from .precision import Precision, narrow_linears
 from .products import by_products
 from .rows import some_rows_at_a_time
@@ -65,7 +66,7 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.__and__.Tensor: torch.bitwise_and,
     aten.ge.Scalar: torch.ge,
     aten._assert_async.msg: assert_now,
-    torch.ops.fxbt.attention_by_products.default: by_products,
+    BY_PRODUCTS: by_products,
 }
 
 
@@ -143,16 +144,17 @@ class Program:
         for live, assumed, name in self._watched:
             if not torch.equal(live, assumed):
                 raise RuntimeError(f"{name} changed after the graph was proven on its content")
-        if self._derived is None:
-            return self._run(*tensors, *self._weights)
-        values = self._derived.current()
-        return self._run(*tensors, *[values[place] for place in self._places], *self._weights)
+        return self._run(*self._arguments(tensors))
 
     def peak_bytes(self, *tensors: Any) -> int:
         """The most memory that values hold at once in such a call, besides inputs and weights."""
-        values = self._derived.current() if self._derived else ()
-        derived = [values[place] for place in self._places] if self._derived else []
-        return peak_bytes(self._graph, [*tensors, *derived, *self._weights])
+        return peak_bytes(self._graph, self._arguments(tensors))
+
+    def _arguments(self, tensors: tuple[Any, ...]) -> list[Any]:
+        if self._derived is None:
+            return [*tensors, *self._weights]
+        values = self._derived.current()
+        return [*tensors, *[values[place] for place in self._places], *self._weights]
 
 
 def _binding(node: fx.Node) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,18 +154,8 @@ def attention_by_products(
 
 
 @attention_by_products.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-    scale: float,
-    softcap: float | None = None,
-    is_causal: bool = False,
-) -> Tensor:
-    batch, heads, queries, _ = query.shape
-    return query.new_empty(batch, heads, queries, value.shape[3])
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
 
 
 def by_products(

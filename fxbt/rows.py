@@ -6,6 +6,7 @@ on 6400 rows of 768 features took 144 ms where parts of 700 rows take 126, and 1
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,15 +40,9 @@ class ByRows:
         if rows * self._bytes <= LARGE:
             return self._compute(x, residual, *weights)
         some = max(1, PART // self._bytes)
-        flat = x.reshape(rows, -1)
-        flat_residual = None if residual is None else residual.reshape(rows, -1)
-        parts = [slice(start, start + some) for start in range(0, rows, some)]
-        result = flat.new_empty(0)
-        for part in parts:
-            y = self._compute(flat[part], None if flat_residual is None else flat_residual[part], *weights)
-            result = result if result.numel() else y.new_empty(rows, y.shape[-1])
-            result[part] = y
-        return result.view(*x.shape[:-1], -1)
+        residuals = itertools.repeat(None) if residual is None else residual.flatten(0, -2).split(some)
+        parts = zip(x.flatten(0, -2).split(some), residuals, strict=False)  # None is repeated for ever
+        return torch.cat([self._compute(*part, *weights) for part in parts]).unflatten(0, x.shape[:-1])
 
 
 def some_rows_at_a_time(graph: fx.Graph, constant: set[fx.Node], bind: Callable[[fx.Node], Any]) -> None:

@@ -55,7 +55,7 @@ from fxbt.patterns.written_out import WrittenOut, written_out
 aten = torch.ops.aten
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
-SDPA = aten.scaled_dot_product_attention.default
+SDPA = ops.SDPA
 
 
 @dataclass
