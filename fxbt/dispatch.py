@@ -90,7 +90,7 @@ class _Graph:
     run: Callable[..., tuple[Any, ...]]
     guards: Callable[..., None]
     state: ModelState
-    out_spec: pytree.TreeSpec
+    rebuild: outputs.Rebuild
     image_sizes: list[tuple[int, ...]]
     slower: Callable[[Call], str | None]  # than the original, on such a call
     pays: dict[int, bool] = field(default_factory=dict)  # by the size of calls: whether the graph serves them
@@ -200,7 +200,7 @@ class Dispatcher:
         if pays is False:
             return self._run_original(args, kwargs)
         try:
-            output = pytree.tree_unflatten(graph.run(*call.tensors), graph.out_spec)
+            output = graph.rebuild(graph.run(*call.tensors))
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         else:
@@ -302,7 +302,7 @@ class Dispatcher:
             compiled.run,
             captured.guards,
             ModelState(self.original),
-            captured.out_spec,
+            outputs.Rebuild(captured.out_spec),
             _image_sizes(call.tensors),
             functools.partial(self._slower, compiled),
             {_magnitude(call.tensors): True},

@@ -6,13 +6,16 @@ Decoders return their keys and values in an object of their library's. Such an o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from .signature import is_record
 
 # Numbers are values, not part of the spec: while tracing, those that follow from shapes are symbols.
 _PART_OF_SPEC = (type(None), bool, str, torch.dtype, torch.device, type)
@@ -51,6 +54,62 @@ pytree.register_pytree_node(_Object, _values_of, _rebuilt, flatten_with_keys_fn=
 def flatten(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """The leaves of a forward's result and their spec; objects that are no plain data stay leaves."""
     return pytree.tree_flatten(_packed(result, set()))
+
+
+class Rebuild:
+    """`rebuild(values)` is `pytree.tree_unflatten(values, spec)`; records like the first one skip their class's checks.
+
+    Transformers' ModelOutput takes 30 us for them where a call of small size takes 1,800.
+    """
+
+    def __init__(self, spec: pytree.TreeSpec) -> None:
+        self._spec = spec
+        self._like: _Record | None = None
+
+    def __call__(self, values: Sequence[Any]) -> Any:
+        if self._like is not None:
+            return self._like.of(values)
+        result = pytree.tree_unflatten(values, self._spec)
+        self._like = _Record.like(result, values)
+        return result
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A dict that is a dataclass too: each value is an item and an attribute, all other attributes are None."""
+
+    kind: type
+    names: tuple[str, ...]
+    attributes: dict[str, None]
+
+    @classmethod
+    def like(cls, result: Any, values: Sequence[Any]) -> _Record | None:
+        """How to make further such results; None where the class may do more with other values."""
+        if not is_record(result) or list(map(id, result.values())) != list(map(id, values)):
+            return None
+        if not _is_made_as_its_base(type(result)):
+            return None
+        attributes = vars(result)
+        others = {name: value for name, value in attributes.items() if name not in result}
+        has_all = all(attributes.get(name) is value for name, value in result.items())
+        if not has_all or any(value is not None for value in others.values()):
+            return None
+        return cls(type(result), tuple(result), dict.fromkeys(attributes))
+
+    def of(self, values: Sequence[Any]) -> Any:
+        new: Any = OrderedDict.__new__(self.kind)
+        for name, value in zip(self.names, values, strict=True):
+            OrderedDict.__setitem__(new, name, value)
+        vars(new).update(self.attributes)
+        vars(new).update(new.items())
+        return new
+
+
+def _is_made_as_its_base(kind: Any) -> bool:
+    """Whether a record's class leaves it to its library's base, the first one that is a dict, how it is made."""
+    base = next(base for base in kind.__mro__ if OrderedDict in base.__bases__)
+    ways = ("__new__", "__post_init__", "__setattr__", "__setitem__")
+    return kind.__dataclass_params__.init and all(getattr(kind, n, None) is getattr(base, n, None) for n in ways)
 
 
 def paths(spec: pytree.TreeSpec) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Which kernel is the fastest on this machine: measured once for each shape and kept on disk.
+"""Which kernel is the fastest on this machine: measured once for each shape, and kept on disk if nothing disturbed it.
 
 `FXBT_TUNE=0` measures nothing and takes a fixed rule instead, so that every process chooses alike. `FXBT_CACHE_DIR`
 (else `$XDG_CACHE_HOME/fxbt`, else `~/.cache/fxbt`) is where the measurements are kept.
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -26,11 +27,12 @@ import torch
 
 logger = logging.getLogger("fxbt")
 
-FORMAT = 2  # of the files; another one is ignored
+FORMAT = 3  # of the files; another one is ignored
 BUDGET_SECONDS = 2.0  # for the shapes of one model
 LEAST_TURNS, TURNS_SECONDS = 6, 0.02
 RACE_TURNS, RACE_SECONDS = 5, 0.5
 CLEARLY = 0.97  # of the plain kernel's time: below that, another one is chosen
+STEADY = 1.5  # median / shortest turn: on a quiet machine at most 1.26, beside a busy process 2 to 800
 
 Times = dict[str, list[float]]  # kernel -> microseconds for each of the sizes
 Calls = list[Callable[[], Any]]  # the same kernel on different memory
@@ -69,8 +71,9 @@ class Tuner:
         times = _known(contest)
         if times is None and is_enabled() and self._left > 0:
             start = time.perf_counter()
-            times = _measure(contest)
-            _keep(contest.key, times)
+            times, is_steady = _measure(contest)
+            if is_steady:  # what a busy machine says holds for this process at most
+                _keep(contest.key, times)
             self._left -= time.perf_counter() - start
         answer = (contest.by_rule,) * len(contest.sizes) if times is None else _by_times(contest, times)
         self.answers[contest.key] = _describe(contest, answer, times)
@@ -79,7 +82,7 @@ class Tuner:
 
 def bucket_of(size: int, up_to: tuple[int, ...]) -> int:
     """The place of the measurement that stands for a size."""
-    return sum(size > limit for limit in up_to)
+    return bisect.bisect_left(up_to, size)
 
 
 def race(call: Callable[[], Any], rival: Callable[[], Any]) -> tuple[float, float] | None:
@@ -124,21 +127,24 @@ def _describe(contest: Contest, answer: tuple[int, ...], times: Times | None) ->
     return "  ".join(shown)
 
 
-def _measure(contest: Contest) -> Times:
+def _measure(contest: Contest) -> tuple[Times, bool]:
+    """Each kernel's times, and whether nothing else kept the machine busy meanwhile."""
     times: Times = {name: [] for name in contest.names}
+    is_steady = True
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for size in contest.sizes:
             calls = contest.calls(size)
             if calls is None:
                 times = {name: [*measured, measured[-1]] for name, measured in times.items()}
                 continue
-            for measured, microseconds in zip(times.values(), _typical(*calls), strict=True):
-                measured.append(microseconds)
-    return times
+            for measured, turns in zip(times.values(), _in_turns(*calls), strict=True):
+                measured.append(min(turns))
+                is_steady = is_steady and statistics.median(turns) <= STEADY * min(turns)
+    return times, is_steady
 
 
-def _typical(*kernels: Calls) -> list[float]:
-    """The lower quartile of each kernel's microseconds, in turns, each call on other memory than the one before."""
+def _in_turns(*kernels: Calls) -> list[list[float]]:
+    """Each kernel's microseconds turn by turn, each call on other memory than the one before."""
     samples: list[list[float]] = [[] for _ in kernels]
     for turn in range(16 * LEAST_TURNS):
         for calls, measured in zip(kernels, samples, strict=True):
@@ -147,7 +153,7 @@ def _typical(*kernels: Calls) -> list[float]:
             measured.append((time.perf_counter() - begin) * 1e6)
         if turn >= LEAST_TURNS and sum(map(sum, samples)) > TURNS_SECONDS * 1e6:
             break
-    return [statistics.quantiles(measured[1:], n=4)[0] for measured in samples]
+    return [measured[1:] for measured in samples]
 
 
 # The cache on disk: one file for each machine, torch and number of threads

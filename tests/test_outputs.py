@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers.utils import ModelOutput
 
 import fxbt
 from fxbt import outputs
@@ -104,6 +111,80 @@ def test_flattening_is_pytrees_own_where_there_are_no_objects() -> None:
     result = {"a": torch.ones(1), "b": [torch.zeros(2), (None, 3)]}
     leaves, spec = outputs.flatten(result)
     assert (leaves, spec) == torch.utils._pytree.tree_flatten(result)
+
+
+@dataclass
+class States(ModelOutput):
+    states: Tensor | None = None
+    pooled: Tensor | None = None
+    layers: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class Counted(ModelOutput):
+    """Its own class adds to it what follows from the values."""
+
+    states: Tensor | None = None
+    pooled: Tensor | None = None
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.length = len(self.states)
+
+
+@dataclass(init=False)
+class Rounded(ModelOutput):
+    states: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def __init__(self, states: Tensor, pooled: Tensor | None = None):
+        self.states, self.pooled = states.round(), pooled
+
+
+def _assert_same_record(found: Any, expected: Any) -> None:
+    assert type(found) is type(expected)
+    for parts in (OrderedDict.items, vars):
+        assert str(list(dict(parts(found)).items())) == str(list(dict(parts(expected)).items()))
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        States(torch.ones(2)),
+        States(torch.ones(2), layers=(torch.ones(3), torch.zeros(4))),
+        States(pooled=torch.ones(2)),
+        Counted(torch.ones(2), torch.ones(3)),
+        Rounded(torch.ones(2), torch.ones(3)),
+        {"states": torch.ones(2)},
+        (torch.ones(2), None),
+    ],
+    ids=["one value", "nested", "not the first field", "more than its base", "another init", "dict", "tuple"],
+)
+def test_results_are_rebuilt_as_pytree_does(example: Any) -> None:
+    values, spec = pytree.tree_flatten(example)
+    rebuild = outputs.Rebuild(spec)
+    for size in (2, 5, 7):
+        values = [torch.rand(size) if isinstance(value, Tensor) else value for value in values]
+        found, expected = rebuild(values), pytree.tree_unflatten(values, spec)
+        if not isinstance(example, ModelOutput):
+            assert str(found) == str(expected)
+            continue
+        _assert_same_record(found, expected)
+        _assert_same_record(pickle.loads(pickle.dumps(found)), expected)
+        assert str(found.to_tuple()) == str(expected.to_tuple())
+
+
+def test_rebuilding_keeps_no_results() -> None:
+    values, spec = pytree.tree_flatten(States(torch.ones(2), torch.ones(3)))
+    rebuild = outputs.Rebuild(spec)
+    dead = weakref.ref(rebuild(values)["states"])
+    del values
+    gc.collect()
+    assert dead() is None
+    one, other = rebuild([torch.ones(2), torch.ones(3)]), rebuild([torch.zeros(2), torch.zeros(3)])
+    one["extra"] = 1
+    assert list(other) == ["states", "pooled"] and list(vars(other)) == ["states", "pooled", "layers"]
 
 
 def test_the_second_image_size_makes_the_size_free() -> None:

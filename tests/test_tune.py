@@ -31,7 +31,7 @@ def measured(monkeypatch):
 
     def measure(contest):
         keys.append(contest.key)
-        return {"plain": [4.0, 4.0, 4.0], "second": [4.0, 3.0, 1.0], "third": [5.0, 2.0, 2.0]}
+        return {"plain": [4.0, 4.0, 4.0], "second": [4.0, 3.0, 1.0], "third": [5.0, 2.0, 2.0]}, True
 
     monkeypatch.setattr(tune, "_measure", measure)
     return keys
@@ -131,8 +131,22 @@ def test_only_a_clear_gain_counts():
 
 def test_a_size_too_large_to_measure_is_as_the_one_before():
     calls = [[lambda: None], [lambda: None]]
-    times = tune._measure(Contest("x", ("a", "b"), SIZES, UP_TO, lambda size: calls if size == 1 else None))
+    times, _ = tune._measure(Contest("x", ("a", "b"), SIZES, UP_TO, lambda size: calls if size == 1 else None))
     assert all(len(set(measured)) == 1 and len(measured) == 3 for measured in times.values())
+
+
+@pytest.mark.parametrize(
+    ("turns", "is_kept"),
+    [
+        ([2.0, 2.1, 2.2, 2.5], True),
+        ([2.0, 2.0, 2.0, 900.0], True),  # once: the shortest turns are as ever
+        ([2.0, 2.0, 9.0, 900.0], False),
+    ],
+)
+def test_what_a_busy_machine_says_is_not_kept(turns, is_kept, monkeypatch, cache):
+    monkeypatch.setattr(tune, "_in_turns", lambda *kernels: [[4.0] * 4, turns, [5.0] * 4])
+    assert tune.Tuner().choose(contest()) == (1, 1, 1)
+    assert list(cache.iterdir()) == ([tune.cache_file()] if is_kept else [])
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
