@@ -123,10 +123,12 @@ class Dispatcher:
         padding: str = "drop",
         precision: type[Precision] | None = None,
         keep_original: bool = True,
+        cuda_graphs: bool = False,
     ):
         self.original = original
         self._precision = precision
         self._keep_original = keep_original
+        self._cuda_graphs = cuda_graphs
         self.report = Report()
         self._rules = tuple(rules)
         self._verify = verify
@@ -283,7 +285,12 @@ class Dispatcher:
         captured = capture(self.original, call, self._tracer, rehearse=rehearse, any_image_size=another_size)
         try:
             compiled = pipeline.compile(
-                captured, self._rules, verify=self._verify, padding=self._padding, precision=self._precision
+                captured,
+                self._rules,
+                verify=self._verify,
+                padding=self._padding,
+                precision=self._precision,
+                cuda_graphs=self._cuda_graphs,
             )
             problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, output)
         except RuleError as error:

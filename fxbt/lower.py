@@ -22,6 +22,7 @@ from .memory import peak_bytes
 from .ops import BY_PRODUCTS
 from .precision import Precision, narrow_linears
 from .products import by_products
+from .replay import Replay, obstacle
 from .rows import some_rows_at_a_time
 from .tune import Tuner
 from .weights import Weights, compile_graph, weight_only
@@ -93,7 +94,7 @@ class Program:
 
     Values derived from weights alone are kept in `weights`, if they are given: the programs of one model that are
     made with the same object share them. `kernels` says for each shape of a linear which kernel was chosen. With
-    `precision`, linears compute in it.
+    `precision`, linears compute in it. With `cuda_graphs`, calls without gradients go through `replay`.
 
     Example:
         >>> weights = Weights()
@@ -106,12 +107,14 @@ class Program:
         assumes: Mapping[str, torch.Tensor],
         weights: Weights | None,
         precision: type[Precision] | None = None,
+        cuda_graphs: bool = False,
     ):
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {}))
         self._watched = [(live, live.clone(), name) for name, live in assumes.items()]
         self.kernels: dict[str, str] = {}
         self._derived: Weights | None = None
+        count, no_replay = len(graph.find_nodes(op="placeholder")), obstacle(graph)
         if weights is not None:
             self._derive(module, graph, weights, precision)
         self._weights = _bind_weights(module, graph)
@@ -121,6 +124,9 @@ class Program:
             node.target = _binding(node) if node.op == "call_function" else node.target
         self._graph = graph
         self._run = compile_graph(graph)
+        self.replay: Replay | None = None
+        if cuda_graphs and weights is not None:
+            self._run = self.replay = Replay(self._run, count, no_replay)
 
     def _derive(
         self, module: fx.GraphModule, graph: fx.Graph, weights: Weights, precision: type[Precision] | None

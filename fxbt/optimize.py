@@ -34,6 +34,7 @@ def optimize(
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
     keep_original: bool = True,
+    cuda_graphs: bool = False,
 ) -> Model:
     """A model of the same class that shares everything with `model` but computes its forward by optimised graphs.
 
@@ -63,6 +64,9 @@ def optimize(
             temporary file (in `TMPDIR`) when a graph is captured, and the same parameters are mapped onto it. They
             stay tensors like any others (`state_dict`, training, calls that run the original), read from the disk when
             they are asked for; those that change live in memory again. The report has the bytes.
+        cuda_graphs: record the kernels of a graph on a CUDA device when inputs of one shape come a second time, and
+            launch them in one go from then on, without gradients: up to 16 shapes a graph, each of which holds its
+            inputs and outputs in the device's memory. Calls that drop padding run as ever. Not run on a GPU yet.
 
     Raises:
         TypeError: `model` is no `nn.Module`, a rule is no `Rule` instance, or `example_inputs` is no mapping or tuple.
@@ -92,6 +96,7 @@ def optimize(
         "dtype": dtype,
         "quantize": quantize,
         "keep_original": keep_original,
+        "cuda_graphs": cuda_graphs,
     }
     if _dispatcher_of(model) is not None:
         model = restore(model)
@@ -132,6 +137,7 @@ def _optimized(model: Any, options: dict[str, Any]) -> Any:
         options["padding"],
         precision_of(options["dtype"], options["quantize"]),
         options["keep_original"],
+        options["cuda_graphs"],
     )
     if "forward" in vars(model):
         dispatcher.fall_back("the model object has its own attribute `forward`, which comes before any class's")

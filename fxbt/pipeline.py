@@ -19,6 +19,7 @@ from .outline import inline
 from .padding import drop_padding
 from .precision import Precision
 from .record import Snapshot, StageRecord, hits_of
+from .replay import Replay
 from .rule import Rule, check_rules, installed_rules
 from .spill import Spilled
 from .stage import run_stage
@@ -56,6 +57,12 @@ class Compiled:
     @property
     def misses(self) -> list[Miss]:
         return [miss for stage in self.stages for miss in stage.misses]
+
+    @property
+    def replays(self) -> list[Replay]:
+        """What records and replays CUDA graphs, where that was asked for."""
+        programs = [self.dense, *([self.unpadding.unmasked] if self.unpadding else [])]
+        return [program.replay for program in programs if program.replay is not None]
 
     @property
     def refusals(self) -> list[str]:
@@ -108,14 +115,20 @@ def compile(
     verify: bool = False,
     padding: str = "drop",
     precision: type[Precision] | None = None,
+    cuda_graphs: bool = False,
 ) -> Compiled:
     """Canonicalize `captured.module`, run `rules` over it in order, drop padding, and lower it to a callable."""
     with debug.listening():
-        return _compile(captured, rules, verify, padding, precision)
+        return _compile(captured, rules, verify, padding, precision, cuda_graphs)
 
 
 def _compile(
-    captured: Captured, rules: Sequence[Rule], verify: bool, padding: str, precision: type[Precision] | None
+    captured: Captured,
+    rules: Sequence[Rule],
+    verify: bool,
+    padding: str,
+    precision: type[Precision] | None,
+    cuda_graphs: bool,
 ) -> Compiled:
     start = time.perf_counter()
     module = captured.module
@@ -131,10 +144,10 @@ def _compile(
     after = Snapshot(module.graph)
     flat = inline(module)
     weights = None if torch.is_grad_enabled() else Weights()
-    program = Program(flat, assumes, weights, precision)
+    program = Program(flat, assumes, weights, precision, cuda_graphs)
     unpadding = None
     if padding == "drop":
-        record, unpadding = _drop_padding(flat, program, weights, captured.example, precision)
+        record, unpadding = _drop_padding(flat, program, weights, captured.example, precision, cuda_graphs)
         stages.append(record)
     return Compiled(
         run=unpadding or program,
@@ -160,6 +173,7 @@ def _drop_padding(
     weights: Weights | None,
     example: Sequence[torch.Tensor],
     precision: type[Precision] | None,
+    cuda_graphs: bool,
 ) -> tuple[StageRecord, Unpadding | None]:
     """The graph without padding beside the dense one, where that is proven."""
     count = len(module.graph.nodes)
@@ -174,7 +188,7 @@ def _drop_padding(
         devices = {tensor.device for tensor in example}
         if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
             raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))
-        unpadding = _unpadding(module, dense, weights, example, precision)
+        unpadding = _unpadding(module, dense, weights, example, precision, cuda_graphs)
         record.places.append("")
     except Miss as miss:
         miss.rule = "padding"
@@ -190,10 +204,12 @@ def _unpadding(
     weights: Weights,
     example: Sequence[torch.Tensor],
     precision: type[Precision] | None,
+    cuda_graphs: bool,
 ) -> Unpadding:
     try:
         unpadded = drop_padding(module)
-        unpadding = Unpadding(dense, unpadded, unmask(module, unpadded.validities), weights, precision)
+        unmasked = unmask(module, unpadded.validities)
+        unpadding = Unpadding(dense, unpadded, unmasked, weights, precision, cuda_graphs)
         unpadding.check(example)
     except Miss:
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +22,7 @@ from .record import Snapshot, StageRecord, hits_of
 if TYPE_CHECKING:
     from .capture import Captured
     from .pipeline import Compiled
+    from .replay import Replay
     from .spill import Spilled
     from .unpadding import Unpadding
 
@@ -64,6 +65,7 @@ class GraphReport:
     error: float | None = None
     spilled: Spilled | None = None
     unpadding: Unpadding | None = None
+    replays: Sequence[Replay] = ()
 
     @property
     def before(self) -> str:
@@ -103,6 +105,17 @@ class GraphReport:
             fast.report.latest.calls  # {'packed': 12, 'dense': 3, 'padding stands at position 0, which is read': 1}
         """
         return dict(self.unpadding.calls) if self.unpadding else {}
+
+    @property
+    def cuda_graphs(self) -> dict[str, int]:
+        """How many calls `cuda_graphs=True` recorded and replayed, and why others were not; fxbt's own at the capture
+        count too.
+
+        Example::
+
+            fast.report.latest.cuda_graphs  # {'of a new shape': 2, 'recorded': 2, 'replayed': 40}
+        """
+        return dict(sum((replay.calls for replay in self.replays), Counter()))
 
     def diff(self) -> str:
         """What each rewrite took out and put in, equal ones once: see `fxbt.show.blocks`.
@@ -295,6 +308,7 @@ class Report:
             error=compiled.error,
             spilled=compiled.spilled,
             unpadding=compiled.unpadding,
+            replays=compiled.replays,
         )
 
     def add_fallback(self, reason: str) -> None:
@@ -334,6 +348,8 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
     if graph.unpadding:
         counts = [[verdict, count] for verdict, count in graph.unpadding.verdicts().items()]
         sections.append(("padding is dropped; calls of the latest graph", _table(["went", "calls"], counts)))
+    if graph.cuda_graphs:
+        sections.append(("CUDA graphs", _table(["went", "calls"], [list(item) for item in graph.cuda_graphs.items()])))
     if graph.precision is not None and graph.error is not None:
         sections.append(
             ("precision", f"linears in {graph.precision}: outputs off by up to {graph.error:.1e} of their magnitude")

@@ -39,9 +39,11 @@ class Unpadding:
         unmasked: Unmasked,
         weights: Weights,
         precision: type[Precision] | None = None,
+        cuda_graphs: bool = False,
     ):
         self.dense = dense
-        self.unmasked = Program(unmasked.module, unmasked.assumes, weights, precision)
+        self.unmasked = Program(unmasked.module, unmasked.assumes, weights, precision, cuda_graphs)
+        # Not recorded: the number of valid tokens, which is hardly ever the same twice, is a shape in it.
         self.packed = Program(unpadded.module, unpadded.assumes, weights, precision)
         self.calls: Counter[str] = Counter()
         self._masks = unpadded.masks

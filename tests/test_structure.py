@@ -40,6 +40,7 @@ ROOMS = [
     "rewrite",
     "outline",
     "verify",
+    "replay",
     "packed",
     "validity",
     "tokens",

@@ -161,6 +161,15 @@ def test_rows_have_the_bucket_of_the_next_measurement(rows, bucket):
     assert tune.bucket_of(rows, kernels.UP_TO) == bucket
 
 
+def test_a_race_on_an_accelerator_ends_when_its_work_does(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waited.append(len(called)))
+    called = []
+    tune.race(lambda: called.append("mine"), lambda: called.append("its"))
+    assert waited == list(range(1, len(called) + 1))
+
+
 @pytest.mark.parametrize(
     ("mine", "its", "expected"),
     [
