@@ -8,7 +8,6 @@ import re
 import types
 from collections.abc import Iterator
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,15 +22,14 @@ _NOT_READ = {
     *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
     "_non_persistent_buffers_set",
 }
-_KIND = attrgetter("dtype", "device", "shape")
 _OBJECT_DEPTH = 3  # a config inside a config inside a module: deeper than that is not the model's own state
 
 
 class ModelState:
     """Every `__dict__`, dict, list and set reachable from a model as it is now, and the tensors in them.
 
-    Values of tensors are no part of it (graphs share the tensors); which tensors they are, their dtype, device and
-    shape are.
+    Values of tensors are no part of it (graphs share the tensors); which tensors they are, their dtype, device, shape
+    and strides are.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,7 +41,7 @@ class ModelState:
         self._seen: set[int] = set()
         self._visit_object(model, "", 0)
         self._copies = [container.copy() for container in self._live]
-        self._kinds = list(map(_KIND, self.tensors))
+        self._kinds = list(map(_kind, self.tensors))
         self._forwards = [kind.forward for kind in self._classes]
         self._untouched: _Untouched | None = None
 
@@ -65,7 +63,7 @@ class ModelState:
     def _equals(self) -> bool:
         return (
             self._live == self._copies
-            and list(map(_KIND, self.tensors)) == self._kinds
+            and list(map(_kind, self.tensors)) == self._kinds
             and all(container[key] is tensor for container, key, tensor in self._single)
         )
 
@@ -127,6 +125,11 @@ class ModelState:
             self.tensors.append(tensor)
         if tensor.numel() == 1 and isinstance(container, (dict, list)):
             self._single.append((container, key, tensor))
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    return tensor.dtype, tensor.device, tensor.shape, strides
 
 
 class _Untouched:

@@ -30,7 +30,7 @@ logger = logging.getLogger("fxbt")
 FORMAT = 3  # of the files; another one is ignored
 BUDGET_SECONDS = 2.0  # for the shapes of one model
 LEAST_TURNS, TURNS_SECONDS = 6, 0.02
-RACE_TURNS, RACE_SECONDS = 5, 0.5
+LEAST_RACES, RACES, RACE_SECONDS = 3, 5, 0.5
 CLEARLY = 0.97  # of the plain kernel's time: below that, another one is chosen
 STEADY = 1.5  # median / shortest turn: on a quiet machine at most 1.26, beside a busy process 2 to 800
 
@@ -89,12 +89,12 @@ def race(call: Callable[[], Any], rival: Callable[[], Any]) -> tuple[float, floa
     """The shortest seconds of each, where the rival stays clearly faster turn by turn; None where it does not."""
     mine, its = math.inf, math.inf
     end = time.perf_counter() + RACE_SECONDS
-    for _ in range(RACE_TURNS):
+    for turn in range(RACES):
+        if turn >= LEAST_RACES and time.perf_counter() > end:
+            break
         its, mine = min(its, _seconds(rival)), min(mine, _seconds(call))
         if its >= CLEARLY * mine:
             return None
-        if time.perf_counter() > end:
-            break
     return mine, its
 
 

@@ -183,3 +183,11 @@ def test_a_race_is_lost_turn_by_turn_or_not_at_all(mine, its, expected, monkeypa
     times = {"mine": iter(mine), "its": iter(its)}
     monkeypatch.setattr(tune, "_seconds", lambda name: next(times[name]))
     assert tune.race("mine", "its") == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("mine", "expected"), [([3.0, 3.0, 1.0], None), ([3.0, 3.0, 3.0], (3.0, 2.0))])
+def test_a_race_of_long_calls_has_three_turns(mine, expected, monkeypatch):
+    times = {"mine": iter(mine), "its": iter([2.0] * 3)}
+    monkeypatch.setattr(tune, "RACE_SECONDS", 0.0)
+    monkeypatch.setattr(tune, "_seconds", lambda name: next(times[name]))
+    assert tune.race("mine", "its") == expected  # type: ignore[arg-type]
