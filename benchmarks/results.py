@@ -13,7 +13,7 @@ OURS, BASELINE = "fxbt", "HF sdpa"
 COARSE = ("fxbt bf16", "fxbt int8")  # linears in less than float32: compared with no one
 QUIET = 0.05  # the part of the machine that other programs may take
 LEGEND = f"""\
-ms: median (min-max) over the rounds of each round's median pass over the column.
+ms: median (min-max) over the rounds, each with new processes, of the median pass over the column.
 times as fast as {BASELINE}: median over the rounds of {BASELINE}'s time divided by the engine's in the same round.
 {OURS} / best peer: the same of {OURS}'s time divided by the best other engine's; below 1 is faster.
 % of GEMM peak: time that the matrix products of the tokens alone (no padding) would take at the best float32 rate
