@@ -23,7 +23,6 @@ from .ops import BY_PRODUCTS
 from .precision import Precision, narrow_linears
 from .products import by_products
 from .replay import Replay, obstacle
-from .rows import some_rows_at_a_time
 from .tune import Tuner
 from .weights import Weights, compile_graph, weight_only
 
@@ -142,7 +141,6 @@ class Program:
         attend_fast(graph, tuner)
         make_masks_once(graph)
         split_heads_once(graph)
-        some_rows_at_a_time(graph, constant, _binding)
         self.kernels = tuner.answers
         self._places = weights.add(module, graph, constant)
         self._derived = weights if self._places else None

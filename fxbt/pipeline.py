@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 from torch import fx
 
 from . import debug
+from .batch import batch_of
 from .canonical import canonicalize
 from .capture import Captured
 from .lower import Program
 from .miss import Miss
 from .outline import inline
 from .padding import drop_padding
+from .parts import InParts
 from .precision import Precision
 from .record import Snapshot, StageRecord, hits_of
 from .replay import Replay
@@ -24,7 +28,7 @@ from .rule import Rule, check_rules, installed_rules
 from .spill import Spilled
 from .stage import run_stage
 from .unmasked import unmask
-from .unpadding import Unpadding
+from .unpadding import Run, Unpadding
 from .verify import Verifier, is_stochastic
 from .weights import Weights
 
@@ -40,6 +44,7 @@ class Compiled:
     before: Snapshot
     after: Snapshot
     stages: list[StageRecord]
+    parts: StageRecord  # of what lets large batches run in parts
     seconds: float
     stochastic: bool
     derived_bytes: int
@@ -145,18 +150,20 @@ def _compile(
     flat = inline(module)
     weights = None if torch.is_grad_enabled() else Weights()
     program = Program(flat, assumes, weights, precision, cuda_graphs)
+    parts, in_parts = _parts(flat, program, weights, captured, precision)
     unpadding = None
     if padding == "drop":
-        record, unpadding = _drop_padding(flat, program, weights, captured.example, precision, cuda_graphs)
+        record, unpadding = _drop_padding(flat, program, weights, captured.example, precision, cuda_graphs, in_parts)
         stages.append(record)
     return Compiled(
-        run=unpadding or program,
+        run=unpadding or in_parts(program),
         dense=program,
         unpadding=unpadding,
         module=module,
         before=before,
         after=after,
         stages=stages,
+        parts=parts,
         seconds=time.perf_counter() - start,
         stochastic=is_stochastic(flat.graph),
         derived_bytes=weights.nbytes() if weights else 0,
@@ -174,45 +181,68 @@ def _drop_padding(
     example: Sequence[torch.Tensor],
     precision: type[Precision] | None,
     cuda_graphs: bool,
+    in_parts: Callable[[Run], Run],
 ) -> tuple[StageRecord, Unpadding | None]:
     """The graph without padding beside the dense one, where that is proven."""
-    count = len(module.graph.nodes)
-    record = StageRecord("padding", nodes_before=count, nodes_after=count)
-    start = time.perf_counter()
     unpadding = None
-    try:
-        if weights is None:
-            raise Miss("gradients are enabled; padding is dropped at inference only")
-        if is_stochastic(module.graph):
-            raise Miss("the graph draws random numbers; padding is dropped at inference only")
+    with _recorded("padding", module) as record:
+        weights = _at_inference(module, weights, "padding is dropped")
         devices = {tensor.device for tensor in example}
         if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
             raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))
-        unpadding = _unpadding(module, dense, weights, example, precision, cuda_graphs)
-        record.places.append("")
-    except Miss as miss:
-        miss.rule = "padding"
-        miss.__cause__ = miss.__context__ = None
-        record.misses.append(miss.with_traceback(None))  # else its frames, with the call's tensors, live on
-    record.seconds = time.perf_counter() - start
+        unpadded = drop_padding(module)
+        unmasked = unmask(module, unpadded.validities)
+        made = Unpadding(dense, unpadded, unmasked, weights, precision, cuda_graphs, in_parts)
+        made.check(example)
+        unpadding = made
     return record, unpadding
 
 
-def _unpadding(
+def _parts(
     module: fx.GraphModule,
-    dense: Program,
-    weights: Weights,
-    example: Sequence[torch.Tensor],
+    program: Program,
+    weights: Weights | None,
+    captured: Captured,
     precision: type[Precision] | None,
-    cuda_graphs: bool,
-) -> Unpadding:
+) -> tuple[StageRecord, Callable[[Run], Run]]:
+    """What makes programs of the graph run on parts of a large batch, where that is proven to be the same."""
+    in_parts: Callable[[Run], Run] = _whole
+    with _recorded("parts", module) as record:
+        _at_inference(module, weights, "batches are parted")
+        if any(tensor.device.type != "cpu" for tensor in captured.example):
+            raise Miss("batches are parted on a CPU only")
+        made = functools.partial(InParts, batch=batch_of(module.graph), guards=captured.guards)
+        made(program).check(captured.example, precision is not None)
+        in_parts = made
+    return record, in_parts
+
+
+def _whole(run: Run) -> Run:
+    return run
+
+
+def _at_inference(module: fx.GraphModule, weights: Weights | None, what: str) -> Weights:
+    if weights is None:
+        raise Miss(f"gradients are enabled; {what} at inference only")
+    if is_stochastic(module.graph):
+        raise Miss(f"the graph draws random numbers; {what} at inference only")
+    return weights
+
+
+@contextlib.contextmanager
+def _recorded(stage: str, module: fx.GraphModule) -> Iterator[StageRecord]:
+    """The record of a stage that leaves the graph as it is: a hit, or the Miss that ends it."""
+    count = len(module.graph.nodes)
+    record = StageRecord(stage, nodes_before=count, nodes_after=count)
+    start = time.perf_counter()
     try:
-        unpadded = drop_padding(module)
-        unmasked = unmask(module, unpadded.validities)
-        unpadding = Unpadding(dense, unpadded, unmasked, weights, precision, cuda_graphs)
-        unpadding.check(example)
-    except Miss:
-        raise
-    except Exception as error:  # a fault in here must not cost the dense graph
-        raise Miss("fxbt itself failed to drop padding", found=f"{type(error).__name__}: {error}") from error
-    return unpadding
+        yield record
+        record.places.append("")
+    except Exception as error:
+        # A fault in here must not cost the dense graph.
+        found = f"{type(error).__name__}: {error}"
+        miss = error if isinstance(error, Miss) else Miss(f"fxbt itself failed at {stage}", found=found)
+        miss.rule = stage
+        miss.__cause__ = miss.__context__ = None
+        record.misses.append(miss.with_traceback(None))  # else its frames, with the call's tensors, live on
+    record.seconds = time.perf_counter() - start

@@ -38,11 +38,12 @@ class GraphReport:
 
     `module` is the rewritten graph, `derived_bytes` the memory of weights made from the model's own (merged, packed
     ones), `peak_bytes` the most that values of the captured call hold at once (None with gradients), `kernels` the
-    kernel of each shape of a linear, and the microseconds that chose it. `precision` is that of linears ("bfloat16",
-    "int8") where another one than the model's was asked for, `error` how far that put the outputs of the captured call
-    from the original's, as a part of their magnitude. `spilled` has the bytes that `keep_original=False` moved to a
-    file and those that stayed. `nodes_before` and `nodes_after` count the lines of the texts in full: operations,
-    inputs and the return, without weights and sizes.
+    kernel of each shape of a linear, and the microseconds that chose it. `parts` has a hit if large batches run part
+    after part, else the miss that says why not. `precision` is that of linears ("bfloat16", "int8") where another one
+    than the model's was asked for, `error` how far that put the outputs of the captured call from the original's, as a
+    part of their magnitude. `spilled` has the bytes that `keep_original=False` moved to a file and those that stayed.
+    `nodes_before` and `nodes_after` count the lines of the texts in full: operations, inputs and the return, without
+    weights and sizes.
 
     Example::
 
@@ -66,6 +67,7 @@ class GraphReport:
     spilled: Spilled | None = None
     unpadding: Unpadding | None = None
     replays: Sequence[Replay] = ()
+    parts: StageRecord = field(default_factory=lambda: StageRecord("parts"))
 
     @property
     def before(self) -> str:
@@ -309,6 +311,7 @@ class Report:
             spilled=compiled.spilled,
             unpadding=compiled.unpadding,
             replays=compiled.replays,
+            parts=compiled.parts,
         )
 
     def add_fallback(self, reason: str) -> None:
@@ -348,6 +351,7 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
     if graph.unpadding:
         counts = [[verdict, count] for verdict, count in graph.unpadding.verdicts().items()]
         sections.append(("padding is dropped; calls of the latest graph", _table(["went", "calls"], counts)))
+    sections.append(("batches with values over 32 MiB", _parts_text(graph.parts)))
     if graph.cuda_graphs:
         sections.append(("CUDA graphs", _table(["went", "calls"], [list(item) for item in graph.cuda_graphs.items()])))
     if graph.precision is not None and graph.error is not None:
@@ -420,6 +424,10 @@ def _places(paths: Sequence[str]) -> str:
 
 def _is_inside(where: str, at: str | None) -> bool:
     return not at or where == at or where.startswith(at + ".")
+
+
+def _parts_text(parts: StageRecord) -> str:
+    return "run part after part" if parts.hits else "\n".join(f"run whole: {miss}" for miss in parts.misses)
 
 
 def _spilled_table(spilled: Spilled) -> str:

@@ -287,7 +287,7 @@ def along(writer: Writer, node: fx.Node) -> Value:
     """An op along dims that hold neither batch nor tokens: reductions, splits, selections, norms."""
     value = _operand(writer, node)
     rank, labels = len(value.axes), writer.labels(value)
-    dims = [dim % rank - rank for dim in _dims(node, rank)]
+    dims = [dim % rank - rank for dim in dims_of(node, rank)]
     touched = [] if _is_whole_slice(node) else [dim for dim in dims if dim in labels]
     if touched and isinstance(value, Packed) and value.pad is not None:
         return writer.dense(node)
@@ -309,10 +309,10 @@ def _is_whole_slice(node: fx.Node) -> bool:
     return end is None or (isinstance(end, int) and end == WHOLE_AXIS)
 
 
-def _dims(node: fx.Node, rank: int) -> list[int]:
+def dims_of(node: fx.Node, rank: int) -> list[int]:
     if node.target in NORMS:
         return list(range(-len(argument(node, "normalized_shape")), 0))
-    dim = argument(node, "dim")
+    dim = argument(node, "dim", argument(node, "dims"))
     if dim is None or dim == []:
         return list(range(-rank, 0))
     return list(dim) if isinstance(dim, list | tuple) else [dim]
@@ -615,7 +615,7 @@ REDUCTIONS = {
 }
 SCANS = {
     *(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default),
-    *(aten.topk.default, aten.sort.default, aten.glu.default, aten.flip.default),
+    *(aten.topk.default, aten.sort.default, aten.argsort.default, aten.glu.default, aten.flip.default),
     *(aten.index_select.default, aten.repeat_interleave.self_int),
 }
 FILLS: dict[Any, float | None] = {

@@ -74,6 +74,23 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return worst / max(magnitude, torch.finfo(wide).tiny) if worst == worst else float("inf")
 
 
+def check_outputs(actual: Sequence[Any], expected: Sequence[Any], is_coarse: bool, way: str) -> None:
+    """Compares a graph's outputs, computed another `way`, with those of the whole dense graph.
+
+    Raises:
+        Miss: they differ, so that the proof of that way has a hole.
+    """
+    for new, old in zip(actual, expected, strict=True):
+        if not isinstance(old, torch.Tensor):
+            continue
+        is_precise = not is_coarse and old.dtype in (torch.float32, torch.float64)
+        # of the largest value, as between a graph and its original: kernels sum in another order
+        tolerance = 1e-3 if is_precise and not torch._C._is_any_autocast_enabled() else 0.1
+        worst = difference(new, old)
+        if worst > (tolerance if old.dtype.is_floating_point else 0.0):
+            raise Miss(f"the outputs {way} are not the dense graph's", found=f"a difference of {worst:.3g}")
+
+
 def _compare(node: fx.Node, expected: torch.Tensor, actual: torch.Tensor, tolerance: float | None) -> None:
     tolerance = TOLERANCE.get(expected.dtype, 0.0) if tolerance is None else tolerance
     worst = difference(actual, expected)

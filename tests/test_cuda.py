@@ -18,7 +18,6 @@ from fxbt.miss import Miss
 from fxbt.outline import inline
 from fxbt.padding import drop_padding
 from fxbt.pipeline import default_rules
-from fxbt.rows import ByRows, some_rows_at_a_time
 from fxbt.signature import make_call
 from fxbt.stage import run_stage
 
@@ -100,15 +99,6 @@ def test_the_kernel_takes_what_it_is_given():
         tokens = packed.Tokens(3, 5, bounds, bounds, bounds, [], [], 5, bounds)
         output = packed.varlen_attention(query, key, key, tokens, is_causal=True, enable_gqa=True)
     assert output.shape == query.shape and output.dtype is query.dtype and output.device == query.device
-
-
-@pytest.mark.parametrize("graph_on, parts", [(graph_on_cpu, 2), (graph_on_cuda, 0)])
-def test_all_rows_of_an_mlp_at_once(graph_on, parts):
-    """Some at a time are for a CPU's allocator."""
-    module = graph_on("BertModel", torch.float32)
-    weights = {node for node in module.graph.nodes if node.op == "get_attr"}
-    some_rows_at_a_time(module.graph, weights, lambda node: node.target)
-    assert sum(isinstance(target, ByRows) for target in targets(module)) == parts
 
 
 def sequence_by_sequence(q, k, v, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa):

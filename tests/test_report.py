@@ -63,6 +63,8 @@ def add(report: Report, misses: list[Miss], fired: tuple[str, ...] = (), signatu
         precision=None,
         error=None,
         spilled=None,
+        replays=[],
+        parts=StageRecord("parts", [""]),
     )
     report.add_graph(signature, SimpleNamespace(seconds=1.25, out_spec=pytree.tree_structure((0,))), compiled)  # type: ignore[arg-type]
 
