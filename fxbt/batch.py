@@ -263,6 +263,8 @@ def cast(follower: _Follower, node: fx.Node, placed: dict[fx.Node, Place]) -> Pl
 
 def layout(follower: _Follower, node: fx.Node, placed: dict[fx.Node, Place]) -> Place:
     source: Any = node.args[0]
+    if source not in placed and node.target in EXPANDS:  # to the shape of another value
+        return follower._by_size(node)
     if source not in placed:
         raise Miss("the batch meets another axis", node=node)
     place = placed[source]
@@ -317,6 +319,31 @@ def embedding(follower: _Follower, node: fx.Node, placed: dict[fx.Node, Place]) 
     return _one(node, placed, 1)[1]
 
 
+def selection(follower: _Follower, node: fx.Node, placed: dict[fx.Node, Place]) -> Place:
+    """torch.index_select: of each sequence the same, or rows of a table for each."""
+    if node.args[0] in placed:
+        return along(follower, node, placed)
+    _, place = _one(node, placed, 2)
+    return replace(place, dim=argument(node, "dim") % _rank(node))
+
+
+def padded(follower: _Follower, node: fx.Node, placed: dict[fx.Node, Place]) -> Place:
+    """F.pad: the last dims, a pair of numbers for each."""
+    source, place = _one(node, placed)
+    pads: Any = node.args[1]
+    if place.dim >= _rank(source) - len(pads) // 2:
+        raise Miss("an op along the batch", node=node)
+    return place
+
+
+def pooling(follower: _Follower, node: fx.Node, placed: dict[fx.Node, Place]) -> Place:
+    """Of (batch, channels, ...): each dim but those of the image by itself."""
+    _, place = _one(node, placed)
+    if place.dim != 0:
+        raise Miss("an op along the batch", node=node)
+    return place
+
+
 def matrices(follower: _Follower, node: fx.Node, placed: dict[fx.Node, Place]) -> Place:
     """triu, tril: over the last two dims."""
     source, place = _one(node, placed)
@@ -363,10 +390,11 @@ def stack(follower: _Follower, node: fx.Node, placed: dict[fx.Node, Place]) -> P
 
 
 def gather(follower: _Follower, node: fx.Node, placed: dict[fx.Node, Place]) -> Place:
-    """torch.gather by an index that has the batch where its source has it."""
+    """torch.gather and scatter by an index that has the batch where all else has it."""
     rank = _rank(node)
     place = _beside(node, placed, rank)
-    if len(placed) != 2 or place.dim == argument(node, "dim") % rank:
+    is_alone = any(source not in placed for source in node.all_input_nodes if _tensors(source))
+    if is_alone or place.dim == argument(node, "dim") % rank:
         raise Miss("an op reads sequences at positions given as data", node=node)
     return place
 
@@ -404,7 +432,14 @@ def item(follower: _Follower, node: fx.Node, placed: dict[fx.Node, Place]) -> Pl
 
 # --- the table --------------------------------------------------------------------------------------------------
 
-CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+CONVOLUTIONS = {
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding),
+}
+POOLS = {
+    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.avg_pool1d.default, aten.avg_pool2d.default),
+    *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default),
+}
 SHAPES = {  # ops that make values of a shape, and which argument that is
     **dict.fromkeys((aten.full.default, aten.zeros.default, aten.ones.default), 0),
     **dict.fromkeys((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default), 1),
@@ -427,9 +462,16 @@ HANDLERS: dict[Any, Handler] = {
     aten.cat.default: concatenation,
     aten.stack.default: stack,
     aten.gather.default: gather,
+    aten.scatter.src: gather,
+    aten.scatter.value: gather,
+    aten.index_select.default: selection,
+    aten.pad.default: padded,
+    aten.constant_pad_nd.default: padded,
     aten.index.Tensor: index,
     aten.batch_norm.default: images,
     aten.group_norm.default: images,
+    aten._native_batch_norm_legit_no_training.default: images,
+    **dict.fromkeys(POOLS, pooling),
     **dict.fromkeys(CONVOLUTIONS, images),
     operator.getitem: item,
     **dict.fromkeys(ATTENTIONS, attention),
