@@ -1,7 +1,7 @@
 """A large batch part after part, so that no value is memory that the system gives anew each call.
 
 Above 32 MiB glibc takes every block from the system and gives it back, and each page of it costs a fault: BERT layers
-on 64 sequences of 128 tokens and more took 1.2 to 1.3 times as long whole. Parts stay in caches, too, and their values are freed.
+on 64 sequences of 128 tokens and more took 1.2 to 1.3 times as long whole (benchmarks/parts.py).
 """
 
 from __future__ import annotations
