@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from . import packed
 from .canonical import argument
-from .kernels import additive
+from .once import additive
 from .ops import BY_PRODUCTS, SDPA
 from .products import by_products, products
 from .tune import Calls, Contest, Tuner, bucket_of

@@ -56,6 +56,12 @@ def writes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def only_user(node: fx.Node, targets: Any) -> fx.Node | None:
+    """The one node that reads `node`, if it calls one of `targets`."""
+    user = next(iter(node.users), None)
+    return user if user is not None and len(node.users) == 1 and user.target in targets else None
+
+
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dim() != b.dim():
         return False

@@ -17,8 +17,9 @@ from torch import fx
 from .attend import attend_fast
 from .branches import assert_now
 from .canonical import attribute
-from .kernels import look_up_once, make_masks_once, pack_linears, split_heads_once
+from .linears import choose_linears
 from .memory import peak_bytes
+from .once import look_up_once, make_masks_once, split_heads_once
 from .ops import BY_PRODUCTS
 from .precision import Precision, narrow_linears
 from .products import by_products
@@ -135,7 +136,7 @@ class Program:
         look_up_once(graph, constant)
         tuner = Tuner()
         if precision is None:
-            pack_linears(graph, constant, tuner)
+            choose_linears(graph, constant, tuner)
         else:
             narrow_linears(precision, graph, constant)
         attend_fast(graph, tuner)

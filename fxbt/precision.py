@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from .canonical import argument
-from .kernels import ACTIVATIONS, PACKED_FOR_ROWS, can_be_packed, can_pack_here, only_user
+from .canonical import argument, only_user
+from .linears import ACTIVATIONS, PACKED_FOR_ROWS, can_be_packed, can_pack_here, fused_in
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
@@ -90,11 +90,11 @@ class Bfloat16:
     def linear(self, node: fx.Node) -> None:
         x: Any = node.args[0]
         activation = only_user(node, ACTIVATIONS)
-        name, algorithm = ACTIVATIONS[activation.target](activation) if activation else ("none", "")
+        how = ACTIVATIONS[activation.target](activation) if activation else None
         packed = self._packed(node.args[1])
         narrow = self._cast(x, torch.bfloat16)
         with self._graph.inserting_after(activation or node):
-            arguments: Any = (narrow, packed, argument(node, "bias"), name, [], algorithm)
+            arguments: Any = (narrow, packed, argument(node, "bias"), *fused_in(how))
             fused = self._graph.call_function(mkldnn._linear_pointwise.default, arguments)
         wide = self._cast(fused, torch.float32)
         self._known[wide, torch.bfloat16] = fused  # a linear that follows takes it as it is

@@ -29,7 +29,7 @@ logger = logging.getLogger("fxbt")
 
 FORMAT = 3  # of the files; another one is ignored
 BUDGET_SECONDS = 2.0  # for the shapes of one model
-LEAST_TURNS, TURNS_SECONDS = 6, 0.02
+LEAST_TURNS, TURNS_SECONDS = 3, 0.02
 LEAST_RACES, RACES, RACE_SECONDS = 3, 5, 0.5
 CLEARLY = 0.97  # of the plain kernel's time: below that, another one is chosen
 STEADY = 1.5  # median / shortest turn: on a quiet machine at most 1.26, beside a busy process 2 to 800

@@ -10,7 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxbt
-import fxbt.kernels
+import fxbt.once
 import fxbt.packed as packed
 from fxbt.canonical import canonicalize
 from fxbt.capture import capture
@@ -137,7 +137,7 @@ def cumulative(counts):
 def test_rows_of_a_mask_begin_where_the_kernel_asks(columns):
     with FakeTensorMode():
         mask = torch.ones(2, 1, columns, columns, dtype=torch.bool, device="cuda")
-        bias = fxbt.kernels.additive(mask, torch.float16)
+        bias = fxbt.once.additive(mask, torch.float16)
     assert bias.shape == mask.shape and bias.dtype is torch.float16 and bias.device == mask.device
     assert all(stride % 8 == 0 for stride in bias.stride()[:-1]) and bias.stride(-1) == 1
 

@@ -18,7 +18,7 @@ from models import ENCODER, VOCAB, huggingface
 from torch import nn
 
 import fxbt
-import fxbt.kernels
+import fxbt.linears
 import fxbt.spill
 from fxbt.spill import SMALLEST, spilled
 
@@ -31,7 +31,7 @@ SIZE = 160  # a weight of 100 KiB: more than SMALLEST
 
 @pytest.fixture(autouse=True)
 def every_linear_is_packed(monkeypatch):
-    monkeypatch.setattr(fxbt.kernels, "PACKED_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(fxbt.linears, "PACKED_FROM_ELEMENTS", 0)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
 
 
@@ -357,6 +357,7 @@ def test_save_pretrained(tmp_path):
 MEASURE = """
 import json, torch, fxbt, sys
 from torch import nn
+torch.cpu._is_avx512_supported = lambda: True  # so that the rule packs
 def resident():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return {kind: int(status[kind].split()[0]) * 1024 for kind in ("RssAnon", "RssFile")}

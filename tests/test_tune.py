@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fxbt import kernels, tune
+from fxbt import linears, tune
 from fxbt.tune import Contest
 
 SIZES, UP_TO = (1, 4, 16), (2, 8)
@@ -113,7 +113,7 @@ def test_without_tuning_a_rule_decides(measured, monkeypatch, cache):
 
 
 def test_large_linears_are_packed_by_rule():
-    small, large = (kernels.packed_linears(n, n, torch.float32).by_rule for n in (16, 1024))
+    small, large = (linears.linears(n, n).by_rule for n in (16, 1024))
     assert (small, large) == (0, int(torch.cpu._is_avx512_supported()))
 
 
@@ -152,13 +152,15 @@ def test_what_a_busy_machine_says_is_not_kept(turns, is_kept, monkeypatch, cache
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 def test_real_kernels_can_be_measured():
     tuner = tune.Tuner()
-    assert len(tuner.choose(kernels.packed_linears(24, 16, torch.float32))) == len(kernels.ROWS)
+    assert len(tuner.choose(linears.linears(24, 16))) == len(linears.ROWS)
     assert "us)" in tuner.answers["linear 24x16 float32"]
 
 
-@pytest.mark.parametrize(("rows", "bucket"), [(0, 0), (1, 0), (2, 0), (3, 1), (8, 1), (9, 2), (129, 4), (10**6, 4)])
+@pytest.mark.parametrize(
+    ("rows", "bucket"), [(0, 0), (1, 0), (2, 0), (3, 1), (8, 1), (9, 2), (129, 4), (513, 5), (10**6, 5)]
+)
 def test_rows_have_the_bucket_of_the_next_measurement(rows, bucket):
-    assert tune.bucket_of(rows, kernels.UP_TO) == bucket
+    assert tune.bucket_of(rows, linears.UP_TO) == bucket
 
 
 def test_a_race_on_an_accelerator_ends_when_its_work_does(monkeypatch):

@@ -1,15 +1,13 @@
-"""The CPU kernels of a lowered program: which ops they replace, and that the numbers stay."""
+"""The CPU kernels of linears: which ops they replace, and that the numbers stay."""
 
 from __future__ import annotations
-
-import operator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tracing import Function
 
-import fxbt.kernels
+import fxbt.linears
 import fxbt.tune
 from fxbt.capture import capture
 from fxbt.lower import Program
@@ -25,14 +23,16 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 
 @pytest.fixture(autouse=True)
-def rows_packed(monkeypatch):
-    """For which of kernels.ROWS weights are packed: all, unless a test says otherwise."""
-    rows = [1] * len(fxbt.kernels.ROWS)
-    monkeypatch.setattr(
-        fxbt.tune.Tuner,
-        "choose",
-        lambda self, contest: tuple(rows) if "packed" in contest.names else (0,) * len(contest.sizes),
-    )
+def kernels_of_rows(monkeypatch):
+    """The kernel for each of linears.ROWS: packed, and an activation fused in, unless a test says otherwise."""
+    rows = ["fused"] * len(fxbt.linears.ROWS)
+
+    def choose(tuner, contest):
+        if "packed" not in contest.names:
+            return (0,) * len(contest.sizes)
+        return tuple(contest.names.index(name if name in contest.names else "packed") for name in rows)
+
+    monkeypatch.setattr(fxbt.tune.Tuner, "choose", choose)
     with torch.no_grad():
         yield rows
 
@@ -153,114 +153,42 @@ def test_a_flattened_linear_of_another_form_stays(shape, lowered):
     agree(model, run, torch.randn(3, 5, 6))
 
 
-@pytest.mark.parametrize("packed_from", [0, 1, 3, 5])
-@pytest.mark.parametrize("activation", [None, F.gelu, F.relu])
-def test_the_rows_decide_where_the_measurements_differ(packed_from, activation, rows_packed, lowered):
-    rows_packed[:packed_from] = [0] * packed_from
+@pytest.mark.parametrize("others_from", [1, 3, 5])
+@pytest.mark.parametrize(("few", "many"), [("F.linear", "fused"), ("fused", "packed"), ("packed", "F.linear")])
+@pytest.mark.parametrize("activation", [None, F.gelu, F.relu, F.silu])
+def test_the_rows_decide_where_the_measurements_differ(few, many, others_from, activation, kernels_of_rows, lowered):
+    kernels_of_rows[:] = [few] * others_from + [many] * (len(kernels_of_rows) - others_from)
     after = activation or (lambda y: y)
     model, run = program(lambda x, w, b: after(F.linear(x, w, b)), torch.randn(3, 5, 6), w=W, b=B)
-    assert (POINTWISE in lowered) == (packed_from == 0)
-    for rows in (0, 1, 2, 3, 8, 9, 33, 200, 300):
+    is_one_kernel = activation is None and "F.linear" not in (few, many)
+    assert (POINTWISE in lowered) == is_one_kernel and len(lowered) == 1
+    for rows in (0, 1, 2, 3, 8, 9, 33, 200, 600):
         agree(model, run, torch.randn(1, rows, 6))
 
 
-class Embeddings(torch.nn.Module):
-    """Words, positions and token types as BERT adds them up."""
-
-    def __init__(self):
-        super().__init__()
-        self.words, self.positions, self.types = (torch.nn.Embedding(count, 6) for count in (9, 16, 2))
-        self.register_buffer("position_ids", torch.arange(16)[None])
-        self.register_buffer("type_ids", torch.tensor([[0, 1] * 8]))
-
-    def forward(self, ids):
-        positions = self.position_ids[:, : ids.shape[1]]
-        types = torch.gather(self.type_ids, 1, positions).expand(ids.shape[0], ids.shape[1])
-        return self.words(ids) + self.types(types) + self.positions(positions)
-
-
-def test_positions_and_token_types_are_looked_up_once(lowered):
-    model = Embeddings()
-    compiled = compile_graph(capture(model, make_call(model, torch.ones(2, 5, dtype=torch.long))), ())
-    assert lowered.count(torch.embedding) == 1 and torch.gather not in lowered
-    for batch, length in ((3, 7), (1, 16), (2, 5)):
-        agree(model, compiled.run, torch.randint(9, (batch, length)))
-    with torch.no_grad():
-        model.positions.weight[2] += 1.0
-        model.type_ids[0, 1] = 0
-    agree(model, compiled.run, torch.randint(9, (3, 7)))
-
-
-def test_what_is_gathered_along_another_axis_is_gathered_as_it_was(lowered):
-    def function(x, table, index):
-        return torch.gather(table, 0, index[:, : x.shape[1]]) + x
-
-    x = torch.randn(2, 3)
-    index = torch.tensor([[0, 1, 2, 0, 1]] * 2)
-    model, run = program(function, x, table=torch.randn(4, 3), index=index)
-    assert torch.gather in lowered
+@pytest.mark.parametrize("kernel", ["F.linear", "packed"])
+def test_an_activation_that_is_slow_when_fused_in_is_written_in_place(kernel, kernels_of_rows, lowered):
+    kernels_of_rows[:] = [kernel] * len(kernels_of_rows)
+    model, run = program(lambda x, w: F.gelu(F.linear(x, w)) + 1, torch.randn(3, 5, 6), w=W)
+    assert [getattr(target, "__name__", "") for target in lowered] == ["linear_by_rows", "add"]
+    x = torch.randn(2, 9, 6)
+    agree(model, run, x)
     agree(model, run, x)
 
 
-def test_masks_of_several_attentions_are_made_once(lowered):
-    def function(x, mask):
-        for _ in range(3):
-            x = F.scaled_dot_product_attention(x, x, x, mask)
-        return x
-
-    mask = torch.rand(2, 1, 5, 5) > 0.3
-    mask[0, 0, 2] = False  # a row that is blocked everywhere
-    model, run = program(function, torch.randn(2, 4, 5, 8), mask)
-    assert lowered.count(fxbt.kernels.additive) == 1
-    agree(model, run, torch.randn(2, 4, 5, 8), mask)
+def test_without_a_kernel_that_needs_it_nothing_is_packed(kernels_of_rows):
+    kernels_of_rows[:] = ["F.linear"] * len(kernels_of_rows)
+    model = Function(lambda x, w: F.gelu(F.linear(x, w)), w=W).eval()
+    weights = Weights()
+    run = Program(capture(model, make_call(model, torch.randn(3, 6))).module, {}, weights)
+    agree(model, run, torch.randn(7, 6))
+    assert weights.nbytes() == 0
 
 
-def heads(x, w, sizes=(8, 8, 8), width=4, used=None):
-    parts = F.linear(x, w).split(sizes, -1)
-    q, k, v = (part.view(x.shape[0], x.shape[1], -1, width).transpose(1, 2) for part in parts)
-    return q * 2, k + 1, v if used is None else used(v)
-
-
-@pytest.mark.parametrize("sizes", [(8, 8, 8), (16, 4, 4)])
-def test_heads_are_split_once(sizes, lowered):
-    model, run = program(lambda x, w: heads(x, w, sizes)[0], torch.randn(2, 5, 6), w=torch.randn(24, 6))
-    model, run = program(
-        lambda x, w: sum(map(torch.sum, heads(x, w, sizes))), torch.randn(2, 5, 6), w=torch.randn(24, 6)
-    )
-    assert lowered.count(torch.Tensor.unflatten) == 1 and lowered.count(torch.transpose) == 1
-    assert torch.reshape not in lowered
-    agree(model, run, torch.randn(3, 7, 6))
-
-
-def test_heads_are_split_once_however_they_are_viewed(lowered):
-    def function(x, w):
-        q, k, v = F.linear(x, w).split((8, 8, 8), -1)
-        parts = (q.unflatten(-1, (2, 4)).transpose(1, 2), k.view(*k.shape[:2], -1, 4).permute(0, 2, 1, 3))
-        return sum(part.sin().sum(2) for part in (*parts, v.reshape(*v.shape[:2], 2, 4).transpose(2, 1)))
-
-    model, run = program(function, torch.randn(2, 5, 6), w=torch.randn(24, 6))
-    assert lowered.count(torch.transpose) == 1 and torch.permute not in lowered
-    agree(model, run, torch.randn(3, 7, 6))
-
-
-def test_a_view_across_batch_and_length_is_no_view_of_heads(lowered):
-    def function(x, w):
-        q, k = F.linear(x, w).split((8, 8), -1)
-        return sum(part.reshape(5, -1, 2, 4).transpose(1, 2).sin() for part in (q, k))
-
-    model, run = program(function, torch.randn(2, 5, 6), w=torch.randn(16, 6))
-    assert torch.Tensor.unflatten not in lowered
-    agree(model, run, torch.randn(3, 5, 6))
-
-
-def test_parts_of_other_forms_are_split_as_they_were(lowered):
-    def function(x, w):
-        q, k, v = F.linear(x, w).split((8, 8, 8), -1)
-        return q.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2).sum() + (k * v).sum()
-
-    model, run = program(function, torch.randn(2, 5, 6), w=torch.randn(24, 6))
-    assert lowered.count(operator.getitem) == 3
-    agree(model, run, torch.randn(3, 7, 6))
+def test_a_linear_without_inputs_stays(lowered):
+    model, run = program(lambda x, w, b: F.linear(x[:, :0], w, b) * 2, torch.randn(3, 6), w=torch.randn(8, 0), b=B)
+    assert POINTWISE not in lowered
+    agree(model, run, torch.randn(5, 6))
 
 
 def test_two_programs_share_what_they_derive():
