@@ -2,7 +2,7 @@
 
 torch 2.13's flash kernel multiplies blocks of 32 queries through MKL there. Products of all heads of a few sequences,
 or of a block of queries, are larger and faster as long as their scores stay in the cache: with 12 heads on Zen 5
-1.6 times with MKL at 16 to 128 tokens, 1.8 with oneDNN from 128 on.
+1.6 times with MKL at 16 to 128 tokens, 1.8 with oneDNN from 128 on; on Zen 3, only in batches of 16 to 64 tokens.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .tune import Calls, Contest, Tuner, bucket_of
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a sequence that are measured
 UP_TO = (24, 48, 96, 192, 384)
+SEVERAL = 512  # tokens of several sequences: SDPA spreads them over threads, products hold the scores of all
 
 
 def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
@@ -40,14 +41,14 @@ def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
         if node.target is BY_PRODUCTS:
             node.target = ByProducts(tuner.choose(ways_to_multiply(heads, head_dim)))
             continue
-        chosen = tuner.choose(attentions(heads, head_dim))
-        if not any(chosen):
+        one, several = (tuner.choose(attentions(heads, head_dim, tokens)) for tokens in (0, SEVERAL))
+        if not any(one + several):
             continue
         _read_mask(graph, node, read)
         if node.target is SDPA:
-            node.target = Attend(chosen)
+            node.target = Attend(one, several)
         else:
-            node.kwargs = {**node.kwargs, "attend": Attend(chosen)}
+            node.kwargs = {**node.kwargs, "attend": Attend(one, several)}
 
 
 def _read_mask(graph: fx.Graph, attention: fx.Node, read: dict[fx.Node, fx.Node]) -> None:
@@ -101,10 +102,11 @@ class Mask:
 
 
 class Attend:
-    """`scaled_dot_product_attention` by the kernel that was `chosen` for the length."""
+    """`scaled_dot_product_attention` by the kernel that was chosen for the length of one sequence, or of several."""
 
-    def __init__(self, chosen: tuple[int, ...]):
-        self._kernels = [(None, products, products_by_onednn)[choice] for choice in chosen]
+    def __init__(self, one: tuple[int, ...], several: tuple[int, ...]):
+        kernels = (None, products, products_by_onednn)
+        self._one, self._several = ([kernels[choice] for choice in chosen] for chosen in (one, several))
         self.__name__ = "attend"  # fx names nodes by it
 
     def __call__(
@@ -118,7 +120,7 @@ class Attend:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        kernel = self._kernels[bucket_of(key.shape[2], UP_TO)]
+        kernel = (self._one if len(key) == 1 else self._several)[bucket_of(key.shape[2], UP_TO)]
         mask, bias = (attn_mask.mask, attn_mask.bias) if attn_mask else (None, None)
         is_masked_otherwise = mask is not None and bias is None
         if kernel is None or is_masked_otherwise or dropout_p or not query.numel() or not key.numel():
@@ -201,23 +203,25 @@ def onednn_is_exact() -> bool:
     return True
 
 
-def attentions(heads: int, head_dim: int) -> Contest:
-    """SDPA's kernel against products, for one sequence of so many heads, by its length."""
-    return _contest(f"attention {heads}x{head_dim} float32", heads, head_dim, {"SDPA": F.scaled_dot_product_attention})
+def attentions(heads: int, head_dim: int, tokens: int = 0) -> Contest:
+    """SDPA's kernel against products, by the length of a sequence: of one, or of so many as have all these tokens."""
+    name = f"attention {heads}x{head_dim} float32" + (", several" if tokens else "")
+    return _contest(name, heads, head_dim, {"SDPA": F.scaled_dot_product_attention}, tokens)
 
 
 def ways_to_multiply(heads: int, head_dim: int) -> Contest:
-    """Products by torch's default library against oneDNN's, as `attentions`."""
+    """Products by torch's default library against oneDNN's, as `attentions` of one sequence."""
     return _contest(f"products {heads}x{head_dim} float32", heads, head_dim, {})
 
 
-def _contest(name: str, heads: int, head_dim: int, kernels: dict[str, Any]) -> Contest:
+def _contest(name: str, heads: int, head_dim: int, kernels: dict[str, Any], tokens: int = 0) -> Contest:
     kernels["products"] = products
     if onednn_is_exact():
         kernels["oneDNN products"] = products_by_onednn
 
     def calls(length: int) -> list[Calls]:
-        query, key, value = torch.full((length, 3 * heads, head_dim), 0.5).transpose(0, 1)[None].split(heads, 1)
+        batch = max(2, tokens // length) if tokens else 1
+        query, key, value = torch.full((batch, length, 3 * heads, head_dim), 0.5).transpose(1, 2).split(heads, 1)
         return [[functools.partial(kernel, query, key, value)] for kernel in kernels.values()]
 
     return Contest(name, tuple(kernels), LENGTHS, UP_TO, calls)

@@ -62,7 +62,7 @@ def test_a_bias_is_added(kernel, ones, scores, monkeypatch):
     full = bias.expand(batch, heads, queries, keys)
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), full.double())
     torch.testing.assert_close(kernel(query, key, value, bias).double(), expected, rtol=1e-5, atol=1e-5)
-    found = attend.Attend((1,) * 6)(query, key, value, attn_mask=attend.Mask.of(full))
+    found = attend.Attend((1,) * 6, (1,) * 6)(query, key, value, attn_mask=attend.Mask.of(full))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -85,12 +85,14 @@ def chosen_kernels(monkeypatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def test_the_length_decides(monkeypatch):
+def test_the_length_decides_and_whether_there_are_several_sequences(monkeypatch):
     seen = chosen_kernels(monkeypatch)
-    call = attend.Attend((0, 1, 0, 0, 0, 1))
-    for length in (16, 32, 64, 500):
-        call(*operands(1, 2, length, length, 4))
-    assert [shape[2] for shape in seen] == [32, 500]
+    call = attend.Attend((0, 1, 0, 0, 0, 1), (1, 0, 0, 0, 1, 0))
+    for batch in (1, 2, 3):
+        for length in (16, 32, 64, 300, 500):
+            call(*operands(batch, 2, length, length, 4))
+    several = [(batch, 2, length, 4) for batch in (2, 3) for length in (16, 300)]
+    assert seen == [(1, 2, 32, 4), (1, 2, 500, 4), *several]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_the_length_decides(monkeypatch):
 )
 def test_what_a_softmax_would_answer_otherwise_is_for_sdpa(options, monkeypatch):
     seen = chosen_kernels(monkeypatch)
-    attend.Attend((1,) * 6)(*operands(1, 2, 5, 5, 4), **options)
+    attend.Attend((1,) * 6, (1,) * 6)(*operands(1, 2, 5, 5, 4), **options)
     assert not seen
 
 
@@ -114,14 +116,14 @@ def test_empty_tensors_are_for_sdpa(empty):
     shape[empty] = 0
     query, key, value = operands(*shape)
     expected = F.scaled_dot_product_attention(query, key, value)
-    torch.testing.assert_close(attend.Attend((1,) * 6)(query, key, value), expected)
+    torch.testing.assert_close(attend.Attend((1,) * 6, (1,) * 6)(query, key, value), expected)
 
 
 def test_a_boolean_mask_is_added_too(monkeypatch):
     seen = chosen_kernels(monkeypatch)
     query, key, value = operands(2, 2, 5, 5, 4)
     mask = (torch.rand(2, 1, 5, 5) < 0.5) | torch.eye(5, dtype=torch.bool)
-    found = attend.Attend((1,) * 6)(query, key, value, attn_mask=attend.Mask.of(mask))
+    found = attend.Attend((1,) * 6, (1,) * 6)(query, key, value, attn_mask=attend.Mask.of(mask))
     torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, value, mask))
     assert seen
 
@@ -133,7 +135,7 @@ def test_a_blocked_row_stays_zero(dtype):
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     mask[:, :, 2] = False
     mask = mask if dtype is torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    assert (attend.Attend((1,) * 6)(query, key, value, attn_mask=attend.Mask.of(mask))[:, :, 2] == 0).all()
+    assert (attend.Attend((1,) * 6, (1,) * 6)(query, key, value, attn_mask=attend.Mask.of(mask))[:, :, 2] == 0).all()
 
 
 @pytest.mark.skipif(not attend.onednn_is_exact(), reason="products do not go to oneDNN here")
@@ -169,8 +171,9 @@ def test_real_attentions_can_be_measured(monkeypatch, tmp_path):
     monkeypatch.setenv("FXBT_TUNE", "1")
     monkeypatch.setenv("FXBT_CACHE_DIR", str(tmp_path))
     tuner = tune.Tuner()
-    assert len(tuner.choose(attend.attentions(1, 4))) == len(attend.LENGTHS)
-    assert "us)" in tuner.answers["attention 1x4 float32"]
+    for tokens, name in ((0, "attention 1x4 float32"), (attend.SEVERAL, "attention 1x4 float32, several")):
+        assert len(tuner.choose(attend.attentions(1, 4, tokens))) == len(attend.LENGTHS)
+        assert "us)" in tuner.answers[name]
 
 
 @pytest.mark.parametrize("padding", ["drop", "keep"])
