@@ -52,7 +52,7 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.reshape.default: torch.reshape,
     aten.transpose.int: torch.transpose,
     aten.permute.default: torch.permute,
-    aten.unflatten.int: torch.Tensor.unflatten,
+    aten.unflatten.int: torch.unflatten,
     aten.unsqueeze.default: torch.unsqueeze,
     aten.expand.default: torch.Tensor.expand,
     aten.select.int: torch.select,
