@@ -149,6 +149,20 @@ def test_what_a_busy_machine_says_is_not_kept(turns, is_kept, monkeypatch, cache
     assert list(cache.iterdir()) == ([tune.cache_file()] if is_kept else [])
 
 
+def test_layers_of_one_shape_ask_once_even_if_the_measurement_is_not_kept(monkeypatch):
+    measured = []
+
+    def measure(contest):
+        measured.append(contest.key)
+        return {name: [float(place + 1)] * len(SIZES) for place, name in enumerate(contest.names)}, False
+
+    monkeypatch.setattr(tune, "_measure", measure)
+    tuner = tune.Tuner()
+    assert tuner.choose(contest("a")) == tuner.choose(contest("a")) == (0, 0, 0)
+    tuner.choose(contest("b"))
+    assert measured == ["a", "b"]
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 def test_real_kernels_can_be_measured():
     tuner = tune.Tuner()
