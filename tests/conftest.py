@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,6 +11,9 @@ os.environ["FXBT_TUNE"] = "0"  # kernels by rule, not by the clock
 
 import pytest
 import torch
+from torch import fx
+
+import fxbt.lower
 
 torch.set_num_threads(1)
 
@@ -43,3 +47,17 @@ def _grad_mode_is_given_back() -> Iterator[None]:
     torch.set_grad_enabled(True)
     yield
     assert torch.is_grad_enabled(), "the test, or what it called, left gradients disabled"
+
+
+@pytest.fixture
+def lowered(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The targets of the program compiled last, in order."""
+    targets: list[object] = []
+
+    def spy(graph: fx.Graph) -> Callable[..., Any]:
+        targets[:] = [node.target for node in graph.nodes if node.op == "call_function"]
+        return original(graph)
+
+    original = fxbt.lower.compile_graph
+    monkeypatch.setattr(fxbt.lower, "compile_graph", spy)
+    return targets

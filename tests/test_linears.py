@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tracing import Function
+from tracing import Function, agree, program
 
 import fxbt.linears
 import fxbt.tune
 from fxbt.capture import capture
 from fxbt.lower import Program
-from fxbt.pipeline import compile as compile_graph
 from fxbt.precision import Bfloat16, Int8
 from fxbt.signature import make_call
 from fxbt.weights import Weights
@@ -35,30 +34,6 @@ def kernels_of_rows(monkeypatch):
     monkeypatch.setattr(fxbt.tune.Tuner, "choose", choose)
     with torch.no_grad():
         yield rows
-
-
-@pytest.fixture
-def lowered(monkeypatch):
-    """The targets of the program compiled last, in order."""
-    targets: list[object] = []
-
-    def spy(graph):
-        targets[:] = [node.target for node in graph.nodes if node.op == "call_function"]
-        return original(graph)
-
-    original = fxbt.lower.compile_graph
-    monkeypatch.setattr(fxbt.lower, "compile_graph", spy)
-    return targets
-
-
-def program(function, x, *more, **weights):
-    model = Function(function, **weights).eval()
-    compiled = compile_graph(capture(model, make_call(model, x, *more)), ())
-    return model, compiled.run
-
-
-def agree(model, run, *inputs):
-    torch.testing.assert_close(run(*inputs)[0], model(*inputs), rtol=1e-5, atol=1e-5)
 
 
 W, B = torch.randn(8, 6), torch.randn(8)

@@ -7,7 +7,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from tracing import Function
+from tracing import agree, program
 
 import fxbt.once
 from fxbt.capture import capture
@@ -19,30 +19,6 @@ from fxbt.signature import make_call
 def without_gradients():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def lowered(monkeypatch):
-    """The targets of the program compiled last, in order."""
-    targets: list[object] = []
-
-    def spy(graph):
-        targets[:] = [node.target for node in graph.nodes if node.op == "call_function"]
-        return original(graph)
-
-    original = fxbt.lower.compile_graph
-    monkeypatch.setattr(fxbt.lower, "compile_graph", spy)
-    return targets
-
-
-def program(function, x, *more, **weights):
-    model = Function(function, **weights).eval()
-    compiled = compile_graph(capture(model, make_call(model, x, *more)), ())
-    return model, compiled.run
-
-
-def agree(model, run, *inputs):
-    torch.testing.assert_close(run(*inputs)[0], model(*inputs), rtol=1e-5, atol=1e-5)
 
 
 class Embeddings(torch.nn.Module):

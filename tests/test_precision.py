@@ -43,20 +43,6 @@ def without_gradients():
         yield
 
 
-@pytest.fixture
-def lowered(monkeypatch):
-    """The targets of the program compiled last, in order."""
-    targets: list[object] = []
-
-    def spy(graph):
-        targets[:] = [node.target for node in graph.nodes if node.op == "call_function"]
-        return original(graph)
-
-    original = fxbt.lower.compile_graph
-    monkeypatch.setattr(fxbt.lower, "compile_graph", spy)
-    return targets
-
-
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()

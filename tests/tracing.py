@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxbt.capture import Captured, capture
+from fxbt.pipeline import compile as compile_graph
 from fxbt.signature import make_call
 
 
@@ -42,3 +43,13 @@ def nodes(module: fx.GraphModule, target: Any) -> list[fx.Node]:
 
 def returned(module: fx.GraphModule) -> fx.Node:
     return module.graph.output_node().args[0][0]
+
+
+def program(function: Callable[..., Any], *tensors: torch.Tensor, **weights: torch.Tensor) -> tuple[Function, Any]:
+    """A function as a module, and as a compiled graph without rules."""
+    model = Function(function, **weights).eval()
+    return model, compile_graph(capture(model, make_call(model, *tensors)), ()).run
+
+
+def agree(model: nn.Module, run: Callable[..., Any], *inputs: torch.Tensor) -> None:
+    torch.testing.assert_close(run(*inputs)[0], model(*inputs), rtol=1e-5, atol=1e-5)
