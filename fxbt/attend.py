@@ -41,7 +41,7 @@ def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
         if node.target is BY_PRODUCTS:
             node.target = ByProducts(tuner.choose(ways_to_multiply(heads, head_dim)))
             continue
-        one, several = (tuner.choose(attentions(heads, head_dim, tokens)) for tokens in (0, SEVERAL))
+        one, several = (tuner.choose(attentions(heads, head_dim, several)) for several in (False, True))
         if not any(one + several):
             continue
         _read_mask(graph, node, read)
@@ -203,10 +203,10 @@ def onednn_is_exact() -> bool:
     return True
 
 
-def attentions(heads: int, head_dim: int, tokens: int = 0) -> Contest:
-    """SDPA's kernel against products, by the length of a sequence: of one, or of so many as have all these tokens."""
-    name = f"attention {heads}x{head_dim} float32" + (", several" if tokens else "")
-    return _contest(name, heads, head_dim, {"SDPA": F.scaled_dot_product_attention}, tokens)
+def attentions(heads: int, head_dim: int, several: bool) -> Contest:
+    """SDPA's kernel against products, for one sequence of so many heads or for several, by their length."""
+    name = f"attention {heads}x{head_dim} float32" + (", several" if several else "")
+    return _contest(name, heads, head_dim, {"SDPA": F.scaled_dot_product_attention}, several)
 
 
 def ways_to_multiply(heads: int, head_dim: int) -> Contest:
@@ -214,13 +214,13 @@ def ways_to_multiply(heads: int, head_dim: int) -> Contest:
     return _contest(f"products {heads}x{head_dim} float32", heads, head_dim, {})
 
 
-def _contest(name: str, heads: int, head_dim: int, kernels: dict[str, Any], tokens: int = 0) -> Contest:
+def _contest(name: str, heads: int, head_dim: int, kernels: dict[str, Any], several: bool = False) -> Contest:
     kernels["products"] = products
     if onednn_is_exact():
         kernels["oneDNN products"] = products_by_onednn
 
     def calls(length: int) -> list[Calls]:
-        batch = max(2, tokens // length) if tokens else 1
+        batch = max(2, SEVERAL // length) if several else 1
         query, key, value = torch.full((batch, length, 3 * heads, head_dim), 0.5).transpose(1, 2).split(heads, 1)
         return [[functools.partial(kernel, query, key, value)] for kernel in kernels.values()]
 

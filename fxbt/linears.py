@@ -54,17 +54,15 @@ def _gelu(approximate: str) -> Activation:
 
 # Kernels for activation(x W^T + b): (x, weight, packed weight, bias) -> y.
 Kernel = Callable[[Tensor, Tensor, Any, Tensor | None], Tensor]
-NEED_PACKED = ("packed", "fused")
 
 
 def linear_kernels(activation: Activation | None) -> dict[str, Kernel]:
     """The kernels for a linear, by name; with an activation each of them includes it, and one has it fused in."""
-    kernels: dict[str, Kernel] = {"F.linear": _plain, "packed": _packed}
+    kernels: dict[str, Kernel] = {"F.linear": _plain, "packed": _by_onednn(None)}
     if activation is None:
         return kernels
     kernels = {name: _followed(kernel, activation.write) for name, kernel in kernels.items()}
-    how = fused_in(activation)
-    return {**kernels, "fused": lambda x, weight, packed, bias: ONEDNN_LINEAR(x, packed, bias, *how)}
+    return {**kernels, "fused": _by_onednn(activation)}
 
 
 def fused_in(activation: Activation | None) -> tuple[str, list[Any], str]:
@@ -76,8 +74,9 @@ def _plain(x: Tensor, weight: Tensor, packed: Any, bias: Tensor | None) -> Tenso
     return F.linear(x, weight, bias)
 
 
-def _packed(x: Tensor, weight: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
-    return ONEDNN_LINEAR(x, packed, bias, *fused_in(None))
+def _by_onednn(activation: Activation | None) -> Kernel:
+    how = fused_in(activation)
+    return lambda x, weight, packed, bias: ONEDNN_LINEAR(x, packed, bias, *how)
 
 
 def _followed(kernel: Kernel, write: Callable[[Tensor], Any]) -> Kernel:
@@ -92,7 +91,7 @@ def _followed(kernel: Kernel, write: Callable[[Tensor], Any]) -> Kernel:
 class LinearByRows:
     """A linear, and the activation after it, by the kernel that was chosen for the number of rows of x."""
 
-    def __init__(self, kernels: tuple[Kernel, ...]):
+    def __init__(self, kernels: list[Kernel]):
         self._kernels = kernels
         self.__name__ = "linear_by_rows"  # fx names nodes by it
 
@@ -125,10 +124,8 @@ def linears(n: int, k: int, activation: Activation | None = None) -> Contest:
 
     is_packed = torch.cpu._is_avx512_supported() and n * k >= PACKED_FROM_ELEMENTS
     by_rule = list(kernels).index(("fused" if activation else "packed") if is_packed else "F.linear")
-    key = f"linear {n}x{k} float32"
-    if activation is not None:
-        key = " ".join((key, activation.name, activation.algorithm)).rstrip()
-    return Contest(key, tuple(kernels), ROWS, UP_TO, calls, by_rule)
+    what = (f"linear {n}x{k} float32", *((activation.name, activation.algorithm) if activation else ()))
+    return Contest(" ".join(filter(None, what)), tuple(kernels), ROWS, UP_TO, calls, by_rule)
 
 
 def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> None:
@@ -143,34 +140,39 @@ def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> Non
         if not can_be_packed(node, constant):
             continue
         weight = node.args[1]
-        user = only_user(node, ACTIVATIONS)
-        activation = ACTIVATIONS[user.target](user) if user else None
         n, k = map(int, weight.meta["val"].shape)
-        contest = linears(n, k, activation)
-        chosen = tuple(contest.names[place] for place in tuner.choose(contest))
-        if weight not in packed and not set(chosen).isdisjoint(NEED_PACKED):
+        contest = linears(n, k, activation_after(node)[1])
+        chosen = [contest.names[place] for place in tuner.choose(contest)]
+        if weight not in packed and set(chosen) != {"F.linear"}:
             with graph.inserting_after(weight):
                 packed[weight] = graph.call_function(mkldnn._reorder_linear_weight.default, (weight, PACKED_FOR_ROWS))
-        _use(chosen, graph, node, user, packed.get(weight))
+        _use(chosen, graph, node, packed.get(weight))
     constant.update(packed.values())
 
 
-def _use(
-    chosen: tuple[str, ...], graph: fx.Graph, linear: fx.Node, activation: fx.Node | None, packed: fx.Node | None
-) -> None:
-    how = ACTIVATIONS[activation.target](activation) if activation else None
+def activation_after(linear: fx.Node) -> tuple[fx.Node | None, Activation | None]:
+    """The activation that alone reads a linear, if oneDNN has it: its node, and what it is."""
+    node = only_user(linear, ACTIVATIONS)
+    return (None, None) if node is None else (node, ACTIVATIONS[node.target](node))
+
+
+def _use(chosen: list[str], graph: fx.Graph, linear: fx.Node, packed: fx.Node | None) -> None:
+    activation, how = activation_after(linear)
     only = chosen[0] if len(set(chosen)) == 1 else None
     if only == "F.linear" and how is None:
         return
     (x, weight), bias = linear.args[:2], argument(linear, "bias")
     residual = _residual(linear) if only == "packed" and how is None else None
     last = activation or (residual[0] if residual else linear)
-    target: Any = LinearByRows(tuple(linear_kernels(how)[name] for name in chosen))
-    arguments: Any = (x, weight, packed, bias)
+    target: Any
+    arguments: Any
     if residual:
         target, arguments = mkldnn._linear_pointwise.binary, (x, residual[1], packed, bias, "add")
     elif only == ("fused" if how else "packed"):  # past the choice by rows
         target, arguments = ONEDNN_LINEAR, (x, packed, bias, *fused_in(how))
+    else:
+        kernels = linear_kernels(how)
+        target, arguments = LinearByRows([kernels[name] for name in chosen]), (x, weight, packed, bias)
     with graph.inserting_after(last):
         result = graph.call_function(target, arguments)
     result.meta = dict(last.meta)

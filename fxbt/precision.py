@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from .canonical import argument, only_user
-from .linears import ACTIVATIONS, PACKED_FOR_ROWS, can_be_packed, can_pack_here, fused_in
+from .canonical import argument
+from .linears import PACKED_FOR_ROWS, activation_after, can_be_packed, can_pack_here, fused_in
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
@@ -89,8 +89,7 @@ class Bfloat16:
 
     def linear(self, node: fx.Node) -> None:
         x: Any = node.args[0]
-        activation = only_user(node, ACTIVATIONS)
-        how = ACTIVATIONS[activation.target](activation) if activation else None
+        activation, how = activation_after(node)
         packed = self._packed(node.args[1])
         narrow = self._cast(x, torch.bfloat16)
         with self._graph.inserting_after(activation or node):

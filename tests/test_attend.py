@@ -171,8 +171,8 @@ def test_real_attentions_can_be_measured(monkeypatch, tmp_path):
     monkeypatch.setenv("FXBT_TUNE", "1")
     monkeypatch.setenv("FXBT_CACHE_DIR", str(tmp_path))
     tuner = tune.Tuner()
-    for count, name in ((0, "attention 1x4 float32"), (attend.SEVERAL, "attention 1x4 float32, several")):
-        assert len(tuner.choose(attend.attentions(1, 4, count))) == len(attend.LENGTHS)
+    for several, name in ((False, "attention 1x4 float32"), (True, "attention 1x4 float32, several")):
+        assert len(tuner.choose(attend.attentions(1, 4, several))) == len(attend.LENGTHS)
         assert "us)" in tuner.answers[name]
 
 
