@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from . import native
 from .canonical import argument, only_user, same_shape
 from .tune import Calls, Contest, Tuner, bucket_of
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
-ONEDNN_LINEAR = mkldnn._linear_pointwise.default
+ONEDNN_LINEAR, ONEDNN_SUM = mkldnn._linear_pointwise.default._op, mkldnn._linear_pointwise.binary._op  # a frame less
 
 ROWS = (1, 4, 16, 64, 256, 1024)  # rows of x that linears are measured at
 UP_TO = (2, 8, 32, 128, 512)
@@ -39,6 +40,11 @@ class Activation:
     algorithm: str
     write: Callable[[Tensor], Any]
 
+    @property
+    def known_as(self) -> str:
+        """Both in one, as `native.ACTIVATIONS` has them."""
+        return f"{self.name} {self.algorithm}".strip()
+
 
 ACTIVATIONS: dict[Any, Callable[[fx.Node], Activation]] = {
     aten.gelu.default: lambda node: _gelu(argument(node, "approximate")),
@@ -52,17 +58,57 @@ def _gelu(approximate: str) -> Activation:
     return Activation("gelu", approximate, write)
 
 
-# Kernels for activation(x W^T + b): (x, weight, packed weight, bias) -> y.
-Kernel = Callable[[Tensor, Tensor, Any, Tensor | None], Tensor]
+# activation(x W^T + bias) + residual, where a residual is the sum's other part: (x, weight, bias, residual) -> y.
+Run = Callable[[Tensor, Any, Tensor | None, Tensor | None], Tensor]
 
 
-def linear_kernels(activation: Activation | None) -> dict[str, Kernel]:
-    """The kernels for a linear, by name; with an activation each of them includes it, and one has it fused in."""
-    kernels: dict[str, Kernel] = {"F.linear": _plain, "packed": _by_onednn(None)}
-    if activation is None:
-        return kernels
-    kernels = {name: _followed(kernel, activation.write) for name, kernel in kernels.items()}
-    return {**kernels, "fused": _by_onednn(activation)}
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a linear with what follows it, on the weight as `pack` makes it."""
+
+    run: Run
+    pack: Callable[[Tensor], Tensor] | None = None
+
+
+def linear_kernels(n: int, k: int, activation: Activation | None) -> dict[str, Kernel]:
+    """The kernels for a weight [n, k], by name; with an activation each of them includes it, and some have it fused."""
+    torchs = {"F.linear": Kernel(_plain), "packed": Kernel(_by_onednn(None), _pack)}
+    if activation is not None:
+        torchs = {name: Kernel(_followed(kernel.run, activation.write), kernel.pack) for name, kernel in torchs.items()}
+        torchs["fused"] = Kernel(_by_onednn(activation), _pack)
+    if (library := native.library()) is None:
+        return torchs
+    own = library.linear(n, k, activation.known_as if activation else "")
+    return {**torchs, "native": Kernel(own, library.pack)}
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return y if residual is None else y.add_(residual)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+
+
+def _by_onednn(activation: Activation | None) -> Run:
+    how = fused_in(activation)
+
+    def onednn(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        if residual is not None:
+            return ONEDNN_SUM(x, residual, packed, bias, "add")
+        return ONEDNN_LINEAR(x, packed, bias, *how)
+
+    return onednn
+
+
+def _followed(run: Run, write: Callable[[Tensor], Any]) -> Run:
+    def followed(x: Tensor, weight: Any, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        y = run(x, weight, bias, residual)
+        write(y)
+        return y
+
+    return followed
 
 
 def fused_in(activation: Activation | None) -> tuple[str, list[Any], str]:
@@ -70,84 +116,86 @@ def fused_in(activation: Activation | None) -> tuple[str, list[Any], str]:
     return ("none", [], "") if activation is None else (activation.name, [], activation.algorithm)
 
 
-def _plain(x: Tensor, weight: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
-
-
-def _by_onednn(activation: Activation | None) -> Kernel:
-    how = fused_in(activation)
-    return lambda x, weight, packed, bias: ONEDNN_LINEAR(x, packed, bias, *how)
-
-
-def _followed(kernel: Kernel, write: Callable[[Tensor], Any]) -> Kernel:
-    def call(x: Tensor, weight: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
-        y = kernel(x, weight, packed, bias)
-        write(y)
-        return y
-
-    return call
-
-
 class LinearByRows:
-    """A linear, and the activation after it, by the kernel that was chosen for the number of rows of x."""
+    """A linear, with what follows it, by the kernel that was chosen for the number of rows of x.
 
-    def __init__(self, kernels: list[Kernel]):
-        self._kernels = kernels
+    `weights` are its weight in each form that the kernels take, of which `forms` gives the place for each kernel.
+    """
+
+    def __init__(self, runs: list[Run], forms: list[int]):
+        self._runs, self._forms = runs, forms
         self.__name__ = "linear_by_rows"  # fx names nodes by it
 
-    def __call__(self, x: Tensor, weight: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, *weights: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1] if x.numel() else 0
-        return self._kernels[bucket_of(rows, UP_TO)](x, weight, packed, bias)
+        place = bucket_of(rows, UP_TO)
+        return self._runs[place](x, weights[self._forms[place]], bias, residual)
 
 
 def linears(n: int, k: int, activation: Activation | None = None) -> Contest:
     """The kernels for x[rows, k] and a float32 weight [n, k], by rows."""
-    kernels = linear_kernels(activation)
+    kernels = linear_kernels(n, k, activation)
 
     @functools.cache
-    def weights() -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def weights() -> tuple[Tensor, dict[Any, list[Tensor]]]:
         copies = max(len(kernels), min(256, COLD_BYTES // (n * k * torch.float32.itemsize)))
         plain = [torch.full((n, k), 0.5) for _ in range(copies)]
-        packed = [mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS) for weight in plain]
-        return torch.zeros(n), list(zip(plain, packed, strict=True))
+        packs = {kernel.pack for kernel in kernels.values()}
+        return torch.zeros(n), {pack: list(map(pack, plain)) if pack else plain for pack in packs}
 
     def calls(rows: int) -> list[Calls] | None:
         if 2 * rows * n * k > MOST_OPERATIONS and rows > ROWS[0]:
             return None
         x = torch.full((rows, k), 0.5)
-        bias, copies = weights()
-        apart = len(copies) // len(kernels)  # a kernel must not find what another one has just read in the cache
-        return [
-            [functools.partial(kernel, x, *pair, bias) for pair in copies[apart * place :] + copies[: apart * place]]
-            for place, kernel in enumerate(kernels.values())
-        ]
+        bias, forms = weights()
+        found: list[Calls] = []
+        for place, kernel in enumerate(kernels.values()):
+            copies = forms[kernel.pack]
+            start = len(copies) // len(kernels) * place  # none must find in the cache what another one has just read
+            found.append(
+                [functools.partial(kernel.run, x, copy, bias, None) for copy in copies[start:] + copies[:start]]
+            )
+        return found
 
     is_packed = torch.cpu._is_avx512_supported() and n * k >= PACKED_FROM_ELEMENTS
     by_rule = list(kernels).index(("fused" if activation else "packed") if is_packed else "F.linear")
-    what = (f"linear {n}x{k} float32", *((activation.name, activation.algorithm) if activation else ()))
-    return Contest(" ".join(filter(None, what)), tuple(kernels), ROWS, UP_TO, calls, by_rule)
+    what = f"linear {n}x{k} float32 {activation.known_as if activation else ''}".strip()
+    return Contest(what, tuple(kernels), ROWS, UP_TO, calls, by_rule)
 
 
 def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> None:
     """Give linears on float32 weights the kernels that are the fastest here, with an activation or residual fused in.
 
-    The nodes that pack weights for oneDNN join `constant`.
+    The nodes that pack weights join `constant`.
     """
-    packed: dict[fx.Node, fx.Node] = {}
+    packed: dict[Any, fx.Node] = {}
     if not can_pack_here():
         return
     for node in list(graph.nodes):
         if not can_be_packed(node, constant):
             continue
-        weight = node.args[1]
+        weight: Any = node.args[1]
         n, k = map(int, weight.meta["val"].shape)
-        contest = linears(n, k, activation_after(node)[1])
-        chosen = [contest.names[place] for place in tuner.choose(contest)]
-        if weight not in packed and set(chosen) != {"F.linear"}:
-            with graph.inserting_after(weight):
-                packed[weight] = graph.call_function(mkldnn._reorder_linear_weight.default, (weight, PACKED_FOR_ROWS))
-        _use(chosen, graph, node, packed.get(weight))
+        how = activation_after(node)[1]
+        contest, kernels = linears(n, k, how), linear_kernels(n, k, how)
+        chosen = [kernels[contest.names[place]] for place in tuner.choose(contest)]
+        if how is None and all(kernel.run is _plain for kernel in chosen):
+            continue
+        forms = [_form(weight, kernel.pack, packed) for kernel in chosen]
+        _use(graph, node, [kernel.run for kernel in chosen], forms)
+        if reason := native.obstacle():
+            tuner.answers["native"] = f"not to be had: {reason}"
     constant.update(packed.values())
+
+
+def _form(weight: fx.Node, pack: Callable[[Tensor], Tensor] | None, packed: dict[Any, fx.Node]) -> fx.Node:
+    """The node of a weight as `pack` makes it."""
+    if pack is None:
+        return weight
+    if (weight, pack) not in packed:
+        with weight.graph.inserting_after(weight):
+            packed[weight, pack] = weight.graph.call_function(pack, (weight,))
+    return packed[weight, pack]
 
 
 def activation_after(linear: fx.Node) -> tuple[fx.Node | None, Activation | None]:
@@ -156,25 +204,18 @@ def activation_after(linear: fx.Node) -> tuple[fx.Node | None, Activation | None
     return (None, None) if node is None else (node, ACTIVATIONS[node.target](node))
 
 
-def _use(chosen: list[str], graph: fx.Graph, linear: fx.Node, packed: fx.Node | None) -> None:
-    activation, how = activation_after(linear)
-    only = chosen[0] if len(set(chosen)) == 1 else None
-    if only == "F.linear" and how is None:
-        return
-    (x, weight), bias = linear.args[:2], argument(linear, "bias")
-    residual = _residual(linear) if only == "packed" and how is None else None
-    last = activation or (residual[0] if residual else linear)
-    target: Any
-    arguments: Any
-    if residual:
-        target, arguments = mkldnn._linear_pointwise.binary, (x, residual[1], packed, bias, "add")
-    elif only == ("fused" if how else "packed"):  # past the choice by rows
-        target, arguments = ONEDNN_LINEAR, (x, packed, bias, *fused_in(how))
-    else:
-        kernels = linear_kernels(how)
-        target, arguments = LinearByRows([kernels[name] for name in chosen]), (x, weight, packed, bias)
+def _use(graph: fx.Graph, linear: fx.Node, runs: list[Run], forms: list[fx.Node]) -> None:
+    x, bias = linear.args[0], argument(linear, "bias")
+    activation, _ = activation_after(linear)
+    add, residual = _residual(linear) if activation is None else (None, None)
+    last = activation or add or linear
     with graph.inserting_after(last):
-        result = graph.call_function(target, arguments)
+        if len(set(runs)) == 1:
+            result = graph.call_function(runs[0], (x, forms[0], bias, residual))
+        else:
+            each = list(dict.fromkeys(forms))
+            target = LinearByRows(runs, [each.index(form) for form in forms])
+            result = graph.call_function(target, (x, bias, residual, *each))
     result.meta = dict(last.meta)
     last.replace_all_uses_with(result)
     graph.erase_node(last)
@@ -182,15 +223,15 @@ def _use(chosen: list[str], graph: fx.Graph, linear: fx.Node, packed: fx.Node | 
         graph.erase_node(linear)
 
 
-def _residual(linear: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(add, what is added) where a linear's result goes only into a sum with a value of its own shape."""
+def _residual(linear: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The add, and what is added, where a linear's result goes only into a sum with a value of its own shape."""
     add = only_user(linear, (aten.add.Tensor,))
     if add is None or add.kwargs or not all(isinstance(value, fx.Node) for value in add.args) or len(add.args) != 2:
-        return None
+        return None, None
     other: Any = add.args[1] if add.args[0] is linear else add.args[0]
     values = [node.meta["val"] for node in (linear, other)]
     if other is linear or values[0].dtype != values[1].dtype or values[0].dim() < 2 or not same_shape(*values):
-        return None
+        return None, None
     return add, other
 
 

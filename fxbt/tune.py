@@ -186,12 +186,17 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def cache_file() -> Path:
-    """The file of this machine's measurements."""
+def cache_directory() -> Path:
+    """Where what was measured, or compiled, is kept."""
     root = os.environ.get("FXBT_CACHE_DIR")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxbt"
+    return Path(root) if root else base
+
+
+def cache_file() -> Path:
+    """The file of this machine's measurements."""
     name = hashlib.sha256(json.dumps(_machine()).encode()).hexdigest()[:16]
-    return (Path(root) if root else base) / f"kernels-{name}.json"
+    return cache_directory() / f"kernels-{name}.json"
 
 
 def _read() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from tracing import Function, agree, program
 
 import fxbt.linears
 import fxbt.tune
+from fxbt import native
 from fxbt.capture import capture
 from fxbt.lower import Program
 from fxbt.precision import Bfloat16, Int8
@@ -16,7 +17,8 @@ from fxbt.signature import make_call
 from fxbt.weights import Weights
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
-POINTWISE, BINARY = mkldnn._linear_pointwise.default, mkldnn._linear_pointwise.binary
+by_native = pytest.mark.skipif(native.library() is None, reason=f"no native kernel: {native.obstacle()}")
+NATIVE = pytest.param("native", marks=by_native)
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -39,25 +41,33 @@ def kernels_of_rows(monkeypatch):
 W, B = torch.randn(8, 6), torch.randn(8)
 
 
+def names(targets):
+    return [target.__name__ for target in targets]
+
+
 @pytest.mark.parametrize(
     "activation",
     [F.gelu, lambda y: F.gelu(y, approximate="tanh"), F.relu, F.silu],
     ids=["gelu", "tanh", "relu", "silu"],
 )
-def test_an_activation_joins_its_linear(activation, lowered):
+@pytest.mark.parametrize("kernel", ["F.linear", "packed", "fused", NATIVE])
+def test_an_activation_joins_its_linear(activation, kernel, kernels_of_rows, lowered):
+    kernels_of_rows[:] = [kernel] * len(kernels_of_rows)
     model, run = program(lambda x, w, b: activation(F.linear(x, w, b)), torch.randn(3, 5, 6), w=W, b=B)
-    assert lowered == [POINTWISE]
+    assert names(lowered) == [{"fused": "onednn", "native": "native"}.get(kernel, "followed")]
     agree(model, run, 5 * torch.randn(2, 9, 6))
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_residual_joins_its_linear(turned, lowered):
+@pytest.mark.parametrize("kernel", ["packed", NATIVE])
+def test_a_residual_joins_its_linear(turned, kernel, kernels_of_rows, lowered):
     def function(x, r, w, b):
         y = F.linear(x, w, b)
         return r + y if turned else y + r
 
+    kernels_of_rows[:] = [kernel] * len(kernels_of_rows)
     model, run = program(function, torch.randn(3, 5, 6), torch.randn(3, 5, 8), w=W, b=B)
-    assert lowered == [BINARY]
+    assert names(lowered) == [{"packed": "onednn"}.get(kernel, kernel)]
     agree(model, run, torch.randn(2, 9, 6), torch.randn(2, 9, 8))
     agree(model, run, torch.randn(2, 9, 12)[..., ::2], torch.randn(9, 2, 8).transpose(0, 1))
     agree(model, run, torch.randn(2, 0, 6), torch.randn(2, 0, 8))
@@ -75,7 +85,7 @@ def test_a_residual_joins_its_linear(turned, lowered):
 )
 def test_other_sums_stay(function, lowered):
     model, run = program(function, torch.randn(3, 5, 6), torch.randn(3, 5, 8), w=W)
-    assert BINARY not in lowered and POINTWISE in lowered
+    assert "onednn" in names(lowered) and len(lowered) > 1
     agree(model, run, torch.randn(2, 9, 6), torch.randn(2, 9, 8))
 
 
@@ -103,7 +113,7 @@ def test_a_linear_of_weights_alone_is_computed_once(precision, lowered):
 def test_addmm_is_packed_too(lowered):
     function = lambda x, w, b: torch.addmm(b, x, w)  # noqa: E731
     model, run = program(function, torch.randn(5, 6), w=torch.randn(6, 8), b=B)
-    assert lowered == [POINTWISE]
+    assert names(lowered) == ["onednn"]
     agree(model, run, torch.randn(11, 6))
     model.w.mul_(2)
     agree(model, run, torch.randn(11, 6))
@@ -116,7 +126,7 @@ def test_a_flattened_linear_takes_its_input_as_it_is(lowered):
 
     more = {"w": torch.randn(6, 8), "b": B, "scale": torch.ones(6)}
     model, run = program(function, torch.randn(3, 5, 6), torch.randn(3, 5, 8), **more)
-    assert lowered == [torch.mul, BINARY]
+    assert names(lowered) == ["mul", "onednn"]
     agree(model, run, torch.randn(2, 7, 6), torch.randn(2, 7, 8))
 
 
@@ -129,23 +139,45 @@ def test_a_flattened_linear_of_another_form_stays(shape, lowered):
 
 
 @pytest.mark.parametrize("others_from", [1, 3, 5])
-@pytest.mark.parametrize(("few", "many"), [("F.linear", "fused"), ("fused", "packed"), ("packed", "F.linear")])
+@pytest.mark.parametrize(
+    ("few", "many"),
+    [
+        ("F.linear", "fused"),
+        ("fused", "packed"),
+        ("packed", "F.linear"),
+        pytest.param("native", "fused", marks=by_native),
+        pytest.param("native", "F.linear", marks=by_native),
+    ],
+)
 @pytest.mark.parametrize("activation", [None, F.gelu, F.relu, F.silu])
 def test_the_rows_decide_where_the_measurements_differ(few, many, others_from, activation, kernels_of_rows, lowered):
     kernels_of_rows[:] = [few] * others_from + [many] * (len(kernels_of_rows) - others_from)
     after = activation or (lambda y: y)
     model, run = program(lambda x, w, b: after(F.linear(x, w, b)), torch.randn(3, 5, 6), w=W, b=B)
-    is_one_kernel = activation is None and "F.linear" not in (few, many)
-    assert (POINTWISE in lowered) == is_one_kernel and len(lowered) == 1
+    is_one_kernel = activation is None and {few, many} == {"fused", "packed"}
+    assert names(lowered) == ["onednn" if is_one_kernel else "linear_by_rows"]
     for rows in (0, 1, 2, 3, 8, 9, 33, 200, 600):
         agree(model, run, torch.randn(1, rows, 6))
+
+
+@pytest.mark.parametrize("few", ["F.linear", "packed", NATIVE])
+def test_a_residual_joins_its_linear_whatever_the_rows(few, kernels_of_rows, lowered):
+    kernels_of_rows[:] = [few] * 2 + ["F.linear"] + ["packed"] * 3
+    model, run = program(lambda x, r, w: F.linear(x, w) + r, torch.randn(3, 5, 6), torch.randn(3, 5, 8), w=W)
+    assert names(lowered) == ["linear_by_rows"]
+    for rows in (0, 1, 3, 9, 33):
+        x, residual = torch.randn(1, rows, 6), torch.randn(1, rows, 8)
+        agree(model, run, x, residual.clone())
+        given = residual.clone()
+        run(x, given)
+        assert torch.equal(given, residual)  # the sum is written in place, but not there
 
 
 @pytest.mark.parametrize("kernel", ["F.linear", "packed"])
 def test_an_activation_that_is_slow_when_fused_in_is_written_in_place(kernel, kernels_of_rows, lowered):
     kernels_of_rows[:] = [kernel] * len(kernels_of_rows)
     model, run = program(lambda x, w: F.gelu(F.linear(x, w)) + 1, torch.randn(3, 5, 6), w=W)
-    assert [getattr(target, "__name__", "") for target in lowered] == ["linear_by_rows", "add"]
+    assert names(lowered) == ["followed", "add"]
     x = torch.randn(2, 9, 6)
     agree(model, run, x)
     agree(model, run, x)
@@ -162,7 +194,7 @@ def test_without_a_kernel_that_needs_it_nothing_is_packed(kernels_of_rows):
 
 def test_a_linear_without_inputs_stays(lowered):
     model, run = program(lambda x, w, b: F.linear(x[:, :0], w, b) * 2, torch.randn(3, 6), w=torch.randn(8, 0), b=B)
-    assert POINTWISE not in lowered
+    assert "onednn" not in names(lowered)
     agree(model, run, torch.randn(5, 6))
 
 

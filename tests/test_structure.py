@@ -51,6 +51,7 @@ ROOMS = [
     "spill",
     "weights",
     "tune",
+    "native",
     "linears",
     "once",
     "attend",

@@ -1,0 +1,165 @@
+"""A float32 kernel of our own for linears on a CPU (native.c), which the machine's C compiler makes at its first use.
+
+torch's kernels spend 10 us a call around a product and, below some hundred rows, half of the processor's speed in it.
+Where there is no compiler, or what it made is not right, `library()` is None and those kernels stay; `obstacle()` says
+why. `FXBT_NATIVE=0` is such a reason too. What was compiled is kept beside the measurements (see `tune`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tune import cache_directory
+
+logger = logging.getLogger("fxbt")
+
+SOURCE = Path(__file__).with_name("native.c")
+ACTIVATIONS = ("", "relu", "gelu none", "gelu tanh", "swish")  # in the order of native.c, by their names in oneDNN
+FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+OF_CAPABILITY = {  # rather than -march=native: the same file serves every machine that torch runs this code on
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
+}
+COMPILE_SECONDS = 60
+
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+
+
+class NoKernel(Exception):
+    """Why the kernel cannot be had here."""
+
+
+class Library:
+    """The compiled kernel."""
+
+    def __init__(self, path: Path):
+        try:
+            # OpenMP's functions are not linked in: those that torch has loaded are taken, so that threads are shared
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NoKernel(f"what was compiled cannot be loaded: {error}") from error
+        self._linear = library.fxbt_linear
+        self._linear.argtypes = [_POINTER] * 5 + [_SIZE] * 3 + [ctypes.c_int] * 2
+        self._linear.restype = None
+        self._panel: int = library.fxbt_panel()
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """[n, k] -> [panels, k, panel]: panel rows of the weight stand side by side; the last ones are filled up."""
+        filled = F.pad(weight, (0, 0, 0, -len(weight) % self._panel))
+        return filled.unflatten(0, (-1, self._panel)).transpose(1, 2).contiguous()
+
+    def linear(self, n: int, k: int, activation: str = "") -> Callable[..., Tensor]:
+        """The kernel for a weight [n, k]: (x, packed, bias, residual) -> activation(x W^T + bias) + residual.
+
+        x is (..., k), bias (n) or None, residual (..., n) or None and not with an activation, which is one of
+        `ACTIVATIONS`. All are float32 on the CPU.
+        """
+        call, code = self._linear, ACTIVATIONS.index(activation)
+
+        def native(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+            x = x.contiguous()
+            y = torch.empty((*x.shape[:-1], n), dtype=torch.float32)
+            residual = residual.contiguous() if residual is not None else None
+            pointers = (_address(bias), _address(residual), y.data_ptr())
+            call(x.data_ptr(), packed.data_ptr(), *pointers, y.numel() // n, n, k, code, torch.get_num_threads())
+            return y
+
+        return native
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def library() -> Library | None:
+    """The kernel, compiled and tried; None where there is none."""
+    found = _library()
+    return found if isinstance(found, Library) else None
+
+
+def obstacle() -> str | None:
+    """Why there is none."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+@functools.cache
+def _library() -> Library | str:
+    try:
+        return _made()
+    except NoKernel as error:
+        logger.info("linears run by torch's kernels only: %s", error)
+        return str(error)
+
+
+def _made() -> Library:
+    """The kernel from the cache, else compiled now, for this machine and source."""
+    if os.environ.get("FXBT_NATIVE", "1") == "0":
+        raise NoKernel("FXBT_NATIVE=0")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in OF_CAPABILITY:
+        raise NoKernel(f"it needs a CPU with AVX2 or AVX-512, torch reports {capability}")
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if not compiler:
+        raise NoKernel("no C compiler: neither cc nor gcc was found, and CC is not set")
+    flags = (*FLAGS, *OF_CAPABILITY[capability])
+    key = hashlib.sha256("\n".join((compiler, *flags, SOURCE.read_text())).encode()).hexdigest()[:16]
+    path = cache_directory() / f"native-{key}.so"
+    if path.exists():
+        try:
+            return _tried(path)
+        except NoKernel as error:
+            logger.info("compiled anew, as the file in the cache does not do: %s", error)
+    _compile(compiler, flags, path)
+    return _tried(path)
+
+
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    """Two steps, as linking with -fopenmp would bring in a second OpenMP."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            compiled, linked = Path(folder, "native.o"), Path(folder, "native.so")
+            _run(compiler, *flags, "-c", str(SOURCE), "-o", str(compiled))
+            _run(compiler, "-shared", str(compiled), "-o", str(linked), "-lmvec", "-lm")
+            os.replace(linked, path)  # a reader never sees half a file
+    except OSError as error:
+        raise NoKernel(f"it cannot be compiled in {path.parent}: {error}") from error
+
+
+def _run(*command: str) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise NoKernel(f"{command[0]} took longer than {COMPILE_SECONDS} s") from error
+    except subprocess.CalledProcessError as error:
+        raise NoKernel(f"{command[0]} failed: {error.stderr.strip()[-500:]}") from error
+
+
+def _tried(path: Path) -> Library:
+    """Loads a kernel and compares it with torch's: a compiler, or a file in the cache, may be broken."""
+    made = Library(path)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for rows, n, k in ((1, 40, 700), (29, 33, 5)):
+            shapes = ((rows, k), (n, k), (n,), (rows, n))
+            x, weight, bias, residual = (torch.randn(shape, generator=generator) for shape in shapes)
+            y = made.linear(n, k)(x, made.pack(weight), bias, residual)
+            exact = F.linear(x.double(), weight.double(), bias.double()) + residual
+            gap = float((y - exact).abs().max())
+            if not gap <= 1e-4:  # sums of 700 products around 1 are off by 1e-5
+                raise NoKernel(f"what was compiled is off by {gap:.1e}")
+    return made

@@ -1,0 +1,211 @@
+"""The compiled kernel of linears: its numbers, and what happens where it cannot be had."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fxbt import native
+
+needs_kernel = pytest.mark.skipif(native.library() is None, reason=f"no native kernel: {native.obstacle()}")
+
+TORCHS = {
+    "": lambda y: y,
+    "relu": F.relu,
+    "gelu none": F.gelu,
+    "gelu tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "swish": F.silu,
+}
+
+
+def compare(x, weight, bias=None, residual=None, activation=""):
+    library = native.library()
+    n, k = weight.shape
+    y = library.linear(n, k, activation)(x, library.pack(weight), bias, residual)
+    exact = TORCHS[activation](F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
+    exact = exact if residual is None else exact + residual
+    assert y.dtype is torch.float32 and y.shape == exact.shape
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 11, 12, 13, 16, 25, 100, 517, 1030])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 3), (17, 400), (32, 384), (47, 192), (100, 7), (3, 1000)])
+def test_the_product_is_torchs(rows, n, k):
+    weight = torch.randn(n, k) / k**0.5
+    compare(torch.randn(rows, k), weight)
+    compare(torch.randn(rows, k), weight, torch.randn(n))
+    compare(torch.randn(rows, k), weight, torch.randn(n), torch.randn(rows, n))
+
+
+@needs_kernel
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_activations_are_torchs(activation):
+    for rows, n, k in ((3, 40, 8), (50, 33, 500)):
+        compare(8 * torch.randn(rows, k), torch.randn(n, k) / k**0.5, torch.randn(n), None, activation)
+
+
+@needs_kernel
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_what_is_not_finite_is_as_in_torch(activation):
+    x = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-40, 200.0, -200.0, 3e38, -3e38])[:, None]
+    library = native.library()
+    weight = torch.ones(20, 1)
+    y = library.linear(20, 1, activation)(x, library.pack(weight), None, None)
+    expected = TORCHS[activation](F.linear(x, weight))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+@needs_kernel
+def test_nothing_is_written_beside_the_result_and_a_row_does_not_see_the_others():
+    library = native.library()
+    x, weight = torch.randn(40, 30), torch.randn(21, 30)
+    linear, packed = library.linear(21, 30), library.pack(weight)
+    whole = linear(x, packed, None, None)
+    for rows in (1, 3, 17):
+        torch.testing.assert_close(linear(x[:rows], packed, None, None), whole[:rows], rtol=0, atol=0)
+    x[5] = float("nan")
+    assert linear(x, packed, None, None).isnan().any(1).nonzero().tolist() == [[5]]
+
+
+@needs_kernel
+def test_shapes_and_strides_are_those_of_linear():
+    weight, bias = torch.randn(24, 10), torch.randn(24)
+    compare(torch.randn(10), weight, bias)
+    compare(torch.randn(2, 3, 4, 10), weight, bias)
+    compare(torch.randn(2, 0, 10), weight, bias)
+    compare(torch.randn(5, 20)[:, ::2], weight, bias)
+    compare(torch.randn(10, 5).t(), weight, bias, torch.randn(24, 5).t())
+    compare(torch.randn(1, 10).expand(7, 10), weight, bias, torch.randn(1, 24).expand(7, 24))
+
+
+@needs_kernel
+def test_any_number_of_threads_gives_the_same(monkeypatch):
+    library = native.library()
+    x, weight = torch.randn(700, 64), torch.randn(50, 64)
+    linear, packed = library.linear(50, 64), library.pack(weight)
+    one = linear(x, packed, None, None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert torch.equal(linear(x, packed, None, None), one)
+
+
+@needs_kernel
+def test_threads_of_python_run_it_side_by_side():
+    library = native.library()
+    linear = library.linear(50, 64)
+    right = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(50, 64, generator=generator)
+        packed = library.pack(weight)
+        for _ in range(50):
+            x = torch.randn(33, 64, generator=generator)
+            right.append(torch.allclose(linear(x, packed, None, None), F.linear(x, weight), atol=1e-4))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(right) == 200 and all(right)
+
+
+# --- where it cannot be had -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a new process with an empty cache."""
+    monkeypatch.setenv("FXBT_CACHE_DIR", str(tmp_path / "cache"))
+    native._library.cache_clear()
+    yield tmp_path
+    native._library.cache_clear()
+
+
+def compiler(folder: Path, script: str) -> str:
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@needs_kernel
+def test_it_is_compiled_once(fresh, monkeypatch):
+    assert native.library() is not None
+    (file,) = (fresh / "cache").iterdir()
+    native._library.cache_clear()
+    monkeypatch.setattr(native, "_run", None)  # a second compilation would fail
+    assert native.library() is not None
+    assert list((fresh / "cache").iterdir()) == [file]
+
+
+@needs_kernel
+def test_a_broken_file_in_the_cache_is_made_anew(fresh, monkeypatch):
+    native.library()
+    (file,) = (fresh / "cache").iterdir()
+    other = fresh / "other"  # as a process does not load what it takes to be the same file again
+    other.mkdir()
+    (other / file.name).write_text("not a library")
+    monkeypatch.setenv("FXBT_CACHE_DIR", str(other))
+    native._library.cache_clear()
+    assert native.library() is not None
+    assert (other / file.name).read_bytes().startswith(b"\x7fELF")
+
+
+@needs_kernel
+def test_a_kernel_that_is_off_is_not_taken(fresh, monkeypatch):
+    source = native.SOURCE.read_text()
+    wrong = source.replace("sums[i][1] += factor * right", "sums[i][1] += factor * left")
+    assert wrong != source
+    monkeypatch.setattr(native, "SOURCE", fresh / "native.c")
+    native.SOURCE.write_text(wrong)
+    assert native.library() is None
+    assert native.obstacle().startswith("what was compiled is off by")
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in native.OF_CAPABILITY, reason="another reason comes first here"
+)
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo no such flag >&2; exit 1", "failed: no such flag"),
+        ("sleep 5", "took longer than"),
+        ('while [ "$1" != -o ]; do shift; done; echo nothing > "$2"', "cannot be loaded"),
+    ],
+)
+def test_a_compiler_that_does_not_work_is_told(script, reason, fresh, monkeypatch):
+    monkeypatch.setenv("CC", compiler(fresh, script))
+    monkeypatch.setattr(native, "COMPILE_SECONDS", 1)
+    assert native.library() is None
+    assert reason in native.obstacle()
+
+
+def test_without_a_compiler_torchs_kernels_stay(fresh, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert native.library() is None
+    assert native.obstacle() == "no C compiler: neither cc nor gcc was found, and CC is not set"
+
+
+def test_another_processor_keeps_torchs_kernels(fresh, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert native.library() is None
+    assert native.obstacle() == "it needs a CPU with AVX2 or AVX-512, torch reports DEFAULT"
+
+
+def test_it_can_be_switched_off(fresh, monkeypatch):
+    monkeypatch.setenv("FXBT_NATIVE", "0")
+    assert (native.library(), native.obstacle()) == (None, "FXBT_NATIVE=0")
+
+
+def test_a_cache_that_cannot_be_written_is_told(fresh, monkeypatch):
+    (fresh / "cache").write_text("a file stands in the folder's place")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("CC", "cc")
+    assert native.library() is None
+    assert native.obstacle().startswith("it cannot be compiled in")
