@@ -1,7 +1,8 @@
-// y = activation(x W^T + bias + residual) in float32 on AVX2 or AVX-512, W packed by native.pack into panels of PANEL rows.
+// y = activation(x W^T + bias + residual) in float32 on AVX2 or AVX-512.
 //
-// Each thread takes whole panels, so that it reads its part of the weights once; a tile of ROWS x PANEL sums stays in
-// registers (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008).
+// W is packed by native.pack: cut into parts of DEPTH columns, and each part into panels of PANEL rows that stand side by
+// side. A tile of ROWS x PANEL sums stays in registers while a panel of the part is read from the first cache and rows of
+// x from the second (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008).
 
 #include <math.h>
 #include <stdint.h>
@@ -15,9 +16,10 @@
 #define ROWS 6 // 12 + 2 + 1 of 16
 #endif
 #define PANEL (2 * LANES)
-#define DEPTH (6144 / PANEL) // of a panel at a time: 24 KB, which the first cache holds beside the rows of x
-#define AHEAD (16 * PANEL)   // of the panel that is fetched while earlier ones are multiplied
-#define MOST_ROWS 512        // of x that the second cache holds while the panels pass
+#define DEPTH (6144 / PANEL) // 24 KB of a panel, which the first cache holds beside a tile's rows of x
+#define AHEAD (16 * PANEL)   // of the weights that are fetched while these are multiplied
+#define MOST_ROWS 256        // of x: DEPTH of each stay in the second cache while the panels pass
+#define PIECES 6 // of the work for each thread: one that the system takes a processor from gets fewer
 #define WORTH_THREADS 65536  // products: below, waking other threads takes longer
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
@@ -49,20 +51,19 @@ typedef struct {
     int activation;
 } linear;
 
-// y[row : row + rows, column : column + PANEL] over depth [from, to); what is there already is added to.
+// y[row : row + rows, column : column + PANEL] from `depth` columns of x on; what earlier ones gave is added to.
 static inline __attribute__((always_inline)) void tile(
-    const linear *l, int rows, int64_t row, int64_t column, int64_t from, int64_t to) {
-    const float *x = l->x + row * l->k, *panel = l->packed + column * l->k;
+    const linear *l, int rows, int64_t row, int64_t column, int64_t from, int64_t depth, const float *weights) {
+    const float *x = l->x + row * l->k + from;
     vector sums[ROWS][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = (vector){0};
-    for (int64_t depth = from; depth < to; depth++) {
-        const float *weights = panel + depth * PANEL;
+    for (int64_t j = 0; j < depth; j++, weights += PANEL) {
         vector left = *(const vector *)weights, right = *(const vector *)(weights + LANES);
         for (int i = 0; i < PANEL; i += 16) __builtin_prefetch(weights + AHEAD + i);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
-            float factor = x[i * l->k + depth];
+            float factor = x[i * l->k + j];
             sums[i][0] += factor * left;
             sums[i][1] += factor * right;
         }
@@ -102,40 +103,54 @@ static void activate(float *y, int64_t count, int activation) {
     }
 }
 
-// y[begin : end, column : column + PANEL]
-static void block(const linear *l, int64_t begin, int64_t end, int64_t column) {
-    int64_t tiles = (end - begin + ROWS - 1) / ROWS;
-    for (int64_t from = 0; from < l->k; from += DEPTH) {
-        int64_t to = from + DEPTH < l->k ? from + DEPTH : l->k;
-        int64_t row = begin;
-        for (int64_t left = tiles; left > 0; left--) {
-            int64_t rows = (end - row + left - 1) / left; // as even as it goes: few rows read the panel as slowly as many
-            switch (rows) {
+// The rows from `begin` to `end` by one panel.
+static void by_panel(
+    const linear *l, int64_t begin, int64_t end, int64_t column, int64_t from, int64_t depth, const float *weights) {
+    int64_t row = begin;
+    for (int64_t left = (end - begin + ROWS - 1) / ROWS; left > 0; left--) {
+        int64_t rows = (end - row + left - 1) / left; // as even as it goes: few rows read the panel as slowly as many
+        switch (rows) {
 #define CASE(count)                                                                                                    \
     case count:                                                                                                        \
-        if (count <= ROWS) tile(l, count, row, column, from, to);                                                      \
+        if (count <= ROWS) tile(l, count, row, column, from, depth, weights);                                          \
         break;
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-                CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-            }
-            row += rows;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
         }
+        row += rows;
     }
-    if (l->activation == NONE) return;
-    int64_t count = l->n - column < PANEL ? l->n - column : PANEL;
-    for (int64_t row = begin; row < end; row++) activate(l->y + row * l->n + column, count, l->activation);
 }
 
-// x [m, k], packed [panels, k, PANEL], bias [n] or NULL, residual [m, n] or NULL, y [m, n]
+// The same by the panels from `first` to `last`, and what follows the sums.
+static void by_panels(const linear *l, int64_t begin, int64_t end, int64_t first, int64_t last) {
+    int64_t panels = (l->n + PANEL - 1) / PANEL;
+    for (int64_t from = 0; from < l->k; from += DEPTH) {
+        int64_t depth = l->k - from < DEPTH ? l->k - from : DEPTH;
+        const float *part = l->packed + from * panels * PANEL;
+        for (int64_t panel = first; panel < last; panel++) {
+            int64_t column = panel * PANEL, count = l->n - column < PANEL ? l->n - column : PANEL;
+            by_panel(l, begin, end, column, from, depth, part + panel * depth * PANEL);
+            if (l->activation == NONE || from + depth < l->k) continue;
+            for (int64_t row = begin; row < end; row++) activate(l->y + row * l->n + column, count, l->activation);
+        }
+    }
+}
+
+// x [m, k], bias [n] or NULL, residual [m, n] or NULL, y [m, n]
 void fxbt_linear(
     const float *x, const float *packed, const float *bias, const float *residual, float *y, int64_t m, int64_t n,
     int64_t k, int activation, int threads) {
     linear l = {x, packed, bias, residual, y, m, n, k, activation};
     int64_t panels = (n + PANEL - 1) / PANEL, blocks = (m + MOST_ROWS - 1) / MOST_ROWS;
-    while (panels * blocks < 2 * threads && m > 2 * ROWS * blocks) blocks++; // enough for every thread
-#pragma omp parallel for schedule(static) num_threads(threads) if (m * n * k > WORTH_THREADS)
-    for (int64_t i = 0; i < panels * blocks; i++)
-        block(&l, m * (i / panels) / blocks, m * (i / panels + 1) / blocks, i % panels * PANEL);
+    while (panels * blocks < 2 * threads && m > 2 * ROWS * blocks) blocks++; // something for every thread
+    threads = m * n * k > WORTH_THREADS ? threads : 1;
+    int64_t pieces = PIECES * threads / blocks + 1, most = panels < pieces ? panels : pieces; // of each block of rows
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < blocks * most; i++) {
+        int64_t block = i / most, piece = i % most;
+        by_panels(
+            &l, m * block / blocks, m * (block + 1) / blocks, panels * piece / most, panels * (piece + 1) / most);
+    }
 }
 
 int fxbt_panel(void) { return PANEL; }
+int fxbt_depth(void) { return DEPTH; }

@@ -55,11 +55,12 @@ class Library:
         self._linear.argtypes = [_POINTER] * 5 + [_SIZE] * 3 + [ctypes.c_int] * 2
         self._linear.restype = None
         self._panel: int = library.fxbt_panel()
+        self._depth: int = library.fxbt_depth()
 
     def pack(self, weight: Tensor) -> Tensor:
-        """[n, k] -> [panels, k, panel]: panel rows of the weight stand side by side; the last ones are filled up."""
-        filled = F.pad(weight, (0, 0, 0, -len(weight) % self._panel))
-        return filled.unflatten(0, (-1, self._panel)).transpose(1, 2).contiguous()
+        """[n, k] as the kernel reads it: for each part of its columns, panels of rows; the last one is filled up."""
+        panels = F.pad(weight, (0, 0, 0, -len(weight) % self._panel)).unflatten(0, (-1, self._panel))
+        return torch.cat([part.transpose(1, 2).flatten() for part in panels.split(self._depth, 2)])
 
     def linear(self, n: int, k: int, activation: str = "") -> Callable[..., Tensor]:
         """The kernel for a weight [n, k]: (x, packed, bias, residual) -> activation(x W^T + bias) + residual.
