@@ -1,8 +1,9 @@
-"""A float32 kernel of our own for linears on a CPU (native.c), which the machine's C compiler makes at its first use.
+"""Float32 kernels of our own for linears and attention on a CPU (native.c), compiled by the machine's C compiler.
 
-torch's kernels spend 10 us a call around a product and, below some hundred rows, half of the processor's speed in it.
-Where there is no compiler, or what it made is not right, `library()` is None and those kernels stay; `obstacle()` says
-why. `FXBT_NATIVE=0` is such a reason too. What was compiled is kept beside the measurements (see `tune`).
+torch's kernels for linears spend 10 us a call around a product and, below some hundred rows, half of the processor's
+speed in it; that for attention multiplies blocks that are too small. Where there is no compiler, or what it made is not
+right, `library()` is None and those kernels stay; `obstacle()` says why. `FXBT_NATIVE=0` is such a reason too. What was
+compiled is kept beside the measurements (see `tune`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -35,15 +38,17 @@ OF_CAPABILITY = {  # rather than -march=native: the same file serves every machi
 }
 COMPILE_SECONDS = 60
 
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+# The types of what native.c is called with.
+LINEAR = struct.Struct("@5P3q2i")
+ATTENTION = struct.Struct("@6P23qf2i")
 
 
 class NoKernel(Exception):
-    """Why the kernel cannot be had here."""
+    """Why the kernels cannot be had here."""
 
 
 class Library:
-    """The compiled kernel."""
+    """The compiled kernels."""
 
     def __init__(self, path: Path):
         try:
@@ -51,9 +56,9 @@ class Library:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             raise NoKernel(f"what was compiled cannot be loaded: {error}") from error
-        self._linear = library.fxbt_linear
-        self._linear.argtypes = [_POINTER] * 5 + [_SIZE] * 3 + [ctypes.c_int] * 2
+        self._linear, self._attention = library.fxbt_linear, library.fxbt_attention
         self._linear.restype = None
+        self._linear.argtypes = self._attention.argtypes = [ctypes.c_char_p]
         self._panel: int = library.fxbt_panel()
         self._depth: int = library.fxbt_depth()
 
@@ -68,21 +73,73 @@ class Library:
         x is (..., k), bias (n) or None, residual (..., n) or None and not with an activation, which is one of
         `ACTIVATIONS`. All are float32 on the CPU.
         """
-        call, code = self._linear, ACTIVATIONS.index(activation)
+        call, fill, code = self._linear, LINEAR.pack, ACTIVATIONS.index(activation)
 
         def native(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
             x = x.contiguous()
-            y = torch.empty((*x.shape[:-1], n), dtype=torch.float32)
             residual = residual.contiguous() if residual is not None else None
-            pointers = (_address(bias), _address(residual), y.data_ptr())
-            call(x.data_ptr(), packed.data_ptr(), *pointers, y.numel() // n, n, k, code, torch.get_num_threads())
+            y = x.new_empty((*x.shape[:-1], n)) if residual is None else torch.empty_like(residual)
+            if x.shape[-1] != k or x.numel() * n != y.numel() * k:  # the kernel would read past the end
+                raise ValueError(f"x {tuple(x.shape)} W^T + {tuple(y.shape)}, where W is {(n, k)}")
+            pointers = (x.data_ptr(), packed.data_ptr(), _address(bias), _address(residual), y.data_ptr())
+            call(fill(*pointers, y.numel() // n, n, k, code, torch.get_num_threads()))
             return y
 
         return native
 
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        bounds: Tensor | None = None,
+        longest: int = 0,
+    ) -> Tensor:
+        """softmax(scale Q K^T + bias) V of tensors (batch, heads, seq, head_dim) in float32 on the CPU; as SDPA.
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+        `bias` is (batch | 1, heads | 1, seq | 1, keys | 1); a query that it blocks all keys of gets zeros. Query heads
+        may be a multiple of key heads. With `bounds` (int32), packed tensors (1, heads, tokens, head_dim): the tokens
+        from each bound to the next, `longest` at most, see each other. The result is contiguous as (batch, seq, heads,
+        head_dim).
+
+        Raises:
+            ValueError: shapes that do not fit.
+            MemoryError: no memory for a head's keys, values and scores.
+        """
+        of_query, of_key, of_value = query.stride(), key.stride(), value.stride()
+        if not of_query[3] == of_key[3] == of_value[3] == 1:
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+            return self.attention(query, key, value, bias, is_causal, scale, bounds, longest)
+        batch, heads, queries, head_dim = query.shape
+        key_heads, keys, value_dim = value.shape[1:]
+        if key.shape != (batch, key_heads, keys, head_dim) or len(value) != batch or heads % key_heads:
+            raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}")
+        output = query.new_empty((batch, queries, heads, value_dim))
+        of_output = (queries * heads * value_dim, value_dim, heads * value_dim)
+        scale = 1 / math.sqrt(head_dim) if scale is None else scale
+        strides = (*of_query[:3], *of_key[:3], *of_value[:3], *of_output)
+        if bounds is not None:
+            strides = (0, *of_query[1:3], 0, *of_key[1:3], 0, *of_value[1:3], 0, *of_output[1:])
+            batch, queries, keys = len(bounds) - 1, longest, longest
+        of_bias = [0, 0, 0, 0]
+        if bias is not None:
+            if any(n not in (1, size) for n, size in zip(bias.shape, (batch, heads, queries, keys), strict=True)):
+                raise ValueError(f"a bias {tuple(bias.shape)} on scores {(batch, heads, queries, keys)}")
+            bias = bias.contiguous()
+            of_bias = [0 if n == 1 else along for n, along in zip(bias.shape, bias.stride(), strict=True)]
+        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), _address(bias), output.data_ptr())
+        sizes = (batch, heads, heads // key_heads, queries, keys, head_dim, value_dim)
+        more = (scale, is_causal, torch.get_num_threads())
+        if not self._attention(ATTENTION.pack(*pointers, _address(bounds), *strides, *of_bias, *sizes, *more)):
+            raise MemoryError(f"no memory for the scores of {queries} queries and {keys} keys")
+        return output.transpose(1, 2)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def library() -> Library | None:

@@ -39,7 +39,7 @@ class Tokens:
     """Where packed tokens stand in the dense batch.
 
     `flat[t] = rows[t] * length + positions[t]`; `spans[row]` is (first token, number of tokens). `bounds` is where each
-    sequence begins, and the last ends: on CUDA, where one kernel takes them all, instead of spans and groups.
+    sequence begins, and the last ends: for kernels that take all at once. On CUDA there are no spans and groups.
     """
 
     batch: int
@@ -50,7 +50,7 @@ class Tokens:
     spans: list[tuple[int, int]]
     groups: list[Group]
     longest: int
-    bounds: Tensor | None = None  # int32 [batch + 1]
+    bounds: Tensor  # int32 [batch + 1]
 
     @classmethod
     def of(cls, mask: Tensor) -> Tokens:
@@ -73,11 +73,12 @@ class Tokens:
             return cls(*where, [], [], int(counts.max()), bounds)
         sorted_counts = counts.index_select(0, order).tolist()
         starts = [0, *itertools.accumulate(sorted_counts)]
+        bounds = torch.tensor(starts, dtype=torch.int32)
         spans = [(0, 0)] * batch
         for row, start, count in zip(order.tolist(), starts, sorted_counts, strict=False):
             spans[row] = (start, count)
         groups = _groups(sorted_counts, order, positions)
-        return cls(*where, spans, groups, max(sorted_counts, default=0))
+        return cls(*where, spans, groups, max(sorted_counts, default=0), bounds)
 
 
 def _groups(counts: list[int], order: Tensor, positions: Tensor) -> list[Group]:
@@ -208,7 +209,6 @@ def varlen_attention(
     """`attention` by one kernel for sequences of all lengths: on CUDA, in half precision, without a bias."""
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     bounds, longest = tokens.bounds, tokens.longest
-    assert bounds is not None, "tokens of a mask on CUDA"
     window = (-1, 0 if is_causal else -1)
     output: Any = varlen_attn(
         q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=enable_gqa

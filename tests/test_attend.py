@@ -1,4 +1,4 @@
-"""Attention by products: SDPA's numbers, whatever the shape, and only where SDPA's rules allow it."""
+"""Attention by other kernels: SDPA's numbers, whatever the shape, and only where SDPA's rules allow it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from padding_models import GPT2, T5, Case
 from torch import Tensor
 
 import fxbt
-from fxbt import attend, products, tune
+from fxbt import attend, native, packed, products, tune
 
 WINDOW = {"sliding_window": 4, "num_key_value_heads": 4, "use_cache": False}
+
+by_native = pytest.mark.skipif(native.library() is None, reason=f"no native kernel: {native.obstacle()}")
+NATIVE = pytest.param("native", marks=by_native)
 
 KERNELS = [
     attend.products,
@@ -24,6 +27,7 @@ KERNELS = [
             not attend.onednn_is_exact(), reason="oneDNN computes products in bfloat16 here where that is allowed"
         ),
     ),
+    pytest.param(native.library() and native.library().attention, marks=by_native),
 ]
 SHAPES = [(1, 2, 5, 5, 4), (3, 2, 16, 16, 8), (2, 3, 7, 12, 4), (4, 2, 33, 33, 8), (1, 1, 1, 9, 3)]
 
@@ -42,7 +46,7 @@ def operands(batch: int, heads: int, queries: int, keys: int, dim: int) -> tuple
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_products_are_sdpa(kernel, shape, is_causal, scores, monkeypatch):
+def test_kernels_are_sdpa(kernel, shape, is_causal, scores, monkeypatch):
     monkeypatch.setattr(products, "SCORES", scores)  # a few sequences at a time, or a block of queries
     query, key, value = operands(*shape)
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=is_causal)
@@ -62,7 +66,7 @@ def test_a_bias_is_added(kernel, ones, scores, monkeypatch):
     full = bias.expand(batch, heads, queries, keys)
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), full.double())
     torch.testing.assert_close(kernel(query, key, value, bias).double(), expected, rtol=1e-5, atol=1e-5)
-    found = attend.Attend((1,) * 6, (1,) * 6)(query, key, value, attn_mask=attend.Mask.of(full))
+    found = always(kernel)(query, key, value, attn_mask=attend.Mask.of(full))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -73,26 +77,29 @@ def test_the_scale_is_the_callers(kernel):
     torch.testing.assert_close(kernel(query, key, value, scale=0.3), expected)
 
 
-def chosen_kernels(monkeypatch) -> list[tuple[int, ...]]:
-    """The shapes of the queries that went to products."""
-    seen: list[tuple[int, ...]] = []
+class Seen:
+    """A kernel that keeps the shapes of its queries."""
 
-    def products(query, key, value, bias, is_causal, scale):
-        seen.append(tuple(query.shape))
+    def __init__(self):
+        self.shapes = []
+
+    def __call__(self, query, key, value, bias, is_causal, scale):
+        self.shapes.append(tuple(query.shape))
         return F.scaled_dot_product_attention(query, key, value, bias, is_causal=is_causal, scale=scale)
 
-    monkeypatch.setattr(attend, "products", products)
-    return seen
+
+def always(kernel) -> attend.Attend:
+    return attend.Attend([kernel] * 6, [kernel] * 6)
 
 
-def test_the_length_decides_and_whether_there_are_several_sequences(monkeypatch):
-    seen = chosen_kernels(monkeypatch)
-    call = attend.Attend((0, 1, 0, 0, 0, 1), (1, 0, 0, 0, 1, 0))
+def test_the_length_decides_and_whether_there_are_several_sequences():
+    seen = Seen()
+    call = attend.Attend([None, seen, None, None, None, seen], [seen, None, None, None, seen, None])
     for batch in (1, 2, 3):
         for length in (16, 32, 64, 300, 500):
             call(*operands(batch, 2, length, length, 4))
     several = [(batch, 2, length, 4) for batch in (2, 3) for length in (16, 300)]
-    assert seen == [(1, 2, 32, 4), (1, 2, 500, 4), *several]
+    assert seen.shapes == [(1, 2, 32, 4), (1, 2, 500, 4), *several]
 
 
 @pytest.mark.parametrize(
@@ -104,10 +111,10 @@ def test_the_length_decides_and_whether_there_are_several_sequences(monkeypatch)
         {"dropout_p": 0.5},
     ],
 )
-def test_what_a_softmax_would_answer_otherwise_is_for_sdpa(options, monkeypatch):
-    seen = chosen_kernels(monkeypatch)
-    attend.Attend((1,) * 6, (1,) * 6)(*operands(1, 2, 5, 5, 4), **options)
-    assert not seen
+def test_what_a_softmax_would_answer_otherwise_is_for_sdpa(options):
+    seen = Seen()
+    always(seen)(*operands(1, 2, 5, 5, 4), **options)
+    assert not seen.shapes
 
 
 @pytest.mark.parametrize("empty", [0, 2, 3])
@@ -116,16 +123,16 @@ def test_empty_tensors_are_for_sdpa(empty):
     shape[empty] = 0
     query, key, value = operands(*shape)
     expected = F.scaled_dot_product_attention(query, key, value)
-    torch.testing.assert_close(attend.Attend((1,) * 6, (1,) * 6)(query, key, value), expected)
+    torch.testing.assert_close(always(attend.products)(query, key, value), expected)
 
 
-def test_a_boolean_mask_is_added_too(monkeypatch):
-    seen = chosen_kernels(monkeypatch)
+def test_a_boolean_mask_is_added_too():
+    seen = Seen()
     query, key, value = operands(2, 2, 5, 5, 4)
     mask = (torch.rand(2, 1, 5, 5) < 0.5) | torch.eye(5, dtype=torch.bool)
-    found = attend.Attend((1,) * 6, (1,) * 6)(query, key, value, attn_mask=attend.Mask.of(mask))
+    found = always(seen)(query, key, value, attn_mask=attend.Mask.of(mask))
     torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, value, mask))
-    assert seen
+    assert seen.shapes
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
@@ -135,7 +142,7 @@ def test_a_blocked_row_stays_zero(dtype):
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     mask[:, :, 2] = False
     mask = mask if dtype is torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    assert (attend.Attend((1,) * 6, (1,) * 6)(query, key, value, attn_mask=attend.Mask.of(mask))[:, :, 2] == 0).all()
+    assert (always(attend.products)(query, key, value, attn_mask=attend.Mask.of(mask))[:, :, 2] == 0).all()
 
 
 @pytest.mark.skipif(not attend.onednn_is_exact(), reason="products do not go to oneDNN here")
@@ -178,12 +185,26 @@ def test_real_attentions_can_be_measured(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("padding", ["drop", "keep"])
 @pytest.mark.parametrize("architecture", ["T5EncoderModel", "BertModel", "GPT2Model", "MistralModel"])
-def test_models_attend_by_products(architecture, padding, monkeypatch):
+@pytest.mark.parametrize("kernel", ["products", NATIVE])
+def test_models_attend_by_them(kernel, architecture, padding, monkeypatch):
     """With a bias, a mask, causal, in a window; packed and dense."""
     settings = {"T5EncoderModel": T5, "GPT2Model": GPT2, "BertModel": ENCODER, "MistralModel": {**ENCODER, **WINDOW}}
     model = Case(architecture, settings[architecture]).model()
-    monkeypatch.setattr(tune.Tuner, "choose", lambda self, contest: (1,) * len(contest.sizes))
-    seen = chosen_kernels(monkeypatch)
+    calls = []
+
+    def counted(run):
+        return lambda *args: calls.append(args) or run(*args)
+
+    kernels = {name: name == kernel and counted(run) for name, run in attend.attention_kernels().items()}
+    monkeypatch.setattr(attend, "attention_kernels", lambda: kernels)
+    if kernel == "native":
+        library = native.library()
+        monkeypatch.setattr(library, "attention", kernels["native"])
+    monkeypatch.setattr(
+        tune.Tuner,
+        "choose",
+        lambda self, contest: (contest.names.index(kernel) if kernel in contest.names else 0,) * len(contest.sizes),
+    )
     fast = fxbt.optimize(model, padding=padding)
     with torch.no_grad():
         for batch, length in ((2, 7), (3, 9), (3, 9), (1, 12)):
@@ -191,4 +212,69 @@ def test_models_attend_by_products(architecture, padding, monkeypatch):
                 inputs = tokens(batch, length, padded)
                 compare(fast(**inputs), model(**inputs), dropped=[inputs["attention_mask"].bool()])
     assert not fast.report.fallbacks
-    assert len(seen) >= 10
+    assert len(calls) >= 10
+
+
+# --- our own kernel ---------------------------------------------------------------------------------------------
+
+
+@by_native
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("counts", [[1], [3, 0, 5], [0, 0], [16, 16, 1, 40], [130]], ids=str)
+def test_packed_sequences_see_themselves_alone(counts, is_causal):
+    mask = torch.arange(max(counts, default=0))[None] < torch.tensor(counts)[:, None]
+    where = packed.Tokens.of(mask)
+    query, key, value = operands(1, 3, sum(counts), sum(counts), 8)
+    found = attend.PackedAtOnce(native.library())(query, key, value, where, is_causal=is_causal)
+    assert found.shape == query.shape
+    torch.testing.assert_close(found, packed.attention(query, key, value, where, is_causal=is_causal))
+
+
+@by_native
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_key_heads_can_be_fewer_and_values_wider(is_causal):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, *shape, generator=generator) for shape in ((6, 9, 8), (2, 11, 8), (2, 11, 21)))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
+    found = native.library().attention(query, key, value, None, is_causal)
+    torch.testing.assert_close(found, expected)
+    strided = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)]
+    torch.testing.assert_close(native.library().attention(*strided, None, is_causal), expected)
+
+
+@by_native
+def test_what_is_not_finite_stays_in_its_row():
+    query, key, value = operands(1, 2, 20, 20, 8)
+    query = query.clone()
+    query[0, 0, 3] = float("nan")
+    bias = torch.zeros(1, 1, 20, 20)
+    bias[..., 5, :] = -torch.inf
+    found = native.library().attention(query, key, value, bias)
+    assert found.isnan().any(-1).nonzero().tolist() == [[0, 0, 3]]
+    assert (found[:, :, 5] == 0).all()
+    torch.testing.assert_close(found[:, 1], F.scaled_dot_product_attention(query, key, value, bias)[:, 1])
+
+
+@by_native
+def test_heads_few_or_many_threads_give_the_same(monkeypatch):
+    query, key, value = operands(1, 2, 300, 300, 8)
+    whole = native.library().attention(query, key, value, None, True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    torch.testing.assert_close(native.library().attention(query, key, value, None, True), whole, rtol=0, atol=0)
+
+
+@by_native
+@pytest.mark.parametrize(
+    ("shapes", "bias"),
+    [
+        (((1, 2, 5, 4), (1, 2, 5, 3), (1, 2, 5, 4)), None),
+        (((1, 2, 5, 4), (1, 2, 5, 4), (1, 2, 6, 4)), None),
+        (((2, 2, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4)), None),
+        (((1, 3, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4)), None),
+        (((1, 2, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4)), (1, 1, 5, 4)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_an_error(shapes, bias):
+    query, key, value = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError):
+        native.library().attention(query, key, value, None if bias is None else torch.zeros(bias))

@@ -84,6 +84,16 @@ def test_shapes_and_strides_are_those_of_linear():
 
 
 @needs_kernel
+def test_shapes_that_do_not_fit_are_an_error():
+    library = native.library()
+    linear, packed = library.linear(24, 10), library.pack(torch.randn(24, 10))
+    with pytest.raises(ValueError, match="W is"):
+        linear(torch.randn(5, 9), packed, None, None)
+    with pytest.raises(ValueError, match="W is"):
+        linear(torch.randn(5, 10), packed, None, torch.randn(4, 24))
+
+
+@needs_kernel
 def test_any_number_of_threads_gives_the_same(monkeypatch):
     library = native.library()
     x, weight = torch.randn(700, 64), torch.randn(50, 64)
