@@ -27,7 +27,7 @@ import torch
 
 logger = logging.getLogger("fxbt")
 
-FORMAT = 3  # of the files; another one is ignored
+FORMAT = 4  # of the files; another one is ignored. A change of what is measured (native.c, say) makes a new one
 BUDGET_SECONDS = 2.0  # for the shapes of one model
 LEAST_TURNS, TURNS_SECONDS = 3, 0.02
 LEAST_RACES, RACES, RACE_SECONDS = 3, 5, 0.5
