@@ -183,8 +183,8 @@ def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> Non
             continue
         forms = [_form(weight, kernel.pack, packed) for kernel in chosen]
         _use(graph, node, [kernel.run for kernel in chosen], forms)
-        if reason := native.obstacle():
-            tuner.answers["native"] = f"not to be had: {reason}"
+    if tuner.answers and (reason := native.obstacle()):
+        tuner.answers["native"] = f"not to be had: {reason}"
     constant.update(packed.values())
 
 

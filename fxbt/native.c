@@ -44,9 +44,10 @@ static inline void store(float *to, vector value, int64_t count) {
     else if (count > 0) memcpy(to, &value, count * sizeof(float));
 }
 
-// sums = x[rows, depth] panel[depth, PANEL], where rows of x stand `stride` apart.
-static inline __attribute__((always_inline)) void multiply(
-    int rows, const float *x, int64_t stride, int64_t depth, const float *panel, vector sums[ROWS][2]) {
+// to[rows, PANEL] = x[rows, depth] panel[depth, PANEL], where rows stand `stride` and `width` apart.
+static inline __attribute__((always_inline)) void tile(
+    int rows, float *to, int64_t width, const float *x, int64_t stride, int64_t depth, const float *panel) {
+    vector sums[ROWS][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = (vector){0};
     for (int64_t j = 0; j < depth; j++, panel += PANEL) {
@@ -59,19 +60,24 @@ static inline __attribute__((always_inline)) void multiply(
             sums[i][1] += factor * right;
         }
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+        *(anywhere *)(to + i * width) = sums[i][0];
+        *(anywhere *)(to + i * width + LANES) = sums[i][1];
+    }
 }
 
-// Calls `function(count, ...)` with a number of rows that the compiler knows.
-#define CASE(count, function, ...)                                                                                     \
+// The same for a number of rows up to ROWS that the compiler does not know.
+static void multiply(
+    int64_t rows, float *to, int64_t width, const float *x, int64_t stride, int64_t depth, const float *panel) {
+    switch (rows) {
+#define CASE(count)                                                                                                    \
     case count:                                                                                                        \
-        if (count <= ROWS) function(count, __VA_ARGS__);                                                               \
+        if (count <= ROWS) tile(count, to, width, x, stride, depth, panel);                                            \
         break;
-#define WITH_ROWS(rows, ...)                                                                                           \
-    switch (rows) {                                                                                                    \
-        CASE(1, __VA_ARGS__) CASE(2, __VA_ARGS__) CASE(3, __VA_ARGS__) CASE(4, __VA_ARGS__) CASE(5, __VA_ARGS__)       \
-        CASE(6, __VA_ARGS__) CASE(7, __VA_ARGS__) CASE(8, __VA_ARGS__) CASE(9, __VA_ARGS__) CASE(10, __VA_ARGS__)      \
-        CASE(11, __VA_ARGS__) CASE(12, __VA_ARGS__)                                                                    \
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
     }
+}
 
 // Of `left` rows, those of the next tile: as even as it goes, as few rows read a panel as slowly as many.
 static inline int64_t next_rows(int64_t left) {
@@ -93,21 +99,15 @@ typedef struct { // native.LINEAR
     int32_t activation, threads;
 } linear;
 
-// y[row : row + rows, column : column + PANEL] from `depth` columns of x on; what earlier ones gave is added to.
-static inline __attribute__((always_inline)) void linear_tile(
-    int rows, const linear *l, int64_t row, int64_t column, int64_t from, int64_t depth, const float *panel) {
-    vector sums[ROWS][2];
-    multiply(rows, l->x + row * l->k + from, l->k, depth, panel, sums);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-        for (int half = 0; half < 2; half++) {
-            int64_t start = column + half * LANES, count = l->n - start, at = (row + i) * l->n + start;
-            vector sum = sums[i][half];
-            if (from) sum += load(l->y + at, count);
-            if (!from && l->bias) sum += load(l->bias + start, count);
-            if (!from && l->residual) sum += load(l->residual + at, count);
-            store(l->y + at, sum, count);
-        }
+// Adds sums to y[row : row + rows, column : column + PANEL]: to bias and residual first, then to what is there.
+static void add(const linear *l, const float *sums, int64_t rows, int64_t row, int64_t column, int is_first) {
+    for (int64_t i = 0; i < rows * 2; i++) {
+        int64_t start = column + i % 2 * LANES, count = l->n - start, at = (row + i / 2) * l->n + start;
+        vector sum = *(const vector *)(sums + i * LANES);
+        if (!is_first) sum += load(l->y + at, count);
+        if (is_first && l->bias) sum += load(l->bias + start, count);
+        if (is_first && l->residual) sum += load(l->residual + at, count);
+        store(l->y + at, sum, count);
     }
 }
 
@@ -143,8 +143,10 @@ static void by_panels(const linear *l, int64_t begin, int64_t end, int64_t first
             int64_t column = panel * PANEL;
             const float *weights = part + panel * depth * PANEL;
             for (int64_t row = begin, rows; row < end; row += rows) {
+                float sums[ROWS * PANEL] __attribute__((aligned(64)));
                 rows = next_rows(end - row);
-                WITH_ROWS(rows, linear_tile, l, row, column, from, depth, weights)
+                multiply(rows, sums, PANEL, l->x + row * l->k + from, l->k, depth, weights);
+                add(l, sums, rows, row, column, from == 0);
             }
             if (l->activation == NONE || from + depth < l->k) continue;
             for (int64_t row = begin; row < end; row++)
@@ -244,21 +246,14 @@ static float soften(float *scores, int64_t keys, float scale, const float *bias,
     return sum == 0 ? 0 : 1 / sum;
 }
 
-static inline __attribute__((always_inline)) void attention_tile(
-    int rows, const attention *a, const head *h, int64_t row) {
-    vector sums[ROWS][2];
-    float inverse[ROWS];
+static void attend_tile(const attention *a, const head *h, int64_t row, int64_t rows) {
+    float inverse[ROWS], sums[ROWS * PANEL] __attribute__((aligned(64)));
+    const float *query = h->query + row * a->of_query.token;
     int64_t seen = a->is_causal ? least(h->keys, row + rows) : h->keys;
-    for (int64_t key = 0; key < seen; key += PANEL) {
-        const float *query = h->query + row * a->of_query.token;
-        multiply(rows, query, a->of_query.token, a->head_dim, h->keys_packed + key * a->head_dim, sums);
-#pragma GCC unroll 16
-        for (int i = 0; i < rows; i++) {
-            *(vector *)(h->scores + i * h->width + key) = sums[i][0];
-            *(vector *)(h->scores + i * h->width + key + LANES) = sums[i][1];
-        }
-    }
-    for (int i = 0; i < rows; i++) {
+    for (int64_t key = 0; key < seen; key += PANEL)
+        multiply(
+            rows, h->scores + key, h->width, query, a->of_query.token, a->head_dim, h->keys_packed + key * a->head_dim);
+    for (int64_t i = 0; i < rows; i++) {
         int64_t keys = a->is_causal ? least(seen, row + i + 1) : seen;
         float *scores = h->scores + i * h->width;
         const float *bias = h->bias ? h->bias + (row + i) * a->of_bias.token : NULL;
@@ -266,12 +261,11 @@ static inline __attribute__((always_inline)) void attention_tile(
         for (int64_t j = keys; j < seen; j++) scores[j] = 0;
     }
     for (int64_t dim = 0; dim < a->value_dim; dim += PANEL) {
-        multiply(rows, h->scores, h->width, seen, h->values_packed + dim * h->keys, sums);
-#pragma GCC unroll 16
-        for (int i = 0; i < rows; i++) {
-            float *output = h->output + (row + i) * a->of_output.token + dim;
-            store(output, inverse[i] * sums[i][0], a->value_dim - dim);
-            store(output + LANES, inverse[i] * sums[i][1], a->value_dim - dim - LANES);
+        multiply(rows, sums, PANEL, h->scores, h->width, seen, h->values_packed + dim * h->keys);
+        for (int64_t i = 0; i < rows * 2; i++) {
+            int64_t start = dim + i % 2 * LANES;
+            float *output = h->output + (row + i / 2) * a->of_output.token + start;
+            store(output, inverse[i / 2] * *(vector *)(sums + i * LANES), a->value_dim - start);
         }
     }
 }
@@ -297,7 +291,7 @@ static void attend(
     pack_values(h.values_packed, value, a->of_value.token, keys, a->value_dim);
     for (int64_t row = begin, rows; row < end; row += rows) {
         rows = next_rows(end - row);
-        WITH_ROWS(rows, attention_tile, a, &h, row)
+        attend_tile(a, &h, row, rows);
     }
 }
 

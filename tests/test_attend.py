@@ -12,7 +12,7 @@ from padding_models import GPT2, T5, Case
 from torch import Tensor
 
 import fxbt
-from fxbt import attend, native, packed, products, tune
+from fxbt import attend, native, products, tune
 
 WINDOW = {"sliding_window": 4, "num_key_value_heads": 4, "use_cache": False}
 
@@ -213,68 +213,3 @@ def test_models_attend_by_them(kernel, architecture, padding, monkeypatch):
                 compare(fast(**inputs), model(**inputs), dropped=[inputs["attention_mask"].bool()])
     assert not fast.report.fallbacks
     assert len(calls) >= 10
-
-
-# --- our own kernel ---------------------------------------------------------------------------------------------
-
-
-@by_native
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("counts", [[1], [3, 0, 5], [0, 0], [16, 16, 1, 40], [130]], ids=str)
-def test_packed_sequences_see_themselves_alone(counts, is_causal):
-    mask = torch.arange(max(counts, default=0))[None] < torch.tensor(counts)[:, None]
-    where = packed.Tokens.of(mask)
-    query, key, value = operands(1, 3, sum(counts), sum(counts), 8)
-    found = attend.PackedAtOnce(native.library())(query, key, value, where, is_causal=is_causal)
-    assert found.shape == query.shape
-    torch.testing.assert_close(found, packed.attention(query, key, value, where, is_causal=is_causal))
-
-
-@by_native
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_key_heads_can_be_fewer_and_values_wider(is_causal):
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, *shape, generator=generator) for shape in ((6, 9, 8), (2, 11, 8), (2, 11, 21)))
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
-    found = native.library().attention(query, key, value, None, is_causal)
-    torch.testing.assert_close(found, expected)
-    strided = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)]
-    torch.testing.assert_close(native.library().attention(*strided, None, is_causal), expected)
-
-
-@by_native
-def test_what_is_not_finite_stays_in_its_row():
-    query, key, value = operands(1, 2, 20, 20, 8)
-    query = query.clone()
-    query[0, 0, 3] = float("nan")
-    bias = torch.zeros(1, 1, 20, 20)
-    bias[..., 5, :] = -torch.inf
-    found = native.library().attention(query, key, value, bias)
-    assert found.isnan().any(-1).nonzero().tolist() == [[0, 0, 3]]
-    assert (found[:, :, 5] == 0).all()
-    torch.testing.assert_close(found[:, 1], F.scaled_dot_product_attention(query, key, value, bias)[:, 1])
-
-
-@by_native
-def test_heads_few_or_many_threads_give_the_same(monkeypatch):
-    query, key, value = operands(1, 2, 300, 300, 8)
-    whole = native.library().attention(query, key, value, None, True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    torch.testing.assert_close(native.library().attention(query, key, value, None, True), whole, rtol=0, atol=0)
-
-
-@by_native
-@pytest.mark.parametrize(
-    ("shapes", "bias"),
-    [
-        (((1, 2, 5, 4), (1, 2, 5, 3), (1, 2, 5, 4)), None),
-        (((1, 2, 5, 4), (1, 2, 5, 4), (1, 2, 6, 4)), None),
-        (((2, 2, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4)), None),
-        (((1, 3, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4)), None),
-        (((1, 2, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4)), (1, 1, 5, 4)),
-    ],
-)
-def test_shapes_that_do_not_fit_are_an_error(shapes, bias):
-    query, key, value = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError):
-        native.library().attention(query, key, value, None if bias is None else torch.zeros(bias))

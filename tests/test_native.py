@@ -1,4 +1,4 @@
-"""The compiled kernel of linears: its numbers, and what happens where it cannot be had."""
+"""The compiled kernels of linears and attention: their numbers, and what happens where they cannot be had."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fxbt import native
+from fxbt import attend, native, packed
 
 needs_kernel = pytest.mark.skipif(native.library() is None, reason=f"no native kernel: {native.obstacle()}")
 
@@ -22,8 +22,23 @@ TORCHS = {
 }
 
 
-def compare(x, weight, bias=None, residual=None, activation=""):
-    library = native.library()
+@pytest.fixture(scope="module", params=["this processor's tiles", "tiles of AVX-512"])
+def library(request, tmp_path_factory):
+    """The kernel as it is here, and cut as for AVX-512, which compilers can do with shorter vectors too."""
+    if native.library() is None:
+        pytest.skip(f"no native kernel: {native.obstacle()}")
+    if request.param == "this processor's tiles":
+        yield native.library()
+        return
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = (*native.OF_CAPABILITY[capability], "-D__AVX512F__")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FXBT_CACHE_DIR", str(tmp_path_factory.mktemp("tiles")))
+        patch.setitem(native.OF_CAPABILITY, capability, flags)
+        yield native._made()
+
+
+def compare(library, x, weight, bias=None, residual=None, activation=""):
     n, k = weight.shape
     y = library.linear(n, k, activation)(x, library.pack(weight), bias, residual)
     exact = TORCHS[activation](F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
@@ -32,37 +47,31 @@ def compare(x, weight, bias=None, residual=None, activation=""):
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@needs_kernel
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 11, 12, 13, 16, 25, 100, 517, 1030])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 3), (17, 400), (32, 384), (47, 192), (100, 7), (3, 1000)])
-def test_the_product_is_torchs(rows, n, k):
+def test_the_product_is_torchs(library, rows, n, k):
     weight = torch.randn(n, k) / k**0.5
-    compare(torch.randn(rows, k), weight)
-    compare(torch.randn(rows, k), weight, torch.randn(n))
-    compare(torch.randn(rows, k), weight, torch.randn(n), torch.randn(rows, n))
+    compare(library, torch.randn(rows, k), weight)
+    compare(library, torch.randn(rows, k), weight, torch.randn(n))
+    compare(library, torch.randn(rows, k), weight, torch.randn(n), torch.randn(rows, n))
 
 
-@needs_kernel
 @pytest.mark.parametrize("activation", native.ACTIVATIONS)
-def test_activations_are_torchs(activation):
+def test_activations_are_torchs(library, activation):
     for rows, n, k in ((3, 40, 8), (50, 33, 500)):
-        compare(8 * torch.randn(rows, k), torch.randn(n, k) / k**0.5, torch.randn(n), None, activation)
+        compare(library, 8 * torch.randn(rows, k), torch.randn(n, k) / k**0.5, torch.randn(n), None, activation)
 
 
-@needs_kernel
 @pytest.mark.parametrize("activation", native.ACTIVATIONS)
-def test_what_is_not_finite_is_as_in_torch(activation):
+def test_what_is_not_finite_is_as_in_torch(library, activation):
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-40, 200.0, -200.0, 3e38, -3e38])[:, None]
-    library = native.library()
     weight = torch.ones(20, 1)
     y = library.linear(20, 1, activation)(x, library.pack(weight), None, None)
     expected = TORCHS[activation](F.linear(x, weight))
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
-@needs_kernel
-def test_nothing_is_written_beside_the_result_and_a_row_does_not_see_the_others():
-    library = native.library()
+def test_nothing_is_written_beside_the_result_and_a_row_does_not_see_the_others(library):
     x, weight = torch.randn(40, 30), torch.randn(21, 30)
     linear, packed = library.linear(21, 30), library.pack(weight)
     whole = linear(x, packed, None, None)
@@ -72,20 +81,17 @@ def test_nothing_is_written_beside_the_result_and_a_row_does_not_see_the_others(
     assert linear(x, packed, None, None).isnan().any(1).nonzero().tolist() == [[5]]
 
 
-@needs_kernel
-def test_shapes_and_strides_are_those_of_linear():
+def test_shapes_and_strides_are_those_of_linear(library):
     weight, bias = torch.randn(24, 10), torch.randn(24)
-    compare(torch.randn(10), weight, bias)
-    compare(torch.randn(2, 3, 4, 10), weight, bias)
-    compare(torch.randn(2, 0, 10), weight, bias)
-    compare(torch.randn(5, 20)[:, ::2], weight, bias)
-    compare(torch.randn(10, 5).t(), weight, bias, torch.randn(24, 5).t())
-    compare(torch.randn(1, 10).expand(7, 10), weight, bias, torch.randn(1, 24).expand(7, 24))
+    compare(library, torch.randn(10), weight, bias)
+    compare(library, torch.randn(2, 3, 4, 10), weight, bias)
+    compare(library, torch.randn(2, 0, 10), weight, bias)
+    compare(library, torch.randn(5, 20)[:, ::2], weight, bias)
+    compare(library, torch.randn(10, 5).t(), weight, bias, torch.randn(24, 5).t())
+    compare(library, torch.randn(1, 10).expand(7, 10), weight, bias, torch.randn(1, 24).expand(7, 24))
 
 
-@needs_kernel
-def test_shapes_that_do_not_fit_are_an_error():
-    library = native.library()
+def test_shapes_that_do_not_fit_are_an_error(library):
     linear, packed = library.linear(24, 10), library.pack(torch.randn(24, 10))
     with pytest.raises(ValueError, match="W is"):
         linear(torch.randn(5, 9), packed, None, None)
@@ -93,9 +99,7 @@ def test_shapes_that_do_not_fit_are_an_error():
         linear(torch.randn(5, 10), packed, None, torch.randn(4, 24))
 
 
-@needs_kernel
-def test_any_number_of_threads_gives_the_same(monkeypatch):
-    library = native.library()
+def test_any_number_of_threads_gives_the_same(library, monkeypatch):
     x, weight = torch.randn(700, 64), torch.randn(50, 64)
     linear, packed = library.linear(50, 64), library.pack(weight)
     one = linear(x, packed, None, None)
@@ -103,9 +107,7 @@ def test_any_number_of_threads_gives_the_same(monkeypatch):
     assert torch.equal(linear(x, packed, None, None), one)
 
 
-@needs_kernel
-def test_threads_of_python_run_it_side_by_side():
-    library = native.library()
+def test_threads_of_python_run_it_side_by_side(library):
     linear = library.linear(50, 64)
     right = []
 
@@ -121,6 +123,84 @@ def test_threads_of_python_run_it_side_by_side():
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert len(right) == 200 and all(right)
+
+
+# --- attention --------------------------------------------------------------------------------------------------
+
+
+def operands(*shape):
+    """Query, key and value of one shape, (batch, heads, seq, head_dim), as views like those of a merged projection."""
+    batch, heads, length, dim = shape
+    return torch.randn(batch, length, 3 * heads, dim).transpose(1, 2).split(heads, 1)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 3, 5, 8), (1, 2, 200, 32), (3, 2, 33, 20), (1, 2, 70, 65)], ids=str
+)
+def test_attention_is_torchs(library, shape, is_causal):
+    query, key, value = operands(*shape)
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=is_causal)
+    torch.testing.assert_close(
+        library.attention(query, key, value, None, is_causal).double(), exact, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("counts", [[1], [3, 0, 5], [0, 0], [16, 16, 1, 40], [130]], ids=str)
+def test_packed_sequences_see_themselves_alone(library, counts, is_causal):
+    mask = torch.arange(max(counts, default=0))[None] < torch.tensor(counts)[:, None]
+    where = packed.Tokens.of(mask)
+    query, key, value = operands(1, 3, sum(counts), 8)
+    found = attend.PackedAtOnce(library)(query, key, value, where, is_causal=is_causal)
+    assert found.shape == query.shape
+    torch.testing.assert_close(found, packed.attention(query, key, value, where, is_causal=is_causal))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_key_heads_can_be_fewer_and_values_wider(library, is_causal):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, *shape, generator=generator) for shape in ((6, 9, 8), (2, 11, 8), (2, 11, 21)))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
+    found = library.attention(query, key, value, None, is_causal)
+    torch.testing.assert_close(found, expected)
+    strided = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)]
+    torch.testing.assert_close(library.attention(*strided, None, is_causal), expected)
+
+
+def test_a_query_that_is_not_finite_stays_in_its_row(library):
+    query, key, value = operands(1, 2, 20, 8)
+    query = query.clone()
+    query[0, 0, 3] = float("nan")
+    bias = torch.zeros(1, 1, 20, 20)
+    bias[..., 5, :] = -torch.inf
+    found = library.attention(query, key, value, bias)
+    assert found.isnan().any(-1).nonzero().tolist() == [[0, 0, 3]]
+    assert (found[:, :, 5] == 0).all()
+    torch.testing.assert_close(found[:, 1], F.scaled_dot_product_attention(query, key, value, bias)[:, 1])
+
+
+def test_attention_by_few_or_many_threads_is_the_same(library, monkeypatch):
+    query, key, value = operands(1, 2, 300, 8)
+    whole = library.attention(query, key, value, None, True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    torch.testing.assert_close(library.attention(query, key, value, None, True), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "bias"),
+    [
+        (((1, 2, 5, 4), (1, 2, 5, 3), (1, 2, 5, 4)), None),
+        (((1, 2, 5, 4), (1, 2, 5, 4), (1, 2, 6, 4)), None),
+        (((2, 2, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4)), None),
+        (((1, 3, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4)), None),
+        (((1, 2, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4)), (1, 1, 5, 4)),
+    ],
+)
+def test_shapes_of_attention_that_do_not_fit_are_an_error(library, shapes, bias):
+    query, key, value = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError):
+        library.attention(query, key, value, None if bias is None else torch.zeros(bias))
 
 
 # --- where it cannot be had -------------------------------------------------------------------------------------
