@@ -24,7 +24,6 @@ from .ops import BY_PRODUCTS
 from .precision import Precision, narrow_linears
 from .products import by_products
 from .replay import Replay, obstacle
-from .tune import Tuner
 from .weights import Weights, compile_graph, weight_only
 
 aten = torch.ops.aten
@@ -134,15 +133,14 @@ class Program:
         """Lower for running without gradients; what only depends on weights goes over to `weights`."""
         constant = weight_only(module, graph)
         look_up_once(graph, constant)
-        tuner = Tuner()
         if precision is None:
-            choose_linears(graph, constant, tuner)
+            choose_linears(graph, constant, weights.tuner)
         else:
             narrow_linears(precision, graph, constant)
-        attend_fast(graph, tuner)
+        attend_fast(graph, weights.tuner)
         make_masks_once(graph)
         split_heads_once(graph)
-        self.kernels = tuner.answers
+        self.kernels = weights.tuner.answers
         self._places = weights.add(module, graph, constant)
         self._derived = weights if self._places else None
 

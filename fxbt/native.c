@@ -307,7 +307,7 @@ int fxbt_attention(const attention *a) {
     {
         float *own = aligned_alloc(64, (space / 16 + 1) * 64);
 #pragma omp for schedule(dynamic) reduction(+ : failed)
-        for (int64_t i = 0; i < all * pieces; i++) {
+        for (int64_t i = all * pieces - 1; i >= 0; i--) { // packed sequences stand shortest first, and long ones go first
             int64_t piece = i % pieces, index = i / pieces % a->heads, sequence = i / pieces / a->heads;
             int64_t first = a->bounds ? a->bounds[sequence] : 0;
             int64_t queries = a->bounds ? a->bounds[sequence + 1] - first : a->queries;

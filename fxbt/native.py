@@ -101,9 +101,9 @@ class Library:
         """softmax(scale Q K^T + bias) V of tensors (batch, heads, seq, head_dim) in float32 on the CPU; as SDPA.
 
         `bias` is (batch | 1, heads | 1, seq | 1, keys | 1); a query that it blocks all keys of gets zeros. Query heads
-        may be a multiple of key heads. With `bounds` (int32), packed tensors (1, heads, tokens, head_dim): the tokens
-        from each bound to the next, `longest` at most, see each other. The result is contiguous as (batch, seq, heads,
-        head_dim).
+        may be a multiple of key heads. With `bounds` (int32) and no bias, packed tensors (1, heads, tokens, head_dim):
+        the tokens from each bound to the next, `longest` at most, see each other. The result is contiguous as (batch,
+        seq, heads, head_dim).
 
         Raises:
             ValueError: shapes that do not fit.

@@ -18,6 +18,7 @@ from torch import fx
 
 from .canonical import attribute, expression, is_pure, reaches_output
 from .spill import Spilled, spilled
+from .tune import Tuner
 
 _VERSION = attrgetter("_version")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -116,10 +117,12 @@ def weight_only(module: fx.GraphModule, graph: fx.Graph) -> set[fx.Node]:
 class Weights:
     """The values that the programs of a model derive from weights, each computed once and kept until a weight changes.
 
-    A program adds what it needs with `add` and picks it from `current()`; equal expressions are one value.
+    A program adds what it needs with `add` and picks it from `current()`; equal expressions are one value. They share
+    packed weights, so one `tuner` says which kernels read them.
     """
 
     def __init__(self) -> None:
+        self.tuner = Tuner()
         self._graph = fx.Graph()
         self._sources: list[torch.Tensor] = []
         self._known: dict[Any, fx.Node] = {}

@@ -6,7 +6,10 @@ import json
 
 import pytest
 import torch
+from models import ENCODER, tokens
+from padding_models import Case
 
+import fxbt
 from fxbt import linears, tune
 from fxbt.tune import Contest
 
@@ -127,6 +130,26 @@ def test_only_a_clear_gain_counts():
     slow, fast = ({"plain": [1.0] * 3, "second": [time] * 3, "third": [2.0] * 3} for time in (0.98, 0.9))
     assert tune._by_times(contest(), slow) == (0, 0, 0)
     assert tune._by_times(contest(), fast) == (1, 1, 1)
+
+
+def test_one_kernel_serves_all_sizes_where_none_is_clearly_faster():
+    times = {"plain": [1.0, 1.0, 1.0], "second": [0.5, 0.5, 1.02], "third": [0.9, 0.49, 2.0]}
+    assert tune._by_times(contest(), times) == (1, 1, 1)
+    assert tune._by_times(contest(), {**times, "second": [0.5, 0.5, 1.1]}) == (1, 2, 0)
+
+
+def test_the_graphs_of_a_model_ask_once_whatever_the_machine_does(measured, monkeypatch):
+    def busy(contest):
+        measured.append(contest.key)
+        return {name: [1.0] * len(contest.sizes) for name in contest.names}, False
+
+    monkeypatch.setattr(tune, "_measure", busy)
+    fast = fxbt.optimize(Case("BertModel", ENCODER).model())
+    with torch.no_grad():
+        for _ in range(2):
+            fast(**tokens(2, 7, "right"))
+    assert fast.report.latest.calls == {"packed": 1}  # a graph of its own beside the dense one
+    assert len(measured) == len(set(measured)) > 3
 
 
 def test_a_size_too_large_to_measure_is_as_the_one_before():
