@@ -1,0 +1,68 @@
+"""Each kernel that fxbt chooses from, for the linears and attentions of MiniLM and BERT-base: microseconds a call.
+
+`python benchmarks/kernels.py` runs the contests of fxbt/linears.py and fxbt/attend.py for longer than a model's warmup
+does, in turns in one process, each call on weights that the caches have not just seen. "native / best" is fxbt's own
+kernel (fxbt/native.c) against the fastest other one; below 1 it is faster.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from tabulate import tabulate
+
+from fxbt import native
+from fxbt.attend import attentions
+from fxbt.linears import Activation, linears
+from fxbt.tune import Calls, Contest
+
+SECONDS = 1.0  # for each size
+
+GELU = Activation("gelu", "none", torch._C._nn.gelu_)
+CONTESTS = [
+    *(linears(n, k) for n, k in ((384, 384), (1152, 384), (384, 1536), (768, 768), (2304, 768), (768, 3072))),
+    *(linears(n, k, GELU) for n, k in ((1536, 384), (3072, 768))),
+    *(attentions(12, head_dim, several) for head_dim in (32, 64) for several in (False, True)),
+]
+
+
+def best_of(kernels: list[Calls]) -> list[float]:
+    """The shortest microseconds of each kernel, in turns."""
+    best = [float("inf")] * len(kernels)
+    end, turn = time.perf_counter() + SECONDS, 0
+    while time.perf_counter() < end or turn < 4:
+        for place, calls in enumerate(kernels):
+            begin = time.perf_counter()
+            calls[turn % len(calls)]()
+            best[place] = min(best[place], 1e6 * (time.perf_counter() - begin))
+        turn += 1
+    return best
+
+
+def table(contest: Contest) -> str:
+    rows = []
+    for size in contest.sizes:
+        calls = contest.calls(size)
+        if calls is None:
+            continue
+        times = best_of(calls)
+        others = [us for name, us in zip(contest.names, times, strict=True) if name != "native"]
+        ratio = [times[contest.names.index("native")] / min(others)] if "native" in contest.names else []
+        rows.append([size, *times, *ratio])
+    formats = ("d", *[".0f"] * len(contest.names), ".2f")
+    return tabulate(rows, [contest.key, *contest.names, "native / best"], floatfmt=formats)
+
+
+def main() -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads, microseconds")
+    if reason := native.obstacle():
+        print(f"without fxbt's own kernels: {reason}")
+    with torch.no_grad():
+        for contest in CONTESTS:
+            print(f"\n{table(contest)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
