@@ -7,17 +7,15 @@ kernel (fxbt/native.c) against the fastest other one; below 1 it is faster.
 
 from __future__ import annotations
 
-import time
-
 import torch
 from tabulate import tabulate
 
 from fxbt import native
 from fxbt.attend import attentions
 from fxbt.linears import Activation, linears
-from fxbt.tune import Calls, Contest
+from fxbt.tune import Contest, in_turns
 
-SECONDS = 1.0  # for each size
+SECONDS, MOST_TURNS = 1.0, 10**6  # for each size
 
 GELU = Activation("gelu", "none", torch._C._nn.gelu_)
 CONTESTS = [
@@ -27,26 +25,13 @@ CONTESTS = [
 ]
 
 
-def best_of(kernels: list[Calls]) -> list[float]:
-    """The shortest microseconds of each kernel, in turns."""
-    best = [float("inf")] * len(kernels)
-    end, turn = time.perf_counter() + SECONDS, 0
-    while time.perf_counter() < end or turn < 4:
-        for place, calls in enumerate(kernels):
-            begin = time.perf_counter()
-            calls[turn % len(calls)]()
-            best[place] = min(best[place], 1e6 * (time.perf_counter() - begin))
-        turn += 1
-    return best
-
-
 def table(contest: Contest) -> str:
     rows = []
     for size in contest.sizes:
         calls = contest.calls(size)
         if calls is None:
             continue
-        times = best_of(calls)
+        times = [min(turns) for turns in in_turns(*calls, seconds=SECONDS, most=MOST_TURNS)]
         others = [us for name, us in zip(contest.names, times, strict=True) if name != "native"]
         ratio = [times[contest.names.index("native")] / min(others)] if "native" in contest.names else []
         rows.append([size, *times, *ratio])

@@ -30,10 +30,10 @@ from .tune import Calls, Contest, Tuner, bucket_of
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a sequence that are measured
 UP_TO = (24, 48, 96, 192, 384)
-# As SDPA of (query, key, value, bias, is_causal, scale); None is SDPA's own kernel.
-Kernel = Callable[..., Tensor]
-
 SEVERAL = 512  # tokens of several sequences: SDPA spreads them over threads, products hold the scores of all
+
+# As SDPA of (query, key, value, bias, is_causal, scale); None stands for SDPA's own.
+Kernel = Callable[..., Tensor]
 
 
 def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
@@ -54,7 +54,8 @@ def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
         if not any(one + several):
             continue
         library = native.library()
-        if node.target is packed.attention and not node.args[4] and library and _are(one + several, library.attention):
+        has_no_bias = node.target is packed.attention and not node.args[4]
+        if has_no_bias and library and set(one + several) == {library.attention}:
             node.target = PackedAtOnce(library)
             continue
         _read_mask(graph, node, read)
@@ -62,10 +63,6 @@ def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
             node.target = Attend(one, several)
         else:
             node.kwargs = {**node.kwargs, "attend": Attend(one, several)}
-
-
-def _are(chosen: list[Kernel | None], kernel: Kernel) -> bool:
-    return all(choice == kernel for choice in chosen)
 
 
 def _read_mask(graph: fx.Graph, attention: fx.Node, read: dict[fx.Node, fx.Node]) -> None:

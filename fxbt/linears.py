@@ -58,7 +58,7 @@ def _gelu(approximate: str) -> Activation:
     return Activation("gelu", approximate, write)
 
 
-# activation(x W^T + bias) + residual, where a residual is the sum's other part: (x, weight, bias, residual) -> y.
+# (x, weight, bias, residual) -> x W^T + bias, and then either an activation of it or its sum with a residual.
 Run = Callable[[Tensor, Any, Tensor | None, Tensor | None], Tensor]
 
 

@@ -68,10 +68,10 @@ class Library:
         return torch.cat([part.transpose(1, 2).flatten() for part in panels.split(self._depth, 2)])
 
     def linear(self, n: int, k: int, activation: str = "") -> Callable[..., Tensor]:
-        """The kernel for a weight [n, k]: (x, packed, bias, residual) -> activation(x W^T + bias) + residual.
+        """The kernel for a weight [n, k]: (x, packed, bias, residual) -> activation(x W^T + bias + residual).
 
-        x is (..., k), bias (n) or None, residual (..., n) or None and not with an activation, which is one of
-        `ACTIVATIONS`. All are float32 on the CPU.
+        x is (..., k), bias (n) or None, residual (..., n) or None, the activation one of `ACTIVATIONS`. All are float32
+        on the CPU.
         """
         call, fill, code = self._linear, LINEAR.pack, ACTIVATIONS.index(activation)
 
@@ -143,13 +143,13 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def library() -> Library | None:
-    """The kernel, compiled and tried; None where there is none."""
+    """The kernels, compiled and tried; None where there are none."""
     found = _library()
     return found if isinstance(found, Library) else None
 
 
 def obstacle() -> str | None:
-    """Why there is none."""
+    """Why there are none."""
     found = _library()
     return found if isinstance(found, str) else None
 
@@ -159,12 +159,12 @@ def _library() -> Library | str:
     try:
         return _made()
     except NoKernel as error:
-        logger.info("linears run by torch's kernels only: %s", error)
+        logger.info("linears and attention run by torch's kernels only: %s", error)
         return str(error)
 
 
 def _made() -> Library:
-    """The kernel from the cache, else compiled now, for this machine and source."""
+    """The kernels from the cache, else compiled now, for this machine and source."""
     if os.environ.get("FXBT_NATIVE", "1") == "0":
         raise NoKernel("FXBT_NATIVE=0")
     capability = torch.backends.cpu.get_cpu_capability()
@@ -208,7 +208,7 @@ def _run(*command: str) -> None:
 
 
 def _tried(path: Path) -> Library:
-    """Loads a kernel and compares it with torch's: a compiler, or a file in the cache, may be broken."""
+    """Loads the kernels and compares them with torch's: a compiler, or a file in the cache, may be broken."""
     made = Library(path)
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -217,7 +217,13 @@ def _tried(path: Path) -> Library:
             x, weight, bias, residual = (torch.randn(shape, generator=generator) for shape in shapes)
             y = made.linear(n, k)(x, made.pack(weight), bias, residual)
             exact = F.linear(x.double(), weight.double(), bias.double()) + residual
-            gap = float((y - exact).abs().max())
-            if not gap <= 1e-4:  # sums of 700 products around 1 are off by 1e-5
-                raise NoKernel(f"what was compiled is off by {gap:.1e}")
+            _check(y, exact)
+            heads = torch.randn(2, rows, 3 * 2, n, generator=generator).transpose(1, 2).split(2, 1)
+            _check(made.attention(*heads), F.scaled_dot_product_attention(*(x.double() for x in heads)))
     return made
+
+
+def _check(found: Tensor, exact: Tensor) -> None:
+    gap = float((found - exact).abs().max())
+    if not gap <= 1e-4:  # sums of 700 products around 1 are off by 1e-5
+        raise NoKernel(f"what was compiled is off by {gap:.1e}")

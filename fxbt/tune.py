@@ -150,21 +150,21 @@ def _measure(contest: Contest) -> tuple[Times, bool]:
             if calls is None:
                 times = {name: [*measured, measured[-1]] for name, measured in times.items()}
                 continue
-            for measured, turns in zip(times.values(), _in_turns(*calls), strict=True):
+            for measured, turns in zip(times.values(), in_turns(*calls), strict=True):
                 measured.append(min(turns))
                 is_steady = is_steady and statistics.median(turns) <= STEADY * min(turns)
     return times, is_steady
 
 
-def _in_turns(*kernels: Calls) -> list[list[float]]:
+def in_turns(*kernels: Calls, seconds: float = TURNS_SECONDS, most: int = 16 * LEAST_TURNS) -> list[list[float]]:
     """Each kernel's microseconds turn by turn, each call on other memory than the one before."""
     samples: list[list[float]] = [[] for _ in kernels]
-    for turn in range(16 * LEAST_TURNS):
+    for turn in range(most):
         for calls, measured in zip(kernels, samples, strict=True):
             begin = time.perf_counter()
             calls[turn % len(calls)]()
             measured.append((time.perf_counter() - begin) * 1e6)
-        if turn >= LEAST_TURNS and sum(map(sum, samples)) > TURNS_SECONDS * 1e6:
+        if turn >= LEAST_TURNS and sum(map(sum, samples)) > seconds * 1e6:
             break
     return [measured[1:] for measured in samples]
 

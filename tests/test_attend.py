@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from models import ENCODER, compare, tokens
 from padding_models import GPT2, T5, Case
 from torch import Tensor
+from tracing import NATIVE, by_native
 
 import fxbt
 from fxbt import attend, native, products, tune
 
 WINDOW = {"sliding_window": 4, "num_key_value_heads": 4, "use_cache": False}
 
-by_native = pytest.mark.skipif(native.library() is None, reason=f"no native kernel: {native.obstacle()}")
-NATIVE = pytest.param("native", marks=by_native)
 
 KERNELS = [
     attend.products,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tracing import Function, agree, program
+from tracing import NATIVE, Function, agree, by_native, program
 
 import fxbt.linears
 import fxbt.tune
-from fxbt import native
 from fxbt.capture import capture
 from fxbt.lower import Program
 from fxbt.precision import Bfloat16, Int8
@@ -17,8 +16,6 @@ from fxbt.signature import make_call
 from fxbt.weights import Weights
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
-by_native = pytest.mark.skipif(native.library() is None, reason=f"no native kernel: {native.obstacle()}")
-NATIVE = pytest.param("native", marks=by_native)
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tracing import by_native
 
 from fxbt import attend, native, packed
-
-needs_kernel = pytest.mark.skipif(native.library() is None, reason=f"no native kernel: {native.obstacle()}")
 
 TORCHS = {
     "": lambda y: y,
@@ -222,7 +221,7 @@ def compiler(folder: Path, script: str) -> str:
     return str(path)
 
 
-@needs_kernel
+@by_native
 def test_it_is_compiled_once(fresh, monkeypatch):
     assert native.library() is not None
     (file,) = (fresh / "cache").iterdir()
@@ -232,7 +231,7 @@ def test_it_is_compiled_once(fresh, monkeypatch):
     assert list((fresh / "cache").iterdir()) == [file]
 
 
-@needs_kernel
+@by_native
 def test_a_broken_file_in_the_cache_is_made_anew(fresh, monkeypatch):
     native.library()
     (file,) = (fresh / "cache").iterdir()
@@ -245,10 +244,15 @@ def test_a_broken_file_in_the_cache_is_made_anew(fresh, monkeypatch):
     assert (other / file.name).read_bytes().startswith(b"\x7fELF")
 
 
-@needs_kernel
-def test_a_kernel_that_is_off_is_not_taken(fresh, monkeypatch):
+@by_native
+@pytest.mark.parametrize(
+    ("right", "other"),
+    [("sums[i][1] += factor * right", "sums[i][1] += factor * left"), ("return sum == 0 ? 0 : 1 / sum", "return sum")],
+    ids=["product", "softmax"],
+)
+def test_a_kernel_that_is_off_is_not_taken(right, other, fresh, monkeypatch):
     source = native.SOURCE.read_text()
-    wrong = source.replace("sums[i][1] += factor * right", "sums[i][1] += factor * left")
+    wrong = source.replace(right, other)
     assert wrong != source
     monkeypatch.setattr(native, "SOURCE", fresh / "native.c")
     native.SOURCE.write_text(wrong)

@@ -167,7 +167,7 @@ def test_a_size_too_large_to_measure_is_as_the_one_before():
     ],
 )
 def test_what_a_busy_machine_says_is_not_kept(turns, is_kept, monkeypatch, cache):
-    monkeypatch.setattr(tune, "_in_turns", lambda *kernels: [[4.0] * 4, turns, [5.0] * 4])
+    monkeypatch.setattr(tune, "in_turns", lambda *kernels: [[4.0] * 4, turns, [5.0] * 4])
     assert tune.Tuner().choose(contest()) == (1, 1, 1)
     assert list(cache.iterdir()) == ([tune.cache_file()] if is_kept else [])
 

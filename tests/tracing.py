@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import fx, nn
 
+from fxbt import native
 from fxbt.capture import Captured, capture
 from fxbt.pipeline import compile as compile_graph
 from fxbt.signature import make_call
+
+by_native = pytest.mark.skipif(native.library() is None, reason=f"no native kernel: {native.obstacle()}")
+NATIVE = pytest.param("native", marks=by_native)
 
 
 class Function(nn.Module):
