@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from . import native
-from .canonical import argument, only_user, same_shape
+from .canonical import argument
+from .epilogue import Activation, Epilogue, Norm, fused_in
 from .tune import Calls, Contest, Tuner, bucket_of
 
 aten = torch.ops.aten
@@ -29,37 +30,9 @@ COLD_BYTES = 32 * 2**20  # of copies of a weight: a model's weights come from me
 PACKED_FROM_ELEMENTS = 256 * 256
 
 
-@dataclass(frozen=True)
-class Activation:
-    """An activation that oneDNN computes as torch does, to the last bits: its name and algorithm there.
-
-    `write` is torch's own, in place.
-    """
-
-    name: str
-    algorithm: str
-    write: Callable[[Tensor], Any]
-
-    @property
-    def known_as(self) -> str:
-        """Both in one, as `native.ACTIVATIONS` has them."""
-        return f"{self.name} {self.algorithm}".strip()
-
-
-ACTIVATIONS: dict[Any, Callable[[fx.Node], Activation]] = {
-    aten.gelu.default: lambda node: _gelu(argument(node, "approximate")),
-    aten.relu.default: lambda node: Activation("relu", "", torch.relu_),
-    aten.silu.default: lambda node: Activation("swish", "", torch._C._nn.silu_),
-}
-
-
-def _gelu(approximate: str) -> Activation:
-    write = functools.partial(torch._C._nn.gelu_, approximate=approximate)  # type: ignore[attr-defined]
-    return Activation("gelu", approximate, write)
-
-
 # (x, weight, bias, residual) -> x W^T + bias, and then either an activation of it or its sum with a residual.
-Run = Callable[[Tensor, Any, Tensor | None, Tensor | None], Tensor]
+# With a norm two more, gamma and beta.
+Run = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -70,15 +43,18 @@ class Kernel:
     pack: Callable[[Tensor], Tensor] | None = None
 
 
-def linear_kernels(n: int, k: int, activation: Activation | None) -> dict[str, Kernel]:
-    """The kernels for a weight [n, k], by name; with an activation each of them includes it, and some have it fused."""
+def linear_kernels(n: int, k: int, activation: Activation | None, norm: Norm | None = None) -> dict[str, Kernel]:
+    """The kernels for a weight [n, k], by name, each with what follows: an activation, a norm. Some have it fused."""
     torchs = {"F.linear": Kernel(_plain), "packed": Kernel(_by_onednn(None), _pack)}
     if activation is not None:
         torchs = {name: Kernel(_followed(kernel.run, activation.write), kernel.pack) for name, kernel in torchs.items()}
         torchs["fused"] = Kernel(_by_onednn(activation), _pack)
+    if norm is not None:
+        torchs = {name: Kernel(_normed(kernel.run, n, norm), kernel.pack) for name, kernel in torchs.items()}
     if (library := native.library()) is None:
         return torchs
-    own = library.linear(n, k, activation.known_as if activation else "")
+    known_as = activation.known_as if activation else ""
+    own = library.linear(n, k, known_as, norm.epsilon, norm.keeps_sum) if norm else library.linear(n, k, known_as)
     return {**torchs, "native": Kernel(own, library.pack)}
 
 
@@ -111,25 +87,31 @@ def _followed(run: Run, write: Callable[[Tensor], Any]) -> Run:
     return followed
 
 
-def fused_in(activation: Activation | None) -> tuple[str, list[Any], str]:
-    """The last arguments of `mkldnn._linear_pointwise`."""
-    return ("none", [], "") if activation is None else (activation.name, [], activation.algorithm)
+def _normed(run: Run, n: int, norm: Norm) -> Run:
+    def normed(
+        x: Tensor, weight: Any, bias: Tensor | None, residual: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+    ) -> Any:
+        y = run(x, weight, bias, residual)
+        normalized = torch.layer_norm(y, (n,), gamma, beta, norm.epsilon, False)
+        return (y, normalized) if norm.keeps_sum else normalized
+
+    return normed
 
 
 class LinearByRows:
     """A linear, with what follows it, by the kernel that was chosen for the number of rows of x.
 
-    `weights` are its weight in each form that the kernels take, of which `forms` gives the place for each kernel.
+    `weights` is its weight in each form that the kernels take, of which `forms` gives the place for each kernel.
     """
 
     def __init__(self, runs: list[Run], forms: list[int]):
         self._runs, self._forms = runs, forms
         self.__name__ = "linear_by_rows"  # fx names nodes by it
 
-    def __call__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, *weights: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weights: list[Tensor], *others: Tensor | None) -> Any:
         rows = x.numel() // x.shape[-1] if x.numel() else 0
         place = bucket_of(rows, UP_TO)
-        return self._runs[place](x, weights[self._forms[place]], bias, residual)
+        return self._runs[place](x, weights[self._forms[place]], *others)
 
 
 def linears(n: int, k: int, activation: Activation | None = None) -> Contest:
@@ -164,9 +146,9 @@ def linears(n: int, k: int, activation: Activation | None = None) -> Contest:
 
 
 def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> None:
-    """Give linears on float32 weights the kernels that are the fastest here, with an activation or residual fused in.
+    """Give linears on float32 weights the kernels that are the fastest here, with what follows them.
 
-    The nodes that pack weights join `constant`.
+    That is an activation or a residual, and a layer norm. The nodes that pack weights join `constant`.
     """
     packed: dict[Any, fx.Node] = {}
     if not can_pack_here():
@@ -176,13 +158,14 @@ def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> Non
             continue
         weight: Any = node.args[1]
         n, k = map(int, weight.meta["val"].shape)
-        how = activation_after(node)[1]
-        contest, kernels = linears(n, k, how), linear_kernels(n, k, how)
-        chosen = [kernels[contest.names[place]] for place in tuner.choose(contest)]
-        if how is None and all(kernel.run is _plain for kernel in chosen):
+        epilogue = Epilogue.of(node, constant)
+        contest = linears(n, k, epilogue.activation)
+        names = [contest.names[place] for place in tuner.choose(contest)]
+        if epilogue.activation is None and set(names) == {"F.linear"}:
             continue
-        forms = [_form(weight, kernel.pack, packed) for kernel in chosen]
-        _use(graph, node, [kernel.run for kernel in chosen], forms)
+        kernels = linear_kernels(n, k, epilogue.activation, epilogue.norm)
+        forms = [_form(weight, kernels[name].pack, packed) for name in names]
+        _use(graph, node, epilogue, [kernels[name].run for name in names], forms)
     if tuner.answers and (reason := native.obstacle()):
         tuner.answers["native"] = f"not to be had: {reason}"
     constant.update(packed.values())
@@ -198,41 +181,16 @@ def _form(weight: fx.Node, pack: Callable[[Tensor], Tensor] | None, packed: dict
     return packed[weight, pack]
 
 
-def activation_after(linear: fx.Node) -> tuple[fx.Node | None, Activation | None]:
-    """The activation that alone reads a linear, if oneDNN has it: its node, and what it is."""
-    node = only_user(linear, ACTIVATIONS)
-    return (None, None) if node is None else (node, ACTIVATIONS[node.target](node))
-
-
-def _use(graph: fx.Graph, linear: fx.Node, runs: list[Run], forms: list[fx.Node]) -> None:
-    x, bias = linear.args[0], argument(linear, "bias")
-    activation, _ = activation_after(linear)
-    add, residual = _residual(linear) if activation is None else (None, None)
-    last = activation or add or linear
-    with graph.inserting_after(last):
+def _use(graph: fx.Graph, linear: fx.Node, epilogue: Epilogue, runs: list[Run], forms: list[fx.Node]) -> None:
+    others = (argument(linear, "bias"), epilogue.residual, *epilogue.affine)
+    with graph.inserting_after(epilogue.chain[-1]):
         if len(set(runs)) == 1:
-            result = graph.call_function(runs[0], (x, forms[0], bias, residual))
+            result = graph.call_function(runs[0], (linear.args[0], forms[0], *others))
         else:
             each = list(dict.fromkeys(forms))
             target = LinearByRows(runs, [each.index(form) for form in forms])
-            result = graph.call_function(target, (x, bias, residual, *each))
-    result.meta = dict(last.meta)
-    last.replace_all_uses_with(result)
-    graph.erase_node(last)
-    if last is not linear:
-        graph.erase_node(linear)
-
-
-def _residual(linear: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """The add, and what is added, where a linear's result goes only into a sum with a value of its own shape."""
-    add = only_user(linear, (aten.add.Tensor,))
-    if add is None or add.kwargs or not all(isinstance(value, fx.Node) for value in add.args) or len(add.args) != 2:
-        return None, None
-    other: Any = add.args[1] if add.args[0] is linear else add.args[0]
-    values = [node.meta["val"] for node in (linear, other)]
-    if other is linear or values[0].dtype != values[1].dtype or values[0].dim() < 2 or not same_shape(*values):
-        return None, None
-    return add, other
+            result = graph.call_function(target, (linear.args[0], each, *others))
+    epilogue.replace_by(result)
 
 
 def can_pack_here() -> bool:
@@ -247,4 +205,7 @@ def can_be_packed(node: fx.Node, constant: set[fx.Node]) -> bool:
         return False
     x, weight = (node.args[place].meta["val"] for place in (0, 1))  # type: ignore[union-attr]
     on_cpu = x.device.type == weight.device.type == "cpu"
-    return on_cpu and x.dtype is weight.dtype is torch.float32 and weight.dim() == 2 and weight.numel() > 0
+    is_float = on_cpu and x.dtype is weight.dtype is torch.float32 and weight.dim() == 2 and weight.numel() > 0
+    bias = argument(node, "bias")
+    # oneDNN reads a bias as if it were contiguous, whatever it is
+    return is_float and (bias is None or bias in constant and bias.meta["val"].is_contiguous())

@@ -25,10 +25,38 @@
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
 
-// As glibc has them for vectors, to 4 ulp (libmvec).
-__attribute__((simd("notinbranch"))) float erff(float);
-__attribute__((simd("notinbranch"))) float tanhf(float);
-__attribute__((simd("notinbranch"))) float expf(float);
+// e^x for x <= 0 to 2 ulp, 0 where it is no normal number: 2^times e^r, as x = times ln 2 + r.
+static inline float exponential(float x) {
+    const float to_whole = 12582912; // 1.5 * 2^23: its sum with a number keeps no digits behind the point
+    union {
+        float value;
+        int32_t bits;
+    } power = {x * 1.44269504f + to_whole};
+    float times = power.value - to_whole, r = x - times * 0.693359375f + times * 2.12194440e-4f;
+    float q = 1.3814465e-3f; // (e^r - 1 - r) / r^2 to 3e-9, up to ln(2) / 2
+    q = q * r + 8.3687808e-3f;
+    q = q * r + 4.16683943e-2f;
+    q = q * r + 0.166665201f;
+    q = q * r + 0.499999934f;
+    power.bits = (power.bits << 23) + (127 << 23);
+    return x < -87.3f ? 0 : (q * r * r + r + 1) * power.value;
+}
+
+static inline float sigmoid(float x) {
+    float e = exponential(-fabsf(x));
+    return (x < 0 ? e : 1) / (1 + e);
+}
+
+// erf(x) to 4e-7: x times a quotient of polynomials of x^2, fitted to 2e-8.
+static inline float error_function(float x) {
+    float z = x * x, above = 2.05008496e-6f, below = 3.80917481e-5f;
+    above = above * z + 2.84883776e-4f, below = below * z + 1.16254436e-3f;
+    above = above * z + 3.76565126e-3f, below = below * z + 1.49692846e-2f;
+    above = above * z + 5.27488291e-2f, below = below * z + 0.114109434f;
+    above = above * z + 0.190407231f, below = below * z + 0.502076745f;
+    above = above * z + 1.12837911f, below = below * z + 1;
+    return x > 3.92f ? 1 : x < -3.92f ? -1 : x * above / below; // there it differs from 1 by less than 3e-8
+}
 
 enum { NONE, RELU, GELU, GELU_TANH, SILU }; // native.ACTIVATIONS
 
@@ -89,70 +117,91 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // --- linears ---------------------------------------------------------------------------------------------------------
 //
-// y = activation(x W^T + bias + residual). W is packed by native.pack: cut into parts of DEPTH columns, and each part into
-// panels of PANEL rows that stand side by side.
+// y = activation(x W^T + bias + residual), normed = layer_norm(y). W is packed by native.pack: cut into parts of DEPTH
+// columns, and each part into panels of PANEL rows that stand side by side.
 
 typedef struct { // native.LINEAR
     const float *x, *packed, *bias, *residual; // [m, k], W, [n] or NULL, [m, n] or NULL
     float *y;                                  // [m, n]
+    const float *gamma, *beta;                 // [n] or NULL
+    float *normed;                             // [m, n], y itself or another; no layer norm: NULL
     int64_t m, n, k;
+    float epsilon;
     int32_t activation, threads;
 } linear;
 
-// Adds sums to y[row : row + rows, column : column + PANEL]: to bias and residual first, then to what is there.
-static void add(const linear *l, const float *sums, int64_t rows, int64_t row, int64_t column, int is_first) {
-    for (int64_t i = 0; i < rows * 2; i++) {
-        int64_t start = column + i % 2 * LANES, count = l->n - start, at = (row + i / 2) * l->n + start;
-        vector sum = *(const vector *)(sums + i * LANES);
-        if (!is_first) sum += load(l->y + at, count);
-        if (is_first && l->bias) sum += load(l->bias + start, count);
-        if (is_first && l->residual) sum += load(l->residual + at, count);
-        store(l->y + at, sum, count);
-    }
-}
-
-static void activate(float *y, int64_t count, int activation) {
-    const float sqrt_half = 0.70710678f, sqrt_2_over_pi = 0.79788456f;
+static void activate(float *sums, int64_t count, int activation) {
+    const float sqrt_half = 0.70710678f, twice_sqrt_2_over_pi = 1.59576912f;
     switch (activation) {
     case RELU:
-        for (int64_t i = 0; i < count; i++) y[i] = y[i] < 0 ? 0 : y[i]; // NaN stays
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) sums[i] = sums[i] < 0 ? 0 : sums[i]; // NaN stays
         break;
     case GELU:
 #pragma omp simd
-        for (int64_t i = 0; i < count; i++) y[i] = 0.5f * y[i] * (1 + erff(y[i] * sqrt_half));
+        for (int64_t i = 0; i < count; i++) sums[i] = 0.5f * sums[i] * (1 + error_function(sums[i] * sqrt_half));
         break;
-    case GELU_TANH:
+    case GELU_TANH: // (1 + tanh(u)) / 2 = sigmoid(2u)
 #pragma omp simd
-        for (int64_t i = 0; i < count; i++)
-            y[i] = 0.5f * y[i] * (1 + tanhf(sqrt_2_over_pi * (y[i] + 0.044715f * y[i] * y[i] * y[i])));
+        for (int64_t i = 0; i < count; i++) {
+            float cubic = sums[i] + 0.044715f * sums[i] * sums[i] * sums[i];
+            sums[i] *= sigmoid(twice_sqrt_2_over_pi * cubic);
+        }
         break;
     case SILU:
 #pragma omp simd
-        for (int64_t i = 0; i < count; i++) y[i] = y[i] / (1 + expf(-y[i]));
+        for (int64_t i = 0; i < count; i++) sums[i] *= sigmoid(sums[i]);
         break;
     }
 }
 
-// The rows from `begin` to `end` by the panels from `first` to `last`, and what follows the sums.
+// Writes sums to y[row : row + rows, column : column + PANEL]: the first with bias and residual, others added to what is
+// there, the last activated.
+static void write(const linear *l, float *sums, int64_t rows, int64_t row, int64_t column, int is_first, int is_last) {
+    for (int64_t i = 0; i < rows * 2; i++) {
+        int64_t start = column + i % 2 * LANES, count = l->n - start, at = (row + i / 2) * l->n + start;
+        vector *sum = (vector *)(sums + i * LANES);
+        if (!is_first) *sum += load(l->y + at, count);
+        if (is_first && l->bias) *sum += load(l->bias + start, count);
+        if (is_first && l->residual) *sum += load(l->residual + at, count);
+    }
+    if (is_last) activate(sums, rows * PANEL, l->activation);
+    for (int64_t i = 0; i < rows * 2; i++) {
+        int64_t start = column + i % 2 * LANES;
+        store(l->y + (row + i / 2) * l->n + start, *(vector *)(sums + i * LANES), l->n - start);
+    }
+}
+
+// The rows from `begin` to `end` by the panels from `first` to `last`.
 static void by_panels(const linear *l, int64_t begin, int64_t end, int64_t first, int64_t last) {
     int64_t panels = (l->n + PANEL - 1) / PANEL;
     for (int64_t from = 0; from < l->k; from += DEPTH) {
         int64_t depth = least(l->k - from, DEPTH);
         const float *part = l->packed + from * panels * PANEL;
         for (int64_t panel = first; panel < last; panel++) {
-            int64_t column = panel * PANEL;
             const float *weights = part + panel * depth * PANEL;
             for (int64_t row = begin, rows; row < end; row += rows) {
                 float sums[ROWS * PANEL] __attribute__((aligned(64)));
                 rows = next_rows(end - row);
                 multiply(rows, sums, PANEL, l->x + row * l->k + from, l->k, depth, weights);
-                add(l, sums, rows, row, column, from == 0);
+                write(l, sums, rows, row, panel * PANEL, from == 0, from + depth == l->k);
             }
-            if (l->activation == NONE || from + depth < l->k) continue;
-            for (int64_t row = begin; row < end; row++)
-                activate(l->y + row * l->n + column, least(l->n - column, PANEL), l->activation);
         }
     }
+}
+
+static void normalize(const linear *l, int64_t row) {
+    const float *y = l->y + row * l->n;
+    float *normed = l->normed + row * l->n, mean = 0, variance = 0;
+#pragma omp simd reduction(+ : mean)
+    for (int64_t i = 0; i < l->n; i++) mean += y[i];
+    mean /= l->n;
+#pragma omp simd reduction(+ : variance)
+    for (int64_t i = 0; i < l->n; i++) variance += (y[i] - mean) * (y[i] - mean);
+    float inverse = 1 / sqrtf(variance / l->n + l->epsilon);
+#pragma omp simd
+    for (int64_t i = 0; i < l->n; i++)
+        normed[i] = (y[i] - mean) * inverse * (l->gamma ? l->gamma[i] : 1) + (l->beta ? l->beta[i] : 0);
 }
 
 void fxbt_linear(const linear *l) {
@@ -161,10 +210,18 @@ void fxbt_linear(const linear *l) {
     while (panels * blocks < 2 * l->threads && l->m > 2 * ROWS * blocks) blocks++; // something for every thread
     int threads = l->m * l->n * l->k > WORTH_THREADS ? l->threads : 1;
     int64_t pieces = least(panels, PIECES * threads / blocks + 1); // of each block of rows
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < blocks * pieces; i++) {
-        int64_t block = i / pieces, piece = i % pieces, begin = l->m * block / blocks, end = l->m * (block + 1) / blocks;
-        by_panels(l, begin, end, panels * piece / pieces, panels * (piece + 1) / pieces);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < blocks * pieces; i++) {
+            int64_t block = i / pieces, begin = l->m * block / blocks, end = l->m * (block + 1) / blocks;
+            int64_t piece = i % pieces;
+            by_panels(l, begin, end, panels * piece / pieces, panels * (piece + 1) / pieces);
+        }
+        if (l->normed) {
+#pragma omp for schedule(dynamic, ROWS)
+            for (int64_t row = 0; row < l->m; row++) normalize(l, row);
+        }
     }
 }
 
@@ -224,23 +281,28 @@ static void pack_values(float *to, const float *from, int64_t token, int64_t tok
     }
 }
 
-// Makes scores of products in place, then exp(score - largest); returns 1 / their sum, 0 where all are blocked.
-static float soften(float *scores, int64_t keys, float scale, const float *bias, int64_t bias_key) {
-    float largest = -INFINITY, sum = 0;
+// Makes scores of products in place, then exp(score - largest), 0 behind the last key up to `width`, a multiple of LANES;
+// returns 1 / their sum, 0 where all are blocked.
+static float soften(float *scores, int64_t keys, int64_t width, float scale, const float *bias, int64_t bias_key) {
+    float largest = -INFINITY, sum = 0, same = bias && !bias_key ? *bias : 0;
     if (bias && bias_key) {
-#pragma omp simd
-        for (int64_t j = 0; j < keys; j++) scores[j] = scores[j] * scale + bias[j];
-    } else {
-        float same = bias ? *bias : 0;
-#pragma omp simd
-        for (int64_t j = 0; j < keys; j++) scores[j] = scores[j] * scale + same;
-    }
 #pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < keys; j++) largest = scores[j] > largest ? scores[j] : largest;
+        for (int64_t j = 0; j < keys; j++) {
+            scores[j] = scores[j] * scale + bias[j];
+            largest = scores[j] > largest ? scores[j] : largest;
+        }
+    } else {
+#pragma omp simd reduction(max : largest)
+        for (int64_t j = 0; j < keys; j++) {
+            scores[j] = scores[j] * scale + same;
+            largest = scores[j] > largest ? scores[j] : largest;
+        }
+    }
     if (largest == -INFINITY) largest = 0; // exp(-inf) is 0, and NaN stays NaN
+    for (int64_t j = keys; j < width; j++) scores[j] = -INFINITY;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < keys; j++) {
-        scores[j] = expf(scores[j] - largest);
+    for (int64_t j = 0; j < width; j++) {
+        scores[j] = exponential(scores[j] - largest);
         sum += scores[j];
     }
     return sum == 0 ? 0 : 1 / sum;
@@ -257,8 +319,7 @@ static void attend_tile(const attention *a, const head *h, int64_t row, int64_t 
         int64_t keys = a->is_causal ? least(seen, row + i + 1) : seen;
         float *scores = h->scores + i * h->width;
         const float *bias = h->bias ? h->bias + (row + i) * a->of_bias.token : NULL;
-        inverse[i] = soften(scores, keys, a->scale, bias, a->bias_key);
-        for (int64_t j = keys; j < seen; j++) scores[j] = 0;
+        inverse[i] = soften(scores, keys, up_to_panels(seen), a->scale, bias, a->bias_key);
     }
     for (int64_t dim = 0; dim < a->value_dim; dim += PANEL) {
         multiply(rows, sums, PANEL, h->scores, h->width, seen, h->values_packed + dim * h->keys);

@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ OF_CAPABILITY = {  # rather than -march=native: the same file serves every machi
 COMPILE_SECONDS = 60
 
 # The types of what native.c is called with.
-LINEAR = struct.Struct("@5P3q2i")
+LINEAR = struct.Struct("@8P3qf2i")
 ATTENTION = struct.Struct("@6P23qf2i")
 
 
@@ -67,23 +68,38 @@ class Library:
         panels = F.pad(weight, (0, 0, 0, -len(weight) % self._panel)).unflatten(0, (-1, self._panel))
         return torch.cat([part.transpose(1, 2).flatten() for part in panels.split(self._depth, 2)])
 
-    def linear(self, n: int, k: int, activation: str = "") -> Callable[..., Tensor]:
+    def linear(
+        self, n: int, k: int, activation: str = "", epsilon: float | None = None, keeps_sum: bool = False
+    ) -> Callable[..., Any]:
         """The kernel for a weight [n, k]: (x, packed, bias, residual) -> activation(x W^T + bias + residual).
 
-        x is (..., k), bias (n) or None, residual (..., n) or None, the activation one of `ACTIVATIONS`. All are float32
-        on the CPU.
+        x is (..., k), bias (n) or None, residual (..., n) or None, the activation one of `ACTIVATIONS`. With an
+        `epsilon`, the result's layer norm by two more arguments, gamma (n) or None and beta (n) or None; both, the
+        result and its norm, if it `keeps_sum`. All are float32 on the CPU.
         """
         call, fill, code = self._linear, LINEAR.pack, ACTIVATIONS.index(activation)
 
-        def native(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-            x = x.contiguous()
-            residual = residual.contiguous() if residual is not None else None
+        def native(
+            x: Tensor,
+            packed: Tensor,
+            bias: Tensor | None,
+            residual: Tensor | None,
+            gamma: Tensor | None = None,
+            beta: Tensor | None = None,
+        ) -> Any:
+            x, bias, residual, gamma, beta = map(_dense, (x, bias, residual, gamma, beta))
             y = x.new_empty((*x.shape[:-1], n)) if residual is None else torch.empty_like(residual)
             if x.shape[-1] != k or x.numel() * n != y.numel() * k:  # the kernel would read past the end
                 raise ValueError(f"x {tuple(x.shape)} W^T + {tuple(y.shape)}, where W is {(n, k)}")
-            pointers = (x.data_ptr(), packed.data_ptr(), _address(bias), _address(residual), y.data_ptr())
-            call(fill(*pointers, y.numel() // n, n, k, code, torch.get_num_threads()))
-            return y
+            normed = None if epsilon is None else torch.empty_like(y) if keeps_sum else y
+            call(
+                fill(
+                    *(x.data_ptr(), packed.data_ptr(), _address(bias), _address(residual), y.data_ptr()),
+                    *(_address(gamma), _address(beta), _address(normed)),
+                    *(y.numel() // n, n, k, epsilon or 0, code, torch.get_num_threads()),
+                )
+            )
+            return (y, normed) if keeps_sum else y
 
         return native
 
@@ -136,6 +152,10 @@ class Library:
         if not self._attention(ATTENTION.pack(*pointers, _address(bounds), *strides, *of_bias, *sizes, *more)):
             raise MemoryError(f"no memory for the scores of {queries} queries and {keys} keys")
         return output.transpose(1, 2)
+
+
+def _dense(tensor: Any) -> Any:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -192,7 +212,7 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             compiled, linked = Path(folder, "native.o"), Path(folder, "native.so")
             _run(compiler, *flags, "-c", str(SOURCE), "-o", str(compiled))
-            _run(compiler, "-shared", str(compiled), "-o", str(linked), "-lmvec", "-lm")
+            _run(compiler, "-shared", str(compiled), "-o", str(linked), "-lm")
             os.replace(linked, path)  # a reader never sees half a file
     except OSError as error:
         raise NoKernel(f"it cannot be compiled in {path.parent}: {error}") from error
@@ -215,9 +235,10 @@ def _tried(path: Path) -> Library:
         for rows, n, k in ((1, 40, 700), (29, 33, 5)):
             shapes = ((rows, k), (n, k), (n,), (rows, n))
             x, weight, bias, residual = (torch.randn(shape, generator=generator) for shape in shapes)
-            y = made.linear(n, k)(x, made.pack(weight), bias, residual)
+            y, normed = made.linear(n, k, "", 1e-5, keeps_sum=True)(x, made.pack(weight), bias, residual, bias, None)
             exact = F.linear(x.double(), weight.double(), bias.double()) + residual
             _check(y, exact)
+            _check(normed, F.layer_norm(exact, (n,), bias.double()))
             heads = torch.randn(2, rows, 3 * 2, n, generator=generator).transpose(1, 2).split(2, 1)
             _check(made.attention(*heads), F.scaled_dot_product_attention(*(x.double() for x in heads)))
     return made

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from .canonical import argument
-from .linears import PACKED_FOR_ROWS, activation_after, can_be_packed, can_pack_here, fused_in
+from .epilogue import activation_after, fused_in
+from .linears import PACKED_FOR_ROWS, can_be_packed, can_pack_here
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn

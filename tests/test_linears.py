@@ -70,6 +70,93 @@ def test_a_residual_joins_its_linear(turned, kernel, kernels_of_rows, lowered):
     agree(model, run, torch.randn(2, 0, 6), torch.randn(2, 0, 8))
 
 
+KERNELS = ["packed", NATIVE, "by rows"]
+GAMMA, BETA = torch.randn(8), torch.randn(8)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, kernels_of_rows):
+    kernels_of_rows[:] = [request.param] * 6 if request.param != "by rows" else ["F.linear"] * 3 + ["packed"] * 3
+    return {"packed": "normed", "native": "native", "by rows": "linear_by_rows"}[request.param]
+
+
+@pytest.mark.parametrize("affine", [(), ("gamma",), ("gamma", "beta")])
+def test_a_layer_norm_joins_its_linear(affine, kernel, lowered):
+    weights = {"gamma": GAMMA, "beta": BETA}
+    model, run = program(
+        lambda x, r, w, *affine: F.layer_norm(F.linear(x, w) + r, (8,), *affine, eps=1e-3),
+        *(torch.randn(3, 5, 6), torch.randn(3, 5, 8)),
+        w=W,
+        **{name: weights[name] for name in affine},
+    )
+    assert names(lowered) == [kernel]
+    for shape in ((2, 9), (1, 1), (2, 0), (1, 300)):
+        agree(model, run, torch.randn(*shape, 6), torch.randn(*shape, 8))
+
+
+def test_a_sum_that_is_read_besides_its_norm_is_kept(kernel, lowered):
+    def function(x, r, w, gamma, beta):
+        total = r + F.linear(x, w)
+        return total.tanh() + F.layer_norm(total, (8,), gamma, beta) * total
+
+    model, run = program(function, torch.randn(3, 5, 6), torch.randn(3, 5, 8), w=W, gamma=GAMMA, beta=BETA)
+    assert names(lowered) == [kernel, "getitem", "getitem", "tanh", "mul", "add"]
+    agree(model, run, torch.randn(2, 9, 6), torch.randn(2, 9, 8))
+
+
+def test_a_norm_follows_an_activation_too(kernel, lowered):
+    function = lambda x, w, gamma: F.layer_norm(F.gelu(F.linear(x, w)), (8,), gamma)  # noqa: E731
+    model, run = program(function, torch.randn(3, 5, 6), w=W, gamma=GAMMA)
+    assert names(lowered) == [kernel]
+    agree(model, run, torch.randn(2, 9, 6))
+    model.gamma.mul_(2)
+    agree(model, run, torch.randn(2, 9, 6))
+
+
+def test_two_norms_of_one_sum(kernel, lowered):
+    def function(x, w, gamma, beta):
+        y = F.linear(x, w)
+        return F.layer_norm(y, (8,), gamma) + F.layer_norm(y, (8,), beta)
+
+    model, run = program(function, torch.randn(3, 5, 6), w=W, gamma=GAMMA, beta=BETA)
+    assert names(lowered) == [kernel, "getitem", "getitem", "layer_norm", "add"]
+    agree(model, run, torch.randn(2, 9, 6))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, r, w: F.layer_norm(F.linear(x, w), (5, 8)),
+        lambda x, r, w: F.layer_norm(F.linear(x, w), (8,), r[0, 0], r[0, 1]),
+        lambda x, r, w: F.layer_norm(F.linear(x, w)[..., :4], (4,)),
+        lambda x, r, w: F.group_norm(F.linear(x, w), 1),
+    ],
+    ids=["two dims", "by inputs", "of a part", "group"],
+)
+def test_other_norms_stay(function, kernel, lowered):
+    model, run = program(function, torch.randn(3, 5, 6), torch.randn(3, 5, 8), w=W)
+    assert kernel != "normed" or "normed" not in names(lowered)
+    assert len(lowered) > 1
+    agree(model, run, torch.randn(4, 5, 6), torch.randn(4, 5, 8))
+
+
+@pytest.mark.parametrize("precision", [None, Bfloat16, Int8])
+def test_a_bias_that_is_not_contiguous_is_not_taken_for_one(precision, kernel, lowered):
+    """oneDNN 3.11 reads 8 numbers behind the address of this bias."""
+    model = Function(lambda x, w, b: F.linear(x, w, b.expand(8)), w=W, b=B[:1].clone()).eval()
+    run = Program(capture(model, make_call(model, torch.randn(3, 5, 6))).module, {}, Weights(), precision)
+    assert lowered == [F.linear]
+    agree(model, run, torch.randn(2, 9, 6))
+
+
+@pytest.mark.parametrize("kernel_name", ["packed", NATIVE])
+def test_nor_is_one_that_a_call_gives(kernel_name, kernels_of_rows):
+    kernels_of_rows[:] = [kernel_name] * 6
+    model, run = program(lambda x, b, w: F.linear(x, w, b), torch.randn(3, 5, 6), torch.randn(8), w=W)
+    for bias in (torch.randn(8), torch.randn(16)[::2], torch.randn(1).expand(8)):
+        agree(model, run, torch.randn(2, 9, 6), bias)
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -62,6 +62,33 @@ def test_activations_are_torchs(library, activation):
 
 
 @pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_activations_are_as_exact_as_float32_allows_from_end_to_end(library, activation):
+    x = torch.cat([torch.linspace(-100, 100, 40001), torch.linspace(-1, 1, 10001)])[:, None]
+    y = library.linear(1, 1, activation)(x, library.pack(torch.ones(1, 1)), None, None)
+    torch.testing.assert_close(y.double(), TORCHS[activation](x.double()), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("keeps_sum", [False, True])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 1, 3), (7, 33, 500), (16, 64, 8), (300, 20, 40)])
+def test_a_layer_norm_is_torchs(library, rows, n, k, keeps_sum):
+    weight, x = torch.randn(n, k), torch.randn(rows, k)
+    linear, packed = library.linear(n, k, "relu", 1e-3, keeps_sum), library.pack(weight)
+    for gamma, beta in ((None, None), (torch.randn(n), None), (None, torch.randn(n)), (torch.randn(n), torch.randn(n))):
+        found = linear(x, packed, None, None, gamma, beta)
+        total = F.linear(x.double(), weight.double()).relu()
+        normalized = F.layer_norm(total, (n,), *(w.double() if w is not None else None for w in (gamma, beta)), 1e-3)
+        results = zip(found, (total, normalized), strict=True) if keeps_sum else [(found, normalized)]
+        for result, exact in results:
+            torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=2e-5)
+
+
+def test_a_layer_norm_of_large_numbers_close_together_keeps_their_difference(library):
+    x = 1000 + torch.randn(5, 40)
+    y = library.linear(40, 40, "", 1e-5)(x, library.pack(torch.eye(40)), None, None, None, None)
+    torch.testing.assert_close(y.double(), F.layer_norm(x.double(), (40,)), rtol=0, atol=3e-4)  # torch's is off by 1e-4
+
+
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
 def test_what_is_not_finite_is_as_in_torch(library, activation):
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-40, 200.0, -200.0, 3e38, -3e38])[:, None]
     weight = torch.ones(20, 1)
@@ -88,6 +115,8 @@ def test_shapes_and_strides_are_those_of_linear(library):
     compare(library, torch.randn(5, 20)[:, ::2], weight, bias)
     compare(library, torch.randn(10, 5).t(), weight, bias, torch.randn(24, 5).t())
     compare(library, torch.randn(1, 10).expand(7, 10), weight, bias, torch.randn(1, 24).expand(7, 24))
+    compare(library, torch.randn(3, 10), weight, torch.randn(1).expand(24))
+    compare(library, torch.randn(3, 10), weight, torch.randn(48)[::2])
 
 
 def test_shapes_that_do_not_fit_are_an_error(library):

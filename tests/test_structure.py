@@ -52,6 +52,7 @@ ROOMS = [
     "spill",
     "weights",
     "native",
+    "epilogue",
     "linears",
     "once",
     "attend",
