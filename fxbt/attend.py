@@ -122,6 +122,10 @@ class Attend:
         self._one, self._several = one, several
         self.__name__ = "attend"  # fx names nodes by it
 
+    def is_by(self, kernel: Kernel) -> bool:
+        """Whether this kernel was chosen for all lengths."""
+        return all(chosen == kernel for chosen in (*self._one, *self._several))
+
     def __call__(
         self,
         query: Tensor,

@@ -17,6 +17,7 @@ from torch import fx
 from .attend import attend_fast
 from .branches import assert_now
 from .canonical import attribute
+from .heads import attend_projections
 from .linears import choose_linears
 from .memory import peak_bytes
 from .once import look_up_once, make_masks_once, split_heads_once
@@ -140,6 +141,7 @@ class Program:
         attend_fast(graph, weights.tuner)
         make_masks_once(graph)
         split_heads_once(graph)
+        attend_projections(graph)
         self.kernels = weights.tuner.answers
         self._places = weights.add(module, graph, constant)
         self._derived = weights if self._places else None

@@ -134,11 +134,69 @@ class Library:
         if key.shape != (batch, key_heads, keys, head_dim) or len(value) != batch or heads % key_heads:
             raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}")
         output = query.new_empty((batch, queries, heads, value_dim))
-        of_output = (queries * heads * value_dim, value_dim, heads * value_dim)
-        scale = 1 / math.sqrt(head_dim) if scale is None else scale
-        strides = (*of_query[:3], *of_key[:3], *of_value[:3], *of_output)
+        self._attend(
+            (query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr()),
+            (of_query, of_key, of_value, (queries * heads * value_dim, value_dim, heads * value_dim)),
+            (batch, heads, key_heads, queries, keys, head_dim, value_dim),
+            *(bias, is_causal, scale, bounds, longest),
+        )
+        return output.transpose(1, 2)
+
+    def attention_of(
+        self, heads: tuple[int, int, int], starts: tuple[int, int, int], head_dim: int
+    ) -> Callable[..., Tensor]:
+        """`attention` of a projection: (projection, bias, is_causal, scale, bounds, longest) -> the heads' results.
+
+        `projection` is (batch, seq, all heads * head_dim), of which queries, keys and values are so many `heads` from
+        these `starts` on; the result is (batch, seq, query heads * head_dim).
+        """
+        query_heads, key_heads, value_heads = heads
+        if key_heads != value_heads or query_heads % key_heads:
+            raise ValueError(f"{query_heads} query heads, {key_heads} key heads, {value_heads} value heads")
+        least_width = head_dim * max(start + count for start, count in zip(starts, heads, strict=True))
+        places = [start * head_dim * torch.float32.itemsize for start in starts]
+
+        def native_attention(
+            projection: Tensor,
+            bias: Tensor | None = None,
+            is_causal: bool = False,
+            scale: float | None = None,
+            bounds: Tensor | None = None,
+            longest: int = 0,
+        ) -> Tensor:
+            projection = projection.contiguous()
+            batch, tokens, width = projection.shape
+            if width < least_width:
+                raise ValueError(f"a projection {tuple(projection.shape)} of {heads} heads of {head_dim} from {starts}")
+            output = projection.new_empty((batch, tokens, query_heads * head_dim))
+            along, along_output = (tokens * width, head_dim, width), (*output.stride()[:1], head_dim, output.shape[2])
+            first = projection.data_ptr()
+            self._attend(
+                (*(first + place for place in places), output.data_ptr()),
+                (along, along, along, along_output),
+                (batch, query_heads, key_heads, tokens, tokens, head_dim, head_dim),
+                *(bias, is_causal, scale, bounds, longest),
+            )
+            return output
+
+        return native_attention
+
+    def _attend(
+        self,
+        pointers: tuple[int, ...],
+        strides: tuple[tuple[int, ...], ...],
+        sizes: tuple[int, ...],
+        bias: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        bounds: Tensor | None,
+        longest: int,
+    ) -> None:
+        """Calls the kernel for query, key, value and output, whose `strides` are from sequence, head and token on."""
+        batch, heads, key_heads, queries, keys, head_dim, value_dim = sizes
+        each = [stride for of in strides for stride in of[:3]]
         if bounds is not None:
-            strides = (0, *of_query[1:3], 0, *of_key[1:3], 0, *of_value[1:3], 0, *of_output[1:])
+            each[::3] = (0, 0, 0, 0)
             batch, queries, keys = len(bounds) - 1, longest, longest
         of_bias = [0, 0, 0, 0]
         if bias is not None:
@@ -146,12 +204,15 @@ class Library:
                 raise ValueError(f"a bias {tuple(bias.shape)} on scores {(batch, heads, queries, keys)}")
             bias = bias.contiguous()
             of_bias = [0 if n == 1 else along for n, along in zip(bias.shape, bias.stride(), strict=True)]
-        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), _address(bias), output.data_ptr())
-        sizes = (batch, heads, heads // key_heads, queries, keys, head_dim, value_dim)
-        more = (scale, is_causal, torch.get_num_threads())
-        if not self._attention(ATTENTION.pack(*pointers, _address(bounds), *strides, *of_bias, *sizes, *more)):
+        scale = 1 / math.sqrt(head_dim) if scale is None else scale
+        *inputs, output = pointers
+        call = ATTENTION.pack(
+            *(*inputs, _address(bias), output, _address(bounds), *each, *of_bias),
+            *(batch, heads, heads // key_heads, queries, keys, head_dim, value_dim),
+            *(scale, is_causal, torch.get_num_threads()),
+        )
+        if not self._attention(call):
             raise MemoryError(f"no memory for the scores of {queries} queries and {keys} keys")
-        return output.transpose(1, 2)
 
 
 def _dense(tensor: Any) -> Any:
@@ -240,7 +301,10 @@ def _tried(path: Path) -> Library:
             _check(y, exact)
             _check(normed, F.layer_norm(exact, (n,), bias.double()))
             heads = torch.randn(2, rows, 3 * 2, n, generator=generator).transpose(1, 2).split(2, 1)
-            _check(made.attention(*heads), F.scaled_dot_product_attention(*(x.double() for x in heads)))
+            exact = F.scaled_dot_product_attention(*(x.double() for x in heads))
+            _check(made.attention(*heads), exact)
+            side_by_side = torch.cat(heads, 1).transpose(1, 2).flatten(2)
+            _check(made.attention_of((2, 2, 2), (0, 2, 4), n)(side_by_side), exact.transpose(1, 2).flatten(2))
     return made
 
 

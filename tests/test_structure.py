@@ -56,6 +56,7 @@ ROOMS = [
     "linears",
     "once",
     "attend",
+    "heads",
     "precision",
     "memory",
     "lower",

@@ -1,0 +1,129 @@
+"""Attention read from a projection and written as one: which forms it takes, and that the numbers stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tracing import agree, by_native, program
+
+import fxbt.tune
+from fxbt import attend, native
+
+pytestmark = by_native
+
+
+@pytest.fixture(autouse=True)
+def by_our_own(monkeypatch):
+    """Our own kernel for all lengths, and torch's for linears."""
+    monkeypatch.setattr(
+        fxbt.tune.Tuner,
+        "choose",
+        lambda self, contest: (
+            (contest.names.index("native") if contest.key.startswith("attention") else 0,) * len(contest.sizes)
+        ),
+    )
+    with torch.no_grad():
+        yield
+
+
+def names(targets):
+    return [target.__name__ for target in targets]
+
+
+def attention(x, w, *, order=(0, 1, 2), mask=None, is_causal=False, scale=None, merge=None):
+    parts = F.linear(x, w).split((8, 8, 8), -1)
+    query, key, value = (parts[place].view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2) for place in order)
+    attended = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
+    return (merge or (lambda y: y.transpose(1, 2).reshape(x.shape[0], x.shape[1], 8)))(attended)
+
+
+X, W = torch.randn(2, 5, 6), torch.randn(24, 6)
+SHAPES = ((2, 5), (1, 1), (3, 40), (1, 300), (2, 0), (0, 4))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"order": (2, 0, 1)}, {"order": (1, 1, 0)}]
+)
+def test_a_projection_is_read_as_it_stands(options, lowered):
+    model, run = program(lambda x, w: attention(x, w, **options), X, w=W)
+    assert names(lowered) == ["linear", "attend_projection"]
+    for shape in SHAPES:
+        agree(model, run, torch.randn(*shape, 6))
+
+
+def test_a_mask_is_added_and_one_that_blocks_a_row_is_torchs(lowered):
+    model, run = program(lambda x, mask, w: attention(x, w, mask=mask), X, torch.ones(2, 1, 5, 5).bool(), w=W)
+    assert names(lowered)[-1] == "attend_projection"
+    for allowed in (1.0, 0.7, 0.1):
+        agree(model, run, torch.randn(2, 5, 6), torch.rand(2, 1, 5, 5) < allowed)
+
+
+def test_weights_may_change(lowered):
+    model, run = program(lambda x, w: attention(x, w), X, w=W.clone())
+    agree(model, run, X)
+    model.w.mul_(2)
+    agree(model, run, X)
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        lambda y: y.transpose(1, 2).reshape(y.shape[0], -1),
+        lambda y: y.permute(2, 0, 1, 3).reshape(y.shape[2], y.shape[0], 8),
+        lambda y: y.reshape(y.shape[0], y.shape[2], 8),
+        lambda y: y.transpose(1, 2).reshape(y.shape[0], y.shape[2], 8).sum() + y.sum(),
+        lambda y: y,
+    ],
+    ids=["all in one", "tokens first", "across heads", "read twice", "apart"],
+)
+def test_heads_that_are_merged_otherwise_are_views(merge, lowered):
+    model, run = program(lambda x, w: attention(x, w, merge=merge), X, w=W)
+    assert "attend_projection" not in names(lowered) and "attend" in names(lowered)
+    for shape in ((2, 5), (3, 7), (1, 1)):
+        agree(model, run, torch.randn(*shape, 6))
+
+
+def test_heads_of_two_projections_are_views(lowered):
+    def function(x, w, other):
+        def heads(w):
+            parts = F.linear(x, w).split((8, 8), -1)
+            return [part.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2) for part in parts]
+
+        (query, key), (value, gate) = heads(w), heads(other)
+        attended = F.scaled_dot_product_attention(query, key, value) * gate
+        return attended.transpose(1, 2).reshape(x.shape[0], x.shape[1], 8)
+
+    model, run = program(function, X, w=W[:16], other=torch.randn(16, 6))
+    assert "attend_projection" not in names(lowered) and "attend" in names(lowered)
+    agree(model, run, torch.randn(3, 7, 6))
+
+
+def test_lengths_for_another_kernel_keep_the_views(monkeypatch, lowered):
+    def choose(self, contest):
+        answer = [0] * len(contest.sizes)
+        if contest.key.startswith("attention"):
+            answer[:2] = [contest.names.index("native")] * 2
+        return tuple(answer)
+
+    monkeypatch.setattr(fxbt.tune.Tuner, "choose", choose)
+    model, run = program(lambda x, w: attention(x, w), X, w=W)
+    assert "attend_projection" not in names(lowered) and "attend" in names(lowered)
+    agree(model, run, torch.randn(2, 300, 6))
+
+
+def test_a_projection_that_does_not_hold_the_heads_is_an_error():
+    library = native.library()
+    assert library is not None
+    run = library.attention_of((2, 2, 2), (0, 2, 4), 4)
+    with pytest.raises(ValueError, match="6 heads|heads of 4"):
+        run(torch.randn(2, 5, 20))
+    with pytest.raises(ValueError, match="key heads"):
+        library.attention_of((3, 2, 2), (0, 3, 5), 4)
+
+
+def test_the_forms_that_are_read_are_those_of_attend():
+    call = attend.Attend([None] * 6, [None] * 6)
+    library = native.library()
+    assert library is not None and not call.is_by(library.attention)
+    assert attend.Attend([library.attention] * 6, [library.attention] * 6).is_by(library.attention)
