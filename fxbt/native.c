@@ -17,7 +17,8 @@
 #endif
 #define PANEL (2 * LANES)
 #define DEPTH (6144 / PANEL) // 24 KB of a panel, which the first cache holds beside a tile's rows of x
-#define AHEAD (16 * PANEL)   // of the weights that are fetched while these are multiplied
+#define AHEAD (16 * PANEL)   // of a panel, that are fetched while these are multiplied
+#define FEW_TILES 8          // where no more share a panel, it is waited for: the next one is fetched meanwhile
 #define MOST_ROWS 256        // of x: DEPTH of each stay in the second cache while the panels pass
 #define PIECES 6 // of the work for each thread: one that the system takes a processor from gets fewer
 #define WORTH_THREADS 65536  // products: below, waking other threads takes longer
@@ -72,15 +73,17 @@ static inline void store(float *to, vector value, int64_t count) {
     else if (count > 0) memcpy(to, &value, count * sizeof(float));
 }
 
-// to[rows, PANEL] = x[rows, depth] panel[depth, PANEL], where rows stand `stride` and `width` apart.
+// to[rows, PANEL] = x[rows, depth] panel[depth, PANEL], where rows stand `stride` and `width` apart. Meanwhile `next`
+// is fetched, `step` for each row of the panel; where it is NULL, more of the panel.
 static inline __attribute__((always_inline)) void tile(
-    int rows, float *to, int64_t width, const float *x, int64_t stride, int64_t depth, const float *panel) {
+    int rows, float *to, int64_t width, const float *x, int64_t stride, int64_t depth, const float *panel,
+    const float *next, int64_t step) {
     vector sums[ROWS][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = (vector){0};
     for (int64_t j = 0; j < depth; j++, panel += PANEL) {
         vector left = *(const vector *)panel, right = *(const vector *)(panel + LANES);
-        for (int i = 0; i < PANEL; i += 16) __builtin_prefetch(panel + AHEAD + i);
+        for (int i = 0; i < PANEL; i += 16) __builtin_prefetch((next ? next + j * step : panel + AHEAD) + i);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
             float factor = x[i * stride + j];
@@ -97,13 +100,20 @@ static inline __attribute__((always_inline)) void tile(
 
 // The same for a number of rows up to ROWS that the compiler does not know.
 static void multiply(
-    int64_t rows, float *to, int64_t width, const float *x, int64_t stride, int64_t depth, const float *panel) {
-    switch (rows) {
+    int64_t rows, float *to, int64_t width, const float *x, int64_t stride, int64_t depth, const float *panel,
+    const float *next, int64_t step) {
+    switch (next ? rows + ROWS : rows) {
 #define CASE(count)                                                                                                    \
     case count:                                                                                                        \
-        if (count <= ROWS) tile(count, to, width, x, stride, depth, panel);                                            \
+        if (count <= ROWS) tile(count, to, width, x, stride, depth, panel, NULL, 0);                                   \
+        break;                                                                                                         \
+    case count + ROWS:                                                                                                 \
+        if (count <= ROWS) tile(count, to, width, x, stride, depth, panel, next, step);                                \
         break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if ROWS > 6
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
     }
 }
 
@@ -155,8 +165,8 @@ static void activate(float *sums, int64_t count, int activation) {
     }
 }
 
-// Writes sums to y[row : row + rows, column : column + PANEL]: the first with bias and residual, others added to what is
-// there, the last activated.
+// Writes sums to y[row : row + rows, column : column + PANEL]: the first with bias and residual, others added to what
+// is there, the last activated.
 static void write(const linear *l, float *sums, int64_t rows, int64_t row, int64_t column, int is_first, int is_last) {
     for (int64_t i = 0; i < rows * 2; i++) {
         int64_t start = column + i % 2 * LANES, count = l->n - start, at = (row + i / 2) * l->n + start;
@@ -180,10 +190,13 @@ static void by_panels(const linear *l, int64_t begin, int64_t end, int64_t first
         const float *part = l->packed + from * panels * PANEL;
         for (int64_t panel = first; panel < last; panel++) {
             const float *weights = part + panel * depth * PANEL;
+            int64_t tiles = (end - begin + ROWS - 1) / ROWS, step = (PANEL + tiles - 1) / tiles;
+            const float *next = tiles <= FEW_TILES ? weights + depth * PANEL : NULL;
             for (int64_t row = begin, rows; row < end; row += rows) {
                 float sums[ROWS * PANEL] __attribute__((aligned(64)));
                 rows = next_rows(end - row);
-                multiply(rows, sums, PANEL, l->x + row * l->k + from, l->k, depth, weights);
+                multiply(rows, sums, PANEL, l->x + row * l->k + from, l->k, depth, weights, next, step);
+                if (next) next += step * depth;
                 write(l, sums, rows, row, panel * PANEL, from == 0, from + depth == l->k);
             }
         }
@@ -209,7 +222,7 @@ void fxbt_linear(const linear *l) {
     int64_t panels = (l->n + PANEL - 1) / PANEL, blocks = (l->m + MOST_ROWS - 1) / MOST_ROWS;
     while (panels * blocks < 2 * l->threads && l->m > 2 * ROWS * blocks) blocks++; // something for every thread
     int threads = l->m * l->n * l->k > WORTH_THREADS ? l->threads : 1;
-    int64_t pieces = least(panels, PIECES * threads / blocks + 1); // of each block of rows
+    int64_t pieces = least(panels, (PIECES * threads + blocks - 1) / blocks); // of each block of rows
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(dynamic)
@@ -227,8 +240,8 @@ void fxbt_linear(const linear *l) {
 
 // --- attention -------------------------------------------------------------------------------------------------------
 //
-// softmax(scale Q K^T + bias) V: scores of a tile of queries by all keys stand in a cache, keys and values are copied into
-// panels for each head.
+// softmax(scale Q K^T + bias) V: scores of a tile of queries by all keys stand in a cache, keys and values are copied
+// into panels for each head.
 
 typedef struct {
     int64_t sequence, head, token; // floats from one to the next
@@ -281,8 +294,8 @@ static void pack_values(float *to, const float *from, int64_t token, int64_t tok
     }
 }
 
-// Makes scores of products in place, then exp(score - largest), 0 behind the last key up to `width`, a multiple of LANES;
-// returns 1 / their sum, 0 where all are blocked.
+// Makes scores of products in place, then exp(score - largest), 0 behind the last key up to `width`, a multiple of
+// LANES; returns 1 / their sum, 0 where all are blocked.
 static float soften(float *scores, int64_t keys, int64_t width, float scale, const float *bias, int64_t bias_key) {
     float largest = -INFINITY, sum = 0, same = bias && !bias_key ? *bias : 0;
     if (bias && bias_key) {
@@ -314,7 +327,8 @@ static void attend_tile(const attention *a, const head *h, int64_t row, int64_t 
     int64_t seen = a->is_causal ? least(h->keys, row + rows) : h->keys;
     for (int64_t key = 0; key < seen; key += PANEL)
         multiply(
-            rows, h->scores + key, h->width, query, a->of_query.token, a->head_dim, h->keys_packed + key * a->head_dim);
+            rows, h->scores + key, h->width, query, a->of_query.token, a->head_dim, h->keys_packed + key * a->head_dim,
+            NULL, 0);
     for (int64_t i = 0; i < rows; i++) {
         int64_t keys = a->is_causal ? least(seen, row + i + 1) : seen;
         float *scores = h->scores + i * h->width;
@@ -322,7 +336,7 @@ static void attend_tile(const attention *a, const head *h, int64_t row, int64_t 
         inverse[i] = soften(scores, keys, up_to_panels(seen), a->scale, bias, a->bias_key);
     }
     for (int64_t dim = 0; dim < a->value_dim; dim += PANEL) {
-        multiply(rows, sums, PANEL, h->scores, h->width, seen, h->values_packed + dim * h->keys);
+        multiply(rows, sums, PANEL, h->scores, h->width, seen, h->values_packed + dim * h->keys, NULL, 0);
         for (int64_t i = 0; i < rows * 2; i++) {
             int64_t start = dim + i % 2 * LANES;
             float *output = h->output + (row + i / 2) * a->of_output.token + start;
@@ -356,8 +370,8 @@ static void attend(
     }
 }
 
-// Sequences of so many queries and keys, or, with bounds, sequences that stand side by side: tokens from each bound to the
-// next attend to each other; strides from one sequence to the next are 0, and no sequence is longer than `queries`.
+// Sequences of so many queries and keys, or, with bounds, sequences that stand side by side: tokens from each bound to
+// the next attend to each other; strides from one sequence to the next are 0, and none is longer than `queries`.
 // Returns whether there was memory for it.
 int fxbt_attention(const attention *a) {
     int64_t all = a->sequences * a->heads, pieces = 1, failed = 0;
@@ -368,7 +382,7 @@ int fxbt_attention(const attention *a) {
     {
         float *own = aligned_alloc(64, (space / 16 + 1) * 64);
 #pragma omp for schedule(dynamic) reduction(+ : failed)
-        for (int64_t i = all * pieces - 1; i >= 0; i--) { // packed sequences stand shortest first, and long ones go first
+        for (int64_t i = all * pieces - 1; i >= 0; i--) { // packed ones stand shortest first: long ones go first
             int64_t piece = i % pieces, index = i / pieces % a->heads, sequence = i / pieces / a->heads;
             int64_t first = a->bounds ? a->bounds[sequence] : 0;
             int64_t queries = a->bounds ? a->bounds[sequence + 1] - first : a->queries;

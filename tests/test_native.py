@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -35,6 +37,17 @@ def library(request, tmp_path_factory):
         patch.setenv("FXBT_CACHE_DIR", str(tmp_path_factory.mktemp("tiles")))
         patch.setitem(native.OF_CAPABILITY, capability, flags)
         yield native._made()
+
+
+def test_they_are_to_be_had_where_a_compiler_and_the_instructions_are():
+    """Otherwise the tests of the kernels would be skipped where native.c is broken."""
+    if torch.backends.cpu.get_cpu_capability() not in native.OF_CAPABILITY:
+        pytest.skip(f"torch runs {torch.backends.cpu.get_cpu_capability()} code here")
+    if not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")):
+        pytest.skip("no C compiler")
+    if os.environ.get("FXBT_NATIVE") == "0":
+        pytest.skip("FXBT_NATIVE=0")
+    assert native.obstacle() is None
 
 
 def compare(library, x, weight, bias=None, residual=None, activation=""):
