@@ -24,7 +24,7 @@ ROWS = (1, 4, 16, 64, 256, 1024)  # rows of x that linears are measured at
 UP_TO = (2, 8, 32, 128, 512)
 PACKED_FOR_ROWS = 128  # the layout is the same for 16 to 1024 rows, and no slower for one
 MOST_OPERATIONS = 5e9  # of one call that is measured
-COLD_BYTES = 32 * 2**20  # of copies of a weight: a model's weights come from memory, not from a cache
+COLD_BYTES = 16 * 2**20  # of copies of a weight: a model's weights come from memory, not from a cache
 # Without measurements: with AVX-512, packed weights were 1.2 to 1.9 times as fast from 16 rows on; calling the packed
 # kernel takes some 15 us, F.linear 3, which smaller weights than this do not win back.
 PACKED_FROM_ELEMENTS = 256 * 256
