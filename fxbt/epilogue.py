@@ -90,8 +90,8 @@ class Epilogue:
         graph, last = result.graph, self.chain[-1]
         result.meta = dict(last.meta)
         for weight in self.affine:
-            if weight is not None:
-                last.prepend(weight)  # a weight may be fetched only where the norm was
+            if weight is not None and last < weight:
+                last.prepend(weight)  # it was fetched only where the norm was
         if self.norm is not None and self.norm.keeps_sum:
             with graph.inserting_after(result):
                 normalized = graph.call_function(operator.getitem, (result, 1))

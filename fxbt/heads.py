@@ -66,7 +66,7 @@ def _projection_of(attention: fx.Node) -> tuple[fx.Node, Heads] | None:
     sizes, places = split.args[1], [item.args[1] for item in items]
     query, key, value = (sizes[place] for place in places)
     starts = tuple(sum(sizes[:place]) for place in places)
-    return whole.args[0], Heads((query, key, value), starts, whole.args[2][1])
+    return whole.args[0], Heads((query, key, value), starts, int(items[0].meta["val"].shape[3]))
 
 
 def _merged(attention: fx.Node) -> fx.Node | None:

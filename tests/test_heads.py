@@ -59,6 +59,17 @@ def test_a_mask_is_added_and_one_that_blocks_a_row_is_torchs(lowered):
         agree(model, run, torch.randn(2, 5, 6), torch.rand(2, 1, 5, 5) < allowed)
 
 
+@pytest.mark.parametrize("sizes", [(6, 4), (-1, 4), (6, -1)])
+def test_heads_may_be_split_by_the_model_as_fxbt_does(sizes, lowered):
+    def function(x, w):
+        heads = F.linear(x, w).unflatten(2, sizes).transpose(1, 2).split_with_sizes((2, 2, 2), 1)
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+    model, run = program(function, X, w=W)
+    assert names(lowered)[-1] == "attend_projection"
+    agree(model, run, torch.randn(3, 7, 6))
+
+
 def test_weights_may_change(lowered):
     model, run = program(lambda x, w: attention(x, w), X, w=W.clone())
     agree(model, run, X)

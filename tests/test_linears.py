@@ -123,6 +123,17 @@ def test_two_norms_of_one_sum(kernel, lowered):
     agree(model, run, torch.randn(2, 9, 6))
 
 
+def test_layers_may_share_a_norm(kernel, lowered):
+    def function(x, w, back, gamma):
+        for _ in range(3):
+            x = F.linear(F.layer_norm(F.linear(x, w), (8,), gamma), back)
+        return x
+
+    model, run = program(function, torch.randn(3, 5, 6), w=W, back=torch.randn(6, 8), gamma=GAMMA)
+    assert names(lowered).count(kernel) >= 3 and "layer_norm" not in names(lowered)
+    agree(model, run, torch.randn(2, 9, 6))
+
+
 @pytest.mark.parametrize(
     "function",
     [
