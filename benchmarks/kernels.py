@@ -12,7 +12,8 @@ from tabulate import tabulate
 
 from fxbt import native
 from fxbt.attend import attentions
-from fxbt.linears import Activation, linears
+from fxbt.epilogue import Activation
+from fxbt.linears import linears
 from fxbt.tune import Contest, in_turns
 
 SECONDS, MOST_TURNS = 1.0, 10**6  # for each size
