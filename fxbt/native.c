@@ -168,14 +168,18 @@ static void activate(float *sums, int64_t count, int activation) {
 // Writes sums to y[row : row + rows, column : column + PANEL]: the first with bias and residual, others added to what
 // is there, the last activated.
 static void write(const linear *l, float *sums, int64_t rows, int64_t row, int64_t column, int is_first, int is_last) {
+    int activates = is_last && l->activation != NONE;
     for (int64_t i = 0; i < rows * 2; i++) {
         int64_t start = column + i % 2 * LANES, count = l->n - start, at = (row + i / 2) * l->n + start;
-        vector *sum = (vector *)(sums + i * LANES);
-        if (!is_first) *sum += load(l->y + at, count);
-        if (is_first && l->bias) *sum += load(l->bias + start, count);
-        if (is_first && l->residual) *sum += load(l->residual + at, count);
+        vector sum = *(vector *)(sums + i * LANES);
+        if (!is_first) sum += load(l->y + at, count);
+        if (is_first && l->bias) sum += load(l->bias + start, count);
+        if (is_first && l->residual) sum += load(l->residual + at, count);
+        if (activates) *(vector *)(sums + i * LANES) = sum;
+        else store(l->y + at, sum, count); // a second pass over the sums would cost 5 % of a large product
     }
-    if (is_last) activate(sums, rows * PANEL, l->activation);
+    if (!activates) return;
+    activate(sums, rows * PANEL, l->activation);
     for (int64_t i = 0; i < rows * 2; i++) {
         int64_t start = column + i % 2 * LANES;
         store(l->y + (row + i / 2) * l->n + start, *(vector *)(sums + i * LANES), l->n - start);

@@ -32,15 +32,15 @@ except ImportError:  # Windows
 
 logger = logging.getLogger("fxbt")
 
-FORMAT = 6  # of the files; another one is ignored. A change of what is measured (native.c, say) makes a new one
+FORMAT = 7  # of the files; another one is ignored. A change of what is measured (native.c, say) makes a new one
 BUDGET_SECONDS = 2.0  # for the shapes of one model
 LEAST_TURNS, TURNS_SECONDS, DOUBTFUL_SECONDS = 3, 0.02, 0.06
 LEAST_RACES, RACES, RACE_SECONDS = 3, 5, 0.5
 CLEARLY = 0.97  # of another's time
 STEADY = 1.5  # median / shortest turn: on a quiet machine at most 1.26, beside a busy process 2 to 800
-# Where more programs run than there are processors, each call may lose one of them, and all are equally slow: then 1 to
-# 2 a call, on a quiet machine at most 1 in 10.
-TAKEN_PER_CALL = 0.25
+# Where more programs run than there are processors, each call may lose one of them, and all are equally slow: then about
+# 2 a call of 8 ms, on a quiet machine less than 1, and fewer in shorter ones.
+TAKEN_PER_CALL = 1
 ATTEMPTS = 2
 
 Times = dict[str, list[float]]  # kernel -> microseconds for each of the sizes
