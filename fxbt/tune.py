@@ -38,8 +38,8 @@ LEAST_TURNS, TURNS_SECONDS, DOUBTFUL_SECONDS = 3, 0.02, 0.06
 LEAST_RACES, RACES, RACE_SECONDS = 3, 5, 0.5
 CLEARLY = 0.97  # of another's time
 STEADY = 1.5  # median / shortest turn: on a quiet machine at most 1.26, beside a busy process 2 to 800
-# Where more programs run than there are processors, each call may lose one of them, and all are equally slow: then about
-# 2 a call of 8 ms, on a quiet machine less than 1, and fewer in shorter ones.
+# Where more programs run than there are processors, each call may lose one of them, and all are equally slow: then
+# about 2 a call, which takes 8 ms; on a quiet machine less than 1 in calls as long, and fewer in shorter ones.
 TAKEN_PER_CALL = 1
 ATTEMPTS = 2
 
