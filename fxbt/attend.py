@@ -53,16 +53,16 @@ def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
         )
         if not any(one + several):
             continue
-        library = native.library()
+        attend, library = Attend(one, several), native.library()
         has_no_bias = node.target is packed.attention and not node.args[4]
-        if has_no_bias and library and set(one + several) == {library.attention}:
+        if has_no_bias and library and attend.is_by(library.attention):
             node.target = PackedAtOnce(library)
             continue
         _read_mask(graph, node, read)
         if node.target is SDPA:
-            node.target = Attend(one, several)
+            node.target = attend
         else:
-            node.kwargs = {**node.kwargs, "attend": Attend(one, several)}
+            node.kwargs = {**node.kwargs, "attend": attend}
 
 
 def _read_mask(graph: fx.Graph, attention: fx.Node, read: dict[fx.Node, fx.Node]) -> None:
@@ -115,6 +115,12 @@ class Mask:
         return [cls.of(mask) for mask in masks]
 
 
+def is_for_sdpa(attn_mask: Mask | None, dropout_p: float, *operands: Tensor) -> bool:
+    """Whether no other kernel computes such an attention: its mask is no addend, it drops out, or it is empty."""
+    is_masked_otherwise = attn_mask is not None and attn_mask.bias is None
+    return is_masked_otherwise or bool(dropout_p) or not all(operand.numel() for operand in operands)
+
+
 class Attend:
     """`scaled_dot_product_attention` by the kernel that was chosen for the length of one sequence, or of several."""
 
@@ -139,8 +145,7 @@ class Attend:
     ) -> Tensor:
         kernel = (self._one if len(key) == 1 else self._several)[bucket_of(key.shape[2], UP_TO)]
         mask, bias = (attn_mask.mask, attn_mask.bias) if attn_mask else (None, None)
-        is_masked_otherwise = mask is not None and bias is None
-        if kernel is None or is_masked_otherwise or dropout_p or not query.numel() or not key.numel():
+        if kernel is None or is_for_sdpa(attn_mask, dropout_p, query, key):
             return F.scaled_dot_product_attention(
                 query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )

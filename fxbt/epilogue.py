@@ -6,7 +6,7 @@ import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -50,8 +50,7 @@ def fused_in(activation: Activation | None) -> tuple[str, list[Any], str]:
     return ("none", [], "") if activation is None else (activation.name, [], activation.algorithm)
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """A layer norm over the features of a linear's result; if `keeps_sum`, what it is of is a result too."""
 
     epsilon: float

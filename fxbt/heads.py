@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from . import native, packed
-from .attend import Attend, Mask, PackedAtOnce
+from .attend import Attend, Mask, PackedAtOnce, is_for_sdpa
 from .axes import PERMUTES, RESHAPES, permutation, sizes_of
 from .canonical import only_user
 
@@ -37,8 +37,9 @@ def attend_projections(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         attend = node.target
         is_native = isinstance(attend, PackedAtOnce) or isinstance(attend, Attend) and attend.is_by(library.attention)
-        merged = _merged(node) if is_native else None
-        found = _projection_of(node) if merged is not None else None
+        if not is_native:
+            continue
+        merged, found = _merged(node), _projection_of(node)
         if merged is None or found is None:
             continue
         projection, heads = found
@@ -96,13 +97,11 @@ class Projection:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        bias = attn_mask.bias if attn_mask else None
-        is_masked_otherwise = attn_mask is not None and bias is None
-        if is_masked_otherwise or dropout_p or not projection.numel():
+        if is_for_sdpa(attn_mask, dropout_p, projection):
             query, key, value = self._heads.of(projection)
             attended = self._attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             return attended.transpose(1, 2).flatten(2)
-        return self._run(projection, bias, is_causal, scale)
+        return self._run(projection, attn_mask.bias if attn_mask else None, is_causal, scale)
 
 
 class PackedProjection:

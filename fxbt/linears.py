@@ -53,8 +53,7 @@ def linear_kernels(n: int, k: int, activation: Activation | None, norm: Norm | N
         torchs = {name: Kernel(_normed(kernel.run, n, norm), kernel.pack) for name, kernel in torchs.items()}
     if (library := native.library()) is None:
         return torchs
-    known_as = activation.known_as if activation else ""
-    own = library.linear(n, k, known_as, norm.epsilon, norm.keeps_sum) if norm else library.linear(n, k, known_as)
+    own = library.linear(n, k, activation.known_as if activation else "", *(norm or ()))
     return {**torchs, "native": Kernel(own, library.pack)}
 
 

@@ -117,13 +117,14 @@ static void multiply(
     }
 }
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 // Of `left` rows, those of the next tile: as even as it goes, as few rows read a panel as slowly as many.
 static inline int64_t next_rows(int64_t left) {
-    int64_t tiles = (left + ROWS - 1) / ROWS;
-    return (left + tiles - 1) / tiles;
+    return parts(left, parts(left, ROWS));
 }
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // --- linears ---------------------------------------------------------------------------------------------------------
 //
@@ -188,13 +189,12 @@ static void write(const linear *l, float *sums, int64_t rows, int64_t row, int64
 
 // The rows from `begin` to `end` by the panels from `first` to `last`.
 static void by_panels(const linear *l, int64_t begin, int64_t end, int64_t first, int64_t last) {
-    int64_t panels = (l->n + PANEL - 1) / PANEL;
+    int64_t panels = parts(l->n, PANEL), tiles = parts(end - begin, ROWS), step = parts(PANEL, tiles);
     for (int64_t from = 0; from < l->k; from += DEPTH) {
         int64_t depth = least(l->k - from, DEPTH);
         const float *part = l->packed + from * panels * PANEL;
         for (int64_t panel = first; panel < last; panel++) {
             const float *weights = part + panel * depth * PANEL;
-            int64_t tiles = (end - begin + ROWS - 1) / ROWS, step = (PANEL + tiles - 1) / tiles;
             const float *next = tiles <= FEW_TILES ? weights + depth * PANEL : NULL;
             for (int64_t row = begin, rows; row < end; row += rows) {
                 float sums[ROWS * PANEL] __attribute__((aligned(64)));
@@ -223,10 +223,10 @@ static void normalize(const linear *l, int64_t row) {
 
 void fxbt_linear(const linear *l) {
     if (l->m == 0) return;
-    int64_t panels = (l->n + PANEL - 1) / PANEL, blocks = (l->m + MOST_ROWS - 1) / MOST_ROWS;
+    int64_t panels = parts(l->n, PANEL), blocks = parts(l->m, MOST_ROWS);
     while (panels * blocks < 2 * l->threads && l->m > 2 * ROWS * blocks) blocks++; // something for every thread
     int threads = l->m * l->n * l->k > WORTH_THREADS ? l->threads : 1;
-    int64_t pieces = least(panels, (PIECES * threads + blocks - 1) / blocks); // of each block of rows
+    int64_t pieces = least(panels, parts(PIECES * threads, blocks)); // of each block of rows
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(dynamic)
@@ -252,8 +252,9 @@ typedef struct {
 } strides;
 
 typedef struct { // native.ATTENTION
-    const float *query, *key, *value, *bias; // no bias: NULL
+    const float *query, *key, *value;
     float *output;
+    const float *bias;     // or NULL
     const int32_t *bounds; // [sequences + 1] or NULL
     strides of_query, of_key, of_value, of_output, of_bias;
     int64_t bias_key; // 1, or 0 if a query adds the same to all keys
@@ -273,7 +274,7 @@ typedef struct {
     int64_t keys, width; // of a row of scores
 } head;
 
-static int64_t up_to_panels(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
+static int64_t up_to_panels(int64_t count) { return parts(count, PANEL) * PANEL; }
 
 // to[panel, depth, PANEL] = from[token = panel, depth], with zeros behind the last token
 static void pack_keys(float *to, const float *from, int64_t token, int64_t tokens, int64_t depth) {
@@ -302,7 +303,7 @@ static void pack_values(float *to, const float *from, int64_t token, int64_t tok
 // LANES; returns 1 / their sum, 0 where all are blocked.
 static float soften(float *scores, int64_t keys, int64_t width, float scale, const float *bias, int64_t bias_key) {
     float largest = -INFINITY, sum = 0, same = bias && !bias_key ? *bias : 0;
-    if (bias && bias_key) {
+    if (bias && bias_key) { // a loop for both would make attention take a third longer
 #pragma omp simd reduction(max : largest)
         for (int64_t j = 0; j < keys; j++) {
             scores[j] = scores[j] * scale + bias[j];

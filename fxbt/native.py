@@ -154,28 +154,22 @@ class Library:
         if key_heads != value_heads or query_heads % key_heads:
             raise ValueError(f"{query_heads} query heads, {key_heads} key heads, {value_heads} value heads")
         least_width = head_dim * max(start + count for start, count in zip(starts, heads, strict=True))
+        output_width = query_heads * head_dim
         places = [start * head_dim * torch.float32.itemsize for start in starts]
 
-        def native_attention(
-            projection: Tensor,
-            bias: Tensor | None = None,
-            is_causal: bool = False,
-            scale: float | None = None,
-            bounds: Tensor | None = None,
-            longest: int = 0,
-        ) -> Tensor:
+        def native_attention(projection: Tensor, *options: Any) -> Tensor:
             projection = projection.contiguous()
             batch, tokens, width = projection.shape
             if width < least_width:
                 raise ValueError(f"a projection {tuple(projection.shape)} of {heads} heads of {head_dim} from {starts}")
-            output = projection.new_empty((batch, tokens, query_heads * head_dim))
-            along, along_output = (tokens * width, head_dim, width), (*output.stride()[:1], head_dim, output.shape[2])
+            output = projection.new_empty((batch, tokens, output_width))
+            along, along_output = ((tokens * each, head_dim, each) for each in (width, output_width))
             first = projection.data_ptr()
             self._attend(
                 (*(first + place for place in places), output.data_ptr()),
                 (along, along, along, along_output),
                 (batch, query_heads, key_heads, tokens, tokens, head_dim, head_dim),
-                *(bias, is_causal, scale, bounds, longest),
+                *options,
             )
             return output
 
@@ -186,11 +180,11 @@ class Library:
         pointers: tuple[int, ...],
         strides: tuple[tuple[int, ...], ...],
         sizes: tuple[int, ...],
-        bias: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        bounds: Tensor | None,
-        longest: int,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        bounds: Tensor | None = None,
+        longest: int = 0,
     ) -> None:
         """Calls the kernel for query, key, value and output, whose `strides` are from sequence, head and token on."""
         batch, heads, key_heads, queries, keys, head_dim, value_dim = sizes
@@ -205,9 +199,8 @@ class Library:
             bias = bias.contiguous()
             of_bias = [0 if n == 1 else along for n, along in zip(bias.shape, bias.stride(), strict=True)]
         scale = 1 / math.sqrt(head_dim) if scale is None else scale
-        *inputs, output = pointers
         call = ATTENTION.pack(
-            *(*inputs, _address(bias), output, _address(bounds), *each, *of_bias),
+            *(*pointers, _address(bias), _address(bounds), *each, *of_bias),
             *(batch, heads, heads // key_heads, queries, keys, head_dim, value_dim),
             *(scale, is_causal, torch.get_num_threads()),
         )

@@ -192,7 +192,7 @@ def _times_taken() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
-def in_turns(*kernels: Calls, seconds: float = TURNS_SECONDS, most: int = 48) -> list[list[float]]:
+def in_turns(*kernels: Calls, seconds: float = TURNS_SECONDS, most: int = 16 * LEAST_TURNS) -> list[list[float]]:
     """Each kernel's microseconds turn by turn, each call on other memory than the one before."""
     samples: list[list[float]] = [[] for _ in kernels]
     for turn in range(most):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tracing import agree, by_native, program
+from tracing import agree, by_native, names, program
 
 import fxbt.tune
 from fxbt import attend, native
@@ -25,10 +25,6 @@ def by_our_own(monkeypatch):
     )
     with torch.no_grad():
         yield
-
-
-def names(targets):
-    return [target.__name__ for target in targets]
 
 
 def attention(x, w, *, order=(0, 1, 2), mask=None, is_causal=False, scale=None, merge=None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tracing import NATIVE, Function, agree, by_native, program
+from tracing import NATIVE, Function, agree, by_native, names, program
 
 import fxbt.linears
 import fxbt.tune
@@ -36,10 +36,6 @@ def kernels_of_rows(monkeypatch):
 
 
 W, B = torch.randn(8, 6), torch.randn(8)
-
-
-def names(targets):
-    return [target.__name__ for target in targets]
 
 
 @pytest.mark.parametrize(

@@ -56,5 +56,9 @@ def program(function: Callable[..., Any], *tensors: torch.Tensor, **weights: tor
     return model, compile_graph(capture(model, make_call(model, *tensors)), ()).run
 
 
+def names(targets: list[Any]) -> list[str]:
+    return [target.__name__ for target in targets]
+
+
 def agree(model: nn.Module, run: Callable[..., Any], *inputs: torch.Tensor) -> None:
     torch.testing.assert_close(run(*inputs)[0], model(*inputs), rtol=1e-5, atol=1e-5)
