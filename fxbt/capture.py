@@ -23,7 +23,6 @@ import sympy
 import torch
 import torch.fx.experimental._config as fx_config
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
-from torch._functorch import predispatch
 from torch._subclasses import fake_tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -35,6 +34,7 @@ from . import outputs as forms
 from .branches import Answer, Followed, Noted
 from .constants import Constants, constant, knowing
 from .errors import CaptureError, line_at
+from .functional import functional
 from .loops import refused
 from .patches import patched
 from .regions import inline_regions
@@ -50,7 +50,6 @@ TRACERS = ("auto", "export", "hf-fx")
 _CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 _ASSERTS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
-_CONVERSIONS = tuple(getattr(aten.to, name) for name in ("device", "dtype", "dtype_layout", "other"))
 _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _NOT_USER_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 _VALUES_READ = (GuardOnDataDependentSymNode, fake_tensor.DataDependentOutputException)
@@ -282,7 +281,7 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
     ):
         warnings.simplefilter("ignore")
         program = torch.export.export(flat, tensors, strict=False, dynamic_shapes=(tuple(dims),) if dims else None)
-        program = _functional(program, call)
+        program = functional(program, call.names)
     module = _flat_module(program, model, call, outputs)
     assert outputs.spec is not None
     guards = _guards(module, call.names, fixed)
@@ -359,54 +358,6 @@ def _check_outputs(result: Any, flat: list[Any]) -> None:
     raise CaptureError(
         f"{place} holds a {kind}, which a graph cannot return; return tensors, or tuples, lists or dicts of them"
     )
-
-
-def _functional(program: ExportedProgram, call: Call) -> ExportedProgram:
-    """The same program without in-place writes; refuses one whose writes can be seen from outside."""
-    for node in program.graph.nodes:
-        if node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
-            node.replace_all_uses_with(node.args[0])  # how torch.tensor(...) is traced: no reason to functionalise
-            program.graph.erase_node(node)
-        elif node.target is aten.copy_.default and _is_unconverted(node.args[1], node.args[0]):
-            node.replace_all_uses_with(node.args[0])  # how `self.x = self.x.to(dtype)` is traced, which changes nothing
-            program.graph.erase_node(node)
-    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
-    if any(_writes(node) or _is_of_vmap(node) for graph in graphs for node in graph.nodes):
-        program = program.run_decompositions({})
-    signature = program.graph_signature
-    if mutated := [*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()]:
-        raise CaptureError(f"forward writes in place to {', '.join(mutated)}; a graph would not")
-    if mutated := list(signature.user_inputs_to_mutate.values()):
-        inputs = dict(zip(signature.user_inputs, call.names, strict=True))
-        raise CaptureError(f"forward writes in place to its argument {', '.join(inputs[m] for m in mutated)}")
-    return program
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _is_unconverted(value: Any, tensor: fx.Node) -> bool:
-    """Whether `value` is `tensor` itself: no more than conversions to the dtype and device that it has already."""
-    while value is not tensor:
-        if not isinstance(value, fx.Node) or value.target not in _CONVERSIONS or _copies(value):
-            return False
-        converted, value = value.meta["val"], value.all_input_nodes[0]
-        kept = value.meta["val"]
-        if (converted.dtype, converted.device, converted.stride()) != (kept.dtype, kept.device, kept.stride()):
-            return False
-    return True
-
-
-def _copies(conversion: fx.Node) -> bool:
-    schema = conversion.target._schema.arguments  # type: ignore[union-attr]
-    given = {argument.name: value for argument, value in zip(schema, conversion.args, strict=False)} | conversion.kwargs
-    return bool(given.get("copy"))
-
-
-def _is_of_vmap(node: fx.Node) -> bool:
-    """Whether it opens or closes a batch axis of `vmap`, which means nothing outside of a running one."""
-    return getattr(node.target, "__module__", None) == predispatch.__name__
 
 
 def _flat_module(program: ExportedProgram, model: nn.Module, call: Call, outputs: _Outputs) -> fx.GraphModule:

@@ -23,6 +23,7 @@ ROOMS = [
     "branches",
     "constants",
     "loops",
+    "functional",
     "state",
     "capture",
     "miss",
