@@ -27,7 +27,7 @@ import fxbt
 HEADS, DIM, CONTEXT = 4, 4, 16
 # A thousand attentions in all: two tests in parts of this many models, each of so many attentions (exported together in
 # half the time that they take one by one).
-PARTS, CASES, TOGETHER = 4, int(os.environ.get("FXBT_FUZZ", "2")), 25
+PARTS, CASES, TOGETHER = 4, int(os.environ.get("FXBT_FUZZ", "1")), 25
 FUZZING = "FXBT_FUZZ" in os.environ  # other cases at every run
 
 LAYOUTS = ("b h l d", "b l h d", "h b l d", "folded")
