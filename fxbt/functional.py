@@ -97,8 +97,9 @@ def _may_share(result: fx.Node, source: fx.Node) -> bool:
     """Whether a node's result may be in the memory of one of its inputs, at the sizes of some call."""
     if _is_declared_view(result, source):
         return True
-    if result.target is aten.dropout.default:  # traced as a copy
-        return not result.args[2]
+    if result.target is aten.dropout.default:  # which is traced as a copy, and may give back its input
+        p, train = result.args[1:]
+        return not (p and train)
     return not _memory(result).isdisjoint(_memory(source))
 
 

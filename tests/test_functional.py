@@ -120,6 +120,13 @@ def to_what_dropout_was_given(x):
     return hidden
 
 
+def to_what_dropout_of_nothing_was_given(x):
+    hidden = x * 2
+    dropped = F.dropout(hidden, 0.0, training=True)
+    dropped += 1
+    return hidden
+
+
 def to_a_part_of_what_dropout_was_given(x):
     hidden = x * 2
     F.dropout(hidden, training=False)[0] = 1.0
@@ -139,6 +146,7 @@ REFUSED = (
     to_the_argument,
     to_the_argument_through_dropout,
     to_what_dropout_was_given,
+    to_what_dropout_of_nothing_was_given,
     to_a_part_of_what_dropout_was_given,
     to_what_einsum_was_given,
 )
