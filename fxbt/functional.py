@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from .canonical import argument, drop_inactive_dropout, writes
 from .errors import CaptureError
 
 aten = torch.ops.aten
@@ -27,7 +28,8 @@ _CONVERSIONS = tuple(getattr(aten.to, name) for name in ("device", "dtype", "dty
 def functional(program: ExportedProgram, names: list[str]) -> ExportedProgram:
     """The program without in-place writes.
 
-    Raises `CaptureError` if it writes to the model's tensors or to its arguments, which have these `names`.
+    Raises `CaptureError` if it writes to the model's tensors, to its arguments, which have these `names`, or to a value
+    that shows in another one through an op that does not say so.
     """
     for node in program.graph.nodes:
         if node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
@@ -39,7 +41,7 @@ def functional(program: ExportedProgram, names: list[str]) -> ExportedProgram:
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
     for graph in graphs:
         _return_instead(graph)
-    if any(_writes(node) or _is_of_vmap(node) for graph in graphs for node in graph.nodes):
+    if any(writes(node) or _is_of_vmap(node) for graph in graphs for node in graph.nodes):
         program = program.run_decompositions({})
     signature = program.graph_signature
     if mutated := [*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()]:
@@ -53,7 +55,7 @@ def functional(program: ExportedProgram, names: list[str]) -> ExportedProgram:
 def _return_instead(graph: fx.Graph) -> None:
     """Ops that write to a value nothing else holds -> those that return a new one, read by all that follows."""
     for node in graph.nodes:
-        written = node.args[0] if _writes(node) else None
+        written = node.args[0] if writes(node) else None
         if not isinstance(written, fx.Node):
             continue
         holders = _holders(written, node, _may_share)
@@ -97,9 +99,8 @@ def _may_share(result: fx.Node, source: fx.Node) -> bool:
     """Whether a node's result may be in the memory of one of its inputs, at the sizes of some call."""
     if _is_declared_view(result, source):
         return True
-    if result.target is aten.dropout.default:  # which is traced as a copy, and may give back its input
-        p, train = result.args[1:]
-        return not (p and train)
+    if drop_inactive_dropout(result) is source:
+        return True  # though it was traced as a copy
     return not _memory(result).isdisjoint(_memory(source))
 
 
@@ -142,26 +143,16 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.device, *map(str, (*tensor.shape, *tensor.stride()))
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-
-
 def _is_unconverted(value: Any, tensor: fx.Node) -> bool:
     """Whether `value` is `tensor` itself: no more than conversions to the dtype and device that it has already."""
     while value is not tensor:
-        if not isinstance(value, fx.Node) or value.target not in _CONVERSIONS or _copies(value):
+        if not isinstance(value, fx.Node) or value.target not in _CONVERSIONS or argument(value, "copy"):
             return False
         converted, value = value.meta["val"], value.all_input_nodes[0]
         kept = value.meta["val"]
         if (converted.dtype, converted.device, converted.stride()) != (kept.dtype, kept.device, kept.stride()):
             return False
     return True
-
-
-def _copies(conversion: fx.Node) -> bool:
-    schema = conversion.target._schema.arguments  # type: ignore[union-attr]
-    given = {argument.name: value for argument, value in zip(schema, conversion.args, strict=False)} | conversion.kwargs
-    return bool(given.get("copy"))
 
 
 def _is_of_vmap(node: fx.Node) -> bool:

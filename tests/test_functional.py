@@ -3,16 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.export import ExportedProgram
+from tracing import captured
 
-from fxbt.capture import capture
+from fxbt.canonical import writes
 from fxbt.errors import CaptureError
-from fxbt.signature import make_call
-
-
-def model_of(function):
-    return type("Model", (nn.Module,), {"forward": lambda self, x: function(x)})()
 
 
 @pytest.fixture
@@ -154,14 +149,12 @@ REFUSED = (
 
 def runs_like(forward):
     """Captures, and compares the results at three shapes."""
-    model = model_of(forward)
-    captured = capture(model, make_call(model, x=torch.randn(4, 6)))
-    nodes = captured.module.graph.nodes
-    assert not any(node.target._schema.is_mutable for node in nodes if isinstance(node.target, torch._ops.OpOverload))
+    graph = captured(forward, torch.randn(4, 6))
+    assert not any(map(writes, graph.module.graph.nodes))
     for shape in ((4, 6), (3, 6), (7, 9)):
         x = torch.randn(shape)
-        captured.guards(x)
-        found, expected = captured.module(x), forward(x)
+        graph.guards(x)
+        found, expected = graph.module(x), forward(x)
         expected = expected if isinstance(expected, tuple) else (expected,)
         assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(found, expected, strict=True))
 
@@ -180,9 +173,8 @@ def test_other_writes_are_torchs_to_follow(forward, decomposed):
 
 @pytest.mark.parametrize("forward", REFUSED)
 def test_writes_that_show_where_no_graph_sees_it_are_refused(forward):
-    model = model_of(forward)
     with pytest.raises(CaptureError, match="writes in place"):
-        capture(model, make_call(model, x=torch.randn(4, 6)))
+        captured(forward, torch.randn(4, 6))
 
 
 def test_dropout_in_training_gives_a_value_of_its_own():

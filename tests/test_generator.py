@@ -25,8 +25,8 @@ from torch.utils import _pytree as pytree
 import fxbt
 
 HEADS, DIM, CONTEXT = 4, 4, 16
-# A thousand attentions in all: two tests in parts of this many models, each of so many attentions (exported together in
-# half the time that they take one by one).
+# Two tests in parts of this many models, each of so many attentions (exported together in half the time that they take
+# one by one).
 PARTS, CASES, TOGETHER = 4, int(os.environ.get("FXBT_FUZZ", "1")), 25
 FUZZING = "FXBT_FUZZ" in os.environ  # other cases at every run
 
