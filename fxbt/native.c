@@ -1,7 +1,7 @@
 // Linears and attention in float32 on AVX2 or AVX-512 (native.py calls them).
 //
-// Both multiply tiles of ROWS x PANEL sums, which stay in registers while a panel of the second factor is read from the
-// first cache (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008).
+// Both multiply tiles of ROWS x PANEL sums, which stay in registers while a panel of the second factor passes (Goto and
+// van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008).
 
 #include <math.h>
 #include <stdint.h>
@@ -16,12 +16,12 @@
 #define ROWS 6 // 12 + 2 + 1 of 16
 #endif
 #define PANEL (2 * LANES)
-#define DEPTH (6144 / PANEL) // 24 KB of a panel, which the first cache holds beside a tile's rows of x
-#define AHEAD (16 * PANEL)   // of a panel, that are fetched while these are multiplied
-#define FEW_TILES 8          // where no more share a panel, it is waited for: the next one is fetched meanwhile
-#define MOST_ROWS 256        // of x: DEPTH of each stay in the second cache while the panels pass
-#define PIECES 6 // of the work for each thread: one that the system takes a processor from gets fewer
-#define WORTH_THREADS 65536  // products: below, waking other threads takes longer
+#define DEPTH (24576 / PANEL) // 96 KB of a panel, from the second cache; from the first (24 KB) sums are written 4 times
+#define AHEAD (32 * PANEL)    // of a panel, that are fetched while these are multiplied
+#define FEW_TILES 8           // where no more share a panel, it is waited for: the next one is fetched meanwhile
+#define MOST_TILES 16         // whose x, DEPTH wide, stays in the second cache while the panels pass
+#define PIECES 6              // of the work for each thread: one that the system takes a processor from gets fewer
+#define WORTH_THREADS 65536   // products: below, waking other threads takes longer
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -223,17 +223,17 @@ static void normalize(const linear *l, int64_t row) {
 
 void fxbt_linear(const linear *l) {
     if (l->m == 0) return;
-    int64_t panels = parts(l->n, PANEL), blocks = parts(l->m, MOST_ROWS);
-    while (panels * blocks < 2 * l->threads && l->m > 2 * ROWS * blocks) blocks++; // something for every thread
+    int64_t panels = parts(l->n, PANEL), tiles = parts(l->m, ROWS), blocks = parts(tiles, MOST_TILES);
+    while (panels * blocks < 2 * l->threads && tiles > 2 * blocks) blocks++; // something for every thread
     int threads = l->m * l->n * l->k > WORTH_THREADS ? l->threads : 1;
     int64_t pieces = least(panels, parts(PIECES * threads, blocks)); // of each block of rows
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks * pieces; i++) {
-            int64_t block = i / pieces, begin = l->m * block / blocks, end = l->m * (block + 1) / blocks;
+            int64_t block = i / pieces, begin = tiles * block / blocks * ROWS, end = tiles * (block + 1) / blocks * ROWS;
             int64_t piece = i % pieces;
-            by_panels(l, begin, end, panels * piece / pieces, panels * (piece + 1) / pieces);
+            by_panels(l, begin, least(end, l->m), panels * piece / pieces, panels * (piece + 1) / pieces);
         }
         if (l->normed) {
 #pragma omp for schedule(dynamic, ROWS)

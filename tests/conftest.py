@@ -37,6 +37,11 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     return compare
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a file draws while it is imported does not depend on the files before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
