@@ -23,10 +23,11 @@ ONEDNN_LINEAR, ONEDNN_SUM = mkldnn._linear_pointwise.default._op, mkldnn._linear
 ROWS = (1, 4, 16, 64, 256, 1024)  # rows of x that linears are measured at
 UP_TO = (2, 8, 32, 128, 512)
 PACKED_FOR_ROWS = 128  # the layout is the same for 16 to 1024 rows, and no slower for one
-MOST_OPERATIONS = 5e9  # of one call that is measured
+MOST_OPERATIONS = 2e9  # of one call that is measured: 10 to 20 ms; more rows take the kernel of fewer
 COLD_BYTES = 16 * 2**20  # of copies of a weight: a model's weights come from memory, not from a cache
-# Without measurements: with AVX-512, packed weights were 1.2 to 1.9 times as fast from 16 rows on; calling the packed
-# kernel takes some 15 us, F.linear 3, which smaller weights than this do not win back.
+# Without measurements, where our own kernel does not come first: with AVX-512, packed weights were 1.2 to 1.9 times as
+# fast from 16 rows on; calling the packed kernel takes some 15 us, F.linear 3, which smaller weights than this do not
+# win back.
 PACKED_FROM_ELEMENTS = 256 * 256
 
 
@@ -138,10 +139,17 @@ def linears(n: int, k: int, activation: Activation | None = None) -> Contest:
             )
         return found
 
-    is_packed = torch.cpu._is_avx512_supported() and n * k >= PACKED_FROM_ELEMENTS
-    by_rule = list(kernels).index(("fused" if activation else "packed") if is_packed else "F.linear")
+    by_rule = list(kernels).index(_by_rule(n * k, kernels))
     what = f"linear {n}x{k} float32 {activation.known_as if activation else ''}".strip()
     return Contest(what, tuple(kernels), ROWS, UP_TO, calls, by_rule)
+
+
+def _by_rule(elements: int, kernels: dict[str, Kernel]) -> str:
+    if native.comes_first():
+        return "native"
+    if elements < PACKED_FROM_ELEMENTS or not torch.cpu._is_avx512_supported():
+        return "F.linear"
+    return "fused" if "fused" in kernels else "packed"
 
 
 def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> None:

@@ -16,7 +16,8 @@
 #define ROWS 6 // 12 + 2 + 1 of 16
 #endif
 #define PANEL (2 * LANES)
-#define DEPTH (24576 / PANEL) // 96 KB of a panel, from the second cache; from the first (24 KB) sums are written 4 times
+#define DEPTH (24576 / PANEL) // 96 KB of a panel, from the second cache: the first one's 24 write the sums 4 times
+#define LONGEST_SUM 192       // products that are added one by one, each rounding: so torch's are, and as exact
 #define AHEAD (32 * PANEL)    // of a panel, that are fetched while these are multiplied
 #define FEW_TILES 8           // where no more share a panel, it is waited for: the next one is fetched meanwhile
 #define MOST_TILES 16         // whose x, DEPTH wide, stays in the second cache while the panels pass
@@ -61,6 +62,10 @@ static inline float error_function(float x) {
 
 enum { NONE, RELU, GELU, GELU_TANH, SILU }; // native.ACTIVATIONS
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 static inline vector load(const float *from, int64_t count) {
     if (count >= LANES) return *(const anywhere *)from;
     vector value = {0};
@@ -73,10 +78,10 @@ static inline void store(float *to, vector value, int64_t count) {
     else if (count > 0) memcpy(to, &value, count * sizeof(float));
 }
 
-// to[rows, PANEL] = x[rows, depth] panel[depth, PANEL], where rows stand `stride` and `width` apart. Meanwhile `next`
-// is fetched, `step` for each row of the panel; where it is NULL, more of the panel.
+// to[rows, PANEL] = x[rows, depth] panel[depth, PANEL], or += where it adds; rows stand `stride` and `width` apart.
+// Meanwhile `next` is fetched, `step` for each row of the panel; where it is NULL, more of the panel.
 static inline __attribute__((always_inline)) void tile(
-    int rows, float *to, int64_t width, const float *x, int64_t stride, int64_t depth, const float *panel,
+    int rows, int adds, float *to, int64_t width, const float *x, int64_t stride, int64_t depth, const float *panel,
     const float *next, int64_t step) {
     vector sums[ROWS][2];
 #pragma GCC unroll 16
@@ -93,33 +98,33 @@ static inline __attribute__((always_inline)) void tile(
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
-        *(anywhere *)(to + i * width) = sums[i][0];
-        *(anywhere *)(to + i * width + LANES) = sums[i][1];
+        anywhere *left = (anywhere *)(to + i * width), *right = (anywhere *)(to + i * width + LANES);
+        *left = adds ? *left + sums[i][0] : sums[i][0];
+        *right = adds ? *right + sums[i][1] : sums[i][1];
     }
 }
 
-// The same for a number of rows up to ROWS that the compiler does not know.
+// The same for a number of rows up to ROWS that the compiler does not know, and any depth.
 static void multiply(
     int64_t rows, float *to, int64_t width, const float *x, int64_t stride, int64_t depth, const float *panel,
     const float *next, int64_t step) {
-    switch (next ? rows + ROWS : rows) {
-#define CASE(count)                                                                                                    \
-    case count:                                                                                                        \
-        if (count <= ROWS) tile(count, to, width, x, stride, depth, panel, NULL, 0);                                   \
+    for (int64_t from = 0, count; from < depth; from += count, x += count, panel += count * PANEL) {
+        count = least(depth - from, LONGEST_SUM);
+        switch (next ? rows + ROWS : rows) {
+#define CASE(rows)                                                                                                     \
+    case rows:                                                                                                         \
+        if (rows <= ROWS) tile(rows, from > 0, to, width, x, stride, count, panel, NULL, 0);                           \
         break;                                                                                                         \
-    case count + ROWS:                                                                                                 \
-        if (count <= ROWS) tile(count, to, width, x, stride, depth, panel, next, step);                                \
+    case rows + ROWS:                                                                                                  \
+        if (rows <= ROWS) tile(rows, from > 0, to, width, x, stride, count, panel, next + from * step, step);          \
         break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if ROWS > 6
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
+        }
     }
 }
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Of `left` rows, those of the next tile: as even as it goes, as few rows read a panel as slowly as many.
 static inline int64_t next_rows(int64_t left) {
@@ -231,8 +236,8 @@ void fxbt_linear(const linear *l) {
     {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < blocks * pieces; i++) {
-            int64_t block = i / pieces, begin = tiles * block / blocks * ROWS, end = tiles * (block + 1) / blocks * ROWS;
-            int64_t piece = i % pieces;
+            int64_t block = i / pieces, piece = i % pieces;
+            int64_t begin = tiles * block / blocks * ROWS, end = tiles * (block + 1) / blocks * ROWS;
             by_panels(l, begin, least(end, l->m), panels * piece / pieces, panels * (piece + 1) / pieces);
         }
         if (l->normed) {

@@ -34,7 +34,7 @@ logger = logging.getLogger("fxbt")
 
 FORMAT = 8  # of the files; another one is ignored. A change of what is measured (native.c, say) makes a new one
 BUDGET_SECONDS = 2.0  # for the shapes of one model
-LEAST_TURNS, TURNS_SECONDS, DOUBTFUL_SECONDS = 3, 0.02, 0.06
+LEAST_TURNS, TURNS_SECONDS, DOUBTFUL_SECONDS = 2, 0.01, 0.06
 LEAST_RACES, RACES, RACE_SECONDS = 3, 5, 0.5
 CLEARLY = 0.97  # of another's time
 STEADY = 1.5  # median / shortest turn: on a quiet machine at most 1.26, beside a busy process 2 to 800

@@ -8,12 +8,15 @@ import pytest
 import torch
 from models import ENCODER, tokens
 from padding_models import Case
+from tracing import by_native
 
 import fxbt
-from fxbt import linears, tune
+from fxbt import attend, linears, native, tune
+from fxbt.epilogue import Activation
 from fxbt.tune import Contest
 
 SIZES, UP_TO = (1, 4, 16), (2, 8)
+GELU = Activation("gelu", "none", torch._C._nn.gelu_)
 
 
 def contest(key: str = "linear", by_rule: int = 0) -> Contest:
@@ -115,9 +118,26 @@ def test_without_tuning_a_rule_decides(measured, monkeypatch, cache):
     assert "by rule" in tuner.answers["a"]
 
 
-def test_large_linears_are_packed_by_rule():
-    small, large = (linears.linears(n, n).by_rule for n in (16, 1024))
-    assert (small, large) == (0, int(torch.cpu._is_avx512_supported()))
+def rules(linear_sizes, activation=None):
+    contests = [linears.linears(size, size, activation) for size in linear_sizes]
+    return [contest.names[contest.by_rule] for contest in (*contests, attend.attentions(2, 8, several=True))]
+
+
+@by_native
+def test_by_rule_our_own_kernels_come_first_on_avx2(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert rules([16, 1024]) == rules([16, 1024], GELU) == ["native"] * 3
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_by_rule_large_linears_are_packed_on_avx512(capability, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: capability == "AVX512")
+    if capability == "AVX2":
+        monkeypatch.setattr(native, "library", lambda: None)
+    is_packed = capability == "AVX512"
+    assert rules([16, 1024]) == ["F.linear", "packed" if is_packed else "F.linear", "SDPA"]
+    assert rules([16, 1024], GELU) == ["F.linear", "fused" if is_packed else "F.linear", "SDPA"]
 
 
 def test_when_the_time_is_up_the_rule_decides(measured, monkeypatch):
