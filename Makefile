@@ -15,7 +15,9 @@ HF4 := transformers==4.57.6
 HF4_TESTS := $(addprefix tests/test_,hf_fx.py models.py capture.py dispatch.py optimize.py signature.py show.py report.py)
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?=
-PIP = $(@D)/bin/pip install -qq --disable-pip-version-check
+# Modules are compiled when they are imported, and kept; pip would compile all of them, for a minute.
+export PYTHONDONTWRITEBYTECODE :=
+PIP = $(@D)/bin/pip install -qq --no-compile --disable-pip-version-check
 
 .PHONY: demo test test-hf4 zoo fuzz bench clean
 

@@ -323,7 +323,8 @@ ROWS = [
 ]
 VARIANTS = [(row, implementation) for row in ROWS for implementation in implementations(row.model)]
 IDS = [f"{row.name}-{implementation}" for row, implementation in VARIANTS]
-variants = pytest.mark.parametrize(("row", "implementation"), VARIANTS, ids=IDS)
+# One after the other, so that a worker of pytest-xdist optimises a model once.
+variants = pytest.mark.parametrize(("row", "implementation"), VARIANTS, ids=IDS, scope="module")
 
 
 @functools.cache
@@ -368,8 +369,11 @@ def test_projections_are_merged_or_the_reason_is_given(row: Row, implementation:
 
 @variants
 def test_every_layer_is_one_node_or_the_reason_is_given(row: Row, implementation: str) -> None:
+    """Where keys and values leave a layer as a cache, without one; that graph is captured once a row."""
     model, fast = optimized(row.name, implementation)
     if CACHED in fast.report.why("decoder_layer") + fast.report.why("encoder_layer"):
+        if implementation != implementations(row.model)[-1]:
+            pytest.skip("its layers give a cache: those of the sdpa model are looked at without one")
         with torch.no_grad():
             fast = fxbt.optimize(model, example_inputs={**example(row), "use_cache": False}, padding="keep")
     found = tuple(fast.report.hits[rule] for rule in ("encoder_layer", "decoder_layer"))

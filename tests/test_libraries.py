@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import fxbt
 
 SHAPES = ((2, 7), (3, 12), (4, 5))  # nn.MultiheadAttention itself asks whether the batch is 1
-libraries = pytest.mark.parametrize("library", LIBRARIES, ids=str)
+# One after the other, so that a worker of pytest-xdist optimises a library once.
+libraries = pytest.mark.parametrize("library", LIBRARIES, ids=str, scope="module")
 
 
 @functools.cache

@@ -92,6 +92,7 @@ def test_casting_the_model_is_followed():
 @pytest.fixture
 def always_packed(monkeypatch):
     """Packs every linear, however small: which ones pay is for test_tune.py."""
+    monkeypatch.setattr(fxbt.native, "comes_first", lambda: False)
     monkeypatch.setattr(fxbt.linears, "PACKED_FROM_ELEMENTS", 0)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
 

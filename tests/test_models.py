@@ -1,4 +1,4 @@
-"""Whole models: every attention found, every projection merged, and the outputs those of the eager original.
+"""Whole models: every attention and layer found, projections merged, and the outputs those of the eager original.
 
 One graph a model: captured with the first shape, run on all shapes and paddings.
 """
@@ -29,7 +29,8 @@ from torch import nn
 import fxbt
 
 TRANSFORMERS = version.parse(transformers.__version__).major
-variants = pytest.mark.parametrize(("case", "implementation"), VARIANTS, ids=VARIANT_IDS)
+# One after the other, so that a worker of pytest-xdist optimises a model once.
+variants = pytest.mark.parametrize(("case", "implementation"), VARIANTS, ids=VARIANT_IDS, scope="module")
 
 
 def example(case: Case) -> Inputs:
@@ -90,6 +91,13 @@ def test_every_attention_is_found(case: Case, implementation: str) -> None:
 def test_projections_of_one_input_are_merged(case: Case, implementation: str) -> None:
     _, fast = optimized(case.name, implementation)
     assert fast.report.hits.get("qkv", 0) >= case.qkv, fast.report.why("qkv")
+
+
+@variants
+def test_every_layer_is_one_node(case: Case, implementation: str) -> None:
+    _, fast = optimized(case.name, implementation)
+    found = tuple(fast.report.hits.get(rule, 0) for rule in ("encoder_layer", "decoder_layer"))
+    assert found == case.layers, f"{fast.report.why('encoder_layer')}\n{fast.report.why('decoder_layer')}"
 
 
 @pytest.mark.parametrize("name", ["multihead-attention", "transformer-encoder"])

@@ -181,7 +181,7 @@ def test_funnel_adds_its_mask_last():
     model = enliven(FunnelModel(FunnelConfig(vocab_size=99, d_inner=64, **sizes)).eval())
     fast = optimized(model)
     with torch.no_grad():
-        for shape, padded in itertools.product(((2, 7), (3, 16), (1, 9)), ("none", "right")):
+        for shape, padded in itertools.product(((2, 7), (3, 16), (4, 9)), ("none", "right")):
             inputs = tokens(*shape, padded)
             compare(fast(**inputs)[0], model(**inputs)[0])
     assert fast.report.hits["attention"] == 3
