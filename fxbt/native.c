@@ -20,7 +20,7 @@
 #define LONGEST_SUM 192       // products that are added one by one, each rounding: so torch's are, and as exact
 #define AHEAD (32 * PANEL)    // of a panel, that are fetched while these are multiplied
 #define FEW_TILES 8           // where no more share a panel, it is waited for: the next one is fetched meanwhile
-#define MOST_TILES 16         // whose x, DEPTH wide, stays in the second cache while the panels pass
+#define MOST_TILES 22         // 128 rows on AVX2, whose x, DEPTH wide, comes from the second cache while the panels pass
 #define PIECES 6              // of the work for each thread: one that the system takes a processor from gets fewer
 #define WORTH_THREADS 65536   // products: below, waking other threads takes longer
 
