@@ -3,7 +3,7 @@
 torch 2.13's flash kernel multiplies blocks of 32 queries through MKL there. Products of all heads of a few sequences,
 or of a block of queries, are larger and faster as long as their scores stay in the cache: with 12 heads on Zen 5
 1.6 times with MKL at 16 to 128 tokens, 1.8 with oneDNN from 128 on; on Zen 3, only in batches of 16 to 64 tokens. The
-kernel of `native` takes 0.7 to 0.9 of SDPA's time there from 64 tokens on, and sequences of all lengths in one call.
+kernel of `native` takes 0.8 to 1.0 of SDPA's time there from 64 tokens on, and sequences of all lengths in one call.
 """
 
 from __future__ import annotations
