@@ -17,10 +17,11 @@
 #endif
 #define PANEL (2 * LANES)
 #define DEPTH (24576 / PANEL) // 96 KB of a panel, from the second cache: the first one's 24 write the sums 4 times
+#define GROUP (2 * DEPTH)     // of several panels: 192 KB that stay in the second cache while the rows of x pass
 #define LONGEST_SUM 192       // products that are added one by one, each rounding: so torch's are, and as exact
 #define AHEAD (32 * PANEL)    // of a panel, that are fetched while these are multiplied
 #define FEW_TILES 8           // where no more share a panel, it is waited for: the next one is fetched meanwhile
-#define MOST_TILES 22         // 128 rows on AVX2, whose x, DEPTH wide, comes from the second cache while the panels pass
+#define MOST_TILES 22         // 128 rows on AVX2, whose x, DEPTH wide, is found in the second cache by the next group
 #define PIECES 6              // of the work for each thread: one that the system takes a processor from gets fewer
 #define WORTH_THREADS 65536   // products: below, waking other threads takes longer
 
@@ -192,23 +193,31 @@ static void write(const linear *l, float *sums, int64_t rows, int64_t row, int64
     }
 }
 
+// The rows from `begin` to `end`, `depth` columns of x from `from` on, by the panels from `first` to `last`: a tile meets
+// all of them while the first cache holds its part of x.
+static void by_tiles(
+    const linear *l, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t from, int64_t depth) {
+    int64_t tiles = parts(end - begin, ROWS), step = parts(PANEL, tiles), size = depth * PANEL;
+    const float *part = l->packed + from * parts(l->n, PANEL) * PANEL;
+    const float *next = tiles <= FEW_TILES ? part + last * size : NULL;
+    for (int64_t row = begin, rows; row < end; row += rows) {
+        rows = next_rows(end - row);
+        for (int64_t panel = first; panel < last; panel++) {
+            float sums[ROWS * PANEL] __attribute__((aligned(64)));
+            multiply(rows, sums, PANEL, l->x + row * l->k + from, l->k, depth, part + panel * size, next, step);
+            write(l, sums, rows, row, panel * PANEL, from == 0, from + depth == l->k);
+        }
+        if (next) next += step * depth;
+    }
+}
+
 // The rows from `begin` to `end` by the panels from `first` to `last`.
 static void by_panels(const linear *l, int64_t begin, int64_t end, int64_t first, int64_t last) {
-    int64_t panels = parts(l->n, PANEL), tiles = parts(end - begin, ROWS), step = parts(PANEL, tiles);
+    int64_t are_few = parts(end - begin, ROWS) <= FEW_TILES;
     for (int64_t from = 0; from < l->k; from += DEPTH) {
-        int64_t depth = least(l->k - from, DEPTH);
-        const float *part = l->packed + from * panels * PANEL;
-        for (int64_t panel = first; panel < last; panel++) {
-            const float *weights = part + panel * depth * PANEL;
-            const float *next = tiles <= FEW_TILES ? weights + depth * PANEL : NULL;
-            for (int64_t row = begin, rows; row < end; row += rows) {
-                float sums[ROWS * PANEL] __attribute__((aligned(64)));
-                rows = next_rows(end - row);
-                multiply(rows, sums, PANEL, l->x + row * l->k + from, l->k, depth, weights, next, step);
-                if (next) next += step * depth;
-                write(l, sums, rows, row, panel * PANEL, from == 0, from + depth == l->k);
-            }
-        }
+        int64_t depth = least(l->k - from, DEPTH), group = are_few ? 1 : GROUP / depth;
+        for (int64_t panel = first; panel < last; panel += group)
+            by_tiles(l, begin, end, panel, least(panel + group, last), from, depth);
     }
 }
 
