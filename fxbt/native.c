@@ -193,7 +193,7 @@ static void write(const linear *l, float *sums, int64_t rows, int64_t row, int64
     }
 }
 
-// The rows from `begin` to `end`, `depth` columns of x from `from` on, by the panels from `first` to `last`: a tile meets
+// The rows from `begin` to `end`, `depth` columns of x after `from`, by the panels from `first` to `last`: a tile meets
 // all of them while the first cache holds its part of x.
 static void by_tiles(
     const linear *l, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t from, int64_t depth) {
