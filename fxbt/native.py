@@ -231,7 +231,7 @@ def obstacle() -> str | None:
 def comes_first() -> bool:
     """Whether they are taken where nothing is measured: on AVX2, the only place where they have been timed.
 
-    There they took 0.6 to 1.1 of the best other kernel's time (benchmarks/results/kernels_avx2.txt).
+    Linears took 0.6 to 1.0 there of the best other kernel's time (benchmarks/results/kernels_avx2.txt).
     """
     return torch.backends.cpu.get_cpu_capability() == "AVX2" and library() is not None
 
