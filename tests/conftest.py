@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 import fxbt.lower
+import fxbt.native
 
 torch.set_num_threads(1)
 
@@ -52,6 +53,12 @@ def _grad_mode_is_given_back() -> Iterator[None]:
     torch.set_grad_enabled(True)
     yield
     assert torch.is_grad_enabled(), "the test, or what it called, left gradients disabled"
+
+
+@pytest.fixture
+def torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rule, linears and attention run on torch's kernels, not on fxbt's own."""
+    monkeypatch.setattr(fxbt.native, "comes_first", lambda: False)
 
 
 @pytest.fixture

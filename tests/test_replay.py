@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxbt
-from fxbt import native
 from fxbt.lower import Program
 from fxbt.replay import MOST_SHAPES, Replay
 from fxbt.weights import Weights
@@ -206,8 +205,7 @@ def program(module: Any) -> Program:
     return Program(module, {}, Weights(), cuda_graphs=True)
 
 
-def test_a_whole_program_is_replayed(monkeypatch):
-    monkeypatch.setattr(native, "comes_first", lambda: False)  # the tape has torch's kernels alone
+def test_a_whole_program_is_replayed(torchs_kernels):  # the tape has no others
     module = graph_on_cpu("BertModel", torch.float32)
     plain, recorded = Program(module, {}, Weights()), program(module)
     assert recorded.replay is not None

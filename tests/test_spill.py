@@ -30,8 +30,7 @@ SIZE = 160  # a weight of 100 KiB: more than SMALLEST
 
 
 @pytest.fixture(autouse=True)
-def every_linear_is_packed(monkeypatch):
-    monkeypatch.setattr(fxbt.native, "comes_first", lambda: False)
+def every_linear_is_packed(torchs_kernels, monkeypatch):
     monkeypatch.setattr(fxbt.linears, "PACKED_FROM_ELEMENTS", 0)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
 
