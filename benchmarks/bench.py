@@ -75,7 +75,9 @@ class EngineProcess:
         self.idle_seconds = 0.0  # processor time taken while it was stopped
         self.running_seconds = 0.0  # of all processors, while it had its turns
         self.others_seconds = 0.0  # what other programs took of them
+        self._cache = tempfile.TemporaryDirectory()  # so that nothing has been compiled or measured before
         environment = os.environ | {
+            "FXBT_CACHE_DIR": self._cache.name,
             "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -113,6 +115,7 @@ class EngineProcess:
         """Ends the process and all it started."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._cache.cleanup()
 
     def _stop(self) -> None:
         os.killpg(self._process.pid, signal.SIGSTOP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import outputs, pipeline, tune
+from . import native, outputs, pipeline, tune
 from .branches import GOES_ANOTHER_WAY
 from .capture import capture
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
@@ -25,6 +26,7 @@ from .signature import Binder, Call
 from .state import ModelState, foreign_hook, preserved, versions
 from .verify import difference
 
+OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own number is 700
 _STATES_PER_FAILURE = 2  # a failed call is tried once more after an edit of the model, no more than that
 
 
@@ -265,7 +267,7 @@ class Dispatcher:
         self._captures += 1
         try:
             self._refuse_writes(watched, before, call)
-            with preserved(self.original):
+            with preserved(self.original), _collecting_rarely():
                 self._capture(call, output, rehearse=not state.holds())
         except CaptureError as error:
             self._remember_failure(call)
@@ -281,6 +283,8 @@ class Dispatcher:
         raise CaptureError(f"forward writes in place to {', '.join(names.get(id(t), 'a tensor') for t in written)}")
 
     def _capture(self, call: Call, output: Any, rehearse: bool) -> None:
+        if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
+            native.compile_ahead()
         another_size = any(g.image_sizes != _image_sizes(call.tensors) for g in self._graphs.get(self._key(call), ()))
         captured = capture(self.original, call, self._tracer, rehearse=rehearse, any_image_size=another_size)
         try:
@@ -350,6 +354,17 @@ class Dispatcher:
     def _has_failed(self, call: Call) -> bool:
         states = self._failed.get(self._key(call), ())
         return len(states) >= _STATES_PER_FAILURE or any(state.holds() for state in states)
+
+
+@contextlib.contextmanager
+def _collecting_rarely() -> Iterator[None]:
+    """Tracing makes many objects and little garbage: looking for it would take 0.5 of MiniLM's 4.5 seconds."""
+    first, *others = gc.get_threshold()
+    gc.set_threshold(first and max(first, OBJECTS_PER_COLLECTION), *others)  # 0 is never
+    try:
+        yield
+    finally:
+        gc.set_threshold(first, *others)
 
 
 def _magnitude(tensors: Sequence[Tensor]) -> int:

@@ -18,6 +18,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,36 @@ def _library() -> Library | str:
 
 def _made() -> Library:
     """The kernels from the cache, else compiled now, for this machine and source."""
+    compiler, flags, path = _wanted()
+    compile_ahead().join()
+    if path.exists():
+        try:
+            return _tried(path)
+        except NoKernel as error:
+            logger.info("compiled anew, as the file in the cache does not do: %s", error)
+    _compile(compiler, flags, path)
+    return _tried(path)
+
+
+@functools.cache
+def compile_ahead() -> threading.Thread:
+    """Starts the compiler if nothing is in the cache: it takes a second, which tracing a model leaves one core for."""
+    thread = threading.Thread(target=_compile_missing)
+    thread.start()
+    return thread
+
+
+def _compile_missing() -> None:
+    try:
+        compiler, flags, path = _wanted()
+        if not path.exists():
+            _compile(compiler, flags, path)
+    except NoKernel as error:
+        logger.debug("nothing is compiled ahead: %s", error)  # who asks for the kernels meets the same
+
+
+def _wanted() -> tuple[str, tuple[str, ...], Path]:
+    """The compiler, its flags, and the file that it makes."""
     if os.environ.get("FXBT_NATIVE", "1") == "0":
         raise NoKernel("FXBT_NATIVE=0")
     capability = torch.backends.cpu.get_cpu_capability()
@@ -257,14 +288,7 @@ def _made() -> Library:
         raise NoKernel("no C compiler: neither cc nor gcc was found, and CC is not set")
     flags = (*FLAGS, *OF_CAPABILITY[capability])
     key = hashlib.sha256("\n".join((compiler, *flags, SOURCE.read_text())).encode()).hexdigest()[:16]
-    path = cache_directory() / f"native-{key}.so"
-    if path.exists():
-        try:
-            return _tried(path)
-        except NoKernel as error:
-            logger.info("compiled anew, as the file in the cache does not do: %s", error)
-    _compile(compiler, flags, path)
-    return _tried(path)
+    return compiler, flags, cache_directory() / f"native-{key}.so"
 
 
 def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:

@@ -1,5 +1,6 @@
 """The dispatcher: which calls run a graph, which run the original, and that nobody can tell by the outputs."""
 
+import gc
 import threading
 import warnings
 
@@ -465,6 +466,26 @@ def test_a_fault_of_the_compiler_does_not_reach_the_caller(monkeypatch):
     fast = optimize(Net().eval())
     assert ran_original(fast, x_of(2, 3)) and ran_original(fast, x_of(2, 3))
     assert "fxbt itself failed on the graph (KeyError" in fast.report.fallbacks[0]
+
+
+@pytest.mark.parametrize("threshold", [700, 10**6, 0])
+def test_while_a_call_is_captured_python_collects_rarely_if_at_all(threshold, monkeypatch):
+    seen = []
+
+    def broken(*args, **kwargs):
+        seen.append(gc.get_threshold())
+        raise KeyError("bug")
+
+    monkeypatch.setattr(pipeline, "compile", broken)
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(threshold, 7, 8)
+        optimize(Net().eval())(x_of(2, 3))
+        after = gc.get_threshold()
+    finally:
+        gc.set_threshold(*before)
+    assert after == (threshold, 7, 8)
+    assert seen == [({700: 100_000, 10**6: 10**6, 0: 0}[threshold], 7, 8)]
 
 
 # Tracing through an optimised model

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tracing import by_native
 
+import fxbt
 from fxbt import attend, native, packed
 
 TORCHS = {
@@ -257,9 +258,14 @@ def test_shapes_of_attention_that_do_not_fit_are_an_error(library, shapes, bias)
 def fresh(monkeypatch, tmp_path):
     """As in a new process with an empty cache."""
     monkeypatch.setenv("FXBT_CACHE_DIR", str(tmp_path / "cache"))
-    native._library.cache_clear()
+    forget()
     yield tmp_path
+    forget()
+
+
+def forget() -> None:
     native._library.cache_clear()
+    native.compile_ahead.cache_clear()
 
 
 def compiler(folder: Path, script: str) -> str:
@@ -273,10 +279,28 @@ def compiler(folder: Path, script: str) -> str:
 def test_it_is_compiled_once(fresh, monkeypatch):
     assert native.library() is not None
     (file,) = (fresh / "cache").iterdir()
-    native._library.cache_clear()
+    forget()
     monkeypatch.setattr(native, "_run", None)  # a second compilation would fail
     assert native.library() is not None
     assert list((fresh / "cache").iterdir()) == [file]
+
+
+@by_native
+def test_it_is_compiled_while_a_model_is_traced(fresh, monkeypatch):
+    native.compile_ahead().join()
+    monkeypatch.setattr(native, "_run", None)
+    assert native.library() is not None
+
+
+@by_native
+def test_a_model_on_the_cpu_without_gradients_has_it_compiled(fresh):
+    model, x = fxbt.optimize(torch.nn.ReLU()), torch.zeros(2, 3)  # a graph that asks for no kernels
+    model(x)
+    assert not native.compile_ahead.cache_info().currsize
+    with torch.no_grad():
+        model(x)
+    native.compile_ahead().join()
+    assert list((fresh / "cache").iterdir())
 
 
 @by_native
@@ -287,7 +311,7 @@ def test_a_broken_file_in_the_cache_is_made_anew(fresh, monkeypatch):
     other.mkdir()
     (other / file.name).write_text("not a library")
     monkeypatch.setenv("FXBT_CACHE_DIR", str(other))
-    native._library.cache_clear()
+    forget()
     assert native.library() is not None
     assert (other / file.name).read_bytes().startswith(b"\x7fELF")
 

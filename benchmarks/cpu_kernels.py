@@ -1,8 +1,10 @@
 """Each kernel that fxbt chooses from, for the linears and attentions of MiniLM and BERT-base: microseconds a call.
 
-`python benchmarks/kernels.py` runs the contests of fxbt/linears.py and fxbt/attend.py for longer than a model's warmup
-does, in turns in one process, each call on weights that the caches have not just seen. "native / best" is fxbt's own
-kernel (fxbt/native.c) against the fastest other one; below 1 it is faster.
+`python benchmarks/cpu_kernels.py` runs the contests of fxbt/linears.py and fxbt/attend.py for longer than a model's
+warmup does, in turns in one process, each call on weights that the caches have not just seen. "native / best" is fxbt's
+own kernel (fxbt/native.c) against the fastest other one; below 1 it is faster.
+
+A file kernels.py here would be imported by transformers, which takes it for the package of that name.
 """
 
 from __future__ import annotations
