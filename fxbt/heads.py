@@ -84,7 +84,7 @@ class Projection:
     """`Attend` of the heads of a projection, where it is by our own kernel at all lengths."""
 
     def __init__(self, heads: Heads, library: native.Library, attend: Attend):
-        self._heads, self._attend = heads, attend
+        self.heads, self._attend = heads, attend
         self._run = library.attention_of(*heads)
         self.__name__ = "attend_projection"  # fx names nodes by it
 
@@ -98,7 +98,7 @@ class Projection:
         enable_gqa: bool = False,
     ) -> Tensor:
         if is_for_sdpa(attn_mask, dropout_p, projection):
-            query, key, value = self._heads.of(projection)
+            query, key, value = self.heads.of(projection)
             attended = self._attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             return attended.transpose(1, 2).flatten(2)
         return self._run(projection, attn_mask.bias if attn_mask else None, is_causal, scale)
@@ -108,6 +108,7 @@ class PackedProjection:
     """`PackedAtOnce` of the heads of a projection."""
 
     def __init__(self, heads: Heads, library: native.Library, attend: PackedAtOnce):
+        self.heads = heads
         self._run = library.attention_of(*heads)
         self.__name__ = "packed_projection"
 

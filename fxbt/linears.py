@@ -105,13 +105,13 @@ class LinearByRows:
     """
 
     def __init__(self, runs: list[Run], forms: list[int]):
-        self._runs, self._forms = runs, forms
+        self.runs, self.forms = runs, forms
         self.__name__ = "linear_by_rows"  # fx names nodes by it
 
     def __call__(self, x: Tensor, weights: list[Tensor], *others: Tensor | None) -> Any:
         rows = x.numel() // x.shape[-1] if x.numel() else 0
         place = bucket_of(rows, UP_TO)
-        return self._runs[place](x, weights[self._forms[place]], *others)
+        return self.runs[place](x, weights[self.forms[place]], *others)
 
 
 def linears(n: int, k: int, activation: Activation | None = None) -> Contest:

@@ -17,6 +17,7 @@ from torch import fx
 from .attend import attend_fast
 from .branches import assert_now
 from .canonical import attribute
+from .chain import chained
 from .heads import attend_projections
 from .linears import choose_linears
 from .memory import peak_bytes
@@ -123,7 +124,7 @@ class Program:
         for node in graph.nodes:
             node.target = _binding(node) if node.op == "call_function" else node.target
         self._graph = graph
-        self._run = compile_graph(graph)
+        self._run = compile_graph(graph if weights is None else chained(graph))
         self.replay: Replay | None = None
         if cuda_graphs and weights is not None:
             self._run = self.replay = Replay(self._run, count, no_replay)

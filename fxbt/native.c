@@ -414,5 +414,92 @@ int fxbt_attention(const attention *a) {
     return !failed;
 }
 
+// --- chains ----------------------------------------------------------------------------------------------------------
+//
+// Kernels one after the other on the same rows. What only they read stands in one block (chain.py plans it). An operand
+// is a place there, in floats for each row, or, below 0, one of the addresses that are given; for a bias the strides to
+// the next sequence, head, token and key follow it.
+
+typedef struct { // native.STEP
+    int64_t is_attention;
+    int64_t x, packed, bias, residual, y, gamma, beta, normed; // operands: of an attention, x is its projection
+    int64_t k, n;                                              // floats in a row of x and of y
+    int64_t heads, heads_per_key, head_dim, query, key, value; // of an attention: where these begin in a row of x
+    float number;                                              // epsilon or scale
+    int32_t choice;                                            // activation or is_causal
+} step;
+
+typedef struct { // native.CHAIN
+    float *block;
+    const int32_t *bounds; // or NULL
+    int64_t steps, rows, sequences, tokens, threads;
+} chain;
+
+static float *place(const chain *c, const int64_t *given, int64_t operand) {
+    return operand < 0 ? (float *)(intptr_t)given[-1 - operand] : c->block + operand * c->rows;
+}
+
+static void link_linear(const chain *c, const step *s, const int64_t *given) {
+    linear l = {
+        .x = place(c, given, s->x),
+        .packed = place(c, given, s->packed),
+        .bias = place(c, given, s->bias),
+        .residual = place(c, given, s->residual),
+        .y = place(c, given, s->y),
+        .gamma = place(c, given, s->gamma),
+        .beta = place(c, given, s->beta),
+        .normed = place(c, given, s->normed),
+        .m = c->rows,
+        .n = s->n,
+        .k = s->k,
+        .epsilon = s->number,
+        .activation = s->choice,
+        .threads = c->threads,
+    };
+    fxbt_linear(&l);
+}
+
+static int link_attention(const chain *c, const step *s, const int64_t *given) {
+    const float *x = place(c, given, s->x), *bias = place(c, given, s->bias);
+    int64_t apart = c->bounds ? 0 : c->tokens;
+    strides along = {apart * s->k, s->head_dim, s->k};
+    attention a = {
+        .query = x + s->query,
+        .key = x + s->key,
+        .value = x + s->value,
+        .output = place(c, given, s->y),
+        .bias = bias,
+        .bounds = c->bounds,
+        .of_query = along,
+        .of_key = along,
+        .of_value = along,
+        .of_output = {apart * s->n, s->head_dim, s->n},
+        .sequences = c->sequences,
+        .heads = s->heads,
+        .heads_per_key = s->heads_per_key,
+        .queries = c->tokens,
+        .keys = c->tokens,
+        .head_dim = s->head_dim,
+        .value_dim = s->head_dim,
+        .scale = s->number,
+        .is_causal = s->choice,
+        .threads = c->threads,
+    };
+    if (bias) {
+        const int64_t *of = given - s->bias;
+        a.of_bias = (strides){of[0], of[1], of[2]}, a.bias_key = of[3];
+    }
+    return fxbt_attention(&a);
+}
+
+// Returns whether there was memory for it.
+int fxbt_chain(const chain *c, const step *steps, const int64_t *given) {
+    for (const step *s = steps; s < steps + c->steps; s++) {
+        if (!s->is_attention) link_linear(c, s, given);
+        else if (!link_attention(c, s, given)) return 0;
+    }
+    return 1;
+}
+
 int fxbt_panel(void) { return PANEL; }
 int fxbt_depth(void) { return DEPTH; }

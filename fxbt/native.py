@@ -19,7 +19,7 @@ import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,52 @@ COMPILE_SECONDS = 60
 # The types of what native.c is called with.
 LINEAR = struct.Struct("@8P3qf2i")
 ATTENTION = struct.Struct("@6P23qf2i")
+STEP = struct.Struct("@17qfi")
+CHAIN = struct.Struct("@2P5q")
 
 
 class NoKernel(Exception):
     """Why the kernels cannot be had here."""
+
+
+class Linear:
+    """A linear on a weight [n, k]: (x, packed, bias, residual) -> activation(x W^T + bias + residual).
+
+    x is (..., k), bias (n) or None, residual (..., n) or None, the activation a place in `ACTIVATIONS`. With an
+    `epsilon`, the result's layer norm by two more arguments, gamma (n) or None and beta (n) or None; both, the result
+    and its norm, if it `keeps_sum`. All are float32 on the CPU.
+    """
+
+    def __init__(
+        self, call: Callable[[bytes], None], n: int, k: int, activation: int, epsilon: float | None, keeps_sum: bool
+    ):
+        self._call = call
+        self.n, self.k, self.activation, self.epsilon, self.keeps_sum = n, k, activation, epsilon, keeps_sum
+        self.__name__ = "native"  # fx names nodes by it
+
+    def __call__(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        gamma: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> Any:
+        n, k = self.n, self.k
+        x, bias, residual, gamma, beta = map(_dense, (x, bias, residual, gamma, beta))
+        y = x.new_empty((*x.shape[:-1], n)) if residual is None else torch.empty_like(residual)
+        if x.shape[-1] != k or x.numel() * n != y.numel() * k:  # the kernel would read past the end
+            raise ValueError(f"x {tuple(x.shape)} W^T + {tuple(y.shape)}, where W is {(n, k)}")
+        normed = None if self.epsilon is None else torch.empty_like(y) if self.keeps_sum else y
+        self._call(
+            LINEAR.pack(
+                *(x.data_ptr(), packed.data_ptr(), _address(bias), _address(residual), y.data_ptr()),
+                *(_address(gamma), _address(beta), _address(normed)),
+                *(y.numel() // n, n, k, self.epsilon or 0, self.activation, torch.get_num_threads()),
+            )
+        )
+        return (y, normed) if self.keeps_sum else y
 
 
 class Library:
@@ -58,9 +100,10 @@ class Library:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             raise NoKernel(f"what was compiled cannot be loaded: {error}") from error
-        self._linear, self._attention = library.fxbt_linear, library.fxbt_attention
+        self._linear, self._attention, self._chain = library.fxbt_linear, library.fxbt_attention, library.fxbt_chain
         self._linear.restype = None
         self._linear.argtypes = self._attention.argtypes = [ctypes.c_char_p]
+        self._chain.argtypes = [ctypes.c_char_p] * 3
         self._panel: int = library.fxbt_panel()
         self._depth: int = library.fxbt_depth()
 
@@ -71,38 +114,9 @@ class Library:
 
     def linear(
         self, n: int, k: int, activation: str = "", epsilon: float | None = None, keeps_sum: bool = False
-    ) -> Callable[..., Any]:
-        """The kernel for a weight [n, k]: (x, packed, bias, residual) -> activation(x W^T + bias + residual).
-
-        x is (..., k), bias (n) or None, residual (..., n) or None, the activation one of `ACTIVATIONS`. With an
-        `epsilon`, the result's layer norm by two more arguments, gamma (n) or None and beta (n) or None; both, the
-        result and its norm, if it `keeps_sum`. All are float32 on the CPU.
-        """
-        call, fill, code = self._linear, LINEAR.pack, ACTIVATIONS.index(activation)
-
-        def native(
-            x: Tensor,
-            packed: Tensor,
-            bias: Tensor | None,
-            residual: Tensor | None,
-            gamma: Tensor | None = None,
-            beta: Tensor | None = None,
-        ) -> Any:
-            x, bias, residual, gamma, beta = map(_dense, (x, bias, residual, gamma, beta))
-            y = x.new_empty((*x.shape[:-1], n)) if residual is None else torch.empty_like(residual)
-            if x.shape[-1] != k or x.numel() * n != y.numel() * k:  # the kernel would read past the end
-                raise ValueError(f"x {tuple(x.shape)} W^T + {tuple(y.shape)}, where W is {(n, k)}")
-            normed = None if epsilon is None else torch.empty_like(y) if keeps_sum else y
-            call(
-                fill(
-                    *(x.data_ptr(), packed.data_ptr(), _address(bias), _address(residual), y.data_ptr()),
-                    *(_address(gamma), _address(beta), _address(normed)),
-                    *(y.numel() // n, n, k, epsilon or 0, code, torch.get_num_threads()),
-                )
-            )
-            return (y, normed) if keeps_sum else y
-
-        return native
+    ) -> Linear:
+        """The kernel for a weight [n, k], with an activation and the epsilon of a layer norm, if there are any."""
+        return Linear(self._linear, n, k, ACTIVATIONS.index(activation), epsilon, keeps_sum)
 
     def attention(
         self,
@@ -175,6 +189,24 @@ class Library:
             return output
 
         return native_attention
+
+    def chain(
+        self,
+        steps: bytes,
+        given: Sequence[int],
+        block: Tensor,
+        bounds: Tensor | None,
+        sizes: Sequence[int],
+    ) -> None:
+        """Runs kernels one after the other: `steps` are so many `STEP`s, `given` the addresses that these refer to.
+
+        `sizes` are the rows of all values, the sequences in them, and the tokens of each or, with `bounds`, of the
+        longest.
+        """
+        count = len(steps) // STEP.size
+        call = CHAIN.pack(block.data_ptr(), _address(bounds), count, *sizes, torch.get_num_threads())
+        if not self._chain(call, steps, struct.pack(f"@{len(given)}q", *given)):
+            raise MemoryError(f"no memory for the scores of {sizes[2]} tokens")
 
     def _attend(
         self,

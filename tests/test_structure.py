@@ -58,6 +58,7 @@ ROOMS = [
     "once",
     "attend",
     "heads",
+    "chain",
     "precision",
     "memory",
     "lower",
