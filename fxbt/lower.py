@@ -124,7 +124,7 @@ class Program:
         for node in graph.nodes:
             node.target = _binding(node) if node.op == "call_function" else node.target
         self._graph = graph
-        self._run = compile_graph(graph if weights is None else chained(graph))
+        self._run = compile_graph(graph if weights is None else chained(graph, weights.tuner))
         self.replay: Replay | None = None
         if cuda_graphs and weights is not None:
             self._run = self.replay = Replay(self._run, count, no_replay)
