@@ -335,6 +335,20 @@ def keep_reduced_dim(node: fx.Node) -> Any:
     return kept
 
 
+def split_by_sizes(node: fx.Node) -> Any:
+    """split(x, n, dim), chunk(x, n, dim) -> split_with_sizes(x, [n, n, ...], dim), where the dim has a known size"""
+    if node.target not in (aten.split.Tensor, aten.chunk.default):
+        return None
+    dim = argument(node, "dim")
+    sizes = [part.shape[dim] for part in _value(node)]
+    if not all(type(size) is int for size in sizes):
+        return None
+    with node.graph.inserting_before(node):
+        split = node.graph.call_function(aten.split_with_sizes.default, (node.args[0], sizes, dim))
+    split.meta = dict(node.meta)
+    return split
+
+
 def new_to_full(node: fx.Node) -> Any:
     """x.new_zeros(shape) -> full(shape, 0): it reads nothing of x, and so should not use it"""
     if node.target not in NEW_FILLED:
@@ -496,6 +510,7 @@ STEPS: tuple[Callable[[fx.Node], Any], ...] = (
     linear_of_flattened,
     variance_by_correction,
     keep_reduced_dim,
+    split_by_sizes,
     new_to_full,
     softmax_by_hand,
     softmax_of_shifted,

@@ -47,6 +47,23 @@ def test_steps_drop_what_changes_nothing(function, left):
 
 
 @pytest.mark.parametrize(
+    ("function", "sizes", "dim"),
+    [
+        (lambda x: x.split(4, -1), [4, 2], -1),
+        (lambda x: x.split((1, 5), 2), [1, 5], 2),
+        (lambda x: x.chunk(3, 2), [2, 2, 2], 2),
+        (lambda x: x.chunk(4, -1), [2, 2, 2], -1),
+        (lambda x: x.split(2, 1), None, 1),
+        (lambda x: x.chunk(2, 0), None, 0),
+    ],
+)
+def test_splits_are_written_by_their_sizes_where_these_are_known(function, sizes, dim):
+    module = canonicalize(graph_of(lambda x, w: [part * 2 for part in function(F.linear(x, w))], X, w=torch.ones(6, 6)))
+    found = [node.args[1:] for node in nodes(module, aten.split_with_sizes.default)]
+    assert found == ([] if sizes is None else [(sizes, dim)])
+
+
+@pytest.mark.parametrize(
     ("function", "kept"),
     [
         (lambda x: F.dropout(x, 0.5, training=True) * 2, aten.dropout.default),
