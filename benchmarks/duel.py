@@ -7,6 +7,7 @@ another one's in the same turn, the median over the turns: a host that slows dow
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from typing import Any
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--columns", nargs="+", default=["1x16", "1x128", "8x32", "8x128"])
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=0.3, help="of each turn")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     data, first = measure(options), options.engines[0]
     rows = [

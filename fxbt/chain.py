@@ -7,11 +7,10 @@ A call from Python takes some 8 us, and memory that was just freed elsewhere is 
 from __future__ import annotations
 
 import inspect
-import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,19 +31,17 @@ EVERY_PLACE = frozenset(range(len(UP_TO) + 1))
 
 
 def chained(graph: fx.Graph, tuner: Tuner) -> fx.Graph:
-    """A copy of a graph in which our own kernels on the same rows, one after the other, are one node."""
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    library = native.library()
-    if library is None:
-        return copy
-    runs = _runs(copy)
+    """The graph with our own kernels on the same rows, one after the other, as one node: a copy, if there are any."""
+    library, runs = native.library(), _runs(graph)
+    if library is None or not runs:
+        return graph
+    copy, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    copy.output(copy.graph_copy(graph, copies))
     for nodes in runs:
-        _join(copy, library, [link for node in nodes if (link := Link.of(node))])
-    if runs:
-        counts = Counter(map(len, runs))
-        told = (f"one call for {kernels} in a row" + (f", x {n}" if n > 1 else "") for kernels, n in counts.items())
-        tuner.answers.setdefault("native", "; ".join(told))
+        _join(copy, library, [link for node in nodes if (link := Link.of(copies[node]))])
+    counts = Counter(map(len, runs))
+    told = (f"one call for {kernels} in a row" + (f", x {n}" if n > 1 else "") for kernels, n in counts.items())
+    tuner.answers.setdefault("native", "; ".join(told))
     return copy
 
 
@@ -69,7 +66,7 @@ class Link:
     tokens: fx.Node | None = None
     scale: float | None = None
     is_causal: bool = False
-    places: frozenset[int] = field(default=EVERY_PLACE)  # of the numbers of rows for which the kernel is the fastest
+    places: frozenset[int] = EVERY_PLACE  # of the numbers of rows for which the kernel is the fastest
 
     @classmethod
     def of(cls, node: fx.Node) -> Link | None:
@@ -131,11 +128,7 @@ class Link:
         rows, others = (link.y.meta["val"].shape[:-1] for link in (self, links[0]))
         if len(rows) != len(others) or not all(map(statically_known_true, map(operator.eq, rows, others))):
             return False
-        return all(self._is_laid_out_as(link) for link in links)
-
-    def _is_laid_out_as(self, other: Link) -> bool:
-        are_attentions = isinstance(self.kernel, Heads) and isinstance(other.kernel, Heads)
-        return not are_attentions or self.tokens is other.tokens
+        return len({link.tokens for link in (*links, self) if isinstance(link.kernel, Heads)}) < 2
 
 
 def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -203,7 +196,7 @@ class Plan:
         results = {value: link.n for link in links for value in (link.y, link.normed) if value is not None}
         self.outputs = [value for value in results if any(user not in inside for user in value.users)]
         self.widths = [results[output] for output in self.outputs]
-        self.heads = [link.kernel.counts[0] for link in links if isinstance(link.kernel, Heads)]
+        self.heads = {link.kernel.counts[0] for link in links if isinstance(link.kernel, Heads)}
         self.places = frozenset.intersection(*(link.places for link in links))
         addresses = [*self.tensors, *self.outputs]
         self._operands = {value: -2 - place for place, value in enumerate(addresses)}
@@ -253,7 +246,7 @@ def _numbers(link: Link) -> tuple[float, ...]:
         return (*(0,) * 6, kernel.epsilon or 0, kernel.activation)
     query_heads, key_heads, _ = kernel.counts
     starts = (start * kernel.head_dim for start in kernel.starts)
-    scale = 1 / math.sqrt(kernel.head_dim) if link.scale is None else link.scale
+    scale = native.scale_of(link.scale, kernel.head_dim)
     return (query_heads, query_heads // key_heads, kernel.head_dim, *starts, scale, link.is_causal)
 
 
@@ -301,10 +294,7 @@ class Chain:
         if bias is None:
             return False
         batch, tokens = leading
-        return all(
-            n == 1 or all(n == size for size in sizes)
-            for n, sizes in zip(bias.shape, ((batch,), self._plan.heads, (tokens,), (tokens,)), strict=True)
-        )
+        return all(native.is_bias_of(bias, (batch, heads, tokens, tokens)) for heads in self._plan.heads)
 
 
 def _sequences(tokens: Tokens | None, leading: Sequence[int]) -> tuple[Tensor | None, Sequence[int]]:
@@ -314,4 +304,4 @@ def _sequences(tokens: Tokens | None, leading: Sequence[int]) -> tuple[Tensor | 
 
 def _address_and_strides(mask: Mask) -> list[int]:
     bias: Any = mask.bias
-    return [bias.data_ptr(), *(0 if n == 1 else along for n, along in zip(bias.shape, bias.stride(), strict=True))]
+    return [bias.data_ptr(), *native.strides_of(bias)]

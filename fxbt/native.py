@@ -227,18 +227,32 @@ class Library:
             batch, queries, keys = len(bounds) - 1, longest, longest
         of_bias = [0, 0, 0, 0]
         if bias is not None:
-            if any(n not in (1, size) for n, size in zip(bias.shape, (batch, heads, queries, keys), strict=True)):
+            if not is_bias_of(bias, (batch, heads, queries, keys)):
                 raise ValueError(f"a bias {tuple(bias.shape)} on scores {(batch, heads, queries, keys)}")
             bias = bias.contiguous()
-            of_bias = [0 if n == 1 else along for n, along in zip(bias.shape, bias.stride(), strict=True)]
-        scale = 1 / math.sqrt(head_dim) if scale is None else scale
+            of_bias = strides_of(bias)
         call = ATTENTION.pack(
             *(*pointers, _address(bias), _address(bounds), *each, *of_bias),
             *(batch, heads, heads // key_heads, queries, keys, head_dim, value_dim),
-            *(scale, is_causal, torch.get_num_threads()),
+            *(scale_of(scale, head_dim), is_causal, torch.get_num_threads()),
         )
         if not self._attention(call):
             raise MemoryError(f"no memory for the scores of {queries} queries and {keys} keys")
+
+
+def is_bias_of(bias: Tensor, scores: tuple[int, int, int, int]) -> bool:
+    """Whether each axis of a bias is that of the scores (batch, heads, queries, keys), or of size 1."""
+    return all(n in (1, size) for n, size in zip(bias.shape, scores, strict=True))
+
+
+def strides_of(bias: Tensor) -> list[int]:
+    """Floats from one to the next on each axis, 0 where one is read for all."""
+    return [0 if n == 1 else along for n, along in zip(bias.shape, bias.stride(), strict=True)]
+
+
+def scale_of(scale: float | None, head_dim: int) -> float:
+    """What SDPA multiplies scores with."""
+    return 1 / math.sqrt(head_dim) if scale is None else scale
 
 
 def _dense(tensor: Any) -> Any:

@@ -228,7 +228,6 @@ def test_sizes_that_do_not_fit_are_an_error():
 
 
 def test_without_memory_for_the_scores_it_is_an_error(monkeypatch):
-    _, run = program(post_norm, X, **WEIGHTS)
     monkeypatch.setattr(native.library(), "_chain", lambda *call: 0)
     _, run = program(post_norm, X, **WEIGHTS)
     with pytest.raises(MemoryError, match="5 tokens"):
