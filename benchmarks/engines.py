@@ -6,9 +6,11 @@ An engine that cannot take a model raises `Skip`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,19 @@ class Skip(Exception):
     """Why an engine does not run a model."""
 
 
-def require(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Skip(f"{', '.join(missing)} not installed")
+@dataclass(frozen=True)
+class Engine:
+    attention: str  # the model's attention implementation
+    prepare: Prepare  # makes it from the model
+    libraries: tuple[str, ...] = ()  # that it needs besides torch and transformers
+
+    def load(self) -> None:
+        """Imports its libraries."""
+        missing = [name for name in self.libraries if importlib.util.find_spec(name) is None]
+        if missing:
+            raise Skip(f"{', '.join(missing)} not installed")
+        for name in self.libraries:
+            importlib.import_module(name)
 
 
 def hugging_face(model: nn.Module, example: Batch, threads: int) -> Run:
@@ -233,7 +244,6 @@ def _to_onnx(model: nn.Module, example: Batch, path: Path) -> None:
 
 
 def onnx_runtime(model: nn.Module, example: Batch, threads: int) -> Run:
-    require("onnx", "onnxscript", "onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -251,7 +261,6 @@ def onnx_runtime(model: nn.Module, example: Batch, threads: int) -> Run:
 
 
 def openvino(model: nn.Module, example: Batch, threads: int) -> Run:
-    require("openvino")
     import openvino as ov
 
     example = _larger(example)
@@ -270,7 +279,6 @@ def openvino(model: nn.Module, example: Batch, threads: int) -> Run:
 
 
 def ctranslate2(model: nn.Module, example: Batch, threads: int) -> Run:
-    require("ctranslate2")
     kind = type(model).__name__
     if kind not in ("BertModel", "DistilBertModel"):
         raise Skip("CTranslate2 has no interface to these hidden states")
@@ -303,17 +311,16 @@ def _copy_tokenizer(folder: Path) -> None:
             (folder / file.name).write_bytes(file.read_bytes())
 
 
-# name -> (the model's attention implementation, how the engine is made from the model)
-ENGINES: dict[str, tuple[str, Prepare]] = {
-    "fxbt": ("sdpa", fxbt),
-    "fxbt bf16": ("sdpa", fxbt_bfloat16),
-    "fxbt int8": ("sdpa", fxbt_int8),
-    "HF eager": ("eager", hugging_face),
-    "HF sdpa": ("sdpa", hugging_face),
-    "fast path": ("sdpa", fast_path),
-    "Inductor": ("sdpa", inductor),
-    "Inductor freezing": ("sdpa", inductor_freezing),
-    "ONNX Runtime": ("sdpa", onnx_runtime),
-    "OpenVINO": ("sdpa", openvino),
-    "CTranslate2": ("sdpa", ctranslate2),
+ENGINES = {
+    "fxbt": Engine("sdpa", fxbt, ("fxbt",)),
+    "fxbt bf16": Engine("sdpa", fxbt_bfloat16, ("fxbt",)),
+    "fxbt int8": Engine("sdpa", fxbt_int8, ("fxbt",)),
+    "HF eager": Engine("eager", hugging_face),
+    "HF sdpa": Engine("sdpa", hugging_face),
+    "fast path": Engine("sdpa", fast_path),
+    "Inductor": Engine("sdpa", inductor, ("torch._dynamo", "torch._inductor.compile_fx")),
+    "Inductor freezing": Engine("sdpa", inductor_freezing, ("torch._dynamo", "torch._inductor.compile_fx")),
+    "ONNX Runtime": Engine("sdpa", onnx_runtime, ("onnx", "onnxscript", "onnxruntime")),
+    "OpenVINO": Engine("sdpa", openvino, ("openvino",)),
+    "CTranslate2": Engine("sdpa", ctranslate2, ("ctranslate2",)),
 }

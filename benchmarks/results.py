@@ -20,7 +20,8 @@ times as fast as {BASELINE}: median over the rounds of {BASELINE}'s time divided
 measured here, as a part of the engine's time. At 1x16 weights are read for few rows: no engine gets near 100 %.
 difference: largest from HF eager at a token, as a part of the output's magnitude. All engines compute in float32 but
 those that say otherwise, whose linears are narrower.
-ready: seconds from the loaded model to the end of the first fast call (of the first column's shape).
+import: seconds for the engine's libraries, torch and transformers being there. ready: from there to the end of the
+first fast call (of the first column's shape), nothing compiled or measured before.
 MiB: largest resident set while preparing, and while running; both with Python, torch and transformers."""
 
 
@@ -105,8 +106,9 @@ def _preparation(data: dict[str, Any], engines: list[str]) -> str:
         about = data["prepared"][engine]
         worst = max(data["differences"][engine].values())
         memory = [f"{about[key]:.0f}" for key in ("prepare_mib", "running_mib")]
-        rows.append([engine, f"{about['ready_s']:.2f}", *memory, f"{worst:.0e}"])
-    return _table("", ["ready s", "MiB preparing", "MiB running", "difference"], rows)
+        seconds = [f"{about[key]:.2f}" for key in ("import_s", "ready_s")]
+        rows.append([engine, *seconds, *memory, f"{worst:.0e}"])
+    return _table("", ["import s", "ready s", "MiB preparing", "MiB running", "difference"], rows)
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

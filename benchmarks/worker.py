@@ -29,22 +29,24 @@ class Worker:
         self._run: Run | None = None
 
     def prepare(self) -> dict[str, Any]:
-        """Loads and converts the model; seconds from the loaded model to the end of the first fast call."""
+        """Loads and converts the model; seconds for the libraries, and from there to the end of the first fast call."""
         example = next(iter(self._columns.values()))[0]
         try:
             with torch.inference_mode(False), torch.no_grad():
-                attention, make_run = ENGINES[self._engine]
-                model = self._model.make(attention)
+                engine = ENGINES[self._engine]
+                model = self._model.make(engine.attention)
                 start = time.perf_counter()
-                self._run = make_run(model, example, self._threads)
+                engine.load()
+                loaded = time.perf_counter()
+                self._run = engine.prepare(model, example, self._threads)
         except Skip as reason:
             return {"skipped": str(reason)}
         except Exception as error:  # a converter that fails on a model must not stop the others
             first_line = (str(error).strip() or " ").splitlines()[0]
             return {"skipped": f"{type(error).__name__}: {first_line[:200]}"}
         self._pass([example, example])  # the first may still capture or compile
-        seconds = time.perf_counter() - start
-        answer = {"ready_s": seconds, "prepare_mib": _peak_memory()}
+        ready = time.perf_counter()
+        answer = {"import_s": loaded - start, "ready_s": ready - loaded, "prepare_mib": _peak_memory()}
         del model
         _forget_peak_memory()
         return answer

@@ -22,6 +22,7 @@ from unittest import mock
 import sympy
 import torch
 import torch._dynamo.config as dynamo_config
+import torch.export._trace  # torch.export itself loads it at its first call, in 0.5 s
 import torch.fx.experimental._config as fx_config
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 from torch._subclasses import fake_tensor

@@ -37,6 +37,7 @@ BUDGET_SECONDS = 2.0  # for the shapes of one model
 LEAST_TURNS, TURNS_SECONDS, DOUBTFUL_SECONDS = 2, 0.01, 0.06
 LEAST_RACES, RACES, RACE_SECONDS = 3, 5, 0.5
 CLEARLY = 0.97  # of another's time
+SETTLED = 3  # sizes in a row with one clear winner: the largest size, half of the time of all, is not measured then
 STEADY = 1.5  # median / shortest turn: on a quiet machine at most 1.26, beside a busy process 2 to 800
 # Where more programs run than there are processors, each call may lose one of them, and all are equally slow: then
 # about 2 a call, which takes 8 ms; on a quiet machine less than 1 in calls as long, and fewer in shorter ones.
@@ -153,7 +154,8 @@ def _measure(contest: Contest) -> tuple[Times, bool]:
     are_steady = []
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for size in contest.sizes:
-            calls = contest.calls(size)
+            is_left_out = size == contest.sizes[-1] and _is_settled(times)
+            calls = None if is_left_out else contest.calls(size)
             if calls is None:
                 times = {name: [*measured, measured[-1]] for name, measured in times.items()}
                 continue
@@ -163,6 +165,14 @@ def _measure(contest: Contest) -> tuple[Times, bool]:
                 measured.append(min(samples))
         _measure_doubtful(contest, times)
     return times, all(are_steady)
+
+
+def _is_settled(times: Times) -> bool:
+    """Whether one kernel was clearly faster than all others at each of the last sizes."""
+    last = list(zip(*times.values(), strict=True))[-SETTLED:]
+    winners = {kernels.index(min(kernels)) for kernels in last}
+    are_clear = all(min(kernels) < CLEARLY * sorted(kernels)[1] for kernels in last)
+    return len(last) == SETTLED and len(winners) == 1 and are_clear
 
 
 def _measure_doubtful(contest: Contest, times: Times) -> None:

@@ -174,6 +174,25 @@ def test_a_size_too_large_to_measure_is_as_the_one_before():
 
 
 @pytest.mark.parametrize(
+    ("at_third_size", "is_measured"),
+    [
+        (1.0, False),
+        (1.99, True),  # not clearly the fastest there
+        (3.0, True),  # another one is
+    ],
+)
+def test_the_largest_size_is_left_out_where_one_kernel_wins_before(at_third_size, is_measured, monkeypatch):
+    def in_turns(*kernels, **options):
+        return [[2.0], [at_third_size if 16 in kernels else 1.0]]
+
+    monkeypatch.setattr(tune, "in_turns", in_turns)
+    asked = []
+    sizes = (1, 4, 16, 64)
+    tune._measure(Contest("x", ("a", "b"), sizes, (2, 8, 32), lambda size: asked.append(size) or [size] * 2))
+    assert set(asked) == ({1, 4, 16, 64} if is_measured else {1, 4, 16})
+
+
+@pytest.mark.parametrize(
     ("turns", "is_kept"),
     [
         ([2.0, 2.1, 2.2, 2.5], True),
