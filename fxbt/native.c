@@ -27,38 +27,41 @@
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES))); // of a comparison: -1 where it holds, else 0
+
+static inline vector all(float value) { return (vector){0} + value; }
+
+static inline vector either(integers where, vector yes, vector no) {
+    return (vector)((where & (integers)yes) | (~where & (integers)no));
+}
 
 // e^x for x <= 0 to 2 ulp, 0 where it is no normal number: 2^times e^r, as x = times ln 2 + r.
-static inline float exponential(float x) {
+static inline vector exponential(vector x) {
     const float to_whole = 12582912; // 1.5 * 2^23: its sum with a number keeps no digits behind the point
-    union {
-        float value;
-        int32_t bits;
-    } power = {x * 1.44269504f + to_whole};
-    float times = power.value - to_whole, r = x - times * 0.693359375f + times * 2.12194440e-4f;
-    float q = 1.3814465e-3f; // (e^r - 1 - r) / r^2 to 3e-9, up to ln(2) / 2
-    q = q * r + 8.3687808e-3f;
+    vector shifted = x * 1.44269504f + to_whole, times = shifted - to_whole;
+    vector r = x - times * 0.693359375f + times * 2.12194440e-4f;
+    vector q = r * 1.3814465e-3f + 8.3687808e-3f; // (e^r - 1 - r) / r^2 to 3e-9, up to ln(2) / 2
     q = q * r + 4.16683943e-2f;
     q = q * r + 0.166665201f;
     q = q * r + 0.499999934f;
-    power.bits = (power.bits << 23) + (127 << 23);
-    return x < -87.3f ? 0 : (q * r * r + r + 1) * power.value;
+    vector power = (vector)(((integers)shifted << 23) + (127 << 23));
+    return either(x < -87.3f, all(0), (q * r * r + r + 1) * power);
 }
 
-static inline float sigmoid(float x) {
-    float e = exponential(-fabsf(x));
-    return (x < 0 ? e : 1) / (1 + e);
+static inline vector sigmoid(vector x) {
+    vector e = exponential(either(x < 0, x, -x));
+    return either(x < 0, e, all(1)) / (1 + e);
 }
 
 // erf(x) to 4e-7: x times a quotient of polynomials of x^2, fitted to 2e-8.
-static inline float error_function(float x) {
-    float z = x * x, above = 2.05008496e-6f, below = 3.80917481e-5f;
-    above = above * z + 2.84883776e-4f, below = below * z + 1.16254436e-3f;
+static inline vector error_function(vector x) {
+    vector z = x * x, above = z * 2.05008496e-6f + 2.84883776e-4f, below = z * 3.80917481e-5f + 1.16254436e-3f;
     above = above * z + 3.76565126e-3f, below = below * z + 1.49692846e-2f;
     above = above * z + 5.27488291e-2f, below = below * z + 0.114109434f;
     above = above * z + 0.190407231f, below = below * z + 0.502076745f;
     above = above * z + 1.12837911f, below = below * z + 1;
-    return x > 3.92f ? 1 : x < -3.92f ? -1 : x * above / below; // there it differs from 1 by less than 3e-8
+    vector inside = either(x < -3.92f, all(-1), x * above / below); // 1 and -1 differ by less than 3e-8 there
+    return either(x > 3.92f, all(1), inside);
 }
 
 enum { NONE, RELU, GELU, GELU_TANH, SILU }; // native.ACTIVATIONS
@@ -147,49 +150,44 @@ typedef struct { // native.LINEAR
     int32_t activation, threads;
 } linear;
 
-static void activate(float *sums, int64_t count, int activation) {
+static inline vector activated(vector x, int activation) {
     const float sqrt_half = 0.70710678f, twice_sqrt_2_over_pi = 1.59576912f;
     switch (activation) {
     case RELU:
-#pragma omp simd
-        for (int64_t i = 0; i < count; i++) sums[i] = sums[i] < 0 ? 0 : sums[i]; // NaN stays
-        break;
+        return either(x < 0, all(0), x); // NaN stays
     case GELU:
-#pragma omp simd
-        for (int64_t i = 0; i < count; i++) sums[i] = 0.5f * sums[i] * (1 + error_function(sums[i] * sqrt_half));
-        break;
+        return 0.5f * x * (1 + error_function(x * sqrt_half));
     case GELU_TANH: // (1 + tanh(u)) / 2 = sigmoid(2u)
-#pragma omp simd
-        for (int64_t i = 0; i < count; i++) {
-            float cubic = sums[i] + 0.044715f * sums[i] * sums[i] * sums[i];
-            sums[i] *= sigmoid(twice_sqrt_2_over_pi * cubic);
-        }
-        break;
+        return x * sigmoid(twice_sqrt_2_over_pi * (x + 0.044715f * x * x * x));
     case SILU:
-#pragma omp simd
-        for (int64_t i = 0; i < count; i++) sums[i] *= sigmoid(sums[i]);
-        break;
+        return x * sigmoid(x);
     }
+    return x;
 }
 
 // Writes sums to y[row : row + rows, column : column + PANEL]: the first with bias and residual, others added to what
 // is there, the last activated.
-static void write(const linear *l, float *sums, int64_t rows, int64_t row, int64_t column, int is_first, int is_last) {
-    int activates = is_last && l->activation != NONE;
+static inline __attribute__((always_inline)) void write_activated(
+    const linear *l, const float *sums, int64_t rows, int64_t row, int64_t column, int is_first, int activation) {
     for (int64_t i = 0; i < rows * 2; i++) {
         int64_t start = column + i % 2 * LANES, count = l->n - start, at = (row + i / 2) * l->n + start;
         vector sum = *(vector *)(sums + i * LANES);
         if (!is_first) sum += load(l->y + at, count);
         if (is_first && l->bias) sum += load(l->bias + start, count);
         if (is_first && l->residual) sum += load(l->residual + at, count);
-        if (activates) *(vector *)(sums + i * LANES) = sum;
-        else store(l->y + at, sum, count); // a second pass over the sums would cost 5 % of a large product
+        store(l->y + at, activated(sum, activation), count);
     }
-    if (!activates) return;
-    activate(sums, rows * PANEL, l->activation);
-    for (int64_t i = 0; i < rows * 2; i++) {
-        int64_t start = column + i % 2 * LANES;
-        store(l->y + (row + i / 2) * l->n + start, *(vector *)(sums + i * LANES), l->n - start);
+}
+
+// A loop for each activation: asking for it at every vector would cost.
+static void write(
+    const linear *l, const float *sums, int64_t rows, int64_t row, int64_t column, int is_first, int is_last) {
+    switch (is_last ? l->activation : NONE) {
+#define ACTIVATION(name)                                                                                               \
+    case name:                                                                                                         \
+        write_activated(l, sums, rows, row, column, is_first, name);                                                   \
+        break;
+        ACTIVATION(NONE) ACTIVATION(RELU) ACTIVATION(GELU) ACTIVATION(GELU_TANH) ACTIVATION(SILU)
     }
 }
 
@@ -317,6 +315,7 @@ static void pack_values(float *to, const float *from, int64_t token, int64_t tok
 // LANES; returns 1 / their sum, 0 where all are blocked.
 static float soften(float *scores, int64_t keys, int64_t width, float scale, const float *bias, int64_t bias_key) {
     float largest = -INFINITY, sum = 0, same = bias && !bias_key ? *bias : 0;
+    vector sums = {0};
     if (bias && bias_key) { // a loop for both would make attention take a third longer
 #pragma omp simd reduction(max : largest)
         for (int64_t j = 0; j < keys; j++) {
@@ -332,11 +331,11 @@ static float soften(float *scores, int64_t keys, int64_t width, float scale, con
     }
     if (largest == -INFINITY) largest = 0; // exp(-inf) is 0, and NaN stays NaN
     for (int64_t j = keys; j < width; j++) scores[j] = -INFINITY;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < width; j++) {
-        scores[j] = exponential(scores[j] - largest);
-        sum += scores[j];
+    for (int64_t j = 0; j < width; j += LANES) {
+        vector *score = (vector *)(scores + j);
+        sums += *score = exponential(*score - largest);
     }
+    for (int64_t i = 0; i < LANES; i++) sum += sums[i];
     return sum == 0 ? 0 : 1 / sum;
 }
 

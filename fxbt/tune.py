@@ -32,7 +32,7 @@ except ImportError:  # Windows
 
 logger = logging.getLogger("fxbt")
 
-FORMAT = 9  # of the files; another one is ignored. A change of what is measured (native.c, say) makes a new one
+FORMAT = 10  # of the files; another one is ignored. A change of what is measured (native.c, say) makes a new one
 BUDGET_SECONDS = 2.0  # for the shapes of one model
 LEAST_TURNS, TURNS_SECONDS, DOUBTFUL_SECONDS = 2, 0.01, 0.06
 LEAST_RACES, RACES, RACE_SECONDS = 3, 5, 0.5
