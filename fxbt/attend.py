@@ -30,6 +30,7 @@ from .tune import Calls, Contest, Tuner, bucket_of
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a sequence that are measured
 UP_TO = (24, 48, 96, 192, 384)
+BY_ONEDNN = "oneDNN products"
 SEVERAL = 512  # tokens of several sequences: SDPA spreads them over threads, products hold the scores of all
 
 # As SDPA of (query, key, value, bias, is_causal, scale); None stands for SDPA's own.
@@ -46,10 +47,9 @@ def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
         if node.target is BY_PRODUCTS:
             node.target = ByProducts(tuner.choose(ways_to_multiply(heads, head_dim)))
             continue
-        kernels = list(attention_kernels().values())
+        kernels = attention_kernels()
         one, several = (
-            [kernels[place] for place in tuner.choose(attentions(heads, head_dim, several))]
-            for several in (False, True)
+            [kernels[name] for name in tuner.choose(attentions(heads, head_dim, several))] for several in (False, True)
         )
         if not any(one + several):
             continue
@@ -176,8 +176,8 @@ class PackedAtOnce:
 class ByProducts:
     """`attention_by_products` with the products that were `chosen` for the length."""
 
-    def __init__(self, chosen: tuple[int, ...]):
-        self._contexts = [(contextlib.nullcontext(), by_onednn)[choice] for choice in chosen]
+    def __init__(self, chosen: tuple[str, ...]):
+        self._contexts = [by_onednn if name == BY_ONEDNN else contextlib.nullcontext() for name in chosen]
         self.__name__ = "attend_by_products"
 
     def __call__(self, query: Tensor, key: Tensor, *others: Any, **options: Any) -> Tensor:
@@ -255,7 +255,7 @@ def attention_kernels() -> dict[str, Kernel | None]:
 
 def product_kernels() -> dict[str, Kernel]:
     """Products by torch's default library, and by oneDNN where that computes in float32."""
-    return {"products": products, **({"oneDNN products": products_by_onednn} if onednn_is_exact() else {})}
+    return {"products": products, **({BY_ONEDNN: products_by_onednn} if onednn_is_exact() else {})}
 
 
 def attentions(heads: int, head_dim: int, several: bool) -> Contest:
@@ -279,6 +279,6 @@ def _contest(
         query, key, value = torch.full((batch, length, 3 * heads, head_dim), 0.5).transpose(1, 2).split(heads, 1)
         return [[functools.partial(run, query, key, value)] for run in runs]
 
-    names = tuple(kernels)
-    by_rule = names.index("native") if "native" in names and native.comes_first() else 0
-    return Contest(name, names, LENGTHS, UP_TO, calls, by_rule)
+    first, *_ = kernels
+    by_rule = "native" if "native" in kernels and native.comes_first() else first
+    return Contest(name, tuple(kernels), LENGTHS, UP_TO, calls, by_rule)

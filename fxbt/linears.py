@@ -46,10 +46,10 @@ class Kernel:
 
 def linear_kernels(n: int, k: int, activation: Activation | None, norm: Norm | None = None) -> dict[str, Kernel]:
     """The kernels for a weight [n, k], by name, each with what follows: an activation, a norm. Some have it fused."""
-    torchs = {"F.linear": Kernel(_plain), "packed": Kernel(_by_onednn(None), _pack)}
+    torchs = {"F.linear": Kernel(_plain), "packed": Kernel(_by_onednn(None), pack_for_onednn)}
     if activation is not None:
         torchs = {name: Kernel(_followed(kernel.run, activation.write), kernel.pack) for name, kernel in torchs.items()}
-        torchs["fused"] = Kernel(_by_onednn(activation), _pack)
+        torchs["fused"] = Kernel(_by_onednn(activation), pack_for_onednn)
     if norm is not None:
         torchs = {name: Kernel(_normed(kernel.run, n, norm), kernel.pack) for name, kernel in torchs.items()}
     if (library := native.library()) is None:
@@ -63,7 +63,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     return y if residual is None else y.add_(residual)
 
 
-def _pack(weight: Tensor) -> Tensor:
+def pack_for_onednn(weight: Tensor) -> Tensor:
     return mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
 
 
@@ -139,9 +139,8 @@ def linears(n: int, k: int, activation: Activation | None = None) -> Contest:
             )
         return found
 
-    by_rule = list(kernels).index(_by_rule(n * k, kernels))
     what = f"linear {n}x{k} float32 {activation.known_as if activation else ''}".strip()
-    return Contest(what, tuple(kernels), ROWS, UP_TO, calls, by_rule)
+    return Contest(what, tuple(kernels), ROWS, UP_TO, calls, _by_rule(n * k, kernels))
 
 
 def _by_rule(elements: int, kernels: dict[str, Kernel]) -> str:
@@ -166,8 +165,7 @@ def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> Non
         weight: Any = node.args[1]
         n, k = map(int, weight.meta["val"].shape)
         epilogue = Epilogue.of(node, constant)
-        contest = linears(n, k, epilogue.activation)
-        names = [contest.names[place] for place in tuner.choose(contest)]
+        names = tuner.choose(linears(n, k, epilogue.activation))
         if epilogue.activation is None and set(names) == {"F.linear"}:
             continue
         kernels = linear_kernels(n, k, epilogue.activation, epilogue.norm)

@@ -18,8 +18,8 @@ import shutil
 import struct
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -294,32 +294,37 @@ def _library() -> Library | str:
 
 def _made() -> Library:
     """The kernels from the cache, else compiled now, for this machine and source."""
+    is_new = compile_ahead().result()
     compiler, flags, path = _wanted()
-    compile_ahead().join()
-    if path.exists():
-        try:
-            return _tried(path)
-        except NoKernel as error:
-            logger.info("compiled anew, as the file in the cache does not do: %s", error)
+    try:
+        return _tried(path)
+    except NoKernel as error:
+        if is_new:
+            raise
+        logger.info("compiled anew, as the file in the cache does not do: %s", error)
     _compile(compiler, flags, path)
     return _tried(path)
 
 
 @functools.cache
-def compile_ahead() -> threading.Thread:
-    """Starts the compiler if nothing is in the cache: it takes a second, which tracing a model leaves one core for."""
-    thread = threading.Thread(target=_compile_missing)
-    thread.start()
-    return thread
+def compile_ahead() -> Future[bool]:
+    """Starts the compiler if nothing is in the cache: it takes a second, which tracing a model leaves one core for.
 
-
-def _compile_missing() -> None:
+    The result is whether it was needed; it raises `NoKernel` where there is none.
+    """
+    thread = ThreadPoolExecutor(1)
     try:
-        compiler, flags, path = _wanted()
-        if not path.exists():
-            _compile(compiler, flags, path)
-    except NoKernel as error:
-        logger.debug("nothing is compiled ahead: %s", error)  # who asks for the kernels meets the same
+        return thread.submit(_compile_missing)
+    finally:
+        thread.shutdown(wait=False)
+
+
+def _compile_missing() -> bool:
+    compiler, flags, path = _wanted()
+    if path.exists():
+        return False
+    _compile(compiler, flags, path)
+    return True
 
 
 def _wanted() -> tuple[str, tuple[str, ...], Path]:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from .canonical import argument
 from .epilogue import activation_after, fused_in
-from .linears import PACKED_FOR_ROWS, can_be_packed, can_pack_here
+from .linears import can_be_packed, can_pack_here, pack_for_onednn
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
@@ -107,7 +107,7 @@ class Bfloat16:
             with self._graph.inserting_after(weight):
                 cast = self._graph.call_function(aten.to.dtype, (weight, torch.bfloat16))
             with self._graph.inserting_after(cast):
-                packed = self._graph.call_function(mkldnn._reorder_linear_weight.default, (cast, PACKED_FOR_ROWS))
+                packed = self._graph.call_function(pack_for_onednn, (cast,))
             self._constant.update((cast, packed))
             self._known[weight, torch.bfloat16] = packed
         return self._known[weight, torch.bfloat16]

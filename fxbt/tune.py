@@ -58,7 +58,7 @@ class Contest:
         sizes: those that are measured.
         up_to: the size up to which each of them stands for others; the last one stands for all that are larger.
         calls: a size -> calls of each kernel; None if it is too large to measure, and the one before stands for it.
-        by_rule: the place of the kernel that is taken where nothing is measured.
+        by_rule: the kernel that is taken where nothing is measured.
     """
 
     key: str
@@ -66,7 +66,7 @@ class Contest:
     sizes: tuple[int, ...]
     up_to: tuple[int, ...]
     calls: Callable[[int], list[Calls] | None]
-    by_rule: int = 0
+    by_rule: str
 
 
 class Tuner:
@@ -74,16 +74,16 @@ class Tuner:
 
     def __init__(self) -> None:
         self._left = BUDGET_SECONDS
-        self._chosen: dict[str, tuple[int, ...]] = {}
+        self._chosen: dict[str, tuple[str, ...]] = {}
         self.answers: dict[str, str] = {}
 
-    def choose(self, contest: Contest) -> tuple[int, ...]:
-        """The place of the fastest kernel among the contest's names, for each of its sizes; asked once, kept."""
+    def choose(self, contest: Contest) -> tuple[str, ...]:
+        """The name of the fastest kernel for each of the contest's sizes; asked once, kept."""
         if contest.key not in self._chosen:
             self._chosen[contest.key] = self._decide(contest)
         return self._chosen[contest.key]
 
-    def _decide(self, contest: Contest) -> tuple[int, ...]:
+    def _decide(self, contest: Contest) -> tuple[str, ...]:
         times = _known(contest)
         if times is None and is_enabled() and self._left > 0:
             start = time.perf_counter()
@@ -127,7 +127,7 @@ def is_enabled() -> bool:
     return os.environ.get("FXBT_TUNE", "1") != "0"
 
 
-def _by_times(contest: Contest, times: Times) -> tuple[int, ...]:
+def _by_times(contest: Contest, times: Times) -> tuple[str, ...]:
     """The kernel that loses least over all sizes, but where another one is clearly faster, that one.
 
     One kernel needs a weight in one form only, and what is not clear is noise.
@@ -135,16 +135,17 @@ def _by_times(contest: Contest, times: Times) -> tuple[int, ...]:
     by_size = list(zip(*(times[name] for name in contest.names), strict=True))
     losses = [sum(math.log(kernels[i] / min(kernels)) for kernels in by_size) for i in range(len(contest.names))]
     best = losses.index(min(losses))
-    return tuple(kernels.index(min(kernels)) if min(kernels) < CLEARLY * kernels[best] else best for kernels in by_size)
+    places = [kernels.index(min(kernels)) if min(kernels) < CLEARLY * kernels[best] else best for kernels in by_size]
+    return tuple(contest.names[place] for place in places)
 
 
-def _describe(contest: Contest, answer: tuple[int, ...], times: Times | None) -> str:
+def _describe(contest: Contest, answer: tuple[str, ...], times: Times | None) -> str:
     if times is None:
-        return f"{contest.names[contest.by_rule]} (by rule, not measured)"
+        return f"{contest.by_rule} (by rule, not measured)"
     shown = []
     for i, (size, choice) in enumerate(zip(contest.sizes, answer, strict=True)):
         measured = ", ".join(f"{times[name][i]:.0f}" for name in contest.names)
-        shown.append(f"{size}: {contest.names[choice]} ({measured} us)")
+        shown.append(f"{size}: {choice} ({measured} us)")
     return "  ".join(shown)
 
 

@@ -37,8 +37,7 @@ def rows(monkeypatch):
     rows = ["native"] * len(linears.ROWS)
 
     def choose(tuner, contest):
-        kernels = ["native"] * len(contest.sizes) if contest.key.startswith("attention") else rows
-        return tuple(map(contest.names.index, kernels))
+        return ("native",) * len(contest.sizes) if contest.key.startswith("attention") else tuple(rows)
 
     monkeypatch.setattr(fxbt.tune.Tuner, "choose", choose)
     with torch.no_grad():

@@ -287,7 +287,7 @@ def test_it_is_compiled_once(fresh, monkeypatch):
 
 @by_native
 def test_it_is_compiled_while_a_model_is_traced(fresh, monkeypatch):
-    native.compile_ahead().join()
+    native.compile_ahead().result()
     monkeypatch.setattr(native, "_run", None)
     assert native.library() is not None
 
@@ -299,7 +299,7 @@ def test_a_model_on_the_cpu_without_gradients_has_it_compiled(fresh):
     assert not native.compile_ahead.cache_info().currsize
     with torch.no_grad():
         model(x)
-    native.compile_ahead().join()
+    native.compile_ahead().result()
     assert list((fresh / "cache").iterdir())
 
 

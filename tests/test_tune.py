@@ -19,7 +19,7 @@ SIZES, UP_TO = (1, 4, 16), (2, 8)
 GELU = Activation("gelu", "none", torch._C._nn.gelu_)
 
 
-def contest(key: str = "linear", by_rule: int = 0) -> Contest:
+def contest(key: str = "linear", by_rule: str = "plain") -> Contest:
     return Contest(key, ("plain", "second", "third"), SIZES, UP_TO, lambda size: [], by_rule)
 
 
@@ -43,7 +43,7 @@ def measured(monkeypatch):
     return keys
 
 
-WANTED = (1, 2, 1)  # the second loses least; third is clearly faster at the second size
+WANTED = ("second", "third", "second")  # the second loses least; third is clearly faster at the second size
 
 
 def test_a_shape_is_measured_once_and_remembered(measured, cache):
@@ -112,15 +112,15 @@ def test_the_cache_follows_xdg(monkeypatch, tmp_path):
 def test_without_tuning_a_rule_decides(measured, monkeypatch, cache):
     monkeypatch.setenv("FXBT_TUNE", "0")
     tuner = tune.Tuner()
-    assert tuner.choose(contest("a")) == (0, 0, 0)
-    assert tuner.choose(contest("b", by_rule=2)) == (2, 2, 2)
+    assert tuner.choose(contest("a")) == ("plain",) * 3
+    assert tuner.choose(contest("b", by_rule="third")) == ("third",) * 3
     assert not measured and not list(cache.iterdir())
     assert "by rule" in tuner.answers["a"]
 
 
 def rules(linear_sizes, activation=None):
     contests = [linears.linears(size, size, activation) for size in linear_sizes]
-    return [contest.names[contest.by_rule] for contest in (*contests, attend.attentions(2, 8, several=True))]
+    return [contest.by_rule for contest in (*contests, attend.attentions(2, 8, several=True))]
 
 
 @by_native
@@ -142,15 +142,15 @@ def test_by_rule_large_linears_are_packed_on_avx512(capability, monkeypatch):
 
 def test_when_the_time_is_up_the_rule_decides(measured, monkeypatch):
     monkeypatch.setattr(tune, "BUDGET_SECONDS", 0.0)
-    assert tune.Tuner().choose(contest()) == (0, 0, 0)
+    assert tune.Tuner().choose(contest()) == ("plain",) * 3
     assert not measured
 
 
 def test_one_kernel_serves_all_sizes_where_none_is_clearly_faster():
     times = {"plain": [1.0, 1.0, 1.0], "second": [0.5, 0.5, 1.02], "third": [0.9, 0.49, 2.0]}
-    assert tune._by_times(contest(), times) == (1, 1, 1)
-    assert tune._by_times(contest(), {**times, "second": [0.5, 0.5, 1.1]}) == (1, 1, 0)
-    assert tune._by_times(contest(), {**times, "third": [0.9, 0.4, 2.0]}) == (1, 2, 1)
+    assert tune._by_times(contest(), times) == ("second", "second", "second")
+    assert tune._by_times(contest(), {**times, "second": [0.5, 0.5, 1.1]}) == ("second", "second", "plain")
+    assert tune._by_times(contest(), {**times, "third": [0.9, 0.4, 2.0]}) == ("second", "third", "second")
 
 
 def test_the_graphs_of_a_model_ask_once_whatever_the_machine_does(measured, monkeypatch):
@@ -169,7 +169,7 @@ def test_the_graphs_of_a_model_ask_once_whatever_the_machine_does(measured, monk
 
 def test_a_size_too_large_to_measure_is_as_the_one_before():
     calls = [[lambda: None], [lambda: None]]
-    times, _ = tune._measure(Contest("x", ("a", "b"), SIZES, UP_TO, lambda size: calls if size == 1 else None))
+    times, _ = tune._measure(Contest("x", ("a", "b"), SIZES, UP_TO, lambda size: calls if size == 1 else None, "a"))
     assert all(len(set(measured)) == 1 and len(measured) == 3 for measured in times.values())
 
 
@@ -188,7 +188,7 @@ def test_the_largest_size_is_left_out_where_one_kernel_wins_before(at_third_size
     monkeypatch.setattr(tune, "in_turns", in_turns)
     asked = []
     sizes = (1, 4, 16, 64)
-    tune._measure(Contest("x", ("a", "b"), sizes, (2, 8, 32), lambda size: asked.append(size) or [size] * 2))
+    tune._measure(Contest("x", ("a", "b"), sizes, (2, 8, 32), lambda size: asked.append(size) or [size] * 2, "a"))
     assert set(asked) == ({1, 4, 16, 64} if is_measured else {1, 4, 16})
 
 
@@ -202,7 +202,7 @@ def test_the_largest_size_is_left_out_where_one_kernel_wins_before(at_third_size
 )
 def test_what_a_busy_machine_says_is_not_kept(turns, is_kept, monkeypatch, cache):
     monkeypatch.setattr(tune, "in_turns", lambda *kernels, **options: [[4.0] * 4, turns, [5.0] * 4])
-    assert tune.Tuner().choose(contest()) == (1, 1, 1)
+    assert tune.Tuner().choose(contest()) == ("second",) * 3
     assert list(cache.iterdir()) == ([tune.cache_file()] if is_kept else [])
 
 
@@ -211,7 +211,7 @@ def test_nor_what_one_says_on_which_every_call_lost_a_processor(taken, is_kept, 
     counts = iter(range(0, 10000, taken))
     monkeypatch.setattr(tune, "_times_taken", lambda: next(counts))
     monkeypatch.setattr(tune, "in_turns", lambda *kernels, **options: [[4.0] * 4, [2.0] * 4, [5.0] * 4])
-    assert tune.Tuner().choose(contest()) == (1, 1, 1)
+    assert tune.Tuner().choose(contest()) == ("second",) * 3
     assert list(cache.iterdir()) == ([tune.cache_file()] if is_kept else [])
 
 
@@ -226,8 +226,8 @@ def test_another_answer_for_a_size_is_measured_again(monkeypatch):
         return [[4.0], [2.0 if size != 4 or again else 3.0], [2.0 if size == 4 else 5.0]]
 
     monkeypatch.setattr(tune, "in_turns", in_turns)
-    asked = Contest("linear", ("plain", "second", "third"), SIZES, UP_TO, lambda size: [size] * 3)
-    assert tune.Tuner().choose(asked) == (1, 1, 1)
+    asked = Contest("linear", ("plain", "second", "third"), SIZES, UP_TO, lambda size: [size] * 3, "plain")
+    assert tune.Tuner().choose(asked) == ("second",) * 3
     assert seen == [1, 4, 16, 4]
 
 
@@ -240,7 +240,7 @@ def test_layers_of_one_shape_ask_once_even_if_the_measurement_is_not_kept(monkey
 
     monkeypatch.setattr(tune, "_measure", measure)
     tuner = tune.Tuner()
-    assert tuner.choose(contest("a")) == tuner.choose(contest("a")) == (0, 0, 0)
+    assert tuner.choose(contest("a")) == tuner.choose(contest("a")) == ("plain",) * 3
     tuner.choose(contest("b"))
     assert measured == ["a", "b"]
 
