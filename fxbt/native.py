@@ -294,23 +294,22 @@ def _library() -> Library | str:
 
 def _made() -> Library:
     """The kernels from the cache, else compiled now, for this machine and source."""
-    is_new = compile_ahead().result()
-    compiler, flags, path = _wanted()
+    path, is_new = compile_ahead().result()
     try:
         return _tried(path)
     except NoKernel as error:
         if is_new:
             raise
         logger.info("compiled anew, as the file in the cache does not do: %s", error)
-    _compile(compiler, flags, path)
+    _compile(*_wanted())
     return _tried(path)
 
 
 @functools.cache
-def compile_ahead() -> Future[bool]:
+def compile_ahead() -> Future[tuple[Path, bool]]:
     """Starts the compiler if nothing is in the cache: it takes a second, which tracing a model leaves one core for.
 
-    The result is whether it was needed; it raises `NoKernel` where there is none.
+    The result, or its `NoKernel`, is the file of the kernels and whether it has just been compiled.
     """
     thread = ThreadPoolExecutor(1)
     try:
@@ -319,12 +318,12 @@ def compile_ahead() -> Future[bool]:
         thread.shutdown(wait=False)
 
 
-def _compile_missing() -> bool:
+def _compile_missing() -> tuple[Path, bool]:
     compiler, flags, path = _wanted()
     if path.exists():
-        return False
+        return path, False
     _compile(compiler, flags, path)
-    return True
+    return path, True
 
 
 def _wanted() -> tuple[str, tuple[str, ...], Path]:

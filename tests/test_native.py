@@ -317,6 +317,15 @@ def test_a_broken_file_in_the_cache_is_made_anew(fresh, monkeypatch):
 
 
 @by_native
+def test_a_compiler_that_fails_runs_once(fresh, monkeypatch):
+    calls = fresh / "calls"
+    monkeypatch.setenv("CC", compiler(fresh, f"echo called >> {calls}; exit 1"))
+    native.compile_ahead()
+    assert native.library() is None and native.obstacle() is not None
+    assert calls.read_text() == "called\n"
+
+
+@by_native
 @pytest.mark.parametrize(
     ("right", "other"),
     [("sums[i][1] += factor * right", "sums[i][1] += factor * left"), ("return sum == 0 ? 0 : 1 / sum", "return sum")],
