@@ -4,7 +4,7 @@ Each engine lives in a process of its own. Only one of them runs at a time: the 
 no thread pool spins beside the one that is timed; what they used nevertheless is measured and reported, and so is
 what other programs took from the machine meanwhile. Every engine's outputs at the tokens are compared with those of
 Hugging Face's eager model before anything is timed. Each round has new processes, as two of one engine can differ by
-half (where its buffers stand on the heap decides whether they are given back at each call). It goes over the columns
+half (where its buffers stand on the heap decides whether they are given back at each call). A turn goes over the columns
 and, within a column, over the engines, starting with another one each time, so that a drift of the machine meets all of
 them alike.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, metavar="ENGINE", help=str(ENGINES))
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each engine (default: all)")
     parser.add_argument("--rounds", type=int, default=7, help="processes of each engine (default 7)")
+    parser.add_argument("--turns", type=int, default=3, help="of each engine in a round (default 3)")
     parser.add_argument("--seconds", type=float, default=0.6, help="about how long a turn lasts (default 0.6)")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "bench", help="results, without suffix")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "benchmark.png", help="the plot's file")
@@ -136,11 +138,14 @@ class EngineProcess:
 def measure_model(model: str, engines: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Everything measured of one model: columns, skipped engines, preparation, differences, times and peaks."""
     rounds = []
-    for turn in range(options.rounds):
-        rounds.append(measure_round(model, engines, turn, options))
+    for number in range(options.rounds):
+        rounds.append(measure_round(model, engines, number, options))
         engines = [engine for engine in engines if engine in rounds[-1]["prepared"]]
-        print(f"{model}: round {turn + 1} of {options.rounds}", file=sys.stderr, flush=True)
+        print(f"{model}: round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
     prepared, columns = (rounds[-1][key] for key in ("prepared", "columns"))
+
+    def joined(times: list[list[float]]) -> list[float]:
+        return list(itertools.chain.from_iterable(times))
 
     def over_rounds(summary: Callable[[list[Any]], Any], part: str, name: str) -> dict[str, Any]:
         return {key: summary([one[part][name][key] for one in rounds]) for key in rounds[-1][part][name]}
@@ -150,14 +155,14 @@ def measure_model(model: str, engines: list[str], options: argparse.Namespace) -
         "skipped": {engine: reason for one in rounds for engine, reason in one["skipped"].items()},
         "prepared": {engine: over_rounds(statistics.median, "prepared", engine) for engine in prepared},
         "differences": {engine: over_rounds(max, "differences", engine) for engine in prepared},
-        "times_ms": {column: over_rounds(list, "times_ms", column) for column in columns},
+        "times_ms": {column: over_rounds(joined, "times_ms", column) for column in columns},
         "peaks_gflops": [one["peak"] for one in rounds],
         "others": statistics.mean(one["others"] for one in rounds),
         "idle_seconds": sum(one["idle_seconds"] for one in rounds),
     }
 
 
-def measure_round(model: str, engines: list[str], turn: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure_round(model: str, engines: list[str], number: int, options: argparse.Namespace) -> dict[str, Any]:
     processes = {RULER: EngineProcess(model, RULER, options.threads)}
     found: dict[str, Any] = {"columns": processes[RULER].ask("describe"), "skipped": {}, "prepared": {}}
     try:
@@ -172,7 +177,8 @@ def measure_round(model: str, engines: list[str], turn: int, options: argparse.N
                 found["prepared"][engine] = answer
         found["differences"] = compare_outputs(processes, found)
         found["peak"] = processes[RULER].ask("peak", seconds=1.0)
-        found["times_ms"] = take_turns(processes, found, turn, options.seconds)
+        turns = range(number * options.turns, (number + 1) * options.turns)
+        found["times_ms"] = take_turns(processes, found["columns"], [*found["prepared"]], turns, options.seconds)
         for engine in found["prepared"]:
             found["prepared"][engine]["running_mib"] = processes[engine].ask("memory")
         running = sum(process.running_seconds for process in processes.values())
@@ -211,18 +217,16 @@ def compare_outputs(processes: dict[str, EngineProcess], found: dict[str, Any]) 
 
 
 def take_turns(
-    processes: dict[str, EngineProcess], found: dict[str, Any], turn: int, seconds: float
-) -> dict[str, dict[str, float]]:
-    """For each column and engine the median milliseconds of a pass."""
-    engines = list(found["prepared"])
-    first = turn % len(engines)
-    return {
-        column: {
-            engine: statistics.median(processes[engine].ask("time", column=column, seconds=seconds))
-            for engine in engines[first:] + engines[:first]
-        }
-        for column in found["columns"]
-    }
+    processes: dict[str, EngineProcess], columns: Iterable[str], engines: list[str], turns: range, seconds: float
+) -> dict[str, dict[str, list[float]]]:
+    """For each column and engine the median milliseconds of a pass, turn by turn: each begins with another engine."""
+    times: dict[str, dict[str, list[float]]] = {column: {engine: [] for engine in engines} for column in columns}
+    for turn in turns:
+        first = turn % len(engines)
+        for column, engine in itertools.product(times, engines[first:] + engines[:first]):
+            samples = processes[engine].ask("time", column=column, seconds=seconds)
+            times[column][engine].append(statistics.median(samples))
+    return times
 
 
 def _busy_seconds() -> float:

@@ -24,17 +24,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for engine, process in processes.items():
             if skipped := process.ask("prepare").get("skipped"):
                 raise SystemExit(f"{engine}: {skipped}")
-        found = {"columns": options.columns, "prepared": options.engines}
-        turns = [take_turns(processes, found, turn, options.seconds) for turn in range(options.turns)]
+        turns = range(options.turns)
+        return {"times_ms": take_turns(processes, options.columns, options.engines, turns, options.seconds)}
     finally:
         for process in processes.values():
             process.end()
-    return {
-        "times_ms": {
-            column: {engine: [turn[column][engine] for turn in turns] for engine in options.engines}
-            for column in options.columns
-        }
-    }
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ OURS, BASELINE = "fxbt", "HF sdpa"
 COARSE = ("fxbt bf16", "fxbt int8")  # linears in less than float32: compared with no one
 QUIET = 0.05  # the part of the machine that other programs may take
 LEGEND = f"""\
-ms: median (min-max) over the rounds, each with new processes, of the median pass over the column.
-times as fast as {BASELINE}: median over the rounds of {BASELINE}'s time divided by the engine's in the same round.
+ms: median (min-max) over all turns of the median pass over the column. Each round has new processes.
+times as fast as {BASELINE}: median over all turns of {BASELINE}'s time divided by the engine's in the same turn.
 {OURS} / best peer: the same of {OURS}'s time divided by the best other engine's; below 1 is faster.
 % of GEMM peak: time that the matrix products of the tokens alone (no padding) would take at the best float32 rate
 measured here, as a part of the engine's time. At 1x16 weights are read for few rows: no engine gets near 100 %.
@@ -69,7 +69,7 @@ def _span(data: dict[str, Any], column: str, engine: str) -> str:
 
 
 def ratio(data: dict[str, Any], column: str, engine: str, other: str) -> float:
-    """How many times as long `engine` takes as `other`: the median of the rounds, each compared within itself."""
+    """How many times as long `engine` takes as `other`: the median of the turns, each compared within itself."""
     times = data["times_ms"][column]
     return statistics.median(a / b for a, b in zip(times[engine], times[other], strict=True))
 
