@@ -58,6 +58,7 @@ ROOMS = [
     "once",
     "attend",
     "heads",
+    "links",
     "chain",
     "precision",
     "memory",
