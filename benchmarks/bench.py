@@ -1,10 +1,10 @@
 """How long models take with fxbt and with its peers, on this machine: run it with `make bench`.
 
-Each engine lives in a process of its own. Only one of them runs at a time: the others are stopped (SIGSTOP), so that
-no thread pool spins beside the one that is timed; what they used nevertheless is measured and reported, and so is
-what other programs took from the machine meanwhile. Every engine's outputs at the tokens are compared with those of
-Hugging Face's eager model before anything is timed. Each round has new processes, as two of one engine can differ by
-half (where its buffers stand on the heap decides whether they are given back at each call). A turn goes over the columns
+Each engine lives in a process of its own. Only one of them runs at a time: the others are stopped (SIGSTOP), so that no
+thread pool spins beside the one that is timed; what they used nevertheless is measured and reported, and so is what
+other programs took from the machine meanwhile. Every engine's outputs at the tokens are compared with those of Hugging
+Face's eager model before anything is timed. Each round has new processes, as two of one engine can differ by half
+(where its buffers stand on the heap decides whether they are given back at each call). A turn goes over the columns
 and, within a column, over the engines, starting with another one each time, so that a drift of the machine meets all of
 them alike.
 """
