@@ -6,6 +6,7 @@ point, shares common subexpressions and drops dead nodes. A new spelling of a kn
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable
@@ -34,10 +35,16 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """
     if name in node.kwargs:
         return node.kwargs[name]
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name == name:
-            return node.args[position] if position < len(node.args) else argument.default_value
-    return default
+    if name not in (known := parameters(node.target)):
+        return default
+    place, its_default = known[name]
+    return node.args[place] if place < len(node.args) else its_default
+
+
+@functools.cache
+def parameters(op: Any) -> dict[str, tuple[int, Any]]:
+    """Each parameter's place and default, by name; the schema itself makes them anew whenever it is asked."""
+    return {each.name: (place, each.default_value) for place, each in enumerate(op._schema.arguments)}
 
 
 def attribute(module: Any, node: fx.Node) -> Any:

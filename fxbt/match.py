@@ -7,6 +7,7 @@ terms or of three, a division a power of -1, a mean a sum with a coefficient. It
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ import torch
 from torch import fx
 
 from . import axes
-from .canonical import CASTS, argument, is_pure
+from .canonical import CASTS, argument, is_pure, parameters
 from .miss import Miss
 from .ops import ATTENTIONS, FUSED
 from .pattern import (
@@ -71,14 +72,19 @@ def op_of(node: Any) -> str:
     """
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return ""
-    if node.target in ATTENTIONS:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return _name_of(node.target)
+    name = getattr(node.target, "__name__", "")
+    return name if name == "getitem" or FUSED.get(name) is node.target else ""
+
+
+@functools.cache
+def _name_of(op: torch._ops.OpOverload) -> str:
+    if op in ATTENTIONS:
         return "attention"
-    if not isinstance(node.target, torch._ops.OpOverload):
-        name = getattr(node.target, "__name__", "")
-        return name if name == "getitem" or FUSED.get(name) is node.target else ""
-    if node.target._schema.is_mutable:
+    if op._schema.is_mutable:
         return ""  # what it writes to is another value after it
-    name = node.target._schema.name.split("::")[-1].strip("_")
+    name = op._schema.name.split("::")[-1].strip("_")
     return ALIASES.get(name, name)
 
 
@@ -272,13 +278,13 @@ class State:
     matched: int = 0
 
     def bind(self, name: str, value: Any) -> State:
-        return replace(self, bound={**self.bound, name: value})
+        return State({**self.bound, name: value}, self.shared, self.interior, self.matched)
 
     def share(self, term: Term, node: fx.Node) -> State:
-        return replace(self, shared={**self.shared, term: node})
+        return State(self.bound, {**self.shared, term: node}, self.interior, self.matched)
 
     def enter(self, nodes: Iterable[fx.Node], ops: int = 1) -> State:
-        return replace(self, interior=self.interior.union(nodes), matched=self.matched + ops)
+        return State(self.bound, self.shared, self.interior.union(nodes), self.matched + ops)
 
 
 class Found:
@@ -705,14 +711,14 @@ class Matcher:
             return list(zip(term.args, node.args[1:], strict=False)), ""
         written = dict(term.kwargs)
         pairs: list[tuple[Any, Any]] = []
-        for place, parameter in enumerate(node.target._schema.arguments):
-            name, actual = parameter.name, argument(node, parameter.name)
+        for name, (place, default) in parameters(node.target).items():
+            actual = argument(node, name)
             is_written = place < len(term.args) or name in written
             wanted = term.args[place] if place < len(term.args) else written.pop(name, None)
             if name in SIZES or name in PRECISION:
                 continue
             if not is_written:
-                if not term.open and not _same_literal(parameter.default_value, actual):
+                if not term.open and not _same_literal(default, actual):
                     return [], f"{name}={actual}"
                 continue
             if name in DIMS:

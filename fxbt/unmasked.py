@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .canonical import with_graph
+from .canonical import parameters, with_graph
 from .ops import ATTENTIONS, SDPA, mask_of
 from .validity import Residue, Validity, attention_masks
 
@@ -48,7 +48,7 @@ def unmask(module: fx.GraphModule, validities: list[Validity]) -> Unmasked:
 
 
 def _take_mask(attention: fx.Node, is_causal: bool) -> None:
-    names = [parameter.name for parameter in attention.target._schema.arguments]  # type: ignore[union-attr]
+    names = list(parameters(attention.target))
     given: dict[str, Any] = dict(zip(names, attention.args, strict=False)) | dict(attention.kwargs)
     given["is_causal"] = is_causal
     if attention.target is SDPA:
