@@ -60,6 +60,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL", help=str(MODELS))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, metavar="ENGINE", help=str(ENGINES))
+    parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="only these, as 1x128 (default: all)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each engine (default: all)")
     parser.add_argument("--rounds", type=int, default=7, help="processes of each engine (default 7)")
     parser.add_argument("--turns", type=int, default=3, help="of each engine in a round (default 3)")
@@ -165,6 +166,8 @@ def measure_model(model: str, engines: list[str], options: argparse.Namespace) -
 def measure_round(model: str, engines: list[str], number: int, options: argparse.Namespace) -> dict[str, Any]:
     processes = {RULER: EngineProcess(model, RULER, options.threads)}
     found: dict[str, Any] = {"columns": processes[RULER].ask("describe"), "skipped": {}, "prepared": {}}
+    if options.columns:
+        found["columns"] = {name: found["columns"][name] for name in options.columns if name in found["columns"]}
     try:
         for engine in engines:
             print(f"{model}: preparing {engine}", file=sys.stderr, flush=True)
