@@ -32,7 +32,13 @@ from .tune import cache_directory
 logger = logging.getLogger("fxbt")
 
 SOURCE = Path(__file__).with_name("native.c")
-ACTIVATIONS = ("", "relu", "gelu none", "gelu tanh", "swish")  # in the order of native.c, by their names in oneDNN
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in the order of native.c, by their names in oneDNN
+    "": torch.clone,
+    "relu": F.relu,
+    "gelu none": F.gelu,
+    "gelu tanh": functools.partial(F.gelu, approximate="tanh"),
+    "swish": F.silu,
+}
 FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 OF_CAPABILITY = {  # rather than -march=native: the same file serves every machine that torch runs this code on
     "AVX2": ("-mavx2", "-mfma"),
@@ -116,7 +122,7 @@ class Library:
         self, n: int, k: int, activation: str = "", epsilon: float | None = None, keeps_sum: bool = False
     ) -> Linear:
         """The kernel for a weight [n, k], with an activation and the epsilon of a layer norm, if there are any."""
-        return Linear(self._linear, n, k, ACTIVATIONS.index(activation), epsilon, keeps_sum)
+        return Linear(self._linear, n, k, list(ACTIVATIONS).index(activation), epsilon, keeps_sum)
 
     def attention(
         self,
@@ -372,8 +378,10 @@ def _tried(path: Path) -> Library:
             shapes = ((rows, k), (n, k), (n,), (rows, n))
             x, weight, bias, residual = (torch.randn(shape, generator=generator) for shape in shapes)
             weight /= k**0.5
-            y, normed = made.linear(n, k, "", 1e-5, keeps_sum=True)(x, made.pack(weight), bias, residual, bias, None)
-            exact = F.linear(x.double(), weight.double(), bias.double()) + residual
+            packed, exact = made.pack(weight), F.linear(x.double(), weight.double(), bias.double()) + residual
+            for activation, function in ACTIVATIONS.items():
+                _check(made.linear(n, k, activation)(x, packed, bias, residual), function(exact))
+            y, normed = made.linear(n, k, "", 1e-5, keeps_sum=True)(x, packed, bias, residual, bias, None)
             _check(y, exact)
             _check(normed, F.layer_norm(exact, (n,), bias.double()))
             heads = torch.randn(2, rows, 3 * 2, n, generator=generator).transpose(1, 2).split(2, 1)

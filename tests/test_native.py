@@ -328,8 +328,12 @@ def test_a_compiler_that_fails_runs_once(fresh, monkeypatch):
 @by_native
 @pytest.mark.parametrize(
     ("right", "other"),
-    [("sums[i][1] += factor * right", "sums[i][1] += factor * left"), ("return sum == 0 ? 0 : 1 / sum", "return sum")],
-    ids=["product", "softmax"],
+    [
+        ("sums[i][1] += factor * right", "sums[i][1] += factor * left"),
+        ("all(1)) / (1 + e)", "all(1)) / (2 + e)"),
+        ("return sum == 0 ? 0 : 1 / sum", "return sum"),
+    ],
+    ids=["product", "activation", "softmax"],
 )
 def test_a_kernel_that_is_off_is_not_taken(right, other, fresh, monkeypatch):
     source = native.SOURCE.read_text()
