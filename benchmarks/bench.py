@@ -165,10 +165,12 @@ def measure_model(model: str, engines: list[str], options: argparse.Namespace) -
 
 def measure_round(model: str, engines: list[str], number: int, options: argparse.Namespace) -> dict[str, Any]:
     processes = {RULER: EngineProcess(model, RULER, options.threads)}
-    found: dict[str, Any] = {"columns": processes[RULER].ask("describe"), "skipped": {}, "prepared": {}}
-    if options.columns:
-        found["columns"] = {name: found["columns"][name] for name in options.columns if name in found["columns"]}
+    found: dict[str, Any] = {"skipped": {}, "prepared": {}}
     try:
+        columns = processes[RULER].ask("describe")
+        found["columns"] = {name: columns[name] for name in columns if name in (options.columns or columns)}
+        if not found["columns"]:
+            raise SystemExit(f"{model} has none of the columns {options.columns}; it has {list(columns)}")
         for engine in engines:
             print(f"{model}: preparing {engine}", file=sys.stderr, flush=True)
             processes[engine] = EngineProcess(model, engine, options.threads)

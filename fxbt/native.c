@@ -60,7 +60,7 @@ static inline vector error_function(vector x) {
     above = above * z + 5.27488291e-2f, below = below * z + 0.114109434f;
     above = above * z + 0.190407231f, below = below * z + 0.502076745f;
     above = above * z + 1.12837911f, below = below * z + 1;
-    vector inside = either(x < -3.92f, all(-1), x * above / below); // 1 and -1 differ by less than 3e-8 there
+    vector inside = either(x < -3.92f, all(-1), x * above / below); // out there, off by less than 3e-8
     return either(x > 3.92f, all(1), inside);
 }
 

@@ -172,7 +172,7 @@ def _is_settled(times: Times) -> bool:
     """Whether one kernel was clearly faster than all others at each of the last sizes."""
     last = list(zip(*times.values(), strict=True))[-SETTLED:]
     winners = {kernels.index(min(kernels)) for kernels in last}
-    are_clear = all(min(kernels) < CLEARLY * sorted(kernels)[1] for kernels in last)
+    are_clear = all(sum(CLEARLY * us <= min(kernels) for us in kernels) == 1 for kernels in last)
     return len(last) == SETTLED and len(winners) == 1 and are_clear
 
 
