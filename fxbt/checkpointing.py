@@ -49,7 +49,7 @@ def run_plainly() -> Iterator[None]:
     depend on which tensors require them.
     """
     generator = torch_checkpoint._checkpoint_without_reentrant_generator
-    apply: Any = _SingleLevelFunction.apply  # type: ignore[attr-defined]
+    apply = function_apply()
     thread = threading.get_ident()  # stand-ins are in the places of functions of the whole process
 
     def without_reentrance(*args: Any, **kwargs: Any) -> Iterator[None]:
@@ -58,7 +58,7 @@ def run_plainly() -> Iterator[None]:
     def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls is torch_checkpoint.CheckpointFunction and threading.get_ident() == thread:
             return _reentrant(*args)
-        return apply.__func__(cls, *args, **kwargs)
+        return apply(cls, *args, **kwargs)
 
     with (
         mock.patch.object(torch_checkpoint, "_checkpoint_without_reentrant_generator", without_reentrance),
@@ -96,6 +96,20 @@ def _region(
         raise CaptureError("a checkpoint says by a context_fn what it keeps; a graph would not ask it")
     with _marked(Region(next(_NUMBERS), preserve_rng_state, determinism_check, early_stop)):
         yield
+
+
+def function_apply() -> Callable[..., Any]:
+    """What `Function.apply` calls by now, as a function of the class and its arguments.
+
+    Example:
+        >>> function_apply()(MyFunction, x)  # MyFunction.apply(x)
+    """
+    stand_in = vars(_SingleLevelFunction).get("apply")
+    return stand_in.__func__ if stand_in else _apply
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from . import native, outputs, pipeline, tune
 from .branches import GOES_ANOTHER_WAY
 from .capture import capture
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
+from .gradients import gradient_difference
 from .precision import Precision
 from .report import Report
 from .rule import Rule
@@ -297,8 +298,11 @@ class Dispatcher:
                 cuda_graphs=self._cuda_graphs,
             )
             problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, output)
+            problem = problem or gradient_difference(compiled.dense, self.original, call, compiled.stochastic)
         except RuleError as error:
             raise CaptureError(str(error)) from error
+        except CaptureError:
+            raise
         except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
         if problem is not None:

@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
-from .checkpointing import run_plainly
+from .checkpointing import function_apply, run_plainly
 from .errors import CaptureError, line_at
 
 # What it does to gradients, by the name of the method of a tensor.
@@ -49,8 +49,7 @@ def refused(given: Sequence[Tensor], is_model_code: Callable[[str], bool]) -> It
 @contextlib.contextmanager
 def _no_functions(is_model_code: Callable[[str], bool]) -> Iterator[None]:
     """What is called by functions and classes of torch, under whatever name the model has them."""
-    apply: Any = _SingleLevelFunction.apply  # type: ignore[attr-defined]
-    enter = saved_tensors_hooks.__enter__
+    apply, enter = function_apply(), saved_tensors_hooks.__enter__
     run_engine = torch.autograd._engine_run_backward
 
     def refuse(what: str) -> None:
@@ -60,7 +59,7 @@ def _no_functions(is_model_code: Callable[[str], bool]) -> Iterator[None]:
     def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and not cls.__module__.startswith(_OF_OPERATIONS) and not _is_checkpoint(cls):
             refuse(f"applies a torch.autograd.Function, {cls.__qualname__}, which has a backward of its own")
-        return apply.__func__(cls, *args, **kwargs)
+        return apply(cls, *args, **kwargs)
 
     def entered(self: saved_tensors_hooks) -> Any:
         if torch.is_grad_enabled():

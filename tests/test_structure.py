@@ -43,6 +43,7 @@ ROOMS = [
     "rewrite",
     "outline",
     "verify",
+    "gradients",
     "replay",
     "packed",
     "validity",
