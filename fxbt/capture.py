@@ -325,7 +325,7 @@ def _flat_forward(
         before = leaves(arguments)
         with (
             refused(tensors),
-            own_autograd.refused([*tensors, *self.parameters(), *self.buffers()], _is_user_code),
+            own_autograd.refused(tensors, [*self.parameters(), *self.buffers()], _is_user_code),
             Constants() if fixed else contextlib.nullcontext(),
             Followed(answers, _is_user_code),
             Scalars(self, outputs.originals) as scalars,

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from . import native, outputs, pipeline, tune
 from .branches import GOES_ANOTHER_WAY
 from .capture import capture
+from .checkpointing import apart
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
 from .gradients import gradient_difference
 from .precision import Precision
@@ -268,7 +269,7 @@ class Dispatcher:
         self._captures += 1
         try:
             self._refuse_writes(watched, before, call)
-            with preserved(self.original), _collecting_rarely():
+            with preserved(self.original), _collecting_rarely(), apart():
                 self._capture(call, output, rehearse=not state.holds())
         except CaptureError as error:
             self._remember_failure(call)

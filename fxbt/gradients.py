@@ -7,7 +7,7 @@ of the inputs, with checkpointed functions run plainly and nothing accumulated i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import outputs as forms
 from .canonical import parameters
-from .checkpointing import run_plainly
+from .checkpointing import apart, run_plainly
 from .signature import Call
 from .verify import difference
 
@@ -55,7 +55,7 @@ def gradient_difference(
         return forms.flatten(original.forward(*args, **kwargs))[0]
 
     try:
-        with _apart():
+        with apart(), run_plainly(), torch.random.fork_rng(devices=[]):
             expected_outputs, expected = of(run_original)
             found_outputs, found = of(lambda tensors: run(*tensors))
     except _OtherChance:
@@ -68,21 +68,6 @@ def gradient_difference(
 
 def _has_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks)
-
-
-@contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """Keeps a block's autograd to itself: hooks of the caller for saved tensors are not called, the seed is kept."""
-    with (
-        torch.autograd.graph.saved_tensors_hooks(_same, _same),
-        run_plainly(),
-        torch.random.fork_rng(devices=[]),
-    ):
-        yield
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _gradients(found: Sequence[Any], inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:

@@ -35,14 +35,16 @@ _OF_OPERATIONS = ("torch._library", "torch._higher_order_ops", "torch._functorch
 
 
 @contextlib.contextmanager
-def refused(given: Sequence[Tensor], is_model_code: Callable[[str], bool]) -> Iterator[None]:
+def refused(
+    arguments: Sequence[Tensor], kept: Sequence[Tensor], is_model_code: Callable[[str], bool]
+) -> Iterator[None]:
     """Raises `CaptureError` in a traced block that makes gradients itself; checkpoints are run plainly and marked.
 
-    `given` are the model's arguments, parameters and buffers, whose own state a graph would not change;
+    `arguments` and the model's `kept` parameters and buffers outlive a call, and a graph would not change them;
     `is_model_code` says of a file whether its lines are the model's.
-    Without gradients all of that is as good as not there, but for what it does to `given`.
+    Without gradients all of that is as good as not there, but for what it does to those.
     """
-    with run_plainly(), _no_functions(is_model_code), _Methods(given, is_model_code):
+    with run_plainly(), _no_functions(is_model_code), _Methods(arguments, kept, is_model_code):
         yield
 
 
@@ -90,9 +92,12 @@ def _is_traced_here() -> bool:
 class _Methods(TorchFunctionMode):
     """What is called on tensors."""
 
-    def __init__(self, given: Sequence[Tensor], is_model_code: Callable[[str], bool]) -> None:
+    def __init__(
+        self, arguments: Sequence[Tensor], kept: Sequence[Tensor], is_model_code: Callable[[str], bool]
+    ) -> None:
         super().__init__()
-        self._given = {id(tensor) for tensor in given}
+        self._arguments = {id(tensor) for tensor in arguments}
+        self._kept = {id(tensor) for tensor in kept}
         self._is_model_code = is_model_code
 
     def __torch_function__(
@@ -113,9 +118,10 @@ class _Methods(TorchFunctionMode):
 
     def _check_requires_grad(self, tensor: Tensor, requires_grad: bool = True) -> None:
         """A value inside that is made to require a gradient is one that nobody reads: nothing to carry."""
-        if tensor.requires_grad == requires_grad:
+        is_argument = id(tensor) in self._arguments  # which requires one already if the model just ran on it
+        if tensor.requires_grad == requires_grad and not is_argument:
             return
-        if id(tensor) in self._given or not requires_grad:
+        if is_argument or id(tensor) in self._kept or not requires_grad:
             self._refuse("changes whether a tensor requires a gradient (requires_grad_)")
 
     def _refuse(self, what: str) -> None:
