@@ -102,6 +102,7 @@ def capture(
         >>> outputs = captured.module(ids, mask)
     """
     start = time.perf_counter()
+    _refuse_scripted(model)
     with _plain_modes(), preserved(model):
         example = tuple(_fresh(tensor) for tensor in call.tensors)
         if rehearse:
@@ -117,6 +118,12 @@ def capture(
             state.restore()
     captured.seconds = time.perf_counter() - start
     return captured
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(f"{path or 'the model'} is a TorchScript module, which has no Python to trace")
 
 
 def twin(model: nn.Module, namespace: dict[str, Any]) -> Any:

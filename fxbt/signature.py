@@ -55,14 +55,12 @@ class Call:
     def names(self) -> list[str]:
         """Where each tensor stands in the call: `input_ids`, `args[0]`, `batch['pixels'][1]`."""
         named: dict[int, str] = {}
-        for place, leaf in (*named_leaves(self.args, "args"), *_walk_kwargs(self.kwargs)):
+        for place, leaf in named_arguments(self.args, self.kwargs):
             named.setdefault(id(leaf), place)
         return [named[id(tensor)] for tensor in self.tensors]
 
     def __str__(self) -> str:
-        shown = [
-            f"{place}={_show(leaf)}" for place, leaf in (*named_leaves(self.args, "args"), *_walk_kwargs(self.kwargs))
-        ]
+        shown = [f"{place}={_show(leaf)}" for place, leaf in named_arguments(self.args, self.kwargs)]
         return f"({', '.join(shown)}){_show_modes(self.tensors)}"
 
 
@@ -190,7 +188,9 @@ def named_leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield from named_leaves(item, f"{place}[{name!r}]")
 
 
-def _walk_kwargs(kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def named_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(where it stands, leaf) for all leaves of a call's arguments, in order: `args[0]`, `batch['ids']`."""
+    yield from named_leaves(args, "args")
     for name, value in kwargs.items():
         yield from named_leaves(value, name)
 

@@ -40,15 +40,15 @@ class ModelState:
         self._classes: list[type[nn.Module]] = []
         self._seen: set[int] = set()
         self._visit_object(model, "", 0)
-        self._copies = [container.copy() for container in self._live]
+        self._copies = [_copy(container) for container in self._live]
         self._kinds = list(map(_kind, self.tensors))
-        self._forwards = [kind.forward for kind in self._classes]
+        self._forwards = list(map(_forward_of, self._classes))
         self._untouched: _Untouched | None = None
 
     def holds(self) -> bool:
         """Whether all is as it was. Never raises: what cannot be compared counts as changed."""
         try:
-            if [kind.forward for kind in self._classes] != self._forwards:
+            if list(map(_forward_of, self._classes)) != self._forwards:
                 return False
             if self._untouched is not None and self._untouched.holds():
                 return True
@@ -68,7 +68,7 @@ class ModelState:
         )
 
     def _note_untouched(self) -> bool:
-        if all(tensor.layout is torch.strided for tensor in self.tensors):
+        if all(tensor.layout is torch.strided and not tensor.is_nested for tensor in self.tensors):
             untouched = _Untouched(self._live, self.tensors, self._single)
             self._untouched = untouched if self._equals() else None  # another thread may have edited meanwhile
         return True
@@ -116,7 +116,7 @@ class ModelState:
             self._visit_object(value, inner, 0)
         elif isinstance(value, (dict, list, set, tuple)):
             self._visit(value, inner, depth)
-        elif depth < _OBJECT_DEPTH and hasattr(value, "__dict__") and not isinstance(value, _OPAQUE):
+        elif depth < _OBJECT_DEPTH and not isinstance(value, _OPAQUE) and _has_attributes(value):
             self._visit_object(value, inner, depth + 1)
 
     def _visit_tensor(self, container: Any, key: Any, tensor: Tensor) -> None:
@@ -128,8 +128,29 @@ class ModelState:
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.is_nested:  # their sizes are no one shape
+        return tensor.dtype, tensor.device, tensor.layout, id(tensor)
     strides = tensor.stride() if tensor.layout is torch.strided else None
     return tensor.dtype, tensor.device, tensor.shape, strides
+
+
+def _forward_of(kind: type[nn.Module]) -> Any:
+    """The forward that a class defines or inherits, as it stands there: TorchScript's cannot be asked for."""
+    return next((vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)), None)
+
+
+def _copy(container: Any) -> Any:
+    """A plain copy with the same items: a container's own `copy` may do anything."""
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
+
+
+def _has_attributes(value: Any) -> bool:
+    try:
+        return isinstance(vars(value), dict)
+    except Exception:  # none, or an object that answers for its `__dict__` in its own way: what it has, nobody can see
+        return False
 
 
 class _Untouched:
@@ -143,7 +164,7 @@ class _Untouched:
         self._version = self._version_now()
         self._empty = [c for c in containers if not c]
         self._rest = [c for c in containers if c and type(c) is not dict]
-        self._copies = [c.copy() for c in self._rest]
+        self._copies = [_copy(c) for c in self._rest]
         self._single = [item for item in single if type(item[0]) is not dict]
         sizes: Any = [list(t.shape) for t in tensors]
         strides: Any = [list(t.stride()) for t in tensors]
@@ -174,7 +195,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Runs a block after which the random state and the values of the model's buffers are as before."""
     state = ModelState(model)
     # Parameters are not copied: a forward that writes those is refused, not rehearsed.
-    kept = [(t, t.detach().clone()) for t in state.tensors if not isinstance(t, nn.Parameter)]
+    kept = [(t, t.detach().clone()) for t in state.tensors if not isinstance(t, nn.Parameter) and _can_be_copied(t)]
     devices = {t.device for t in state.tensors if t.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
@@ -185,6 +206,18 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 # By value, as batch norm writes its statistics without counting a version; NaN is copied needlessly.
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+def _can_be_copied(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read and written back: FSDP frees the memory of what it has not gathered."""
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        return False
+    if tensor.is_quantized:
+        return False
+    storage = tensor.untyped_storage()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
+    return storage.nbytes() >= needed
 
 
 def foreign_hook(model: nn.Module) -> str | None:

@@ -25,6 +25,7 @@ ROOMS = [
     "loops",
     "canonical",
     "functional",
+    "saved_tensors",
     "state",
     "capture",
     "miss",
