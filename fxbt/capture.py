@@ -35,13 +35,14 @@ from torch.utils._sympy.printers import PythonPrinter
 from . import outputs as forms
 from .branches import Answer, Followed, Noted
 from .constants import Constants, constant, knowing
+from .containers import Arguments, Given, named_leaves
 from .errors import CaptureError, line_at
 from .functional import functional
 from .loops import refused
 from .patches import patched
 from .regions import inline_regions
 from .scalars import Constant, Scalars
-from .signature import Call, leaves, named_leaves
+from .signature import Call
 from .state import HOOKS, ModelState, preserved
 
 logger = logging.getLogger("fxbt")
@@ -49,7 +50,7 @@ aten = torch.ops.aten
 
 TRACERS = ("auto", "export", "hf-fx")
 
-_CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+_CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, Given)
 _ASSERTS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -326,19 +327,16 @@ def _flat_forward(
     def forward(self: nn.Module, *tensors: Tensor) -> tuple[Any, ...]:
         _share_batch(tensors)
         tensors = tuple(constant(fixed[i]) if i in fixed else tensor for i, tensor in enumerate(tensors))
-        arguments = call.rebuild(tensors)
-        before = leaves(arguments)
+        args, kwargs = call.rebuild(tensors)
+        arguments = Arguments(args, kwargs)
         with (
             refused(tensors),
             Constants() if fixed else contextlib.nullcontext(),
             Followed(answers, _is_user_code),
             Scalars(self, outputs.originals) as scalars,
         ):
-            result = run(self, *arguments[0], **arguments[1])
+            result = arguments.seen_in(run(self, *args, **kwargs))
         outputs.read = scalars.read
-        after = leaves(arguments)
-        if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
-            raise CaptureError("forward changes a container it was given; a graph would not")
         flat, outputs.spec = forms.flatten(result)
         _check_outputs(result, flat)
         if kept := [type(value).__name__ for value in forms.plain_objects(result) if state.knows(value)]:

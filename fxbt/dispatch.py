@@ -21,12 +21,13 @@ from torch.utils import _pytree as pytree
 from . import native, outputs, pipeline, tune
 from .branches import GOES_ANOTHER_WAY
 from .capture import capture
+from .containers import Arguments
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
 from .precision import Precision
 from .report import Report
 from .rule import Rule
 from .saved_tensors import active_hooks, comes_from_hook, hidden
-from .signature import Binder, Call, named_arguments
+from .signature import TENSOR_TYPES, Binder, Call, named_arguments
 from .state import ModelState, foreign_hook, preserved, versions
 from .verify import difference
 
@@ -280,16 +281,17 @@ class Dispatcher:
         pays = graph.pays.get(_magnitude(call.tensors))
         if pays is False:
             return None
+        measured = call.copied() if pays is None else None
         try:
-            output = graph.rebuild(graph.run(*call.tensors))
+            output = graph.rebuild(graph.run(*call.tensors), call.args, call.kwargs)
         except Exception as error:
             if comes_from_hook(error):
                 raise _ModelError(error) from error
             problem, is_lack_of_memory = f"{type(error).__name__}: {error}", isinstance(error, _LACKS_MEMORY)
         else:
             graph.served += 1
-            if pays is None:
-                self._measure(graph, call)
+            if measured is not None:
+                self._measure(graph, measured)
             return _Served(output)
         output = self._original_output(args, kwargs)  # if the call is wrong, the model's own error is the one to see
         if GOES_ANOTHER_WAY in problem:
@@ -348,6 +350,7 @@ class Dispatcher:
             state = ModelState(self.original)
             watched = [*state.tensors, *call.tensors]
             before = versions(watched)
+            given, call = Arguments(call.args, call.kwargs), call.copied()
             output = self._original_output(args, kwargs)
             if hook := foreign_hook(self.original):
                 self.fall_back(hook)
@@ -357,7 +360,7 @@ class Dispatcher:
             try:
                 self._refuse_writes(watched, before, call)
                 with preserved(self.original), _collecting_rarely():
-                    graph = self._capture(call, output, rehearse=not state.holds())
+                    graph = self._capture(call, outputs.flatten(given.seen_in(output)), rehearse=not state.holds())
             except CaptureError as error:
                 self._remember_failure(call)
                 self.fall_back(f"{call} cannot be captured: {error}")
@@ -372,7 +375,7 @@ class Dispatcher:
         names.update({id(t): f"its argument {name}" for t, name in zip(call.tensors, call.names, strict=True)})
         raise CaptureError(f"forward writes in place to {', '.join(names.get(id(t), 'a tensor') for t in written)}")
 
-    def _capture(self, call: Call, output: Any, rehearse: bool) -> _Graph | None:
+    def _capture(self, call: Call, expected: tuple[list[Any], pytree.TreeSpec], rehearse: bool) -> _Graph | None:
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
         another_size = any(g.image_sizes != _image_sizes(call.tensors) for g in self._graphs.get(self._key(call), ()))
@@ -386,7 +389,7 @@ class Dispatcher:
                 precision=self._precision,
                 cuda_graphs=self._cuda_graphs,
             )
-            problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, output)
+            problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, *expected)
         except RuleError as error:
             raise CaptureError(str(error)) from error
         except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
@@ -427,9 +430,15 @@ class Dispatcher:
                 stacklevel=_callers_level(),
             )
 
-    def _compare(self, compiled: pipeline.Compiled, spec: pytree.TreeSpec, call: Call, output: Any) -> str | None:
+    def _compare(
+        self,
+        compiled: pipeline.Compiled,
+        spec: pytree.TreeSpec,
+        call: Call,
+        expected: list[Any],
+        original_spec: pytree.TreeSpec,
+    ) -> str | None:
         """What differs between the graph's outputs and the original's on the same call; None if nothing does."""
-        expected, original_spec = outputs.flatten(output)
         if spec != original_spec:
             return f"their structure is {spec}, not {original_spec}"
         is_precise = compiled.precision is None
@@ -450,7 +459,12 @@ class Dispatcher:
         if not tune.is_enabled() or torch.is_grad_enabled() or compiled.stochastic or compiled.spilled:
             return None
         run = compiled.unpadding.uncounted if compiled.unpadding else compiled.run
-        times = tune.race(lambda: run(*call.tensors), lambda: self.original.forward(*call.args, **call.kwargs))
+
+        def run_original() -> Any:
+            args, kwargs = call.rebuild(call.tensors)  # a forward may write to the containers that it is given
+            return self.original.forward(*args, **kwargs)
+
+        times = tune.race(lambda: run(*call.tensors), run_original)
         return f"{1e3 * times[0]:.2g} ms with it, {1e3 * times[1]:.2g} ms without" if times else None
 
     def _remember_failure(self, call: Call) -> None:
@@ -535,5 +549,5 @@ def _callers_level() -> int:
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    named = [(name, leaf) for name, leaf in named_arguments(args, kwargs) if isinstance(leaf, Tensor)]
+    named = [(name, leaf) for name, leaf in named_arguments(args, kwargs) if type(leaf) in TENSOR_TYPES]
     return f"({', '.join(f'{name} {tensor.dtype}{list(tensor.shape)}' for name, tensor in named)})"
