@@ -29,6 +29,7 @@ from .rule import Rule
 from .saved_tensors import active_hooks, comes_from_hook, hidden
 from .signature import TENSOR_TYPES, Binder, Call, named_arguments
 from .state import ModelState, foreign_hook, preserved, versions
+from .unpadding import Unpadding
 from .verify import difference
 
 logger = logging.getLogger("fxbt")
@@ -443,7 +444,11 @@ class Dispatcher:
             return f"their structure is {spec}, not {original_spec}"
         is_precise = compiled.precision is None
         dense = compiled.run if compiled.unpadding is None else compiled.dense
-        found = dense(*call.tensors)
+        found: Sequence[Any] = dense(*call.tensors)
+        if compiled.unpadding is not None and (problem := self._compare_padded(compiled, compiled.unpadding, call)):
+            return problem
+        if compiled.unpadding is not None and compiled.unpadding.original_blanks:
+            found = compiled.unpadding.blanked(found, call.tensors)
         if problem := _values_difference(found, expected, is_precise):
             return problem
         if not is_precise:
@@ -453,6 +458,21 @@ class Dispatcher:
             return None
         expected = compiled.unpadding.as_returned(expected, call.tensors)
         return _values_difference(compiled.unpadding.uncounted(*call.tensors), expected, is_precise)
+
+    def _compare_padded(self, compiled: pipeline.Compiled, unpadding: Unpadding, call: Call) -> str | None:
+        """What differs where a sequence ends in padding; finds out whether the original blanks padding by itself."""
+        tensors = unpadding.padded(call.tensors, slice(-1, None))
+        args, kwargs = call.rebuild(tensors)
+        given = Arguments(args, kwargs)
+        expected, _ = outputs.flatten(given.seen_in(self.original.forward(*args, **kwargs)))
+        found = compiled.dense(*tensors)
+        is_precise = compiled.precision is None
+        if _values_difference(found, expected, is_precise) is None:
+            return None
+        unpadding.original_blanks = True
+        blanked = [unpadding.blanked(values, tensors) for values in (found, expected)]
+        problem = _values_difference(blanked[0], blanked[1], is_precise)
+        return problem and f"where a sequence ends in padding, {problem}"
 
     def _slower(self, compiled: pipeline.Compiled, call: Call) -> str | None:
         """How much slower than the original a graph is on a call; None where it is not, or cannot be measured."""

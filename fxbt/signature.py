@@ -148,6 +148,12 @@ def _tensor_key(tensor: Tensor, place: str, tensors: list[Tensor], seen: dict[in
         return ("same tensor", first)
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         raise NotCapturable(f"argument {place} is a {_layout(tensor)} tensor; graphs take dense tensors")
+    if tensor.__dict__ and type(tensor) is Tensor:
+        raise NotCapturable(
+            f"argument {place} has attributes of its own ({', '.join(tensor.__dict__)}), which forward may read"
+        )
+    if tensor.is_meta:
+        raise NotCapturable(f"argument {place} is a meta tensor, with which there is nothing to compute", silent=True)
     tensors.append(tensor)
     return (tensor.dtype, tensor.device, tensor.ndim, tensor.requires_grad)
 
