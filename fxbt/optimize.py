@@ -208,8 +208,7 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: dict[str, Any]) -> di
         return _reoptimize, (dispatcher.original, options, own_forward.wrapper)
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        fast = _reoptimize(copy.deepcopy(dispatcher.original, memo), options)
-        memo[id(self)] = fast
+        fast = _deepcopied(dispatcher.original, self, options, memo)
         if own_forward.wrapper is not None:
             fast.forward = copy.deepcopy(own_forward.wrapper, memo)
         return fast
@@ -234,6 +233,18 @@ def _reoptimize(original: nn.Module, options: dict[str, Any], wrapper: Any = Non
     if wrapper is not None:
         fast.forward = wrapper
     return fast
+
+
+def _deepcopied(original: Any, fast: Any, options: dict[str, Any], memo: dict[int, Any]) -> Any:
+    """A deep copy of an optimised model, which the model's own attributes (methods bound to it) may refer to."""
+    if hasattr(original, "__deepcopy__"):
+        memo[id(fast)] = _reoptimize(copy.deepcopy(original, memo), options)
+        return memo[id(fast)]
+    model = object.__new__(type(original))
+    copied = _optimized(model, options)
+    memo[id(fast)], memo[id(original)] = copied, _dispatcher_of(copied).original  # type: ignore[union-attr]
+    vars(model).update(copy.deepcopy(vars(original), memo))
+    return copied
 
 
 def _dispatcher_of(model: Any) -> Dispatcher | None:

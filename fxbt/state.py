@@ -240,9 +240,18 @@ def _foreign_hook_of(module: nn.Module) -> str | None:
     for kind in HOOKS:
         for hook in getattr(module, kind).values():
             home = _package(_source(hook))
+            if _shards(hook):
+                home = None
             if "backward" in kind or home is None or home != own:
                 return str(getattr(hook, "__qualname__", None) or type(hook).__qualname__)
     return None
+
+
+def _shards(hook: Any) -> bool:
+    """Whether a hook gathers weights from other processes: torch's own, but no part of any forward."""
+    return (
+        getattr(inspect.unwrap(hook.func if isinstance(hook, partial) else hook), "__module__", None) or ""
+    ).startswith("torch.distributed")
 
 
 def _source(hook: Any) -> str | None:
