@@ -49,6 +49,8 @@ ROOMS = [
     "padding",
     "batch",
     "unmasked",
+    "cache",
+    "toolchain",
     "tune",
     "spill",
     "weights",
