@@ -440,7 +440,7 @@ def contest(key: str) -> Contest:
 def test_of_workers_that_start_together_one_compiles_and_measures_and_all_have_it(tmp_path):
     folder = tmp_path / "workers" / "cache"
     folder.mkdir(parents=True, mode=0o700)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # two more that import torch would take ten seconds
     workers = [context.Process(target=worker, args=(str(folder), number, 2)) for number in range(2)]
     for process in workers:
         process.start()
