@@ -51,6 +51,8 @@ ROOMS = [
     "padding",
     "batch",
     "unmasked",
+    "cache",
+    "toolchain",
     "tune",
     "spill",
     "weights",
