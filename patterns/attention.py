@@ -50,11 +50,13 @@ from fxbt.patterns.scores import (
     may_mask,
     proves_unmasked,
     query_and_key,
+    same_mask,
     scale_of,
     scores_dtype,
     times,
     unexpanded,
     unwind,
+    zeroing_mask,
 )
 from fxbt.patterns.written_out import WrittenOut, written_out
 
@@ -307,7 +309,7 @@ def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]
     after: list[ScaleBy | Scale] = []
     dropout, zeroed = 0.0, None
     while True:
-        user = _only_user(node)
+        user = _without_nan(node) or _only_user(node)
         product = axes.contraction_with(user, node, labels) or _multiplied_and_summed(user, node, labels)
         if product is not None:
             found = _with_value(product, node, keys, score_axes, after)
@@ -316,6 +318,11 @@ def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]
                 check_not_coarser(product.node, dtype, found.value.meta["val"].dtype)
             return found
         forward = axes.step_forward(node, labels, user)
+        if forward is None and _zeroes_nan(user, node):
+            forward = labels
+        mask = _multiplied_mask(user, node, labels, keys) if forward is None and zeroed is None else None
+        if mask is not None:
+            zeroed, forward = mask, labels
         if forward is None and user.target in MULTIPLY | DIVIDE:
             after.append(_weight_factor(user, node, labels, keys))
             forward = labels
@@ -346,6 +353,38 @@ def _multiplied_and_summed(user: fx.Node, weights: fx.Node, labels: axes.Axes) -
     return axes.contraction_with(next(iter(user.users)), weights, labels)
 
 
+def _without_nan(weights: fx.Node) -> fx.Node | None:
+    """where(isnan(weights), 0, weights), if that and nothing else reads the weights."""
+    users = list(weights.users)
+    fills = [user for user in users if user.target in WHERE | MASKED_FILL]
+    if len(users) != 2 or len(fills) != 1:
+        return None
+    (asked,) = (user for user in users if user is not fills[0])
+    values, mask, fill, keep = fill_operands(fills[0])
+    is_nan = asked.target is aten.isnan.default or (asked.target is aten.ne.Tensor and len(asked.all_input_nodes) == 1)
+    is_zeroed = (values, mask, fill, keep) == (weights, asked, 0, False)
+    return fills[0] if is_nan and is_zeroed and len(asked.users) == 1 else None
+
+
+def _zeroes_nan(user: fx.Node, weights: fx.Node) -> bool:
+    """Whether weights are made zero where they are NaN, in rows that -inf masks entirely: which is what SDPA gives."""
+    if user.target is aten.nan_to_num.default:
+        if axes.argument(user, "nan") not in (None, 0):
+            raise Miss("NaN of the attention weights becomes another number", node=user, expected="nan_to_num(0.0)")
+        return True
+    return user is _without_nan(weights)
+
+
+def _multiplied_mask(user: fx.Node, weights: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...]) -> Fill | None:
+    """The mask that weights are multiplied with along the keys, if it is 0 or 1 for sure."""
+    if user.target not in MULTIPLY or not all(isinstance(arg, fx.Node) for arg in user.args[:2]):
+        return None
+    factor: Any = user.args[1] if user.args[0] is weights else user.args[0]
+    factor_axes = axes.broadcast_axes(factor, labels)
+    is_along = set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys))
+    return zeroing_mask(factor, factor_axes) if is_along else None
+
+
 def _zeroing(user: fx.Node, weights: fx.Node, labels: axes.Axes) -> Fill:
     scores, mask, fill, keep = fill_operands(user)
     if scores is not weights or fill != 0 or not isinstance(mask, fx.Node):
@@ -357,8 +396,7 @@ def _mask_by_zeroing(steps: list[Step], zeroed: Fill, dtype: torch.dtype) -> Non
     """Weights zeroed where the scores were filled last: a fully masked row gives 0, which is what SDPA's -inf means."""
     fills = [step for step in steps if isinstance(step, Fill | Floor)]
     last: Any = fills[-1] if fills else None
-    same_mask = isinstance(last, Fill) and last.node is zeroed.node and last.keep == zeroed.keep
-    if not same_mask or axes.resolve(last.axes) != axes.resolve(zeroed.axes):
+    if not isinstance(last, Fill) or not same_mask(last, zeroed):
         raise Miss("attention weights are zeroed where the scores were not masked", node=zeroed.node)
     if not is_mask(last, steps, dtype):
         raise Miss(f"attention weights are zeroed where the scores became {last.fill:g}, no mask for every score")

@@ -34,6 +34,8 @@ ADD = {aten.add.Tensor, aten.add.Scalar}
 SUBTRACT = {aten.sub.Tensor, aten.sub.Scalar}
 WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 MASKED_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+NOT = {aten.logical_not.default, aten.bitwise_not.default}
+COMPARED = {aten.eq.Scalar: False, aten.ne.Scalar: True}
 CLAMPS = {aten.clamp.default, aten.clamp_min.default}
 # Their numbers are places and sizes.
 BY_POSITION = {aten.slice.Tensor, aten.select.int, aten.arange.default, aten.arange.start, aten.arange.start_step}
@@ -170,9 +172,67 @@ def _unwind_scale(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...],
         raise Miss("the scores are scaled by a number computed from sizes", node=node, expected="a constant head_dim")
     factor_axes = axes.broadcast_axes(factor, labels)
     if set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys)):
-        raise Miss("the scores are multiplied by a tensor that varies along the keys", node=node)
-    steps.append(ScaleBy(factor, factor_axes, divide))
+        mask = None if divide else zeroing_mask(factor, factor_axes)
+        if mask is None:
+            raise Miss("the scores are multiplied by a tensor that varies along the keys", node=node)
+        steps.append(mask)
+    else:
+        steps.append(ScaleBy(factor, factor_axes, divide))
     return _extend(steps, inner, product)
+
+
+def zeroing_mask(factor: fx.Node, labels: axes.Axes) -> Fill | None:
+    """A product with a boolean, or with the 0 and 1 made of one, as a fill of zero."""
+    mask = factor
+    while mask.target in axes.CASTS and mask.meta["val"].dtype is not torch.bool:
+        mask = mask.args[0]  # type: ignore[assignment]
+    return Fill(*unexpanded(mask, labels), 0.0, True) if mask.meta["val"].dtype is torch.bool else None
+
+
+def same_mask(one: Fill, other: Fill) -> bool:
+    """Whether two fills mask the same, however their masks are negated, cast and laid out."""
+    return _meaning(one) == _meaning(other)
+
+
+def _meaning(step: Fill) -> tuple[fx.Node, axes.Axes, bool]:
+    """(tensor, its axes, whether scores are kept where it is not zero)."""
+    node, labels, keep = step.node, step.axes, step.keep
+    while True:
+        node, labels = axes.peel(node, labels)
+        source: Any = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(source, fx.Node):
+            return node, labels, keep
+        if node.target in NOT and source.meta["val"].dtype is torch.bool:
+            keep = not keep
+        elif node.target in COMPARED and node.args[1] == 0:
+            keep = keep == COMPARED[node.target]
+        elif node.target not in axes.CASTS or torch.bool not in (node.meta["val"].dtype, source.meta["val"].dtype):
+            return node, labels, keep
+        node = source
+
+
+def _as_one_fill(zeroing: Fill, bias: fx.Node, labels: axes.Axes, factor: float) -> Fill | None:
+    """S * m + (1 - m) * c as a fill of c, where m is 0 or 1 and the bias is known at every position."""
+    if masks.read_constants(bias) or masks.read_constants(zeroing.node):
+        return None
+    places = {label: at for label, at in zip(labels, masks.index_symbols(len(labels)), strict=True) if label}
+
+    def value_of(node: fx.Node, its: axes.Axes) -> Any:
+        index = tuple(places[label] if label else sympy.Integer(0) for label in axes.resolve(its))
+        return masks.evaluate(node, index, {})
+
+    try:
+        kept, added = (
+            masks.truth(value_of(zeroing.node, zeroing.axes)),
+            value_of(bias, axes.broadcast_axes(bias, labels)),
+        )
+    except (masks.Opaque, KeyError, TypeError):  # a place with no name, or NaN: not known
+        return None
+    numbers = {float(case) for case, _ in added.args if case.is_number} if isinstance(added, sympy.Piecewise) else set()
+    lowest = min(numbers, default=0.0)
+    if numbers != {0.0, lowest} or not lowest < 0 or masks.zero_else_below(added, lowest) != kept:
+        return None
+    return replace(zeroing, fill=lowest * factor) if factor > 0 else None
 
 
 def _extend(steps: list[Step], inner: list[Step], product: axes.Contraction) -> axes.Contraction:
@@ -190,6 +250,11 @@ def _unwind_sum(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], s
     bias_axes: axes.Axes = ()
     if isinstance(bias, fx.Node):
         bias, bias_axes = unexpanded(bias, axes.broadcast_axes(bias, labels))
+        zeroing = inner[0] if inner and score_factor == 1 else None
+        if isinstance(zeroing, Fill) and zeroing.fill == 0 and zeroing.keep:
+            whole = _as_one_fill(zeroing, bias, axes.resolve(labels), bias_factor)
+            if whole is not None:
+                return _extend(steps, [whole, *inner[1:]], product)
     steps.append(Add(bias, bias_axes, bias_factor))
     if score_factor != 1:
         steps.append(Scale(score_factor))
@@ -321,7 +386,10 @@ def check_gradient(steps: list[Step]) -> None:
         return
     for step in steps:
         if isinstance(step, Add) and may_mask(step):
-            raise Miss("scores are masked by a fill and by a bias, whose gradients differ", node=step.node if isinstance(step.node, fx.Node) else None)
+            raise Miss(
+                "scores are masked by a fill and by a bias, whose gradients differ",
+                node=step.node if isinstance(step.node, fx.Node) else None,
+            )
 
 
 def _biases(steps: list[Step]) -> list[fx.Node]:
