@@ -532,6 +532,7 @@ def _less_its_logsumexp(node: fx.Node) -> Any:
         return None
     x: Any
     total: Any
+    dims: Any
     x, total = node.args
     if not isinstance(total, fx.Node) or total.target is not aten.logsumexp.default or total.args[0] is not x:
         return None

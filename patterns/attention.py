@@ -85,6 +85,7 @@ class Description:
     scale: float = 1.0
     dropout: float = 0.0
     zeroed: Fill | None = None
+    zeroes_nan: bool = False  # the weights of rows that -inf masks entirely
     after: list[ScaleBy | Scale] = field(default_factory=list)
     causal: bool = False
     sink: Add | None = None  # one more score for each query, of a key without a value
@@ -261,8 +262,8 @@ def _from_softmax(softmax: fx.Node) -> list[Description]:
     found.scale *= query_scale * key_scale
     attentions = [_with_value_of(found, other) for other in (found, *others)]
     check_gradient(steps)
-    if found.written and (found.dropout or found.sink):
-        raise Miss("the scores need writing out, with a dropout or a sink on top", node=softmax)
+    if found.written and (found.dropout or found.sink or found.zeroed or found.zeroes_nan):
+        raise Miss("the scores need writing out, with a dropout, a sink or zeroed weights on top", node=softmax)
     operands = [node for each in attentions for node, _ in _operands(each, is_masked=True)]
     _check_nothing_else_reads([each.output for each in attentions], (product.node, softmax), operands)
     return attentions
@@ -307,19 +308,19 @@ def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]
     node, labels = softmax, score_axes
     dtypes: list[torch.dtype] = []
     after: list[ScaleBy | Scale] = []
-    dropout, zeroed = 0.0, None
+    dropout, zeroed, zeroes_nan = 0.0, None, False
     while True:
         user = _without_nan(node) or _only_user(node)
         product = axes.contraction_with(user, node, labels) or _multiplied_and_summed(user, node, labels)
         if product is not None:
             found = _with_value(product, node, keys, score_axes, after)
-            found.dropout, found.zeroed = dropout, zeroed
+            found.dropout, found.zeroed, found.zeroes_nan = dropout, zeroed, zeroes_nan
             for dtype in dtypes:
                 check_not_coarser(product.node, dtype, found.value.meta["val"].dtype)
             return found
         forward = axes.step_forward(node, labels, user)
         if forward is None and _zeroes_nan(user, node):
-            forward = labels
+            zeroes_nan, forward = True, labels
         mask = _multiplied_mask(user, node, labels, keys) if forward is None and zeroed is None else None
         if mask is not None:
             zeroed, forward = mask, labels

@@ -182,11 +182,20 @@ def _unwind_scale(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...],
 
 
 def zeroing_mask(factor: fx.Node, labels: axes.Axes) -> Fill | None:
-    """A product with a boolean, or with the 0 and 1 made of one, as a fill of zero."""
-    mask = factor
-    while mask.target in axes.CASTS and mask.meta["val"].dtype is not torch.bool:
-        mask = mask.args[0]  # type: ignore[assignment]
-    return Fill(*unexpanded(mask, labels), 0.0, True) if mask.meta["val"].dtype is torch.bool else None
+    """A product with a boolean, or with 0 and 1 made of some, as a fill of zero."""
+    return Fill(*unexpanded(factor, labels), 0.0, True) if _is_zero_or_one(factor) else None
+
+
+def _is_zero_or_one(node: fx.Node) -> bool:
+    if node.meta["val"].dtype is torch.bool:
+        return True
+    if masks.read_constants(node):
+        return False
+    try:
+        value = masks.evaluate(node, masks.index_symbols(node.meta["val"].dim()), {})
+    except (masks.Opaque, TypeError):  # sympy raises TypeError on NaN
+        return False
+    return isinstance(value, sympy.Piecewise) and all(case in (0, 1) for case, _ in value.args)
 
 
 def same_mask(one: Fill, other: Fill) -> bool:
@@ -222,17 +231,17 @@ def _as_one_fill(zeroing: Fill, bias: fx.Node, labels: axes.Axes, factor: float)
         return masks.evaluate(node, index, {})
 
     try:
-        kept, added = (
-            masks.truth(value_of(zeroing.node, zeroing.axes)),
-            value_of(bias, axes.broadcast_axes(bias, labels)),
-        )
+        kept = masks.truth(value_of(zeroing.node, zeroing.axes))
+        added = value_of(bias, axes.broadcast_axes(bias, labels))
     except (masks.Opaque, KeyError, TypeError):  # a place with no name, or NaN: not known
         return None
-    numbers = {float(case) for case, _ in added.args if case.is_number} if isinstance(added, sympy.Piecewise) else set()
-    lowest = min(numbers, default=0.0)
-    if numbers != {0.0, lowest} or not lowest < 0 or masks.zero_else_below(added, lowest) != kept:
+    if not isinstance(added, sympy.Piecewise) or not all(case.is_number for case, _ in added.args):
         return None
-    return replace(zeroing, fill=lowest * factor) if factor > 0 else None
+    added = sympy.Piecewise(*[(case * sympy.sympify(factor), when) for case, when in added.args])
+    fills = {float(case) for case, _ in added.args} - {0.0}
+    if len(fills) != 1 or not max(fills) < 0 or masks.zero_else_below(added, max(fills)) != kept:
+        return None
+    return replace(zeroing, fill=fills.pop())
 
 
 def _extend(steps: list[Step], inner: list[Step], product: axes.Contraction) -> axes.Contraction:
