@@ -125,6 +125,15 @@ def drop_whole_slice(node: fx.Node) -> Any:
     return None
 
 
+def whole_slice_written(node: fx.Node) -> Any:
+    """slice_scatter(x, y) over all of x -> y"""
+    if node.target is not aten.slice_scatter.default or reaches_output(node):
+        return None
+    x, y = node.args[:2]
+    is_whole = argument(node, "step", 1) == 1 and argument(node, "start") in (None, 0)
+    return y if is_whole and same_shape(_value(x), _value(y)) and _value(x).dtype == _value(y).dtype else None
+
+
 def drop_no_op_layout(node: fx.Node) -> Any:
     """A reshape or expand to the shape x already has -> x"""
     if node.target not in (aten.reshape.default, aten.expand.default) or reaches_output(node):
@@ -449,7 +458,8 @@ def softmax_divided_later(node: fx.Node) -> Any:
         return None
     exponential, dim = summed
     rank = _value(exponential).dim()
-    if set(exponential.users) != {product, total} or dim != rank - 1 or rank != _value(product).dim():
+    readers = {user for user in exponential.users if user.users}  # a sum that was written anew is dead
+    if readers != {product, total} or dim != rank - 1 or rank != _value(product).dim():
         return None
     if not _sums_last_of(product, exponential):
         return None
@@ -754,6 +764,7 @@ STEPS: tuple[Callable[[fx.Node], Any], ...] = (
     drop_same_dtype_cast,
     drop_copy,
     drop_whole_slice,
+    whole_slice_written,
     view_to_reshape,
     reshape_as_to_reshape,
     size_of_another,
