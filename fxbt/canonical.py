@@ -393,10 +393,50 @@ def variance_by_correction(node: fx.Node) -> Any:
     return None
 
 
+def number_from_size(node: fx.Node) -> Any:
+    """x / size -> x / 16, for a size that is known by now"""
+    size = _value(node.args[1]) if node.target in SCALAR_ARITHMETIC else None
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    if known is not None:
+        node.update_arg(1, known)
+    return None
+
+
+def mean_by_size(node: fx.Node) -> Any:
+    """x.sum(dim) / x.shape[dim] -> x.mean(dim), where the size was a symbol when the graph was captured"""
+    if node.target is not aten.div.Tensor or node.kwargs or isinstance(_value(node.args[1]), torch.Tensor):
+        return None
+    total: Any = node.args[0]
+    if not isinstance(total, fx.Node) or total.target is not aten.sum.dim_IntList:
+        return None
+    dims: Any = total.args[1]
+    is_plain = _value(total).dtype == _value(total.args[0]).dtype and _value(total).is_floating_point()
+    if len(dims or ()) != 1 or not is_plain:
+        return None
+    size = _value(total.args[0]).shape[dims[0]]
+    if not isinstance(size, torch.SymInt) or not statically_known_true(size == _value(node.args[1])):
+        return None
+    with node.graph.inserting_before(node):
+        mean = node.graph.call_function(aten.mean.dim, (*total.args[:2], argument(total, "keepdim")))
+    mean.meta = dict(node.meta)
+    return mean
+
+
 def keep_reduced_dim(node: fx.Node) -> Any:
-    """x.mean(dim).unsqueeze(dim) -> x.mean(dim, keepdim=True), for sums, maxima and variances too"""
+    """x.mean(dim).unsqueeze(dim) -> x.mean(dim, keepdim=True), for sums, maxima and variances too
+
+    Also behind arithmetic with numbers, as in rsqrt(x.mean(dim) + eps).unsqueeze(dim).
+    """
     reduction: Any = node.args[0] if node.args else None
-    if node.target is not aten.unsqueeze.default or reduction.target not in REDUCTIONS or len(reduction.users) != 1:
+    if node.target is not aten.unsqueeze.default:
+        return None
+    between = []
+    while reduction.target in OF_ONE_VALUE and len(reduction.users) == 1 and len(reduction.all_input_nodes) == 1:
+        between.append(reduction)
+        reduction = reduction.args[0]
+        if not isinstance(reduction, fx.Node):
+            return None
+    if reduction.target not in REDUCTIONS or len(reduction.users) != 1:
         return None
     dims: Any = argument(reduction, "dim")
     if argument(reduction, "keepdim") or not isinstance(dims, list | tuple) or len(dims) != 1:
@@ -406,7 +446,10 @@ def keep_reduced_dim(node: fx.Node) -> Any:
         return None
     with node.graph.inserting_before(node):
         kept = node.graph.call_function(reduction.target, reduction.args[:2], {**reduction.kwargs, "keepdim": True})
-    kept.meta = dict(node.meta)
+        kept.meta = {**node.meta, "val": _value(reduction).unsqueeze(node.args[1])}
+        for each in reversed(between):
+            kept = node.graph.call_function(each.target, (kept, *each.args[1:]), dict(each.kwargs))
+            kept.meta = {**node.meta, "val": _value(each).unsqueeze(node.args[1])}
     return kept
 
 
@@ -718,6 +761,11 @@ REDUCTIONS = {
     aten.var.correction,
     aten.linalg_vector_norm.default,
 }
+# With one tensor among their operands, the first, these keep its shape.
+OF_ONE_VALUE = {
+    *(aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar),
+    *(aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.clamp_min.default),
+}
 SCALAR_ARITHMETIC = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
 COMMUTATIVE = {aten.mul.Tensor, aten.add.Tensor}
 NUMBER_OVERLOADS: dict[Any, Any] = {
@@ -777,6 +825,8 @@ STEPS: tuple[Callable[[fx.Node], Any], ...] = (
     linear_from_matmul,
     linear_of_flattened,
     variance_by_correction,
+    number_from_size,
+    mean_by_size,
     keep_reduced_dim,
     split_by_sizes,
     new_to_full,
