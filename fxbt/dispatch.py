@@ -405,12 +405,14 @@ def _value_difference(new: Any, old: Any, is_precise: bool) -> str | None:
     kinds = [(t.dtype, tuple(t.shape), t.device, t.requires_grad) for t in (new, old)]
     if kinds[0] != kinds[1]:
         return f"is {kinds[0]}, not {kinds[1]} (dtype, shape, device, requires_grad)"
+    if old.is_complex():
+        new, old = torch.view_as_real(new.resolve_conj()), torch.view_as_real(old.resolve_conj())
     if not old.is_floating_point():
         return None if torch.equal(new, old) else "differs in its (not floating-point) values"
     # A row of scores masked with -inf throughout is NaN in eager attention only: NaN may become a number.
     new, old = (t.detach()[~old.isnan()].double() for t in (new, old))
     magnitude = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
-    is_precise = is_precise and kinds[0][0] in (torch.float32, torch.float64)
+    is_precise = is_precise and kinds[0][0] in (torch.float32, torch.float64, torch.complex64, torch.complex128)
     tolerance = (1e-3 if is_precise and not torch._C._is_any_autocast_enabled() else 0.1) * max(magnitude, 1e-6)
     if torch.allclose(new, old, rtol=0.0, atol=tolerance):
         return None

@@ -32,6 +32,7 @@ ROOMS = [
     "masks",
     "products",
     "ops",
+    "layout",
     "pattern",
     "match",
     "trial",
