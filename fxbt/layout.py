@@ -64,7 +64,8 @@ def order_of(node: Any) -> Order | None:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or not value.dim():
         return None
-    sizes, strides = ([_hint(size) for size in many] for many in (value.shape, value.stride()))
+    sizes: list[Any] = [_hint(size) for size in value.shape]
+    strides: list[Any] = [_hint(stride) for stride in value.stride()]
     if None in (*sizes, *strides) or 0 in sizes:
         return None
     straight = tuple(range(value.dim()))
@@ -159,6 +160,6 @@ def _in_order(graph: fx.Graph, node: fx.Node, order: Order) -> fx.Node:
 
 def _call(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
     called = graph.call_function(target, (node, *args))
-    kept = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace", "fxbt_rule") if key in node.meta}
+    kept: dict[str, Any] = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "fxbt_rule") if k in node.meta}
     called.meta = {**kept, "val": target(node.meta["val"], *args)}
     return called

@@ -54,7 +54,8 @@ from fxbt.patterns.written_out import WrittenOut, written_out
 
 aten = torch.ops.aten
 
-SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
+SAFE_SOFTMAX = aten._safe_softmax.default  # 0, not NaN, where all scores are -inf: what SDPA gives there
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default, SAFE_SOFTMAX}
 SDPA = ops.SDPA
 
 
@@ -227,8 +228,8 @@ def _from_softmax(softmax: fx.Node) -> list[Description]:
     if not keys:
         raise Miss("the softmax runs over an axis of size one", node=softmax)
     steps: list[Step] = []
-    check_not_coarser(softmax, softmax.meta["val"].dtype, scores.meta["val"].dtype)
     product = unwind(scores, score_axes, keys, steps)
+    check_not_coarser(softmax, softmax.meta["val"].dtype, product.lhs.meta["val"].dtype)
     steps.reverse()
     if product.addend is not None:
         steps.insert(0, Add(product.addend, axes.broadcast_axes(product.addend, product.axes), product.addend_factor))
@@ -252,6 +253,8 @@ def _from_softmax(softmax: fx.Node) -> list[Description]:
         _mask_by_zeroing(steps, found.zeroed)
     if found.written and (found.dropout or found.sink):
         raise Miss("the scores need writing out, with a dropout or a sink on top", node=softmax)
+    if found.written and softmax.target is SAFE_SOFTMAX:
+        raise Miss("the scores need writing out, and rows without any key are 0 in this softmax", node=softmax)
     operands = [node for each in attentions for node, _ in _operands(each, is_masked=True)]
     _check_nothing_else_reads([each.output for each in attentions], (product.node, softmax), operands)
     return attentions

@@ -104,8 +104,9 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
     if node.op != "call_function":
         raise Miss("no query-key product before the softmax", node=node, expected="a contraction over head_dim")
     if node.target in axes.CASTS:
-        check_not_coarser(node, node.meta["val"].dtype, node.args[0].meta["val"].dtype)
-        return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
+        product = unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
+        check_not_coarser(node, node.meta["val"].dtype, product.lhs.meta["val"].dtype)
+        return product
     if node.target is aten.tanh.default:
         steps.append(Tanh())
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
