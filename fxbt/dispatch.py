@@ -93,7 +93,7 @@ class _Graph:
     guards: Callable[..., None]
     state: ModelState
     rebuild: outputs.Rebuild
-    image_sizes: list[tuple[int, ...]]
+    shapes: list[torch.Size]  # of the inputs it was captured with
     slower: Callable[[Call], str | None]  # than the original, on such a call
     pays: dict[int, bool] = field(default_factory=dict)  # by the size of calls: whether the graph serves them
     served: int = 0
@@ -285,8 +285,9 @@ class Dispatcher:
     def _capture(self, call: Call, output: Any, rehearse: bool) -> None:
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
-        another_size = any(g.image_sizes != _image_sizes(call.tensors) for g in self._graphs.get(self._key(call), ()))
-        captured = capture(self.original, call, self._tracer, rehearse=rehearse, any_image_size=another_size)
+        known = [graph.shapes for graph in self._graphs.get(self._key(call), ())]
+        varied = _varied([tensor.shape for tensor in call.tensors], known)
+        captured = capture(self.original, call, self._tracer, rehearse=rehearse, varied=varied)
         try:
             compiled = pipeline.compile(
                 captured,
@@ -314,7 +315,7 @@ class Dispatcher:
             captured.guards,
             ModelState(self.original),
             outputs.Rebuild(captured.out_spec),
-            _image_sizes(call.tensors),
+            [tensor.shape for tensor in call.tensors],
             functools.partial(self._slower, compiled),
             {_magnitude(call.tensors): True},
         )
@@ -372,8 +373,10 @@ def _magnitude(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors).bit_length()
 
 
-def _image_sizes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape[2:]) for tensor in tensors if tensor.ndim > 3]
+def _varied(shapes: list[torch.Size], known: list[list[torch.Size]]) -> frozenset[tuple[int, int]]:
+    """The axes past the second, as (input, axis), whose sizes are not those that graphs were captured with."""
+    pairs = [(i, *pair) for earlier in known for i, pair in enumerate(zip(shapes, earlier, strict=True))]
+    return frozenset((i, axis) for i, new, old in pairs for axis in range(2, len(new)) if new[axis] != old[axis])
 
 
 def _is_traced() -> bool:

@@ -147,7 +147,9 @@ class Attention(Rule):
         sizes = axes.sizes_from(axes.size_table(plan.operand_axes), tensors)
 
         def operand(node: fx.Node, source: axes.Axes, target: axes.Axes, expand: bool = True) -> Tensor:
-            return axes.arrange(tensors[plan.position[node]], source, target, sizes, expand)
+            tensor = tensors[plan.position[node]]
+            is_tensor = isinstance(tensor, Tensor)  # else a number computed from sizes
+            return axes.arrange(tensor, source, target, sizes, expand) if is_tensor else tensor
 
         query = operand(found.query, found.query_axes, (layout.batch, layout.heads, layout.seq, layout.head_dim))
         key = operand(found.key, found.key_axes, (layout.batch, layout.key_heads, layout.keys, layout.head_dim))

@@ -46,7 +46,7 @@ class Scale:
 
 @dataclass
 class ScaleBy:
-    """S * t, or S / t; t is constant along the key axis"""
+    """S * t, or S / t; t is constant along the key axis, or a number computed from sizes"""
 
     node: fx.Node
     axes: axes.Axes
@@ -161,9 +161,8 @@ def _unwind_scale(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...],
     if not isinstance(factor, fx.Node):
         steps.append(Scale(1 / factor if divide else factor))  # type: ignore[operator, arg-type]
         return _extend(steps, inner, product)
-    if not isinstance(factor.meta["val"], torch.Tensor):
-        raise Miss("the scores are scaled by a number computed from sizes", node=node, expected="a constant head_dim")
-    factor_axes = axes.broadcast_axes(factor, labels)
+    is_tensor = isinstance(factor.meta["val"], torch.Tensor)  # else a number computed from sizes
+    factor_axes = axes.broadcast_axes(factor, labels) if is_tensor else ()
     if set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys)):
         raise Miss("the scores are multiplied by a tensor that varies along the keys", node=node)
     steps.append(ScaleBy(factor, factor_axes, divide))
