@@ -48,6 +48,8 @@ from .state import HOOKS, ModelState, preserved
 logger = logging.getLogger("fxbt")
 aten = torch.ops.aten
 
+Axes = frozenset[tuple[int, int]]  # of inputs: (which input, which axis)
+
 TRACERS = ("auto", "export", "hf-fx")
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, Given)
@@ -87,14 +89,14 @@ class _Outputs:
 
 
 def capture(
-    model: nn.Module, call: Call, tracer: str = "auto", *, rehearse: bool = True, any_image_size: bool = False
+    model: nn.Module, call: Call, tracer: str = "auto", *, rehearse: bool = True, varied: Axes = frozenset()
 ) -> Captured:
     """Captures `model` as `call` calls it, under the caller's grad mode and autocast and the model's training flags.
 
     `rehearse` runs the model beforehand, for models that make tensors at their first call, and to see whether it
     changes its attributes at every call; a caller that just saw a call change nothing can save that.
-    `any_image_size` makes the axes past the second of inputs of four dims and more dynamic, which takes minutes for
-    some vision models (window attention) and serves only those who change them.
+    `varied` are axes past the second of inputs of four dims and more, as (input, axis), that are dynamic too. For all
+    of them that would take minutes for some vision models (window attention), and hide what a head's size is.
     The model's attributes are left as they were before tracing, whatever happens.
     Raises `CaptureError` with the reason and the line of the model's code where it stopped.
 
@@ -110,7 +112,7 @@ def capture(
             _rehearse(model, call, example)
         state = ModelState(model)
         try:
-            captured = _capture(model, call, example, tracer, 9 if any_image_size else 3)
+            captured = _capture(model, call, example, tracer, varied)
         except CaptureError:
             raise
         except Exception as error:
@@ -145,17 +147,17 @@ def share(model: nn.Module, kind: type) -> Any:
     return other
 
 
-def _capture(model: nn.Module, call: Call, example: tuple[Tensor, ...], tracer: str, free_rank: int) -> Captured:
+def _capture(model: nn.Module, call: Call, example: tuple[Tensor, ...], tracer: str, varied: Axes) -> Captured:
     if tracer == "hf-fx":
         return _capture_hf_fx(model, call, example)
-    return _capture_export(model, call, example, type(model).forward, free_rank)
+    return _capture_export(model, call, example, type(model).forward, varied)
 
 
 def _capture_export(
-    model: nn.Module, call: Call, example: tuple[Tensor, ...], run: Callable[..., Any], free_rank: int = 3
+    model: nn.Module, call: Call, example: tuple[Tensor, ...], run: Callable[..., Any], varied: Axes = frozenset()
 ) -> Captured:
     errors: list[Exception] = []
-    for attempt in _attempts(model, call, example, free_rank, errors):
+    for attempt in _attempts(model, call, example, varied, errors):
         try:
             captured = _export(model, call, attempt, run)
             captured.guards(*example)
@@ -174,12 +176,17 @@ class _Attempt:
 
     tensors: tuple[Tensor, ...]
     free_rank: int  # up to which rank inputs are dynamic in all dims rather than the first two
+    varied: Axes = frozenset()  # further axes that are dynamic
     answers: tuple[Answer, ...] = ()  # to Python's questions for values, which the graph asserts
     fixed: frozenset[int] = frozenset()  # inputs whose values are constants of the graph, with a guard
 
+    def frees(self, place: int, axis: int) -> bool:
+        """Whether an axis of an input is dynamic."""
+        return self.tensors[place].ndim <= self.free_rank or axis < 2 or (place, axis) in self.varied
+
 
 def _attempts(
-    model: nn.Module, call: Call, example: tuple[Tensor, ...], free_rank: int, errors: list[Exception]
+    model: nn.Module, call: Call, example: tuple[Tensor, ...], varied: Axes, errors: list[Exception]
 ) -> Iterator[_Attempt]:
     """What to try, most general first; `errors` are those of the attempts so far."""
     larger = [example]
@@ -190,8 +197,8 @@ def _attempts(
         if enlarged is not None and is_new and _accepts(model, call, enlarged):
             larger.insert(0, enlarged)
     for tensors in larger:
-        if any(2 < tensor.ndim <= free_rank for tensor in tensors):
-            yield _Attempt(tensors, free_rank)
+        if varied or any(tensor.ndim == 3 for tensor in tensors):
+            yield _Attempt(tensors, 3, varied)
         yield _Attempt(tensors, 2)
     if not _reads_values(errors[0]):
         return
@@ -202,10 +209,10 @@ def _attempts(
         answers = () if loop else tuple(noted.answers)
         if answers:
             errors.clear()  # those questions are answered now
-            yield _Attempt(tensors, 2, answers)
+            yield _Attempt(tensors, 2, answers=answers)
     sizes = frozenset(i for i, tensor in enumerate(example) if _may_hold_sizes(tensor))
     if sizes:
-        yield _Attempt(example, free_rank, answers, sizes)
+        yield _Attempt(example, 3, varied, answers, sizes)
     if loop:
         raise CaptureError(_ASKING_LOOP, line_at(*loop))
 
@@ -267,7 +274,7 @@ def _run(model: nn.Module, call: Call, tensors: Sequence[Tensor]) -> Any:
 
 def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., Any]) -> Captured:
     outputs = _Outputs(originals=dict(model.named_buffers()))
-    tensors, free_rank = attempt.tensors, attempt.free_rank
+    tensors = attempt.tensors
     fixed = {i: tensors[i] for i in attempt.fixed}
     # A GraphModule's class is made for its own graph, and torch.export asks such modules for it.
     kind = nn.Module if isinstance(model, fx.GraphModule) else type(model)
@@ -276,7 +283,7 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
     # Hooks on the model itself are called around its forward as ever, graph or not.
     object.__setattr__(flat, "__dict__", {**vars(model), **{kind: OrderedDict() for kind in HOOKS}})
     dims = [
-        {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] != 1 and (t.ndim <= free_rank or axis < 2)}
+        {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] != 1 and attempt.frees(i, axis)}
         if i not in fixed
         else {}
         for i, t in enumerate(tensors)

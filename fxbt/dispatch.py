@@ -105,7 +105,7 @@ class _Graph:
     guards: Callable[..., None]
     state: ModelState
     rebuild: outputs.Rebuild
-    image_sizes: list[tuple[int, ...]]
+    shapes: list[torch.Size]  # of the inputs it was captured with
     slower: Callable[[Call], str | None]  # than the original, on such a call
     stochastic: bool
     pays: dict[int, bool] = field(default_factory=dict)  # by the size of calls: whether the graph serves them
@@ -379,8 +379,9 @@ class Dispatcher:
     def _capture(self, call: Call, expected: tuple[list[Any], pytree.TreeSpec], rehearse: bool) -> _Graph | None:
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
-        another_size = any(g.image_sizes != _image_sizes(call.tensors) for g in self._graphs.get(self._key(call), ()))
-        captured = capture(self.original, call, self._tracer, rehearse=rehearse, any_image_size=another_size)
+        known = [graph.shapes for graph in self._graphs.get(self._key(call), ())]
+        varied = _varied([tensor.shape for tensor in call.tensors], known)
+        captured = capture(self.original, call, self._tracer, rehearse=rehearse, varied=varied)
         try:
             compiled = pipeline.compile(
                 captured,
@@ -408,7 +409,7 @@ class Dispatcher:
             captured.guards,
             ModelState(self.original),
             outputs.Rebuild(captured.out_spec),
-            _image_sizes(call.tensors),
+            [tensor.shape for tensor in call.tensors],
             functools.partial(self._slower, compiled),
             compiled.stochastic,
             {_magnitude(call.tensors): True},
@@ -511,8 +512,10 @@ def _magnitude(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors).bit_length()
 
 
-def _image_sizes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape[2:]) for tensor in tensors if tensor.ndim > 3]
+def _varied(shapes: list[torch.Size], known: list[list[torch.Size]]) -> frozenset[tuple[int, int]]:
+    """The axes past the second, as (input, axis), whose sizes are not those that graphs were captured with."""
+    pairs = [(i, *pair) for earlier in known for i, pair in enumerate(zip(shapes, earlier, strict=True))]
+    return frozenset((i, axis) for i, new, old in pairs for axis in range(2, len(new)) if new[axis] != old[axis])
 
 
 def _is_traced() -> bool:
@@ -544,12 +547,14 @@ def _value_difference(new: Any, old: Any, is_precise: bool) -> str | None:
     kinds = [(t.dtype, tuple(t.shape), t.device, t.requires_grad) for t in (new, old)]
     if kinds[0] != kinds[1]:
         return f"is {kinds[0]}, not {kinds[1]} (dtype, shape, device, requires_grad)"
+    if old.is_complex():
+        new, old = torch.view_as_real(new.resolve_conj()), torch.view_as_real(old.resolve_conj())
     if not old.is_floating_point():
         return None if torch.equal(new, old) else "differs in its (not floating-point) values"
     # A row of scores masked with -inf throughout is NaN in eager attention only: NaN may become a number.
     new, old = (t.detach()[~old.isnan()].double() for t in (new, old))
     magnitude = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
-    is_precise = is_precise and kinds[0][0] in (torch.float32, torch.float64)
+    is_precise = is_precise and kinds[0][0] in (torch.float32, torch.float64, torch.complex64, torch.complex128)
     tolerance = (1e-3 if is_precise and not torch._C._is_any_autocast_enabled() else 0.1) * max(magnitude, 1e-6)
     if torch.allclose(new, old, rtol=0.0, atol=tolerance):
         return None

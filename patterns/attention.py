@@ -62,7 +62,8 @@ from fxbt.patterns.written_out import WrittenOut, written_out
 
 aten = torch.ops.aten
 
-SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
+SAFE_SOFTMAX = aten._safe_softmax.default  # 0, not NaN, where all scores are -inf: what SDPA gives there
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default, SAFE_SOFTMAX}
 SDPA = ops.SDPA
 
 
@@ -157,7 +158,9 @@ class Attention(Rule):
         sizes = axes.sizes_from(axes.size_table(plan.operand_axes), tensors)
 
         def operand(node: fx.Node, source: axes.Axes, target: axes.Axes, expand: bool = True) -> Tensor:
-            return axes.arrange(tensors[plan.position[node]], source, target, sizes, expand)
+            tensor = tensors[plan.position[node]]
+            is_tensor = isinstance(tensor, Tensor)  # else a number computed from sizes
+            return axes.arrange(tensor, source, target, sizes, expand) if is_tensor else tensor
 
         query = operand(found.query, found.query_axes, (layout.batch, layout.heads, layout.seq, layout.head_dim))
         key = operand(found.key, found.key_axes, (layout.batch, layout.key_heads, layout.keys, layout.head_dim))
@@ -239,8 +242,8 @@ def _from_softmax(softmax: fx.Node) -> list[Description]:
     if not keys:
         raise Miss("the softmax runs over an axis of size one", node=softmax)
     steps: list[Step] = []
-    check_not_coarser(softmax, softmax.meta["val"].dtype, scores.meta["val"].dtype)
     product = unwind(scores, score_axes, keys, steps)
+    check_not_coarser(softmax, softmax.meta["val"].dtype, product.lhs.meta["val"].dtype)
     steps.reverse()
     if product.addend is not None:
         steps.insert(0, Add(product.addend, axes.broadcast_axes(product.addend, product.axes), product.addend_factor))
@@ -264,6 +267,8 @@ def _from_softmax(softmax: fx.Node) -> list[Description]:
     check_gradient(steps)
     if found.written and (found.dropout or found.sink or found.zeroed or found.zeroes_nan):
         raise Miss("the scores need writing out, with a dropout, a sink or zeroed weights on top", node=softmax)
+    if found.written and softmax.target is SAFE_SOFTMAX:
+        raise Miss("the scores need writing out, and rows without any key are 0 in this softmax", node=softmax)
     operands = [node for each in attentions for node, _ in _operands(each, is_masked=True)]
     _check_nothing_else_reads([each.output for each in attentions], (product.node, softmax), operands)
     return attentions

@@ -50,7 +50,7 @@ class Scale:
 
 @dataclass
 class ScaleBy:
-    """S * t, or S / t; t is constant along the key axis"""
+    """S * t, or S / t; t is constant along the key axis, or a number computed from sizes"""
 
     node: fx.Node
     axes: axes.Axes
@@ -108,8 +108,9 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
     if node.op != "call_function":
         raise Miss("no query-key product before the softmax", node=node, expected="a contraction over head_dim")
     if node.target in axes.CASTS:
-        check_not_coarser(node, node.meta["val"].dtype, node.args[0].meta["val"].dtype)
-        return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
+        product = unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
+        check_not_coarser(node, node.meta["val"].dtype, product.lhs.meta["val"].dtype)
+        return product
     if node.target is aten.tanh.default:
         steps.append(Tanh())
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
@@ -168,9 +169,8 @@ def _unwind_scale(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...],
     if not isinstance(factor, fx.Node):
         steps.append(Scale(1 / factor if divide else factor))  # type: ignore[operator, arg-type]
         return _extend(steps, inner, product)
-    if not isinstance(factor.meta["val"], torch.Tensor):
-        raise Miss("the scores are scaled by a number computed from sizes", node=node, expected="a constant head_dim")
-    factor_axes = axes.broadcast_axes(factor, labels)
+    is_tensor = isinstance(factor.meta["val"], torch.Tensor)  # else a number computed from sizes
+    factor_axes = axes.broadcast_axes(factor, labels) if is_tensor else ()
     if set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys)):
         mask = None if divide else zeroing_mask(factor, factor_axes)
         if mask is None:

@@ -727,7 +727,7 @@ def test_a_selective_scan_is_one_operation(library):
 
     model = made(forward)
     with torch.enable_grad():
-        captured = capture(model, make_call(model, **inputs(2, 5)), any_image_size=True)
+        captured = capture(model, make_call(model, **inputs(2, 5)))
         assert torch.ops.fxbt.selective_scan.default in targets(captured)
         given = inputs(4, 9)
         call = make_call(model, **given)

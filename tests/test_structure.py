@@ -34,6 +34,7 @@ ROOMS = [
     "masks",
     "products",
     "ops",
+    "layout",
     "pattern",
     "match",
     "trial",
