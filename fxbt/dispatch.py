@@ -20,10 +20,12 @@ from .branches import GOES_ANOTHER_WAY
 from .capture import capture
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
 from .precision import Precision
+from .recording import Recording, is_recording
 from .report import Report
 from .rule import Rule
 from .signature import Binder, Call
 from .state import ModelState, foreign_hook, preserved, versions
+from .surroundings import Surroundings
 from .verify import difference
 
 OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own number is 700
@@ -92,6 +94,7 @@ class _Graph:
     run: Callable[..., tuple[Any, ...]]
     guards: Callable[..., None]
     state: ModelState
+    around: Surroundings
     rebuild: outputs.Rebuild
     image_sizes: list[tuple[int, ...]]
     slower: Callable[[Call], str | None]  # than the original, on such a call
@@ -104,7 +107,7 @@ class _Graph:
             self.guards(*tensors)
         except Exception:  # an assertion, or a size it cannot compute with: not proven either way
             return False
-        return self.state.holds()
+        return self.state.holds() and self.around.holds(_LOCK.held_elsewhere())
 
 
 class Dispatcher:
@@ -138,7 +141,7 @@ class Dispatcher:
         self._padding = padding
         self._binder = Binder(original.forward)
         self._graphs: dict[Hashable, list[_Graph]] = {}
-        self._failed: dict[Hashable, list[ModelState]] = {}
+        self._failed: dict[Hashable, list[tuple[ModelState, Surroundings | None]]] = {}
         self._captures = 0
         self._warned = False
 
@@ -217,7 +220,7 @@ class Dispatcher:
             self._refused(graph, call, problem)
             return output
         self._drop(graph, call)
-        self._remember_failure(call)
+        self._remember_failure(call, graph.around)
         self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
         return output
 
@@ -257,20 +260,27 @@ class Dispatcher:
 
     def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the original for the caller, then captures the call. The caller sees the model's own errors only."""
+        if hook := foreign_hook(self.original):
+            self.fall_back(hook)
+            return self.original.forward(*args, **kwargs)
         state = ModelState(self.original)
         watched = [*state.tensors, *call.tensors]
         before = versions(watched)
-        output = self.original.forward(*args, **kwargs)
+        with Recording(self.original, state) as recording:
+            output = self.original.forward(*args, **kwargs)
         if hook := foreign_hook(self.original):
             self.fall_back(hook)
             return output
         self._captures += 1
+        around = recording.surroundings()
         try:
             self._refuse_writes(watched, before, call)
+            if isinstance(around, str):
+                raise CaptureError(around)
             with preserved(self.original), _collecting_rarely():
-                self._capture(call, output, rehearse=not state.holds())
+                self._capture(call, output, around, rehearse=recording.wrote or not state.holds())
         except CaptureError as error:
-            self._remember_failure(call)
+            self._remember_failure(call, None if isinstance(around, str) else around)
             self.fall_back(f"{call} cannot be captured: {error}")
         return output
 
@@ -282,11 +292,13 @@ class Dispatcher:
         names.update({id(t): f"its argument {name}" for t, name in zip(call.tensors, call.names, strict=True)})
         raise CaptureError(f"forward writes in place to {', '.join(names.get(id(t), 'a tensor') for t in written)}")
 
-    def _capture(self, call: Call, output: Any, rehearse: bool) -> None:
+    def _capture(self, call: Call, output: Any, around: Surroundings, rehearse: bool) -> None:
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
         another_size = any(g.image_sizes != _image_sizes(call.tensors) for g in self._graphs.get(self._key(call), ()))
-        captured = capture(self.original, call, self._tracer, rehearse=rehearse, any_image_size=another_size)
+        captured = capture(
+            self.original, call, self._tracer, rehearse=rehearse, any_image_size=another_size, around=around
+        )
         try:
             compiled = pipeline.compile(
                 captured,
@@ -304,7 +316,7 @@ class Dispatcher:
         if problem is not None:
             raise CaptureError(f"the graph's outputs are not the original's: {problem}")
         if slower := self._slower(compiled, call):
-            self._remember_failure(call)
+            self._remember_failure(call, around)
             self.fall_back(f"{call} runs faster without a graph: {slower}")
             return
         if compiled.weights is not None and not self._keep_original:
@@ -313,6 +325,7 @@ class Dispatcher:
             compiled.run,
             captured.guards,
             ModelState(self.original),
+            around,
             outputs.Rebuild(captured.out_spec),
             _image_sizes(call.tensors),
             functools.partial(self._slower, compiled),
@@ -348,12 +361,14 @@ class Dispatcher:
         times = tune.race(lambda: run(*call.tensors), lambda: self.original.forward(*call.args, **call.kwargs))
         return f"{1e3 * times[0]:.2g} ms with it, {1e3 * times[1]:.2g} ms without" if times else None
 
-    def _remember_failure(self, call: Call) -> None:
-        self._failed.setdefault(self._key(call), []).append(ModelState(self.original))
+    def _remember_failure(self, call: Call, around: Surroundings | None) -> None:
+        self._failed.setdefault(self._key(call), []).append((ModelState(self.original), around))
 
     def _has_failed(self, call: Call) -> bool:
         states = self._failed.get(self._key(call), ())
-        return len(states) >= _STATES_PER_FAILURE or any(state.holds() for state in states)
+        return len(states) >= _STATES_PER_FAILURE or any(
+            state.holds() and (around is None or around.holds()) for state, around in states
+        )
 
 
 @contextlib.contextmanager
@@ -387,6 +402,7 @@ def _is_traced() -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or is_recording()
     )
 
 
