@@ -207,7 +207,7 @@ class Values(Place):
         return tuple(versions([tensor])), address, tensor.dtype, tuple(tensor.shape), tensor.requires_grad, repr(few)
 
     def restore(self) -> None:
-        return  # no graph is captured of a forward that writes to tensors
+        self.renew()  # the values are back, which is one more write
 
 
 class Array(Place):

@@ -56,6 +56,7 @@ class Recording:
         self._obstacle: str | None = None
         self._before: Surroundings | None = None
         self._previous: Any = None
+        self._numpy = ""
 
     def ran(self, function: Any) -> bool:
         """Whether this Python function ran in the block."""
@@ -71,6 +72,7 @@ class Recording:
         except Exception as error:  # objects of anyone's making are read; a profiler may have no way to be paused
             self._obstacle = f"what it reads cannot be told ({type(error).__name__}: {error})"
             return self
+        self._numpy = _random_numbers_of_numpy()
         _here.is_recording = True
         sys.setprofile(self._event)
         return self
@@ -84,6 +86,8 @@ class Recording:
             sys.setprofile(self._previous)
         elif self._previous is not None:
             self._previous.enable()
+        if self._numpy != _random_numbers_of_numpy():
+            self._refuse("numpy's random numbers")
 
     def surroundings(self) -> Surroundings | str:
         """What the code of the block reads, as it is after it; or why that cannot be told."""
@@ -163,4 +167,11 @@ class Recording:
             self._refuse(f"{getattr(function, '__module__', None) or type(owner).__name__}.{name}")
 
     def _refuse(self, name: str) -> None:
-        self._obstacle = self._obstacle or f"forward calls {name}, which gives something else each time"
+        self._obstacle = self._obstacle or f"forward uses {name}, which gives something else each time"
+
+
+def _random_numbers_of_numpy() -> str:
+    """How far numpy's own generator has come; its functions are not ones that profilers see."""
+    numpy = sys.modules.get("numpy.random")
+    state = numpy.get_state() if numpy is not None else ()
+    return str([part.tobytes() if hasattr(part, "tobytes") else part for part in state])

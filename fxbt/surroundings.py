@@ -84,6 +84,8 @@ class Surroundings:
 
     def reach(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
         """Adds all that this code names in its globals."""
+        if code.co_filename in (os.__file__, "<frozen os>"):
+            self._visit_environment()
         if not is_model_code(code.co_filename) and not is_torchs(code.co_filename):
             return
         facts = Facts(code)
@@ -153,20 +155,21 @@ class Surroundings:
     def settle(self) -> None:
         """Puts the model's and its libraries' places back; torch's own are to stay as they are now."""
         for place in self._all():
-            if place.holds():
-                continue
-            if place.is_machinery:
-                place.renew()
-            else:
-                place.restore()
+            if not place.holds():
+                place.renew() if place.is_machinery else place.restore()
         self.ready()
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Runs a block that leaves the surroundings as they are."""
+        copies = [(tensor, tensor.detach().clone()) for tensor in self.tensors if tensor.layout is torch.strided]
         try:
             yield
         finally:
+            with torch.no_grad():
+                for tensor, value in copies:
+                    if not torch.equal(tensor, value):
+                        tensor.copy_(value)
             self.settle()
 
     def contents(self) -> int:
@@ -203,7 +206,9 @@ class Surroundings:
             with self._as_machinery(not is_models):
                 self._add(self._counted, place)
         value = place.watch(name)
-        if value is os.environ or (not self._is_machinery and not place.is_machinery):
+        if value is os.environ:
+            self._visit_environment()
+        elif not self._is_machinery and not place.is_machinery:
             self._visit(value, f"{place.name}.{name}", 0)
         elif self._is_machinery and isinstance(value, (dict, list, set)):
             self._visit(value, f"{place.name}.{name}", _DEPTH)
@@ -312,8 +317,11 @@ class Surroundings:
 
     def _visit_object(self, value: Any, place: str, depth: int) -> None:
         kind = type(value)
-        if kind.__module__.partition(".")[0] in _OPAQUE or (_is_torchs(kind) and not isinstance(value, nn.Module)):
+        if kind.__module__.startswith("numpy.random"):
+            self._refuse(value, place)
             return
+        if kind.__module__.partition(".")[0] in _OPAQUE or (_is_torchs(kind) and not isinstance(value, nn.Module)):
+            return None
         self._mark(value)
         self._visit_kind(value)
         if slots := places.slots_of(kind):
@@ -331,6 +339,9 @@ class Surroundings:
                 self._visit(inner, place, depth)
             else:
                 self._later(name, inner, f"{place}.{name}", depth + 1)
+
+    def _visit_environment(self) -> None:
+        self._visit_dict(vars(os.environ)["_data"], "os.environ", 0)
 
     def _visit_kind(self, value: Any) -> None:
         if _is_models_class(type(value)) or isinstance(value, nn.Module):
