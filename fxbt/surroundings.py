@@ -321,7 +321,7 @@ class Surroundings:
             self._refuse(value, place)
             return
         if kind.__module__.partition(".")[0] in _OPAQUE or (_is_torchs(kind) and not isinstance(value, nn.Module)):
-            return None
+            return
         self._mark(value)
         self._visit_kind(value)
         if slots := places.slots_of(kind):
