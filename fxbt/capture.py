@@ -8,14 +8,12 @@ import importlib.util
 import logging
 import math
 import re
-import sysconfig
 import time
 import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -34,6 +32,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from . import outputs as forms
 from .branches import Answer, Followed, Noted
+from .codes import is_model_code
 from .constants import Constants, constant, knowing
 from .containers import Arguments, Given, named_leaves
 from .errors import CaptureError, line_at
@@ -44,6 +43,7 @@ from .regions import inline_regions
 from .scalars import Constant, Scalars
 from .signature import Call
 from .state import HOOKS, ModelState, preserved
+from .surroundings import Surroundings
 
 logger = logging.getLogger("fxbt")
 aten = torch.ops.aten
@@ -56,7 +56,6 @@ _CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.dev
 _ASSERTS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-_NOT_USER_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 _VALUES_READ = (GuardOnDataDependentSymNode, fake_tensor.DataDependentOutputException)
 _VALUES_NEEDED = (
     "the model's Python goes by a number that only the values of tensors give, and a graph knows their shapes alone; "
@@ -64,7 +63,6 @@ _VALUES_NEEDED = (
 )
 _ASKING_LOOP = "a loop asks the values of tensors at every step whether to go on; a graph has a fixed number of steps"
 _MANY_SIZES = 256  # of a call, at most, are compared at every call
-_STDLIB = sysconfig.get_paths()["stdlib"]
 
 
 @dataclass
@@ -89,7 +87,13 @@ class _Outputs:
 
 
 def capture(
-    model: nn.Module, call: Call, tracer: str = "auto", *, rehearse: bool = True, varied: Axes = frozenset()
+    model: nn.Module,
+    call: Call,
+    tracer: str = "auto",
+    *,
+    rehearse: bool = True,
+    varied: Axes = frozenset(),
+    around: Surroundings | None = None,
 ) -> Captured:
     """Captures `model` as `call` calls it, under the caller's grad mode and autocast and the model's training flags.
 
@@ -97,7 +101,7 @@ def capture(
     changes its attributes at every call; a caller that just saw a call change nothing can save that.
     `varied` are axes past the second of inputs of four dims and more, as (input, axis), that are dynamic too. For all
     of them that would take minutes for some vision models (window attention), and hide what a head's size is.
-    The model's attributes are left as they were before tracing, whatever happens.
+    The model's attributes, and its surroundings (`around`), are left as they were before tracing, whatever happens.
     Raises `CaptureError` with the reason and the line of the model's code where it stopped.
 
     Example:
@@ -106,10 +110,10 @@ def capture(
     """
     start = time.perf_counter()
     _refuse_scripted(model)
-    with _plain_modes(), preserved(model):
+    with _plain_modes(), preserved(model), contextlib.nullcontext() if around is None else around.kept():
         example = tuple(_fresh(tensor) for tensor in call.tensors)
         if rehearse:
-            _rehearse(model, call, example)
+            _rehearse(model, call, example, around)
         state = ModelState(model)
         try:
             captured = _capture(model, call, example, tracer, varied)
@@ -253,10 +257,15 @@ def _accepts(model: nn.Module, call: Call, tensors: tuple[Tensor, ...]) -> bool:
     return True
 
 
-def _rehearse(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> None:
-    """Runs the model until it is at rest: the second call at the latest must leave its attributes alone."""
+def _rehearse(model: nn.Module, call: Call, example: tuple[Tensor, ...], around: Surroundings | None) -> None:
+    """Runs the model until it is at rest: the second call at the latest must leave its attributes alone.
+
+    What is beside them, the call before this one has seen already, so that the first one must leave it alone.
+    """
     first = ModelState(model)
     _run(model, call, example)
+    if around is not None and (written := around.changed()):
+        raise CaptureError(f"forward writes to {', '.join(written[:3])} beside its attributes; a graph would not")
     if first.holds():
         return
     second = ModelState(model)
@@ -638,9 +647,8 @@ def where(error: BaseException) -> str:
 
 
 def _is_user_code(filename: str) -> bool:
-    if filename.startswith(_STDLIB) and "site-packages" not in filename:
-        return False
-    return not filename.startswith(_NOT_USER_CODE)
+    """Whether lines of this file can be shown to the user."""
+    return not filename.startswith("<") and is_model_code(filename)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

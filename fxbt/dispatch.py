@@ -24,11 +24,13 @@ from .capture import capture
 from .containers import Arguments
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
 from .precision import Precision
+from .recording import Recording, is_recording
 from .report import Report
 from .rule import Rule
 from .saved_tensors import active_hooks, comes_from_hook, hidden
 from .signature import TENSOR_TYPES, Binder, Call, named_arguments
 from .state import ModelState, foreign_hook, preserved, versions
+from .surroundings import Surroundings
 from .unpadding import Unpadding
 from .verify import difference
 
@@ -104,6 +106,7 @@ class _Graph:
     run: Callable[..., tuple[Any, ...]]
     guards: Callable[..., None]
     state: ModelState
+    around: Surroundings
     rebuild: outputs.Rebuild
     shapes: list[torch.Size]  # of the inputs it was captured with
     slower: Callable[[Call], str | None]  # than the original, on such a call
@@ -117,7 +120,7 @@ class _Graph:
             self.guards(*tensors)
         except Exception:  # an assertion, or a size it cannot compute with: not proven either way
             return False
-        return self.state.holds()
+        return self.state.holds() and self.around.holds(_LOCK.held_elsewhere())
 
 
 class _ModelError(Exception):
@@ -166,7 +169,7 @@ class Dispatcher:
         self._padding = padding
         self._binder = Binder(original.forward)
         self._graphs: dict[Hashable, list[_Graph]] = {}
-        self._failed: dict[Hashable, list[ModelState]] = {}
+        self._failed: dict[Hashable, list[tuple[ModelState, Surroundings | None]]] = {}
         self._captures = 0
         self._faults = 0
         self._warned = False
@@ -300,7 +303,7 @@ class Dispatcher:
             return _Served(output)
         if not is_lack_of_memory:  # a smaller call may have enough
             self._drop(graph, call)
-            self._remember_failure(call)
+            self._remember_failure(call, graph.around)
         self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
         return _Served(output)
 
@@ -345,6 +348,9 @@ class Dispatcher:
         Returns the original's output if there is no graph, or if it draws random numbers, as the original's are the
         ones to see then. Under hooks on saved tensors, which must see one way of computing throughout, it is None.
         """
+        if hook := foreign_hook(self.original):
+            self.fall_back(hook)
+            return _Served(self._original_output(args, kwargs))
         is_watched = bool(active_hooks())
         drawn = torch.random.fork_rng(devices=_cuda_devices(call)) if is_watched else contextlib.nullcontext()
         with hidden(), drawn:
@@ -352,18 +358,22 @@ class Dispatcher:
             watched = [*state.tensors, *call.tensors]
             before = versions(watched)
             given, call = Arguments(call.args, call.kwargs), call.copied()
-            output = self._original_output(args, kwargs)
+            with Recording(self.original, state) as recording:
+                output = self._original_output(args, kwargs)
             if hook := foreign_hook(self.original):
                 self.fall_back(hook)
                 return None if is_watched else _Served(output)
             self._captures += 1
-            graph = None
+            graph, around = None, recording.surroundings()
             try:
                 self._refuse_writes(watched, before, call)
+                if isinstance(around, str):
+                    raise CaptureError(around)
+                rehearse = recording.wrote or not state.holds()
                 with preserved(self.original), _collecting_rarely():
-                    graph = self._capture(call, outputs.flatten(given.seen_in(output)), rehearse=not state.holds())
+                    graph = self._capture(call, outputs.flatten(given.seen_in(output)), around, rehearse=rehearse)
             except CaptureError as error:
-                self._remember_failure(call)
+                self._remember_failure(call, None if isinstance(around, str) else around)
                 self.fall_back(f"{call} cannot be captured: {error}")
         is_graphs = is_watched or (graph is not None and not graph.stochastic)
         return None if is_graphs else _Served(output)
@@ -376,12 +386,14 @@ class Dispatcher:
         names.update({id(t): f"its argument {name}" for t, name in zip(call.tensors, call.names, strict=True)})
         raise CaptureError(f"forward writes in place to {', '.join(names.get(id(t), 'a tensor') for t in written)}")
 
-    def _capture(self, call: Call, expected: tuple[list[Any], pytree.TreeSpec], rehearse: bool) -> _Graph | None:
+    def _capture(
+        self, call: Call, expected: tuple[list[Any], pytree.TreeSpec], around: Surroundings, rehearse: bool
+    ) -> _Graph | None:
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
         known = [graph.shapes for graph in self._graphs.get(self._key(call), ())]
         varied = _varied([tensor.shape for tensor in call.tensors], known)
-        captured = capture(self.original, call, self._tracer, rehearse=rehearse, varied=varied)
+        captured = capture(self.original, call, self._tracer, rehearse=rehearse, varied=varied, around=around)
         try:
             compiled = pipeline.compile(
                 captured,
@@ -399,7 +411,7 @@ class Dispatcher:
         if problem is not None:
             raise CaptureError(f"the graph's outputs are not the original's: {problem}")
         if slower := self._slower(compiled, call):
-            self._remember_failure(call)
+            self._remember_failure(call, around)
             self.fall_back(f"{call} runs faster without a graph: {slower}")
             return None
         if compiled.weights is not None and not self._keep_original:
@@ -408,6 +420,7 @@ class Dispatcher:
             compiled.run,
             captured.guards,
             ModelState(self.original),
+            around,
             outputs.Rebuild(captured.out_spec),
             [tensor.shape for tensor in call.tensors],
             functools.partial(self._slower, compiled),
@@ -488,12 +501,14 @@ class Dispatcher:
         times = tune.race(lambda: run(*call.tensors), run_original)
         return f"{1e3 * times[0]:.2g} ms with it, {1e3 * times[1]:.2g} ms without" if times else None
 
-    def _remember_failure(self, call: Call) -> None:
-        self._failed.setdefault(self._key(call), []).append(ModelState(self.original))
+    def _remember_failure(self, call: Call, around: Surroundings | None) -> None:
+        self._failed.setdefault(self._key(call), []).append((ModelState(self.original), around))
 
     def _has_failed(self, call: Call) -> bool:
         states = self._failed.get(self._key(call), ())
-        return len(states) >= _STATES_PER_FAILURE or any(state.holds() for state in states)
+        return len(states) >= _STATES_PER_FAILURE or any(
+            state.holds() and (around is None or around.holds()) for state, around in states
+        )
 
 
 @contextlib.contextmanager
@@ -529,6 +544,7 @@ def _is_traced() -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or is_recording()
     )
 
 

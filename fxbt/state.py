@@ -60,6 +60,10 @@ class ModelState:
         """Whether the model keeps this object itself."""
         return id(vars(value)) in self._seen
 
+    def covers(self, container: Any) -> bool:
+        """Whether changes of this dict, list or set are seen here."""
+        return id(container) in self._seen
+
     def _equals(self) -> bool:
         return (
             self._live == self._copies
