@@ -1,5 +1,6 @@
 # make demo      MiniLM on real sentences before and after fxbt.optimize
 # make test      linters, types and tests on transformers 5
+# make test-wheel  the wheel's kernels, where there is no compiler
 # make test-hf4  the tests that apply on transformers 4, with its fx tracer
 # make zoo       every model type of transformers, shrunk, judged against its original: writes docs/coverage.md
 # make fuzz      the generator of attention modules, on cases nobody has seen
@@ -19,7 +20,7 @@ BENCH_ARGS ?=
 export PYTHONDONTWRITEBYTECODE :=
 PIP = $(@D)/bin/pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: demo test test-hf4 zoo fuzz bench clean
+.PHONY: demo test test-wheel test-hf4 zoo fuzz bench clean
 
 demo: .venv/demo.done
 	.venv/bin/python examples/embed_sentences.py
@@ -41,6 +42,21 @@ fuzz: .venv/test.done
 
 test-hf4: .venv-hf4/test.done
 	.venv-hf4/bin/pytest $(PYTEST_ARGS) $(HF4_TESTS)
+
+# An environment with fxbt from its wheel, that from the sdist, and torch from .venv. Nothing is downloaded: torch brought
+# setuptools. The last run takes any processor for one with AVX2 only, where the kernels come first by rule.
+WHEEL := build/wheel
+CLEAN := env -i PATH=/nonexistent HOME=$(CURDIR)/$(WHEEL)/home TMPDIR=$(CURDIR)/$(WHEEL)/tmp FXBT_TUNE=0
+test-wheel: .venv/test.done
+	rm -rf $(WHEEL) && mkdir -p -m 700 $(WHEEL)/home $(WHEEL)/tmp
+	.venv/bin/python -c "from setuptools.build_meta import build_sdist; build_sdist('$(WHEEL)')" > $(WHEEL)/sdist.log
+	.venv/bin/python -m pip wheel -q --no-build-isolation --no-deps -w $(WHEEL) $(WHEEL)/*.tar.gz
+	.venv/bin/python -m venv --without-pip $(WHEEL)/venv
+	.venv/bin/python -m pip --python $(WHEEL)/venv/bin/python install -q --no-deps $(WHEEL)/*-linux_x86_64.whl
+	.venv/bin/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" \
+		> $$(echo $(WHEEL)/venv/lib/python*/site-packages)/torch.pth
+	$(CLEAN) $(WHEEL)/venv/bin/python -I .ci/wheel.py
+	$(CLEAN) ATEN_CPU_CAPABILITY=avx2 $(WHEEL)/venv/bin/python -I .ci/wheel.py
 
 %/torch.done:
 	$(PYTHON) -m venv $*

@@ -310,9 +310,11 @@ def _matmul(node: fx.Node) -> _Equation | None:
     return _Equation(lhs, rhs, lhs_letters, rhs_letters, batch + "MN")  # type: ignore[arg-type]
 
 
-def _baddbmm(node: fx.Node) -> _Equation:
+def _baddbmm(node: fx.Node) -> _Equation | None:
     addend, lhs, rhs = node.args[:3]
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    if isinstance(beta, fx.Node) or isinstance(alpha, fx.Node):
+        return None  # numbers computed from sizes
     return _Equation(lhs, rhs, "aMK", "aKN", "aMN", alpha, addend if beta else None, beta)  # type: ignore[arg-type]
 
 

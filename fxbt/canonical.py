@@ -125,6 +125,15 @@ def drop_whole_slice(node: fx.Node) -> Any:
     return None
 
 
+def whole_slice_written(node: fx.Node) -> Any:
+    """slice_scatter(x, y) over all of x -> y"""
+    if node.target is not aten.slice_scatter.default or reaches_output(node):
+        return None
+    x, y = node.args[:2]
+    is_whole = argument(node, "step", 1) == 1 and argument(node, "start") in (None, 0)
+    return y if is_whole and same_shape(_value(x), _value(y)) and _value(x).dtype == _value(y).dtype else None
+
+
 def drop_no_op_layout(node: fx.Node) -> Any:
     """A reshape or expand to the shape x already has -> x"""
     if node.target not in (aten.reshape.default, aten.expand.default) or reaches_output(node):
@@ -192,16 +201,75 @@ def number_from_constant(node: fx.Node) -> Any:
 
 
 def fill_from_constant(node: fx.Node) -> Any:
-    """where(mask, x, tensor(c)), masked_fill(x, mask, tensor(c)), maximum(x, tensor(c)) -> with the number c"""
-    if node.target not in NUMBER_OVERLOADS:
-        return None
-    position, overload = NUMBER_OVERLOADS[node.target]
-    number = _constant_number(node.args[position])
-    kept = [_value(arg).dtype for place, arg in enumerate(node.args) if place != position and isinstance(arg, fx.Node)]
-    if number is not None and _value(node).dtype in kept:
-        node.target = overload
-        node.update_arg(position, number)
+    """where(mask, x, tensor(c)), masked_fill(x, mask, tensor(c)), maximum(x, tensor(c)) -> with the number c
+
+    Of a where also full_like(x, c), on either side.
+    """
+    for position, overload in NUMBER_OVERLOADS.get(node.target, ()):
+        others = [_value(arg) for place, arg in enumerate(node.args) if place != position and isinstance(arg, fx.Node)]
+        number = _constant_number(node.args[position])
+        if number is None and node.target is aten.where.self and _is_as_broadcast(node, others):
+            number = _filled_with(node.args[position])
+        if number is not None and _value(node).dtype in [other.dtype for other in others]:
+            node.target = overload
+            node.update_arg(position, number)
+            return None
     return None
+
+
+def _is_as_broadcast(node: fx.Node, others: list[torch.Tensor]) -> bool:
+    """Whether a node has the shape that the others alone broadcast to."""
+    rank = _value(node).dim()
+    shapes = [[1] * (rank - other.dim()) + list(other.shape) for other in others]
+    return all(any(statically_known_true(size == shape[dim]) for shape in shapes) for dim, size in _sizes(node))
+
+
+def _sizes(node: fx.Node) -> Any:
+    return enumerate(_value(node).shape)
+
+
+def _filled_with(node: Any) -> float | int | None:
+    """The number that a tensor made by full_like, full, ones_like and the like holds everywhere."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target in (aten.full_like.default, aten.full.default):
+        number: Any = node.args[1]
+        return number if isinstance(number, int | float) else _constant_number(number)
+    if node.target in FILLED:
+        return FILLED[node.target]
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(node.args[1], int | float):
+        inner = _filled_with(node.args[0])
+        return None if inner is None else inner * node.args[1]
+    return _filled_with(node.args[0]) if node.target in (aten.expand.default, aten.reshape.default) else None
+
+
+def fill_by_index(node: fx.Node) -> Any:
+    """x[mask] = c, an index_put(x, [mask], c) where the boolean mask has dims of x -> masked_fill(x, mask, c)"""
+    if node.target is not aten.index_put.default or argument(node, "accumulate"):
+        return None
+    x: Any
+    indices: Any
+    value: Any
+    x, indices, value = node.args[:3]
+    masks = [index for index in indices if index is not None]
+    if len(masks) != 1 or _value(masks[0]).dtype is not torch.bool or _value(value).dim():
+        return None
+    mask, first = masks[0], len(indices) - 1
+    behind = _value(x).dim() - first - _value(mask).dim()
+    covered = _value(x).shape[first:][: _value(mask).dim()]
+    is_same = all(statically_known_true(a == b) for a, b in zip(_value(mask).shape, covered, strict=True))
+    if indices[first] is not mask or not is_same:
+        return None
+    with node.graph.inserting_before(node):
+        for _ in range(behind):
+            wider = node.graph.call_function(aten.unsqueeze.default, (mask, -1))
+            wider.meta = {**node.meta, "val": _value(mask).unsqueeze(-1)}
+            mask = wider
+        number = _constant_number(value)
+        kind = aten.masked_fill.Tensor if number is None else aten.masked_fill.Scalar
+        filled = node.graph.call_function(kind, (x, mask, value if number is None else number))
+    filled.meta = dict(node.meta)
+    return filled
 
 
 def compare_with_number(node: fx.Node) -> Any:
@@ -325,10 +393,50 @@ def variance_by_correction(node: fx.Node) -> Any:
     return None
 
 
+def number_from_size(node: fx.Node) -> Any:
+    """x / size -> x / 16, for a size that is known by now"""
+    size = _value(node.args[1]) if node.target in SCALAR_ARITHMETIC else None
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    if known is not None:
+        node.update_arg(1, known)
+    return None
+
+
+def mean_by_size(node: fx.Node) -> Any:
+    """x.sum(dim) / x.shape[dim] -> x.mean(dim), where the size was a symbol when the graph was captured"""
+    if node.target is not aten.div.Tensor or node.kwargs or isinstance(_value(node.args[1]), torch.Tensor):
+        return None
+    total: Any = node.args[0]
+    if not isinstance(total, fx.Node) or total.target is not aten.sum.dim_IntList:
+        return None
+    dims: Any = total.args[1]
+    is_plain = _value(total).dtype == _value(total.args[0]).dtype and _value(total).is_floating_point()
+    if len(dims or ()) != 1 or not is_plain:
+        return None
+    size = _value(total.args[0]).shape[dims[0]]
+    if not isinstance(size, torch.SymInt) or not statically_known_true(size == _value(node.args[1])):
+        return None
+    with node.graph.inserting_before(node):
+        mean = node.graph.call_function(aten.mean.dim, (*total.args[:2], argument(total, "keepdim")))
+    mean.meta = dict(node.meta)
+    return mean
+
+
 def keep_reduced_dim(node: fx.Node) -> Any:
-    """x.mean(dim).unsqueeze(dim) -> x.mean(dim, keepdim=True), for sums, maxima and variances too"""
+    """x.mean(dim).unsqueeze(dim) -> x.mean(dim, keepdim=True), for sums, maxima and variances too
+
+    Also behind arithmetic with numbers, as in rsqrt(x.mean(dim) + eps).unsqueeze(dim).
+    """
     reduction: Any = node.args[0] if node.args else None
-    if node.target is not aten.unsqueeze.default or reduction.target not in REDUCTIONS or len(reduction.users) != 1:
+    if node.target is not aten.unsqueeze.default:
+        return None
+    between = []
+    while reduction.target in OF_ONE_VALUE and len(reduction.users) == 1 and len(reduction.all_input_nodes) == 1:
+        between.append(reduction)
+        reduction = reduction.args[0]
+        if not isinstance(reduction, fx.Node):
+            return None
+    if reduction.target not in REDUCTIONS or len(reduction.users) != 1:
         return None
     dims: Any = argument(reduction, "dim")
     if argument(reduction, "keepdim") or not isinstance(dims, list | tuple) or len(dims) != 1:
@@ -338,7 +446,10 @@ def keep_reduced_dim(node: fx.Node) -> Any:
         return None
     with node.graph.inserting_before(node):
         kept = node.graph.call_function(reduction.target, reduction.args[:2], {**reduction.kwargs, "keepdim": True})
-    kept.meta = dict(node.meta)
+        kept.meta = {**node.meta, "val": _value(reduction).unsqueeze(node.args[1])}
+        for each in reversed(between):
+            kept = node.graph.call_function(each.target, (kept, *each.args[1:]), dict(each.kwargs))
+            kept.meta = {**node.meta, "val": _value(each).unsqueeze(node.args[1])}
     return kept
 
 
@@ -370,24 +481,209 @@ def new_to_full(node: fx.Node) -> Any:
 
 
 def softmax_by_hand(node: fx.Node) -> Any:
-    """e / e.sum(dim, keepdim) with e = exp(x - x.amax(dim, keepdim)) -> softmax(x, dim)"""
-    if node.target is not aten.div.Tensor or not all(isinstance(arg, fx.Node) for arg in node.args[:2]):
-        return None
-    exponential: Any
-    total: Any
-    exponential, total = node.args[:2]
-    if exponential.target is not aten.exp.default or total.target is not aten.sum.dim_IntList:
-        return None
-    if total.args[0] is not exponential or not argument(total, "keepdim") or len(total.args[1]) != 1:
-        return None
-    dim = total.args[1][0] % _value(node).dim()
-    scores = _shifted_by_its_max(exponential.args[0], dim)
-    if scores is None or argument(total, "dtype") is not None:
+    """e / e.sum(dim, keepdim) with e = exp(x) or exp(x - x.amax(dim, keepdim)) -> softmax(x, dim)
+
+    A softmax is a number where exp(x) would overflow, or e be 0 throughout.
+    """
+    exponential, total = _quotient(node)
+    summed = _summed_exp(total)
+    if summed is None or summed[0] is not exponential:
         return None
     with node.graph.inserting_before(node):
-        softmax = node.graph.call_function(aten.softmax.int, (scores, dim))
+        return _softmax(*summed)
+
+
+def softmax_divided_later(node: fx.Node) -> Any:
+    """(e @ v) / e.sum(-1, keepdim) with e as in `softmax_by_hand` -> softmax(x, -1) @ v"""
+    product, total = _quotient(node)
+    summed = _summed_exp(total)
+    if summed is None or not isinstance(product, fx.Node) or len(product.users) != 1:
+        return None
+    exponential, dim = summed
+    rank = _value(exponential).dim()
+    readers = {user for user in exponential.users if user.users}  # a sum that was written anew is dead
+    if readers != {product, total} or dim != rank - 1 or rank != _value(product).dim():
+        return None
+    if not _sums_last_of(product, exponential):
+        return None
+    with node.graph.inserting_before(node):
+        softmax = _softmax(exponential, dim)
+        args = fx.map_arg(product.args, lambda arg: softmax if arg is exponential else arg)
+        result = node.graph.call_function(product.target, args)  # type: ignore[arg-type]
+    result.meta = dict(node.meta)
+    return result
+
+
+def _quotient(node: fx.Node) -> tuple[Any, Any]:
+    """(a, b) of a / b or a * (1 / b); (None, None) where node is neither."""
+    if node.kwargs or len(node.args) != 2 or not all(isinstance(arg, fx.Node) for arg in node.args):
+        return None, None
+    operands: Any = node.args
+    if node.target is aten.div.Tensor:
+        return operands
+    for one, other in (operands, operands[::-1]) if node.target is aten.mul.Tensor else ():
+        is_power = other.target is aten.pow.Tensor_Scalar and other.args[1] == -1
+        if is_power or other.target is aten.reciprocal.default:
+            return one, other.args[0]
+    return None, None
+
+
+def _summed_exp(total: Any) -> tuple[fx.Node, int] | None:
+    """(e, dim) where total is the sum of an exponential e over one dim, which it keeps."""
+    if not isinstance(total, fx.Node) or total.target is not aten.sum.dim_IntList:
+        return None
+    exponential: Any
+    dims: Any
+    exponential, dims = total.args[:2]
+    if exponential.target is not aten.exp.default or len(dims) != 1 or not argument(total, "keepdim"):
+        return None
+    return None if argument(total, "dtype") is not None else (exponential, dims[0] % _value(exponential).dim())
+
+
+def _softmax(exponential: fx.Node, dim: int) -> fx.Node:
+    """The softmax that exponentials of scores, or of scores less their maximum, are the numerators of."""
+    scores = exponential.args[0]
+    less = _shifted_by_its_max(scores, dim)
+    softmax = exponential.graph.call_function(aten.softmax.int, (scores if less is None else less, dim))
+    softmax.meta = dict(exponential.meta)
+    return softmax
+
+
+def _sums_last_of(product: fx.Node, lhs: fx.Node) -> bool:
+    """Whether a product multiplies rows of `lhs`, its first operand, and keeps them where they are."""
+    if product.target in (aten.matmul.default, aten.bmm.default):
+        return product.args[0] is lhs and product.args[1] is not lhs
+    if product.target is not aten.einsum.default or len(product.args) != 2:
+        return False
+    operands: Any = product.args[1]
+    terms, _, result = str(product.args[0]).replace(" ", "").partition("->")
+    first, *others = terms.split(",")
+    is_plain = len(others) == 1 and operands[0] is lhs and operands[1] is not lhs and len(set(first)) == len(first)
+    return is_plain and result[:-1] == first[:-1] and first[-1] not in result and first[-1] in others[0]
+
+
+def softmax_of_logarithms(node: fx.Node) -> Any:
+    """exp(log_softmax(x, dim)), exp(x - logsumexp(x, dim, keepdim)) -> softmax(x, dim)"""
+    inner: Any = node.args[0] if node.target is aten.exp.default else None
+    if not isinstance(inner, fx.Node):
+        return None
+    if inner.target is aten.log_softmax.int:
+        args = inner.args
+    elif (less := _less_its_logsumexp(inner)) is not None:
+        args = less
+    else:
+        return None
+    with node.graph.inserting_before(node):
+        softmax = node.graph.call_function(aten.softmax.int, args, dict(inner.kwargs))
     softmax.meta = dict(node.meta)
     return softmax
+
+
+def _less_its_logsumexp(node: fx.Node) -> Any:
+    """(x, dim), where node is x - logsumexp(x, dim, keepdim=True)."""
+    if node.target is not aten.sub.Tensor or node.kwargs or len(node.args) != 2:
+        return None
+    x: Any
+    total: Any
+    dims: Any
+    x, total = node.args
+    if not isinstance(total, fx.Node) or total.target is not aten.logsumexp.default or total.args[0] is not x:
+        return None
+    dims = total.args[1]
+    return (x, dims[0]) if len(dims) == 1 and argument(total, "keepdim") else None
+
+
+def keys_in_parts(node: fx.Node) -> Any:
+    """p[..., :n] @ v1 + p[..., n:] @ v2 with p = softmax of cat([q @ k1^T, q @ k2^T], -1) -> one product each
+
+    softmax(q @ cat([k1^T, k2^T], -1)) @ cat([v1, v2], -2), as with a cache whose keys and values stay apart.
+    """
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
+        return None
+    products: Any = node.args
+    if not all(_is_product(each) and len(each.users) == 1 for each in products):
+        return None
+    for ordered in (products, products[::-1]):
+        whole = _whole_of([each.args[0] for each in ordered])
+        if whole is not None:
+            products = ordered
+            break
+    if whole is None or whole.target is not aten.softmax.int or (joined := _joined_products(whole)) is None:
+        return None
+    _join_products(joined)
+    with node.graph.inserting_before(node):
+        value = node.graph.call_function(aten.cat.default, ([each.args[1] for each in products], -2))
+        result = node.graph.call_function(aten.matmul.default, (whole, value))
+    value.meta = {**node.meta, "val": torch.cat([_value(each.args[1]) for each in products], -2)}
+    result.meta = dict(node.meta)
+    return result
+
+
+def _is_product(node: Any) -> bool:
+    """Whether a node is a product of matrices on which cat can be done before it as well as after."""
+    if not isinstance(node, fx.Node) or node.target not in (aten.matmul.default, aten.bmm.default):
+        return False
+    return _value(node.args[0]).dim() == _value(node.args[1]).dim() >= 3
+
+
+def _whole_of(parts: list[Any]) -> Any:
+    """What two slices, first and rest, or the two parts of a split, cut along the last dim."""
+    first, rest = parts
+    if first.target is operator.getitem and rest.target is operator.getitem:
+        split = first.args[0]
+        is_split = split is rest.args[0] and split.target is aten.split_with_sizes.default and len(split.args[1]) == 2
+        is_last = is_split and argument(split, "dim", 0) % _value(first).dim() == _value(first).dim() - 1
+        return split.args[0] if is_last and (first.args[1], rest.args[1]) == (0, 1) else None
+    if {first.target, rest.target} != {aten.slice.Tensor} or first.args[0] is not rest.args[0]:
+        return None
+    last = _value(first).dim() - 1
+    along = all(argument(each, "dim", 0) % (last + 1) == last and argument(each, "step", 1) == 1 for each in parts)
+    end, start = argument(first, "end"), argument(rest, "start")
+    is_cut = end is start or (type(end) is int and type(start) is int and end == start > 0)
+    to_the_end = argument(rest, "end") in (None, WHOLE_AXIS)
+    is_first = argument(first, "start") in (None, 0)
+    return first.args[0] if along and is_first and is_cut and to_the_end else None
+
+
+def _joined_products(softmax: fx.Node) -> fx.Node | None:
+    """The cat of products of one query, scaled alike or not, that a softmax over the same dim is computed from."""
+    node: Any = softmax.args[0]
+    last = _value(softmax).dim() - 1
+    if int(softmax.args[1]) % (last + 1) != last:  # type: ignore[arg-type]
+        return None
+    while isinstance(node, fx.Node) and node.target in BETWEEN_SCORES:
+        node = node.args[BETWEEN_SCORES[node.target]]
+    if not isinstance(node, fx.Node) or node.target is not aten.cat.default:
+        return None
+    parts: Any = node.args[0]
+    if argument(node, "dim", 0) % (last + 1) != last or len(node.users) != 1 or len(parts) != 2:
+        return None
+    products = [_unscaled(part) for part in parts]
+    alike = {(product.args[0], factor) for product, factor in products if _is_product(product)}
+    return node if len(alike) == 1 and all(_is_product(product) for product, _ in products) else None
+
+
+def _unscaled(part: Any) -> tuple[Any, Any]:
+    """(product, how it is scaled) of what may be a product times a number."""
+    is_scaled = part.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(part.args[1], int | float)
+    return (part.args[0], (part.target, part.args[1])) if is_scaled and not part.kwargs else (part, None)
+
+
+def _join_products(cat: fx.Node) -> None:
+    """cat([q @ a, q @ b], -1) -> q @ cat([a, b], -1), in place."""
+    products = [_unscaled(part) for part in cat.args[0]]
+    keys = [product.args[1] for product, _ in products]
+    query, scaled = products[0][0].args[0], products[0][1]
+    with cat.graph.inserting_before(cat):
+        key = cat.graph.call_function(aten.cat.default, (keys, -1))
+        result = cat.graph.call_function(aten.matmul.default, (query, key))
+        key.meta = {**cat.meta, "val": torch.cat([_value(each) for each in keys], -1)}
+        result.meta = dict(cat.meta)
+        if scaled is not None:
+            result = cat.graph.call_function(scaled[0], (result, scaled[1]))
+            result.meta = dict(cat.meta)
+    cat.replace_all_uses_with(result)
+    cat.graph.erase_node(cat)
 
 
 def softmax_of_shifted(node: fx.Node) -> Any:
@@ -465,13 +761,25 @@ REDUCTIONS = {
     aten.var.correction,
     aten.linalg_vector_norm.default,
 }
+# With one tensor among their operands, the first, these keep its shape.
+OF_ONE_VALUE = {
+    *(aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar),
+    *(aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.clamp_min.default),
+}
 SCALAR_ARITHMETIC = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
 COMMUTATIVE = {aten.mul.Tensor, aten.add.Tensor}
-NUMBER_OVERLOADS = {
-    aten.where.self: (2, aten.where.ScalarOther),
-    aten.masked_fill.Tensor: (2, aten.masked_fill.Scalar),
-    aten.maximum.default: (1, aten.clamp_min.default),
-    aten.max.other: (1, aten.clamp_min.default),
+NUMBER_OVERLOADS: dict[Any, Any] = {
+    aten.where.self: ((2, aten.where.ScalarOther), (1, aten.where.ScalarSelf)),
+    aten.masked_fill.Tensor: ((2, aten.masked_fill.Scalar),),
+    aten.maximum.default: ((1, aten.clamp_min.default),),
+    aten.max.other: ((1, aten.clamp_min.default),),
+}
+FILLED = {aten.ones_like.default: 1, aten.ones.default: 1, aten.zeros_like.default: 0, aten.zeros.default: 0}
+# What may stand between scores and their softmax, and which operand the scores are.
+BETWEEN_SCORES = {
+    **dict.fromkeys((aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor), 0),
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.to.dtype), 0),
+    aten.where.ScalarOther: 1,
 }
 COMPARISONS = {
     aten.eq.Tensor: aten.eq.Scalar,
@@ -504,6 +812,7 @@ STEPS: tuple[Callable[[fx.Node], Any], ...] = (
     drop_same_dtype_cast,
     drop_copy,
     drop_whole_slice,
+    whole_slice_written,
     view_to_reshape,
     reshape_as_to_reshape,
     size_of_another,
@@ -516,11 +825,17 @@ STEPS: tuple[Callable[[fx.Node], Any], ...] = (
     linear_from_matmul,
     linear_of_flattened,
     variance_by_correction,
+    number_from_size,
+    mean_by_size,
     keep_reduced_dim,
     split_by_sizes,
     new_to_full,
+    fill_by_index,
     softmax_by_hand,
+    softmax_divided_later,
+    softmax_of_logarithms,
     softmax_of_shifted,
+    keys_in_parts,
 )
 
 

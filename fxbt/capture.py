@@ -8,14 +8,12 @@ import importlib.util
 import logging
 import math
 import re
-import sysconfig
 import time
 import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -36,26 +34,30 @@ from . import outputs as forms
 from . import own_autograd
 from .branches import Answer, Followed, Noted
 from .checkpointing import mark_blocks
+from .codes import is_model_code
 from .constants import Constants, constant, knowing
+from .containers import Arguments, Given, named_leaves
 from .errors import CaptureError, line_at
 from .functional import functional
 from .loops import refused
 from .patches import patched
 from .regions import inline_regions
 from .scalars import Constant, Scalars
-from .signature import Call, leaves, named_leaves
+from .signature import Call
 from .state import HOOKS, ModelState, preserved
+from .surroundings import Surroundings
 
 logger = logging.getLogger("fxbt")
 aten = torch.ops.aten
 
+Axes = frozenset[tuple[int, int]]  # of inputs: (which input, which axis)
+
 TRACERS = ("auto", "export", "hf-fx")
 
-_CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+_CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, Given)
 _ASSERTS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-_NOT_USER_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 _VALUES_READ = (GuardOnDataDependentSymNode, fake_tensor.DataDependentOutputException)
 _VALUES_NEEDED = (
     "the model's Python goes by a number that only the values of tensors give, and a graph knows their shapes alone; "
@@ -63,7 +65,6 @@ _VALUES_NEEDED = (
 )
 _ASKING_LOOP = "a loop asks the values of tensors at every step whether to go on; a graph has a fixed number of steps"
 _MANY_SIZES = 256  # of a call, at most, are compared at every call
-_STDLIB = sysconfig.get_paths()["stdlib"]
 
 
 @dataclass
@@ -88,15 +89,21 @@ class _Outputs:
 
 
 def capture(
-    model: nn.Module, call: Call, tracer: str = "auto", *, rehearse: bool = True, any_image_size: bool = False
+    model: nn.Module,
+    call: Call,
+    tracer: str = "auto",
+    *,
+    rehearse: bool = True,
+    varied: Axes = frozenset(),
+    around: Surroundings | None = None,
 ) -> Captured:
     """Captures `model` as `call` calls it, under the caller's grad mode and autocast and the model's training flags.
 
     `rehearse` runs the model beforehand, for models that make tensors at their first call, and to see whether it
     changes its attributes at every call; a caller that just saw a call change nothing can save that.
-    `any_image_size` makes the axes past the second of inputs of four dims and more dynamic, which takes minutes for
-    some vision models (window attention) and serves only those who change them.
-    The model's attributes are left as they were before tracing, whatever happens.
+    `varied` are axes past the second of inputs of four dims and more, as (input, axis), that are dynamic too. For all
+    of them that would take minutes for some vision models (window attention), and hide what a head's size is.
+    The model's attributes, and its surroundings (`around`), are left as they were before tracing, whatever happens.
     Raises `CaptureError` with the reason and the line of the model's code where it stopped.
 
     Example:
@@ -104,13 +111,14 @@ def capture(
         >>> outputs = captured.module(ids, mask)
     """
     start = time.perf_counter()
-    with _plain_modes(), preserved(model):
+    _refuse_scripted(model)
+    with _plain_modes(), preserved(model), contextlib.nullcontext() if around is None else around.kept():
         example = tuple(_fresh(tensor) for tensor in call.tensors)
         if rehearse:
-            _rehearse(model, call, example)
+            _rehearse(model, call, example, around)
         state = ModelState(model)
         try:
-            captured = _capture(model, call, example, tracer, 9 if any_image_size else 3)
+            captured = _capture(model, call, example, tracer, varied)
         except CaptureError:
             raise
         except Exception as error:
@@ -119,6 +127,12 @@ def capture(
             state.restore()
     captured.seconds = time.perf_counter() - start
     return captured
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(f"{path or 'the model'} is a TorchScript module, which has no Python to trace")
 
 
 def twin(model: nn.Module, namespace: dict[str, Any]) -> Any:
@@ -139,17 +153,17 @@ def share(model: nn.Module, kind: type) -> Any:
     return other
 
 
-def _capture(model: nn.Module, call: Call, example: tuple[Tensor, ...], tracer: str, free_rank: int) -> Captured:
+def _capture(model: nn.Module, call: Call, example: tuple[Tensor, ...], tracer: str, varied: Axes) -> Captured:
     if tracer == "hf-fx":
         return _capture_hf_fx(model, call, example)
-    return _capture_export(model, call, example, type(model).forward, free_rank)
+    return _capture_export(model, call, example, type(model).forward, varied)
 
 
 def _capture_export(
-    model: nn.Module, call: Call, example: tuple[Tensor, ...], run: Callable[..., Any], free_rank: int = 3
+    model: nn.Module, call: Call, example: tuple[Tensor, ...], run: Callable[..., Any], varied: Axes = frozenset()
 ) -> Captured:
     errors: list[Exception] = []
-    for attempt in _attempts(model, call, example, free_rank, errors):
+    for attempt in _attempts(model, call, example, varied, errors):
         try:
             captured = _export(model, call, attempt, run)
             captured.guards(*example)
@@ -168,12 +182,17 @@ class _Attempt:
 
     tensors: tuple[Tensor, ...]
     free_rank: int  # up to which rank inputs are dynamic in all dims rather than the first two
+    varied: Axes = frozenset()  # further axes that are dynamic
     answers: tuple[Answer, ...] = ()  # to Python's questions for values, which the graph asserts
     fixed: frozenset[int] = frozenset()  # inputs whose values are constants of the graph, with a guard
 
+    def frees(self, place: int, axis: int) -> bool:
+        """Whether an axis of an input is dynamic."""
+        return self.tensors[place].ndim <= self.free_rank or axis < 2 or (place, axis) in self.varied
+
 
 def _attempts(
-    model: nn.Module, call: Call, example: tuple[Tensor, ...], free_rank: int, errors: list[Exception]
+    model: nn.Module, call: Call, example: tuple[Tensor, ...], varied: Axes, errors: list[Exception]
 ) -> Iterator[_Attempt]:
     """What to try, most general first; `errors` are those of the attempts so far."""
     larger = [example]
@@ -184,8 +203,8 @@ def _attempts(
         if enlarged is not None and is_new and _accepts(model, call, enlarged):
             larger.insert(0, enlarged)
     for tensors in larger:
-        if any(2 < tensor.ndim <= free_rank for tensor in tensors):
-            yield _Attempt(tensors, free_rank)
+        if varied or any(tensor.ndim == 3 for tensor in tensors):
+            yield _Attempt(tensors, 3, varied)
         yield _Attempt(tensors, 2)
     if not _reads_values(errors[0]):
         return
@@ -196,10 +215,10 @@ def _attempts(
         answers = () if loop else tuple(noted.answers)
         if answers:
             errors.clear()  # those questions are answered now
-            yield _Attempt(tensors, 2, answers)
+            yield _Attempt(tensors, 2, answers=answers)
     sizes = frozenset(i for i, tensor in enumerate(example) if _may_hold_sizes(tensor))
     if sizes:
-        yield _Attempt(example, free_rank, answers, sizes)
+        yield _Attempt(example, 3, varied, answers, sizes)
     if loop:
         raise CaptureError(_ASKING_LOOP, line_at(*loop))
 
@@ -240,10 +259,15 @@ def _accepts(model: nn.Module, call: Call, tensors: tuple[Tensor, ...]) -> bool:
     return True
 
 
-def _rehearse(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> None:
-    """Runs the model until it is at rest: the second call at the latest must leave its attributes alone."""
+def _rehearse(model: nn.Module, call: Call, example: tuple[Tensor, ...], around: Surroundings | None) -> None:
+    """Runs the model until it is at rest: the second call at the latest must leave its attributes alone.
+
+    What is beside them, the call before this one has seen already, so that the first one must leave it alone.
+    """
     first = ModelState(model)
     _run(model, call, example)
+    if around is not None and (written := around.changed()):
+        raise CaptureError(f"forward writes to {', '.join(written[:3])} beside its attributes; a graph would not")
     if first.holds():
         return
     second = ModelState(model)
@@ -261,7 +285,7 @@ def _run(model: nn.Module, call: Call, tensors: Sequence[Tensor]) -> Any:
 
 def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., Any]) -> Captured:
     outputs = _Outputs(originals=dict(model.named_buffers()))
-    tensors, free_rank = attempt.tensors, attempt.free_rank
+    tensors = attempt.tensors
     fixed = {i: tensors[i] for i in attempt.fixed}
     # A GraphModule's class is made for its own graph, and torch.export asks such modules for it.
     kind = nn.Module if isinstance(model, fx.GraphModule) else type(model)
@@ -270,7 +294,7 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
     # Hooks on the model itself are called around its forward as ever, graph or not.
     object.__setattr__(flat, "__dict__", {**vars(model), **{kind: OrderedDict() for kind in HOOKS}})
     dims = [
-        {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] != 1 and (t.ndim <= free_rank or axis < 2)}
+        {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] != 1 and attempt.frees(i, axis)}
         if i not in fixed
         else {}
         for i, t in enumerate(tensors)
@@ -321,8 +345,8 @@ def _flat_forward(
     def forward(self: nn.Module, *tensors: Tensor) -> tuple[Any, ...]:
         _share_batch(tensors)
         tensors = tuple(constant(fixed[i]) if i in fixed else tensor for i, tensor in enumerate(tensors))
-        arguments = call.rebuild(tensors)
-        before = leaves(arguments)
+        args, kwargs = call.rebuild(tensors)
+        arguments = Arguments(args, kwargs)
         with (
             refused(tensors),
             own_autograd.refused(tensors, [*self.parameters(), *self.buffers()], _is_user_code),
@@ -330,11 +354,8 @@ def _flat_forward(
             Followed(answers, _is_user_code),
             Scalars(self, outputs.originals) as scalars,
         ):
-            result = run(self, *arguments[0], **arguments[1])
+            result = arguments.seen_in(run(self, *args, **kwargs))
         outputs.read = scalars.read
-        after = leaves(arguments)
-        if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
-            raise CaptureError("forward changes a container it was given; a graph would not")
         flat, outputs.spec = forms.flatten(result)
         _check_outputs(result, flat)
         if kept := [type(value).__name__ for value in forms.plain_objects(result) if state.knows(value)]:
@@ -630,9 +651,8 @@ def where(error: BaseException) -> str:
 
 
 def _is_user_code(filename: str) -> bool:
-    if filename.startswith(_STDLIB) and "site-packages" not in filename:
-        return False
-    return not filename.startswith(_NOT_USER_CODE)
+    """Whether lines of this file can be shown to the user."""
+    return not filename.startswith("<") and is_model_code(filename)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

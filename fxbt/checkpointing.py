@@ -98,17 +98,6 @@ def _region(
         yield
 
 
-@contextlib.contextmanager
-def apart() -> Iterator[None]:
-    """Keeps what a block computes from the caller's hooks on saved tensors, such as those of a checkpoint around it."""
-    with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-        yield
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def function_apply() -> Callable[..., Any]:
     """What `Function.apply` calls by now, as a function of the class and its arguments.
 

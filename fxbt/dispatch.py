@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import logging
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +21,26 @@ from torch.utils import _pytree as pytree
 from . import native, outputs, pipeline, tune
 from .branches import GOES_ANOTHER_WAY
 from .capture import capture
-from .checkpointing import apart
+from .containers import Arguments
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
 from .gradients import gradient_difference
 from .precision import Precision
+from .recording import Recording, is_recording
 from .report import Report
 from .rule import Rule
-from .signature import Binder, Call
+from .saved_tensors import active_hooks, comes_from_hook, hidden
+from .signature import TENSOR_TYPES, Binder, Call, named_arguments
 from .state import ModelState, foreign_hook, preserved, versions
+from .surroundings import Surroundings
+from .unpadding import Unpadding
 from .verify import difference
 
+logger = logging.getLogger("fxbt")
+
+MOST_FAULTS = 8  # of fxbt's own in the calls of one model; from then on it stays out of the way
+_LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
+_OWN_FORWARD = "the model object has its own attribute `forward`, which comes before any class's"
+_NOT_THE_CALLERS = (str(Path(__file__).parent), str(Path(nn.__file__).parent))
 OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own number is 700
 _STATES_PER_FAILURE = 2  # a failed call is tried once more after an edit of the model, no more than that
 
@@ -94,9 +107,11 @@ class _Graph:
     run: Callable[..., tuple[Any, ...]]
     guards: Callable[..., None]
     state: ModelState
+    around: Surroundings
     rebuild: outputs.Rebuild
-    image_sizes: list[tuple[int, ...]]
+    shapes: list[torch.Size]  # of the inputs it was captured with
     slower: Callable[[Call], str | None]  # than the original, on such a call
+    stochastic: bool
     pays: dict[int, bool] = field(default_factory=dict)  # by the size of calls: whether the graph serves them
     served: int = 0
     refused: int = 0  # calls that go another way, which only running the graph shows
@@ -106,7 +121,22 @@ class _Graph:
             self.guards(*tensors)
         except Exception:  # an assertion, or a size it cannot compute with: not proven either way
             return False
-        return self.state.holds()
+        return self.state.holds() and self.around.holds(_LOCK.held_elsewhere())
+
+
+class _ModelError(Exception):
+    """The original's own error in a call, or that of the caller's hooks: the caller sees `error` itself."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What a call gives its caller, which may be None."""
+
+    output: Any
 
 
 class Dispatcher:
@@ -140,38 +170,82 @@ class Dispatcher:
         self._padding = padding
         self._binder = Binder(original.forward)
         self._graphs: dict[Hashable, list[_Graph]] = {}
-        self._failed: dict[Hashable, list[ModelState]] = {}
+        self._failed: dict[Hashable, list[tuple[ModelState, Surroundings | None]]] = {}
         self._captures = 0
+        self._faults = 0
         self._warned = False
+        self._user_rules = {rule.name for rule in rules} - {rule.name for rule in pipeline.default_rules()}
+        self._told: set[str] = set()  # names of rules
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _is_traced():
-            return self._run_original(args, kwargs)
+        """The call's output. Whatever fails in fxbt, it is the original's, and so is every error but a warning's.
+
+        Raises:
+            FxbtWarning: the caller's filters make errors of warnings, and this call runs the original.
+        """
+        error: Exception | None = None
+        try:
+            served = self._serve(args, kwargs)
+        except _ModelError as raised:
+            served, error = None, raised.error
+        except FxbtWarning:
+            raise
+        except Exception as fault:  # of fxbt's own: the model runs well without it
+            served = None
+            self._note_fault(fault)
+        if error is not None:
+            raise error
+        return self._run_original(args, kwargs) if served is None else served.output
+
+    def stands_for(self, model: nn.Module) -> bool:
+        """Whether `model` is the original or its optimised twin: all of them share one `__dict__`."""
+        return vars(model) is vars(self.original)
+
+    def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
+        """The call's output by a graph, or by the original where this ran already; None where it is to run."""
+        if self._faults >= MOST_FAULTS or _is_traced():
+            return None
+        if "forward" in vars(self.original):
+            self.fall_back(_OWN_FORWARD)
+            return None
         try:
             call = self._binder.call(args, kwargs)
         except NotCapturable as obstacle:
             if not obstacle.silent:
                 self.fall_back(str(obstacle))
-            return self._run_original(args, kwargs)
+            return None
         graph = self._find(call)
         if graph is not None:
             return self._run_graph(graph, call, args, kwargs)
         return self._first_call(call, args, kwargs)
 
-    def warmup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Captures the graph for such a call ahead. Raises `ExampleError` if the model itself rejects the call."""
+    def _note_fault(self, fault: Exception) -> None:
+        self._faults += 1
+        logger.debug("fxbt itself failed in a call", exc_info=fault)
+        ends = "; no more calls are tried" if self._faults == MOST_FAULTS else ""
         try:
-            call = self._binder.call(args, kwargs)
-        except NotCapturable as obstacle:
-            self.fall_back(str(obstacle))
-            return
+            self.fall_back(f"fxbt itself failed ({type(fault).__name__}: {fault}), not the model{ends}")
+        except FxbtWarning:
+            raise
+        except Exception as another:  # not even that can be noted
+            logger.debug("fxbt could not note its own failure", exc_info=another)
+
+    def warmup(self, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
+        """Captures the graph for such a call of the model's `forward` ahead.
+
+        Raises:
+            ExampleError: the model itself rejects the call.
+        """
         try:
             with preserved(self.original):
-                self(args, kwargs)
+                forward(*args, **kwargs)
+        except FxbtWarning:
+            raise
         except Exception as error:
             name = type(self.original).__name__
+            shapes = _shapes(args, kwargs)
             raise ExampleError(
-                f"{name} itself fails on the example inputs {_shapes(call)}: {type(error).__name__}: {error}; "
+                f"{name} itself fails on the example inputs {shapes}: {type(error).__name__}: {error}; "
                 f"pass inputs that {name}.forward accepts"
             ) from error
 
@@ -185,7 +259,7 @@ class Dispatcher:
             f"{type(self.original).__name__} runs its original forward, not an optimised one: {reason} "
             "(said once; print(model.report) lists all reasons)",
             FxbtWarning,
-            stacklevel=2,
+            stacklevel=_callers_level(),
         )
 
     def _key(self, call: Call) -> Hashable:
@@ -201,27 +275,38 @@ class Dispatcher:
         with _LOCK.reading():
             return self.original.forward(*args, **kwargs)
 
-    def _run_graph(self, graph: _Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _original_output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original's output inside of what may fail on fxbt's side. Its own error comes as a `_ModelError`."""
+        try:
+            return self._run_original(args, kwargs)
+        except Exception as error:
+            raise _ModelError(error) from error
+
+    def _run_graph(self, graph: _Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         pays = graph.pays.get(_magnitude(call.tensors))
         if pays is False:
-            return self._run_original(args, kwargs)
+            return None
+        measured = call.copied() if pays is None else None
         try:
-            output = graph.rebuild(graph.run(*call.tensors))
+            output = graph.rebuild(graph.run(*call.tensors), call.args, call.kwargs)
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
+            if comes_from_hook(error):
+                raise _ModelError(error) from error
+            problem, is_lack_of_memory = f"{type(error).__name__}: {error}", isinstance(error, _LACKS_MEMORY)
         else:
             graph.served += 1
-            if pays is None:
-                self._measure(graph, call)
-            return output
-        output = self._run_original(args, kwargs)  # if the call is wrong, the model's own error is the one to see
+            if measured is not None:
+                self._measure(graph, measured)
+            return _Served(output)
+        output = self._original_output(args, kwargs)  # if the call is wrong, the model's own error is the one to see
         if GOES_ANOTHER_WAY in problem:
             self._refused(graph, call, problem)
-            return output
-        self._drop(graph, call)
-        self._remember_failure(call)
+            return _Served(output)
+        if not is_lack_of_memory:  # a smaller call may have enough
+            self._drop(graph, call)
+            self._remember_failure(call, graph.around)
         self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
-        return output
+        return _Served(output)
 
     def _measure(self, graph: _Graph, call: Call) -> None:
         """Notes whether calls of about this size are the graph's, which was measured on one of another size."""
@@ -229,7 +314,7 @@ class Dispatcher:
             slower = graph.slower(call)
         graph.pays[_magnitude(call.tensors)] = slower is None
         if slower:
-            self.fall_back(f"calls like {_shapes(call)} run faster without a graph: {slower}")
+            self.fall_back(f"calls like {_shapes(call.args, call.kwargs)} run faster without a graph: {slower}")
 
     def _refused(self, graph: _Graph, call: Call, problem: str) -> None:
         """Keeps a graph that does not go a call's way for those that do, as long as they are the most."""
@@ -241,40 +326,58 @@ class Dispatcher:
     def _drop(self, graph: _Graph, call: Call) -> None:
         self._graphs[self._key(call)] = [g for g in self._graphs[self._key(call)] if g is not graph]
 
-    def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         # Inside the first call of a model that this one is a part of: that one is captured whole.
         if _LOCK.held_here() or self._has_failed(call):
-            return self._run_original(args, kwargs)
+            return None
         if self._captures >= self.max_captures:
             self.fall_back(f"{self.max_captures} graphs were captured, which is the limit (max_captures)")
-            return self._run_original(args, kwargs)
+            return None
         if _LOCK.reads():
             self.fall_back("called from within the original forward of another optimised model")
-            return self._run_original(args, kwargs)
+            return None
+        served = None
         with _LOCK.writing():
-            graph = self._find(call)  # another thread may have captured it meanwhile
-            if graph is None and not self._has_failed(call):
-                return self._run_and_capture(call, args, kwargs)
-        return self(args, kwargs)
+            if self._find(call) is None and not self._has_failed(call):  # no other thread captured it meanwhile
+                served = self._run_and_capture(call, args, kwargs)
+        graph = self._find(call) if served is None else None
+        return served if graph is None else self._run_graph(graph, call, args, kwargs)
 
-    def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the original for the caller, then captures the call. The caller sees the model's own errors only."""
-        state = ModelState(self.original)
-        watched = [*state.tensors, *call.tensors]
-        before = versions(watched)
-        output = self.original.forward(*args, **kwargs)
+    def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
+        """Runs the original, then captures the call. The caller sees the model's own errors only.
+
+        Returns the original's output if there is no graph, or if it draws random numbers, as the original's are the
+        ones to see then. Under hooks on saved tensors, which must see one way of computing throughout, it is None.
+        """
         if hook := foreign_hook(self.original):
             self.fall_back(hook)
-            return output
-        self._captures += 1
-        try:
-            self._refuse_writes(watched, before, call)
-            with preserved(self.original), _collecting_rarely(), apart():
-                self._capture(call, output, rehearse=not state.holds())
-        except CaptureError as error:
-            self._remember_failure(call)
-            self.fall_back(f"{call} cannot be captured: {error}")
-        return output
+            return _Served(self._original_output(args, kwargs))
+        is_watched = bool(active_hooks())
+        drawn = torch.random.fork_rng(devices=_cuda_devices(call)) if is_watched else contextlib.nullcontext()
+        with hidden(), drawn:
+            state = ModelState(self.original)
+            watched = [*state.tensors, *call.tensors]
+            before = versions(watched)
+            given, call = Arguments(call.args, call.kwargs), call.copied()
+            with Recording(self.original, state) as recording:
+                output = self._original_output(args, kwargs)
+            if hook := foreign_hook(self.original):
+                self.fall_back(hook)
+                return None if is_watched else _Served(output)
+            self._captures += 1
+            graph, around = None, recording.surroundings()
+            try:
+                self._refuse_writes(watched, before, call)
+                if isinstance(around, str):
+                    raise CaptureError(around)
+                rehearse = recording.wrote or not state.holds()
+                with preserved(self.original), _collecting_rarely():
+                    graph = self._capture(call, outputs.flatten(given.seen_in(output)), around, rehearse=rehearse)
+            except CaptureError as error:
+                self._remember_failure(call, None if isinstance(around, str) else around)
+                self.fall_back(f"{call} cannot be captured: {error}")
+        is_graphs = is_watched or (graph is not None and not graph.stochastic)
+        return None if is_graphs else _Served(output)
 
     def _refuse_writes(self, watched: list[Tensor], before: list[int], call: Call) -> None:
         written = [tensor for tensor, old, new in zip(watched, before, versions(watched), strict=True) if old != new]
@@ -284,11 +387,14 @@ class Dispatcher:
         names.update({id(t): f"its argument {name}" for t, name in zip(call.tensors, call.names, strict=True)})
         raise CaptureError(f"forward writes in place to {', '.join(names.get(id(t), 'a tensor') for t in written)}")
 
-    def _capture(self, call: Call, output: Any, rehearse: bool) -> None:
+    def _capture(
+        self, call: Call, expected: tuple[list[Any], pytree.TreeSpec], around: Surroundings, rehearse: bool
+    ) -> _Graph | None:
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
-        another_size = any(g.image_sizes != _image_sizes(call.tensors) for g in self._graphs.get(self._key(call), ()))
-        captured = capture(self.original, call, self._tracer, rehearse=rehearse, any_image_size=another_size)
+        known = [graph.shapes for graph in self._graphs.get(self._key(call), ())]
+        varied = _varied([tensor.shape for tensor in call.tensors], known)
+        captured = capture(self.original, call, self._tracer, rehearse=rehearse, varied=varied, around=around)
         try:
             compiled = pipeline.compile(
                 captured,
@@ -298,7 +404,7 @@ class Dispatcher:
                 precision=self._precision,
                 cuda_graphs=self._cuda_graphs,
             )
-            problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, output)
+            problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, *expected)
             problem = problem or gradient_difference(compiled.dense, self.original, call, compiled.stochastic)
         except RuleError as error:
             raise CaptureError(str(error)) from error
@@ -309,32 +415,58 @@ class Dispatcher:
         if problem is not None:
             raise CaptureError(f"the graph's outputs are not the original's: {problem}")
         if slower := self._slower(compiled, call):
-            self._remember_failure(call)
+            self._remember_failure(call, around)
             self.fall_back(f"{call} runs faster without a graph: {slower}")
-            return
+            return None
         if compiled.weights is not None and not self._keep_original:
             compiled.spilled = compiled.weights.spill()
         graph = _Graph(
             compiled.run,
             captured.guards,
             ModelState(self.original),
+            around,
             outputs.Rebuild(captured.out_spec),
-            _image_sizes(call.tensors),
+            [tensor.shape for tensor in call.tensors],
             functools.partial(self._slower, compiled),
+            compiled.stochastic,
             {_magnitude(call.tensors): True},
         )
         key = self._key(call)
         self.report.add_graph(f"{call}{' training' if self.original.training else ''}", captured, compiled)
         self._graphs[key] = [*self._graphs.get(key, ()), graph]  # a new list: readers take no lock
+        self._tell_refusals(compiled)
+        return graph
 
-    def _compare(self, compiled: pipeline.Compiled, spec: pytree.TreeSpec, call: Call, output: Any) -> str | None:
+    def _tell_refusals(self, compiled: pipeline.Compiled) -> None:
+        """Says once where a rewrite by a rule of the user's changed the numbers, so that it was not done."""
+        for miss in compiled.misses:
+            if not miss.refused or miss.rule not in self._user_rules or miss.rule in self._told:
+                continue
+            self._told.add(miss.rule)
+            warnings.warn(
+                f"a rewrite by the rule {miss.rule!r} was refused: {miss} (said once a rule)",
+                FxbtWarning,
+                stacklevel=_callers_level(),
+            )
+
+    def _compare(
+        self,
+        compiled: pipeline.Compiled,
+        spec: pytree.TreeSpec,
+        call: Call,
+        expected: list[Any],
+        original_spec: pytree.TreeSpec,
+    ) -> str | None:
         """What differs between the graph's outputs and the original's on the same call; None if nothing does."""
-        expected, original_spec = outputs.flatten(output)
         if spec != original_spec:
             return f"their structure is {spec}, not {original_spec}"
         is_precise = compiled.precision is None
         dense = compiled.run if compiled.unpadding is None else compiled.dense
-        found = dense(*call.tensors)
+        found: Sequence[Any] = dense(*call.tensors)
+        if compiled.unpadding is not None and (problem := self._compare_padded(compiled, compiled.unpadding, call)):
+            return problem
+        if compiled.unpadding is not None and compiled.unpadding.original_blanks:
+            found = compiled.unpadding.blanked(found, call.tensors)
         if problem := _values_difference(found, expected, is_precise):
             return problem
         if not is_precise:
@@ -345,20 +477,42 @@ class Dispatcher:
         expected = compiled.unpadding.as_returned(expected, call.tensors)
         return _values_difference(compiled.unpadding.uncounted(*call.tensors), expected, is_precise)
 
+    def _compare_padded(self, compiled: pipeline.Compiled, unpadding: Unpadding, call: Call) -> str | None:
+        """What differs where a sequence ends in padding; finds out whether the original blanks padding by itself."""
+        tensors = unpadding.padded(call.tensors, slice(-1, None))
+        args, kwargs = call.rebuild(tensors)
+        given = Arguments(args, kwargs)
+        expected, _ = outputs.flatten(given.seen_in(self.original.forward(*args, **kwargs)))
+        found = compiled.dense(*tensors)
+        is_precise = compiled.precision is None
+        if _values_difference(found, expected, is_precise) is None:
+            return None
+        unpadding.original_blanks = True
+        blanked = [unpadding.blanked(values, tensors) for values in (found, expected)]
+        problem = _values_difference(blanked[0], blanked[1], is_precise)
+        return problem and f"where a sequence ends in padding, {problem}"
+
     def _slower(self, compiled: pipeline.Compiled, call: Call) -> str | None:
         """How much slower than the original a graph is on a call; None where it is not, or cannot be measured."""
         if not tune.is_enabled() or torch.is_grad_enabled() or compiled.stochastic or compiled.spilled:
             return None
         run = compiled.unpadding.uncounted if compiled.unpadding else compiled.run
-        times = tune.race(lambda: run(*call.tensors), lambda: self.original.forward(*call.args, **call.kwargs))
+
+        def run_original() -> Any:
+            args, kwargs = call.rebuild(call.tensors)  # a forward may write to the containers that it is given
+            return self.original.forward(*args, **kwargs)
+
+        times = tune.race(lambda: run(*call.tensors), run_original)
         return f"{1e3 * times[0]:.2g} ms with it, {1e3 * times[1]:.2g} ms without" if times else None
 
-    def _remember_failure(self, call: Call) -> None:
-        self._failed.setdefault(self._key(call), []).append(ModelState(self.original))
+    def _remember_failure(self, call: Call, around: Surroundings | None) -> None:
+        self._failed.setdefault(self._key(call), []).append((ModelState(self.original), around))
 
     def _has_failed(self, call: Call) -> bool:
         states = self._failed.get(self._key(call), ())
-        return len(states) >= _STATES_PER_FAILURE or any(state.holds() for state in states)
+        return len(states) >= _STATES_PER_FAILURE or any(
+            state.holds() and (around is None or around.holds()) for state, around in states
+        )
 
 
 @contextlib.contextmanager
@@ -377,8 +531,10 @@ def _magnitude(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors).bit_length()
 
 
-def _image_sizes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape[2:]) for tensor in tensors if tensor.ndim > 3]
+def _varied(shapes: list[torch.Size], known: list[list[torch.Size]]) -> frozenset[tuple[int, int]]:
+    """The axes past the second, as (input, axis), whose sizes are not those that graphs were captured with."""
+    pairs = [(i, *pair) for earlier in known for i, pair in enumerate(zip(shapes, earlier, strict=True))]
+    return frozenset((i, axis) for i, new, old in pairs for axis in range(2, len(new)) if new[axis] != old[axis])
 
 
 def _is_traced() -> bool:
@@ -392,6 +548,7 @@ def _is_traced() -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or is_recording()
     )
 
 
@@ -410,18 +567,32 @@ def _value_difference(new: Any, old: Any, is_precise: bool) -> str | None:
     kinds = [(t.dtype, tuple(t.shape), t.device, t.requires_grad) for t in (new, old)]
     if kinds[0] != kinds[1]:
         return f"is {kinds[0]}, not {kinds[1]} (dtype, shape, device, requires_grad)"
+    if old.is_complex():
+        new, old = torch.view_as_real(new.resolve_conj()), torch.view_as_real(old.resolve_conj())
     if not old.is_floating_point():
         return None if torch.equal(new, old) else "differs in its (not floating-point) values"
     # A row of scores masked with -inf throughout is NaN in eager attention only: NaN may become a number.
     new, old = (t.detach()[~old.isnan()].double() for t in (new, old))
     magnitude = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
-    is_precise = is_precise and kinds[0][0] in (torch.float32, torch.float64)
+    is_precise = is_precise and kinds[0][0] in (torch.float32, torch.float64, torch.complex64, torch.complex128)
     tolerance = (1e-3 if is_precise and not torch._C._is_any_autocast_enabled() else 0.1) * max(magnitude, 1e-6)
     if torch.allclose(new, old, rtol=0.0, atol=tolerance):
         return None
     return f"is off by up to {(new - old).abs().max().item():.1e} at a magnitude of {magnitude:.1e}"
 
 
-def _shapes(call: Call) -> str:
-    shown = [f"{name} {t.dtype}{list(t.shape)}" for name, t in zip(call.names, call.tensors, strict=True)]
-    return f"({', '.join(shown)})"
+def _cuda_devices(call: Call) -> list[torch.device]:
+    return list({tensor.device for tensor in call.tensors if tensor.device.type == "cuda"})
+
+
+def _callers_level() -> int:
+    """`stacklevel` of a warning that points to the line which called the model, not into fxbt or nn.Module."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLERS):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    named = [(name, leaf) for name, leaf in named_arguments(args, kwargs) if type(leaf) in TENSOR_TYPES]
+    return f"({', '.join(f'{name} {tensor.dtype}{list(tensor.shape)}' for name, tensor in named)})"

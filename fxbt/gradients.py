@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import outputs as forms
 from .canonical import parameters
-from .checkpointing import apart, run_plainly
+from .checkpointing import run_plainly
+from .containers import Arguments
+from .saved_tensors import hidden
 from .signature import Call
 from .verify import difference
 
@@ -52,10 +54,11 @@ def gradient_difference(
 
     def run_original(tensors: list[Tensor]) -> Sequence[Any]:
         args, kwargs = call.rebuild(tensors)
-        return forms.flatten(original.forward(*args, **kwargs))[0]
+        given = Arguments(args, kwargs)
+        return forms.flatten(given.seen_in(original.forward(*args, **kwargs)))[0]
 
     try:
-        with apart(), run_plainly(), torch.random.fork_rng(devices=[]):
+        with hidden(), run_plainly(), torch.random.fork_rng(devices=[]):
             expected_outputs, expected = of(run_original)
             found_outputs, found = of(lambda tensors: run(*tensors))
     except _OtherChance:

@@ -55,6 +55,7 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.reshape.default: torch.reshape,
     aten.transpose.int: torch.transpose,
     aten.permute.default: torch.permute,
+    aten.contiguous.default: torch.Tensor.contiguous,
     aten.unflatten.int: torch.unflatten,
     aten.unsqueeze.default: torch.unsqueeze,
     aten.expand.default: torch.Tensor.expand,

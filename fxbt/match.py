@@ -275,16 +275,21 @@ class State:
     bound: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[Term, fx.Node] = field(default_factory=dict)
     interior: frozenset[fx.Node] = frozenset()
-    matched: int = 0
+    entered: frozenset[Term] = frozenset()  # the ops of the pattern that were found
+
+    @property
+    def matched(self) -> int:
+        """How many different ops of the pattern were found."""
+        return len(self.entered)
 
     def bind(self, name: str, value: Any) -> State:
-        return State({**self.bound, name: value}, self.shared, self.interior, self.matched)
+        return State({**self.bound, name: value}, self.shared, self.interior, self.entered)
 
     def share(self, term: Term, node: fx.Node) -> State:
-        return State(self.bound, {**self.shared, term: node}, self.interior, self.matched)
+        return State(self.bound, {**self.shared, term: node}, self.interior, self.entered)
 
-    def enter(self, nodes: Iterable[fx.Node], ops: int = 1) -> State:
-        return State(self.bound, self.shared, self.interior.union(nodes), self.matched + ops)
+    def enter(self, nodes: Iterable[fx.Node], term: Term) -> State:
+        return State(self.bound, self.shared, self.interior.union(nodes), self.entered | {term})
 
 
 class Found:
@@ -523,7 +528,7 @@ class Matcher:
                     continue
                 entered = True
                 rest = 0.0 if is_close(cut.constant, variant.constant) else cut.constant - variant.constant
-                inner = state.enter(cut.through)
+                inner = state.enter(cut.through, term)
                 yield from self._assign_sum(variant.terms, cut.terms, rest, inner)
         if not entered:
             self._fail(term, value, state)
@@ -559,7 +564,7 @@ class Matcher:
                     continue
                 entered = True
                 yield from self._assign_product(
-                    variant, variant.factors, cut.factors, cut, {}, state.enter(cut.through)
+                    variant, variant.factors, cut.factors, cut, {}, state.enter(cut.through, term)
                 )
         if not entered:
             self._fail(term, value, state)
@@ -634,11 +639,11 @@ class Matcher:
             return
         for node, passed in self._readings(value):
             if _is_op(term, node):
-                inner = state.enter((*passed, node))
+                inner = state.enter((*passed, node), term)
                 yield from self._match_operands(term, node, inner)
                 return
             if pairs := _factors_of_linear(term, node):
-                yield from self._match_all(pairs, state.enter((*passed, node)))
+                yield from self._match_all(pairs, state.enter((*passed, node), term))
                 return
         self._fail(term, value, state)
 
@@ -659,7 +664,7 @@ class Matcher:
         if not _same_reduction(value.node, dims, keepdim):
             self._fail(term, value.node, state, "another axis is reduced")
             return
-        yield from self._match(source, value.source, state.enter((value.node,)))
+        yield from self._match(source, value.source, state.enter((value.node,), term))
 
     def _match_operands(self, term: Call, node: fx.Node, state: State) -> Iterator[State]:
         if term.op in PERMUTATIONS:
@@ -745,7 +750,7 @@ class Matcher:
         if term.dim % rank != dim or not isinstance(total, int) or _bounds(term, total) != (start, stop, step):
             self._fail(term, node, state, "another slice is taken")
             return
-        yield from self._match(term.source, source, state.enter((node,)))
+        yield from self._match(term.source, source, state.enter((node,), term))
 
     def _match_computed_from(self, term: ComputedFrom, value: Any, state: State) -> Iterator[State]:
         """The nearest ancestors that are `source`; where the source's variables are bound, none before those."""

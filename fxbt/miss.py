@@ -100,7 +100,7 @@ class Miss(Exception):
         self.reason = reason
         self.node = node
         self.matched = matched
-        self.total = total
+        self.total = max(total, matched) if total else 0  # a graph may spell what matched in more nodes
         self.hint = hint
         self.rule = ""
         self.where = ""

@@ -1,23 +1,20 @@
 """Float32 kernels of our own for linears and attention on a CPU (native.c), compiled by the machine's C compiler.
 
 torch's kernels for linears spend 10 us a call around a product and, below some hundred rows, half of the processor's
-speed in it; that for attention multiplies blocks that are too small. Where there is no compiler, or what it made is not
-right, `library()` is None and those kernels stay; `obstacle()` says why. `FXBT_NATIVE=0` is such a reason too. What was
-compiled is kept beside the measurements (see `tune`).
+speed in it; that for attention multiplies blocks that are too small. Wheels hold the compiled file; what was compiled
+here is kept on disk (`cache`), each with its digest. Where there is neither such a file nor a compiler (`toolchain`),
+or what it made is not right, `library()` is None and those kernels stay; `obstacle()` says why. `FXBT_NATIVE=0` is such
+a reason too.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import math
 import os
-import shutil
 import struct
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tune import cache_directory
+from . import cache, toolchain
+from .toolchain import NoKernel
 
 logger = logging.getLogger("fxbt")
 
-SOURCE = Path(__file__).with_name("native.c")
+PREBUILT = Path(__file__).parent  # where a wheel has the kernels
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in the order of native.c, by their names in oneDNN
     "": torch.clone,
     "relu": F.relu,
@@ -39,22 +37,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in the order of native
     "gelu tanh": functools.partial(F.gelu, approximate="tanh"),
     "swish": F.silu,
 }
-FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
-OF_CAPABILITY = {  # rather than -march=native: the same file serves every machine that torch runs this code on
-    "AVX2": ("-mavx2", "-mfma"),
-    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
-}
-COMPILE_SECONDS = 60
 
 # The types of what native.c is called with.
 LINEAR = struct.Struct("@8P3qf2i")
 ATTENTION = struct.Struct("@6P23qf2i")
 STEP = struct.Struct("@17qfi")
 CHAIN = struct.Struct("@2P5q")
-
-
-class NoKernel(Exception):
-    """Why the kernels cannot be had here."""
 
 
 class Linear:
@@ -98,14 +86,15 @@ class Linear:
 
 
 class Library:
-    """The compiled kernels."""
+    """The compiled kernels, as they lie at a `path`."""
 
     def __init__(self, path: Path):
         try:
             # OpenMP's functions are not linked in: those that torch has loaded are taken, so that threads are shared
             library = ctypes.CDLL(str(path))
         except OSError as error:
-            raise NoKernel(f"what was compiled cannot be loaded: {error}") from error
+            raise NoKernel(f"what was compiled cannot be loaded: {error}{_noexec_hint(path)}") from error
+        self.path = path
         self._linear, self._attention, self._chain = library.fxbt_linear, library.fxbt_attention, library.fxbt_chain
         self._linear.restype = None
         self._linear.argtypes = self._attention.argtypes = [ctypes.c_char_p]
@@ -299,74 +288,93 @@ def _library() -> Library | str:
 
 
 def _made() -> Library:
-    """The kernels from the cache, else compiled now, for this machine and source."""
+    """The kernels from the package or the cache, else compiled now, for this machine and source."""
     path, is_new = compile_ahead().result()
     try:
         return _tried(path)
     except NoKernel as error:
         if is_new:
             raise
-        logger.info("compiled anew, as the file in the cache does not do: %s", error)
-    _compile(*_wanted())
-    return _tried(path)
+        logger.info("compiled anew, as %s does not do: %s", path, error)
+    return _tried(_compiled(*_wanted())[0])
 
 
 @functools.cache
 def compile_ahead() -> Future[tuple[Path, bool]]:
-    """Starts the compiler if nothing is in the cache: it takes a second, which tracing a model leaves one core for.
+    """Starts the compiler if the kernels are not there: it takes a second, which tracing a model leaves one core for.
 
     The result, or its `NoKernel`, is the file of the kernels and whether it has just been compiled.
     """
     thread = ThreadPoolExecutor(1)
     try:
-        return thread.submit(_compile_missing)
+        return thread.submit(_found_or_compiled)
     finally:
         thread.shutdown(wait=False)
 
 
-def _compile_missing() -> tuple[Path, bool]:
-    compiler, flags, path = _wanted()
-    if path.exists():
+def _found_or_compiled() -> tuple[Path, bool]:
+    """One process compiles, and those that want the same meanwhile wait for it."""
+    if path := _prebuilt():
         return path, False
-    _compile(compiler, flags, path)
+    compiler, flags, name = _wanted()
+    shared = cache.once(
+        "compiling", lambda: _kept(name), lambda: _compiled(compiler, flags, name), toolchain.COMPILE_SECONDS
+    )
+    return shared or _compiled(compiler, flags, name)  # rather than wait any longer
+
+
+def _flags() -> tuple[str, ...]:
+    if os.environ.get("FXBT_NATIVE", "1") == "0":
+        raise NoKernel("FXBT_NATIVE=0")
+    return toolchain.flags_for(torch.backends.cpu.get_cpu_capability())
+
+
+def _wanted() -> tuple[str, tuple[str, ...], str]:
+    """The compiler, its flags, and the name of the file that it makes."""
+    flags, compiler = _flags(), toolchain.compiler()
+    return compiler, flags, toolchain.name_of(compiler, *flags)
+
+
+def _prebuilt() -> Path | None:
+    """What a wheel brought for this machine and this very source."""
+    path = PREBUILT / toolchain.name_of(*_flags())
+    try:
+        is_whole = toolchain.digest_of(path.read_bytes()) == _digest_file(path).read_text()
+    except OSError:  # a wheel that was built without a compiler, or a checkout: it is not there
+        return None
+    if not is_whole:
+        logger.warning("fxbt: %s is not as it was built, and not used: install fxbt anew", path)
+    return path if is_whole else None
+
+
+def _kept(name: str) -> tuple[Path, bool] | None:
+    """What was compiled before, if it is whole: then it is loaded by its path, as nobody else can write there."""
+    library, digest = cache.find(name), cache.find(_digest_file(Path(name)).name)
+    is_whole = library and digest and toolchain.digest_of(library.data).encode() == digest.data
+    return (library.path, False) if library and is_whole else None
+
+
+def _compiled(compiler: str, flags: tuple[str, ...], name: str) -> tuple[Path, bool]:
+    try:
+        data = toolchain.compiled(compiler, flags, cache.place())
+        path = cache.write(name, data)
+        cache.write(_digest_file(Path(name)).name, toolchain.digest_of(data).encode())
+    except OSError as error:
+        raise NoKernel(f"what is compiled cannot be kept: {error}") from error
     return path, True
 
 
-def _wanted() -> tuple[str, tuple[str, ...], Path]:
-    """The compiler, its flags, and the file that it makes."""
-    if os.environ.get("FXBT_NATIVE", "1") == "0":
-        raise NoKernel("FXBT_NATIVE=0")
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in OF_CAPABILITY:
-        raise NoKernel(f"it needs a CPU with AVX2 or AVX-512, torch reports {capability}")
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
-        raise NoKernel("no C compiler: neither cc nor gcc was found, and CC is not set")
-    flags = (*FLAGS, *OF_CAPABILITY[capability])
-    key = hashlib.sha256("\n".join((compiler, *flags, SOURCE.read_text())).encode()).hexdigest()[:16]
-    return compiler, flags, cache_directory() / f"native-{key}.so"
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
 
 
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    """Two steps, as linking with -fopenmp would bring in a second OpenMP."""
+def _noexec_hint(path: Path) -> str:
+    """What helps on a file system that lets nothing run."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            compiled, linked = Path(folder, "native.o"), Path(folder, "native.so")
-            _run(compiler, *flags, "-c", str(SOURCE), "-o", str(compiled))
-            _run(compiler, "-shared", str(compiled), "-o", str(linked), "-lm")
-            os.replace(linked, path)  # a reader never sees half a file
-    except OSError as error:
-        raise NoKernel(f"it cannot be compiled in {path.parent}: {error}") from error
-
-
-def _run(*command: str) -> None:
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise NoKernel(f"{command[0]} took longer than {COMPILE_SECONDS} s") from error
-    except subprocess.CalledProcessError as error:
-        raise NoKernel(f"{command[0]} failed: {error.stderr.strip()[-500:]}") from error
+        forbids = bool(os.statvfs(path).f_flag & os.ST_NOEXEC)
+    except (AttributeError, OSError):  # Windows, or the file is gone
+        return ""
+    return f" ({path.parent} is mounted noexec: FXBT_CACHE_DIR names another place)" if forbids else ""
 
 
 def _tried(path: Path) -> Library:

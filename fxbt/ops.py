@@ -76,10 +76,12 @@ def mask_of(attention: fx.Node) -> Any:
     """The mask, or bias, that a call of one of `ATTENTIONS` adds to its scores; None where it adds nothing.
 
     Raises:
-        Miss: it adds several, or one before a softcap.
+        Miss: it adds several, one before a softcap, or puts it in the place of scores.
     """
     if attention.target is SDPA:
         return argument(attention, "attn_mask")
+    if argument(attention, "kept") is not None:
+        raise Miss("attention puts a number in the place of scores that is no mask for all of them", node=attention)
     before, after = argument(attention, "before"), argument(attention, "after")
     if before or len(after) > 1:
         raise Miss("attention adds several biases to its scores, one after the other", node=attention)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -51,8 +52,8 @@ def optimize(
         padding: "drop" computes on valid tokens alone where the graph proves that padding cannot show (without
             gradients): valid positions are exact; padded positions of outputs are 0, or, where the last axis
             is the tokens (scores of positions, as of a question-answering head), the lowest finite value, so that
-            no argmax or softmax lands there. Calls without padding, those that a run-time guard keeps dense, and the
-            one that captures a graph return the original's values at padding too. "keep" always does.
+            no argmax or softmax lands there. Calls without padding and those that a run-time guard keeps dense return
+            the original's values at padding too. "keep" always does.
         inplace: change `model` itself rather than make a second object beside it.
         dtype: `torch.bfloat16` computes linear layers in it on a CPU with instructions for it, without gradients: some
             1.5 times as fast as float32, off by some 5e-3, which the report tells. The weights stay as they are.
@@ -102,7 +103,7 @@ def optimize(
         model = restore(model)
     fast = _optimized(model, options)
     if example_inputs is not None:
-        _dispatcher(fast).warmup(args, kwargs)
+        fast.warmup(*args, **kwargs)
     return fast
 
 
@@ -126,6 +127,39 @@ def restore(model: Model) -> Model:
     return model
 
 
+class Forward:
+    """The attribute `forward` of an optimised model: its dispatcher's, or what somebody put in its place.
+
+    The optimised model and its original share one `__dict__`, so that both have one state. A wrapper that libraries set
+    as `model.forward` (Accelerate, Trainer) belongs to one of them: as a data descriptor this keeps it out of there.
+    """
+
+    def __init__(self, function: Callable[..., Any], dispatcher: Dispatcher) -> None:
+        self.function = function
+        self._dispatcher = dispatcher
+        self.wrapper: Any = None
+
+    def __get__(self, model: Any, kind: type | None = None) -> Any:
+        if model is None:
+            return self.function
+        wrapper = self.wrapper if self._dispatcher.stands_for(model) else vars(model).get("forward")
+        return self.function.__get__(model) if wrapper is None else wrapper  # as dynamo can trace it
+
+    def __set__(self, model: Any, wrapper: Any) -> None:
+        is_own = isinstance(wrapper, MethodType) and wrapper.__func__ is self.function and wrapper.__self__ is model
+        if self._dispatcher.stands_for(model):
+            self.wrapper = None if is_own else wrapper
+        else:
+            vars(model)["forward"] = wrapper
+
+    def __delete__(self, model: Any) -> None:
+        if not self._dispatcher.stands_for(model):
+            del vars(model)["forward"]
+        elif self.wrapper is None:
+            raise AttributeError("forward")
+        self.wrapper = None
+
+
 def _optimized(model: Any, options: dict[str, Any]) -> Any:
     inplace = options["inplace"]
     original = share(model, type(model)) if inplace else model
@@ -139,8 +173,6 @@ def _optimized(model: Any, options: dict[str, Any]) -> Any:
         options["keep_original"],
         options["cuda_graphs"],
     )
-    if "forward" in vars(model):
-        dispatcher.fall_back("the model object has its own attribute `forward`, which comes before any class's")
     fast = twin(model, _namespace(type(model), dispatcher, options))
     if not inplace:
         return fast
@@ -153,50 +185,71 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: dict[str, Any]) -> di
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # New instances of this class and data-parallel replicas are other models, which no graph was captured from.
-        if torch.compiler.is_dynamo_compiling() or vars(self) is not vars(dispatcher.original):
+        # Copies of this object's `__dict__` (FSDP's, data-parallel replicas) are other models: no graph is theirs.
+        if torch.compiler.is_dynamo_compiling() or not dispatcher.stands_for(self):
             return base.forward(self, *args, **kwargs)
         return dispatcher(args, kwargs)
 
+    own_forward = Forward(forward, dispatcher)
+
+    def new(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        """`type(fast)(config)` and `type(fast).from_pretrained(...)` make models that nobody optimised."""
+        return base(*args, **kwargs)
+
     def warmup(self: Any, *args: Any, **kwargs: Any) -> None:
         """Captures the graph for calls like this one ahead; the model's buffers and random state stay as they are."""
-        dispatcher.warmup(args, kwargs)
+        dispatcher.warmup(args, kwargs, self.forward)
 
     def report(self: Any) -> Report:
         """What was captured, which rules fired where, and which calls run the original forward and why."""
         return dispatcher.report
 
     def reduce_ex(self: Any, protocol: int) -> Any:
-        return _reoptimize, (dispatcher.original, options)
+        return _reoptimize, (dispatcher.original, options, own_forward.wrapper)
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        memo[id(self)] = _reoptimize(copy.deepcopy(dispatcher.original, memo), options)
-        return memo[id(self)]
+        fast = _deepcopied(dispatcher.original, self, options, memo)
+        if own_forward.wrapper is not None:
+            fast.forward = copy.deepcopy(own_forward.wrapper, memo)
+        return fast
 
     return {
         "_fxbt_dispatcher": dispatcher,
         "_fxbt_options": options,
-        "forward": forward,
+        "forward": own_forward,
         "warmup": warmup,
         "report": property(report),
+        "__new__": new,
         "__call__": base.__call__,  # as it is now: a capture in another thread patches nn.Module's
+        "_replicate_for_data_parallel": lambda self: base._replicate_for_data_parallel(dispatcher.original),
         "__reduce_ex__": reduce_ex,
         "__deepcopy__": deepcopy,
-        "__copy__": lambda self: _reoptimize(copy.copy(dispatcher.original), options),
+        "__copy__": lambda self: _reoptimize(copy.copy(dispatcher.original), options, own_forward.wrapper),
     }
 
 
-def _reoptimize(original: nn.Module, options: dict[str, Any]) -> nn.Module:
-    return optimize(original, **options)
+def _reoptimize(original: nn.Module, options: dict[str, Any], wrapper: Any = None) -> Any:
+    fast = optimize(original, **options)
+    if wrapper is not None:
+        fast.forward = wrapper
+    return fast
+
+
+def _deepcopied(original: Any, fast: Any, options: dict[str, Any], memo: dict[int, Any]) -> Any:
+    """A deep copy of an optimised model, which the model's own attributes (methods bound to it) may refer to."""
+    if hasattr(original, "__deepcopy__"):
+        memo[id(fast)] = _reoptimize(copy.deepcopy(original, memo), options)
+        return memo[id(fast)]
+    model = object.__new__(type(original))
+    copied = _optimized(model, options)
+    memo[id(fast)], memo[id(original)] = copied, _dispatcher_of(copied).original  # type: ignore[union-attr]
+    vars(model).update(copy.deepcopy(vars(original), memo))
+    return copied
 
 
 def _dispatcher_of(model: Any) -> Dispatcher | None:
     dispatcher = getattr(type(model), "_fxbt_dispatcher", None)
-    return dispatcher if dispatcher is not None and vars(model) is vars(dispatcher.original) else None
-
-
-def _dispatcher(model: Any) -> Dispatcher:
-    return type(model)._fxbt_dispatcher
+    return dispatcher if dispatcher is not None and dispatcher.stands_for(model) else None
 
 
 def _check_model(model: Any) -> None:

@@ -16,6 +16,7 @@ from . import debug
 from .batch import batch_of
 from .canonical import canonicalize
 from .capture import Captured
+from .layout import keep_orders, returned_orders
 from .lower import Program
 from .miss import Miss
 from .outline import inline
@@ -137,7 +138,7 @@ def _compile(
 ) -> Compiled:
     start = time.perf_counter()
     module = captured.module
-    before = Snapshot(module.graph)
+    before, orders = Snapshot(module.graph), returned_orders(module.graph)
     canonicalize(module)
     debug.graph("canonical", module)
     is_needed = verify or not all(rule.proven or rule.outline for rule in rules)
@@ -145,6 +146,7 @@ def _compile(
     assumes: dict[str, torch.Tensor] = {}
     stages = [run_stage(module, rule, verifier, assumes) for rule in rules]
     canonicalize(module)
+    keep_orders(module, orders)
     module.graph.lint()
     after = Snapshot(module.graph)
     flat = inline(module)

@@ -1,7 +1,7 @@
 """Attention written out as two batched products around a softmax, its scores in place and as many as a cache holds.
 
-softmax(softcap * tanh(scale Q K^T + before ...) + after ...) V: also what SDPA has no argument for, scores under a tanh
-or biases whose order shows. Without gradients.
+softmax(softcap * tanh(scale Q K^T + before ...) + after ...) V: also what SDPA has no argument for, scores under a
+tanh, biases whose order shows, or scores that a number takes the place of. Without gradients.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ class Scores(NamedTuple):
     softcap: float | None = None
     after: tuple[Tensor, ...] = ()
     is_causal: bool = False
+    kept: Tensor | None = None  # where False, the score is zero before `after` is added
 
     @property
     def are_products(self) -> bool:
         """Whether there is nothing to do but scale."""
-        return not (self.before or self.after or self.is_causal) and self.softcap is None
+        plain = self.softcap is None and self.kept is None
+        return plain and not (self.before or self.after or self.is_causal)
 
     def of(self, sequences: slice, queries: slice = slice(None), keys: slice = slice(None)) -> Scores:
         """The same for a part of the batch, the queries and the keys."""
@@ -37,7 +39,8 @@ class Scores(NamedTuple):
         def cut(bias: Tensor) -> Tensor:
             return bias[tuple(s if n > 1 else slice(None) for s, n in zip(part, bias.shape, strict=True))]
 
-        return self._replace(before=tuple(map(cut, self.before)), after=tuple(map(cut, self.after)))
+        kept = None if self.kept is None else cut(self.kept)
+        return self._replace(before=tuple(map(cut, self.before)), after=tuple(map(cut, self.after)), kept=kept)
 
     def write(self, products: Tensor, first: int) -> None:
         """Makes scores of scaled products (batch, heads, seq, keys) in place; the first query stands at `first`."""
@@ -45,6 +48,8 @@ class Scores(NamedTuple):
             products.add_(bias)
         if self.softcap is not None:
             products.tanh_().mul_(self.softcap)
+        if self.kept is not None:
+            products.masked_fill_(self.kept.logical_not(), 0.0)
         for bias in self.after:
             products.add_(bias)
         if self.is_causal:
@@ -137,11 +142,13 @@ def attention_by_products(
     scale: float,
     softcap: float | None = None,
     is_causal: bool = False,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """softmax(softcap * tanh(scale Q K^T + before ...) + after ...) V; without a softcap, no tanh either.
 
     query (batch, heads, seq, head_dim), key and value (batch, key_heads, keys, dim); biases (batch | 1, heads | 1,
-    seq | 1, keys | 1) are added one after the other. Without gradients.
+    seq | 1, keys | 1) are added one after the other. Where the boolean `kept`, of such a shape too, is False, the score
+    is zero before `after` is added, which then stands in its place. Without gradients.
 
     Source: softcapped scores, Gemma team 2024, "Gemma 2", section 2.
 
@@ -150,7 +157,7 @@ def attention_by_products(
         >>> fxbt.ops.attention_by_products(q, k, v, [], [mask], scale=0.125 / 50, softcap=50.0)
     """
     # As its fake says; the next op of a program takes any strides.
-    return by_products(query, key, value, before, after, scale, softcap, is_causal).contiguous()
+    return by_products(query, key, value, before, after, scale, softcap, is_causal, kept).contiguous()
 
 
 @attention_by_products.register_fake
@@ -167,6 +174,7 @@ def by_products(
     scale: float,
     softcap: float | None = None,
     is_causal: bool = False,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """`attention_by_products` without the dispatcher around it."""
-    return _attention(query, key, value, Scores(scale, tuple(before), softcap, tuple(after), is_causal))
+    return _attention(query, key, value, Scores(scale, tuple(before), softcap, tuple(after), is_causal, kept))

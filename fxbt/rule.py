@@ -162,7 +162,7 @@ class Rule:
             except Miss as miss:
                 if refusal is None or miss.matched > refusal.matched:
                     refusal = miss
-                miss.matched, miss.total = miss.matched or self.formula.size, self.formula.size
+                miss.matched, miss.total = miss.matched or self.formula.size, max(self.formula.size, miss.matched)
 
     def _call_check(self, found: Found, anchor: fx.Node) -> None:
         try:

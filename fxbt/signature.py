@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from .containers import Attribute, Unread, children, named_leaves, place_of, rebuilt
 from .errors import NotCapturable
 
 TENSOR_TYPES = (Tensor, nn.Parameter)
@@ -44,25 +42,28 @@ class Call:
     kwargs: dict[str, Any]
     tensors: tuple[Tensor, ...]
     key: Hashable
+    unread: dict[int, Unread] = field(default_factory=dict)  # by the id of attributes that no graph can know
 
     def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with `tensors` in the places of `self.tensors`, in fresh containers."""
-        place = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
-        args, kwargs = _rebuild((self.args, self.kwargs), place)
+        leaves = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
+        args, kwargs = rebuilt((self.args, self.kwargs), {**self.unread, **leaves})
         return args, kwargs
+
+    def copied(self) -> Call:
+        """The same call in containers of its own, which stay as they are whatever a forward does to the caller's."""
+        return Call(*self.rebuild(self.tensors), self.tensors, self.key, self.unread)
 
     @property
     def names(self) -> list[str]:
         """Where each tensor stands in the call: `input_ids`, `args[0]`, `batch['pixels'][1]`."""
         named: dict[int, str] = {}
-        for place, leaf in (*named_leaves(self.args, "args"), *_walk_kwargs(self.kwargs)):
+        for place, leaf in named_arguments(self.args, self.kwargs):
             named.setdefault(id(leaf), place)
         return [named[id(tensor)] for tensor in self.tensors]
 
     def __str__(self) -> str:
-        shown = [
-            f"{place}={_show(leaf)}" for place, leaf in (*named_leaves(self.args, "args"), *_walk_kwargs(self.kwargs))
-        ]
+        shown = [f"{place}={_show(leaf)}" for place, leaf in named_arguments(self.args, self.kwargs)]
         return f"({', '.join(shown)}){_show_modes(self.tensors)}"
 
 
@@ -87,10 +88,11 @@ class Binder:
         args, kwargs = self._by_keyword(args, kwargs)
         tensors: list[Tensor] = []
         seen: dict[int, int] = {}
-        parts: list[Hashable] = [_key(v, f"args[{i}]", tensors, seen) for i, v in enumerate(args)]
+        unread: dict[int, Unread] = {}
+        parts: list[Hashable] = [_key(v, f"args[{i}]", tensors, seen, unread) for i, v in enumerate(args)]
         for name, value in kwargs.items():
-            parts += (name, _key(value, name, tensors, seen))
-        return Call(args, kwargs, tuple(tensors), (len(args), *parts, *_modes(tensors)))
+            parts += (name, _key(value, name, tensors, seen, unread))
+        return Call(args, kwargs, tuple(tensors), (len(args), *parts, *_modes(tensors)), unread)
 
     def _by_keyword(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Flags given by position stay there: decorators around a forward may look for them among the keywords only.
@@ -108,23 +110,7 @@ def make_call(model: nn.Module, *args: Any, **kwargs: Any) -> Call:
     return Binder(model.forward).call(args, kwargs)
 
 
-def is_record(value: Any) -> bool:
-    """Whether value is a dataclass that is a dict too and known to pytree, like transformers' ModelOutput."""
-    kind = type(value)
-    return isinstance(value, OrderedDict) and dataclasses.is_dataclass(kind) and kind in pytree.SUPPORTED_NODES
-
-
-def children(value: Any) -> dict[Any, Any] | None:
-    """The items of a container that a call may hold, by index or name; None for leaves and unknown types."""
-    kind = type(value)
-    if kind in (dict, OrderedDict) or is_record(value):
-        return dict(value.items())
-    if kind in (tuple, list) or pytree.is_namedtuple_instance(value):
-        return dict(enumerate(value))
-    return None
-
-
-def _key(value: Any, place: str, tensors: list[Tensor], seen: dict[int, int]) -> Hashable:
+def _key(value: Any, place: str, tensors: list[Tensor], seen: dict[int, int], unread: dict[int, Unread]) -> Hashable:
     kind = type(value)
     if kind in TENSOR_TYPES:
         return _tensor_key(value, place, tensors, seen)
@@ -135,7 +121,25 @@ def _key(value: Any, place: str, tensors: list[Tensor], seen: dict[int, int]) ->
     items = children(value)
     if items is None:
         raise _not_capturable(value, place)
-    return (kind, *items, *[_key(item, f"{place}[{name!r}]", tensors, seen) for name, item in items.items()])
+    keys = [_part_key(name, item, place, tensors, seen, unread) for name, item in items.items()]
+    return (kind, *items, *keys)
+
+
+def _part_key(
+    name: Any, item: Any, place: str, tensors: list[Tensor], seen: dict[int, int], unread: dict[int, Unread]
+) -> Hashable:
+    """The key of a container's part. An attribute that holds what no graph can take counts by its type alone."""
+    count = len(tensors)
+    try:
+        return _key(item, place_of(place, name), tensors, seen, unread)
+    except NotCapturable:
+        if not isinstance(name, Attribute):
+            raise
+    for tensor in tensors[count:]:
+        del seen[id(tensor)]
+    del tensors[count:]
+    unread[id(item)] = Unread(name)
+    return (type(item), "not read")
 
 
 def _tensor_key(tensor: Tensor, place: str, tensors: list[Tensor], seen: dict[int, int]) -> Hashable:
@@ -144,6 +148,12 @@ def _tensor_key(tensor: Tensor, place: str, tensors: list[Tensor], seen: dict[in
         return ("same tensor", first)
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         raise NotCapturable(f"argument {place} is a {_layout(tensor)} tensor; graphs take dense tensors")
+    if tensor.__dict__ and type(tensor) is Tensor:
+        raise NotCapturable(
+            f"argument {place} has attributes of its own ({', '.join(tensor.__dict__)}), which forward may read"
+        )
+    if tensor.is_meta:
+        raise NotCapturable(f"argument {place} is a meta tensor, with which there is nothing to compute", silent=True)
     tensors.append(tensor)
     return (tensor.dtype, tensor.device, tensor.ndim, tensor.requires_grad)
 
@@ -166,38 +176,11 @@ def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return (*modes, *[(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)])
 
 
-def _rebuild(value: Any, place: dict[int, Any]) -> Any:
-    if id(value) in place:
-        return place[id(value)]
-    items = children(value)
-    if items is None:
-        return value
-    built = {name: _rebuild(item, place) for name, item in items.items()}
-    if is_record(value):
-        return type(value)(**built)
-    if isinstance(value, dict):
-        return type(value)(built)
-    return type(value)(*built.values()) if hasattr(value, "_fields") else type(value)(built.values())
-
-
-def named_leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, leaf) for all leaves of nested containers, in order."""
-    items = children(value)
-    if items is None:
-        yield place, value
-        return
-    for name, item in items.items():
-        yield from named_leaves(item, f"{place}[{name!r}]")
-
-
-def _walk_kwargs(kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def named_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(where it stands, leaf) for all leaves of a call's arguments, in order: `args[0]`, `batch['ids']`."""
+    yield from named_leaves(args, "args")
     for name, value in kwargs.items():
         yield from named_leaves(value, name)
-
-
-def leaves(value: Any) -> list[Any]:
-    """All leaves of nested containers, in order."""
-    return [leaf for _, leaf in named_leaves(value, "")]
 
 
 def _layout(tensor: Tensor) -> str:
@@ -207,7 +190,7 @@ def _layout(tensor: Tensor) -> str:
 
 
 def _show(leaf: Any) -> str:
-    if not isinstance(leaf, Tensor):
+    if type(leaf) not in TENSOR_TYPES:
         return repr(leaf)
     device = "" if leaf.device.type == "cpu" else f" {leaf.device}"
     grad = " requires_grad" if leaf.requires_grad else ""

@@ -40,15 +40,15 @@ class ModelState:
         self._classes: list[type[nn.Module]] = []
         self._seen: set[int] = set()
         self._visit_object(model, "", 0)
-        self._copies = [container.copy() for container in self._live]
+        self._copies = [_copy(container) for container in self._live]
         self._kinds = list(map(_kind, self.tensors))
-        self._forwards = [kind.forward for kind in self._classes]
+        self._forwards = list(map(_forward_of, self._classes))
         self._untouched: _Untouched | None = None
 
     def holds(self) -> bool:
         """Whether all is as it was. Never raises: what cannot be compared counts as changed."""
         try:
-            if [kind.forward for kind in self._classes] != self._forwards:
+            if list(map(_forward_of, self._classes)) != self._forwards:
                 return False
             if self._untouched is not None and self._untouched.holds():
                 return True
@@ -60,6 +60,10 @@ class ModelState:
         """Whether the model keeps this object itself."""
         return id(vars(value)) in self._seen
 
+    def covers(self, container: Any) -> bool:
+        """Whether changes of this dict, list or set are seen here."""
+        return id(container) in self._seen
+
     def _equals(self) -> bool:
         return (
             self._live == self._copies
@@ -68,7 +72,7 @@ class ModelState:
         )
 
     def _note_untouched(self) -> bool:
-        if all(tensor.layout is torch.strided for tensor in self.tensors):
+        if all(tensor.layout is torch.strided and not tensor.is_nested for tensor in self.tensors):
             untouched = _Untouched(self._live, self.tensors, self._single)
             self._untouched = untouched if self._equals() else None  # another thread may have edited meanwhile
         return True
@@ -116,7 +120,7 @@ class ModelState:
             self._visit_object(value, inner, 0)
         elif isinstance(value, (dict, list, set, tuple)):
             self._visit(value, inner, depth)
-        elif depth < _OBJECT_DEPTH and hasattr(value, "__dict__") and not isinstance(value, _OPAQUE):
+        elif depth < _OBJECT_DEPTH and not isinstance(value, _OPAQUE) and _has_attributes(value):
             self._visit_object(value, inner, depth + 1)
 
     def _visit_tensor(self, container: Any, key: Any, tensor: Tensor) -> None:
@@ -128,8 +132,29 @@ class ModelState:
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.is_nested:  # their sizes are no one shape
+        return tensor.dtype, tensor.device, tensor.layout, id(tensor)
     strides = tensor.stride() if tensor.layout is torch.strided else None
     return tensor.dtype, tensor.device, tensor.shape, strides
+
+
+def _forward_of(kind: type[nn.Module]) -> Any:
+    """The forward that a class defines or inherits, as it stands there: TorchScript's cannot be asked for."""
+    return next((vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)), None)
+
+
+def _copy(container: Any) -> Any:
+    """A plain copy with the same items: a container's own `copy` may do anything."""
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
+
+
+def _has_attributes(value: Any) -> bool:
+    try:
+        return isinstance(vars(value), dict)
+    except Exception:  # none, or an object that answers for its `__dict__` in its own way: what it has, nobody can see
+        return False
 
 
 class _Untouched:
@@ -143,7 +168,7 @@ class _Untouched:
         self._version = self._version_now()
         self._empty = [c for c in containers if not c]
         self._rest = [c for c in containers if c and type(c) is not dict]
-        self._copies = [c.copy() for c in self._rest]
+        self._copies = [_copy(c) for c in self._rest]
         self._single = [item for item in single if type(item[0]) is not dict]
         sizes: Any = [list(t.shape) for t in tensors]
         strides: Any = [list(t.stride()) for t in tensors]
@@ -174,7 +199,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Runs a block after which the random state and the values of the model's buffers are as before."""
     state = ModelState(model)
     # Parameters are not copied: a forward that writes those is refused, not rehearsed.
-    kept = [(t, t.detach().clone()) for t in state.tensors if not isinstance(t, nn.Parameter)]
+    kept = [(t, t.detach().clone()) for t in state.tensors if not isinstance(t, nn.Parameter) and _can_be_copied(t)]
     devices = {t.device for t in state.tensors if t.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
@@ -185,6 +210,18 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 # By value, as batch norm writes its statistics without counting a version; NaN is copied needlessly.
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+def _can_be_copied(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read and written back: FSDP frees the memory of what it has not gathered."""
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        return False
+    if tensor.is_quantized:
+        return False
+    storage = tensor.untyped_storage()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
+    return storage.nbytes() >= needed
 
 
 def foreign_hook(model: nn.Module) -> str | None:
@@ -208,9 +245,16 @@ def foreign_hook(model: nn.Module) -> str | None:
 def _foreign_hook_of(module: nn.Module, own: set[str]) -> str | None:
     for kind in HOOKS:
         for hook in getattr(module, kind).values():
-            if "backward" in kind or _package(_source(hook)) not in own:
+            if "backward" in kind or _shards(hook) or _package(_source(hook)) not in own:
                 return str(getattr(hook, "__qualname__", None) or type(hook).__qualname__)
     return None
+
+
+def _shards(hook: Any) -> bool:
+    """Whether a hook gathers weights from other processes: torch's own, but no part of any forward."""
+    return (
+        getattr(inspect.unwrap(hook.func if isinstance(hook, partial) else hook), "__module__", None) or ""
+    ).startswith("torch.distributed")
 
 
 def _source(hook: Any) -> str | None:

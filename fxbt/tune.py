@@ -1,7 +1,7 @@
 """Which kernel is the fastest on this machine: measured once for each shape, and kept on disk if nothing disturbed it.
 
-`FXBT_TUNE=0` measures nothing and takes a fixed rule instead, so that every process chooses alike. `FXBT_CACHE_DIR`
-(else `$XDG_CACHE_HOME/fxbt`, else `~/.cache/fxbt`) is where the measurements are kept.
+`FXBT_TUNE=0` measures nothing and takes a fixed rule instead, so that every process chooses alike. One process of a
+machine measures at a time: others wait for what it finds, no longer than they would measure (`cache` says where it is).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import cache
 
 try:
     import resource
@@ -87,9 +88,7 @@ class Tuner:
         times = _known(contest)
         if times is None and is_enabled() and self._left > 0:
             start = time.perf_counter()
-            times, is_steady = _measure(contest)
-            if is_steady:  # what a busy machine says holds for this process at most
-                _keep(contest.key, times)
+            times = cache.once("measuring", lambda: _known(contest), lambda: _measured(contest), self._left)
             self._left -= time.perf_counter() - start
         answer = (contest.by_rule,) * len(contest.sizes) if times is None else _by_times(contest, times)
         self.answers[contest.key] = _describe(contest, answer, times)
@@ -147,6 +146,13 @@ def _describe(contest: Contest, answer: tuple[str, ...], times: Times | None) ->
         measured = ", ".join(f"{times[name][i]:.0f}" for name in contest.names)
         shown.append(f"{size}: {choice} ({measured} us)")
     return "  ".join(shown)
+
+
+def _measured(contest: Contest) -> Times:
+    times, is_steady = _measure(contest)
+    if is_steady:  # what a busy machine says holds for this process at most
+        _keep(contest.key, times)
+    return times
 
 
 def _measure(contest: Contest) -> tuple[Times, bool]:
@@ -238,27 +244,20 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def cache_directory() -> Path:
-    """Where what was measured, or compiled, is kept."""
-    root = os.environ.get("FXBT_CACHE_DIR")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxbt"
-    return Path(root) if root else base
-
-
-def cache_file() -> Path:
-    """The file of this machine's measurements."""
-    name = hashlib.sha256(json.dumps(_machine()).encode()).hexdigest()[:16]
-    return cache_directory() / f"kernels-{name}.json"
+def file_name() -> str:
+    """Of this machine's measurements."""
+    return f"kernels-{hashlib.sha256(json.dumps(_machine()).encode()).hexdigest()[:16]}.json"
 
 
 def _read() -> dict[str, Any]:
     """The measurements on disk; {} where there are none, or the file is not one of ours."""
+    if (found := cache.find(file_name())) is None:
+        return {}
     try:
-        data = json.loads(cache_file().read_text())
+        data = json.loads(found.data)
         return dict(data["measured"]) if data["machine"] == _machine() else {}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if not isinstance(error, FileNotFoundError):
-            logger.debug("the kernel measurements on disk are not read: %s", error)
+    except (ValueError, KeyError, TypeError) as error:
+        logger.debug("the kernel measurements on disk are not read: %s", error)
         return {}
 
 
@@ -279,13 +278,9 @@ def _known(contest: Contest) -> Times | None:
 
 
 def _keep(key: str, times: Times) -> None:
-    """Writes one more measurement; what another process wrote meanwhile is kept, a reader never sees half a file."""
-    path = cache_file()
+    """Writes one more measurement; what another process wrote before is kept."""
     data = {"machine": _machine(), "measured": {**_read(), key: times}}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(data, file, indent=1)
-        os.replace(file.name, path)
-    except OSError as error:  # a home that cannot be written: measured anew next time
+        cache.write(file_name(), json.dumps(data, indent=1).encode())
+    except OSError as error:  # nowhere to write: measured anew next time
         logger.debug("the kernel measurements are not kept: %s", error)

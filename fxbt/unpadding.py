@@ -49,6 +49,7 @@ class Unpadding:
         # Not recorded: the number of valid tokens, which is hardly ever the same twice, is a shape in it.
         self.packed = Program(unpadded.module, unpadded.assumes, weights, precision)
         self.calls: Counter[str] = Counter()
+        self.original_blanks = False  # padding by itself, as nn.TransformerEncoder's nested tensors do
         self._masks = unpadded.masks
         self._is_coarse = precision is not None
         self._guards = Program(unpadded.guards, {}, weights)
@@ -77,19 +78,23 @@ class Unpadding:
         padded = size - sum(int(mask.count_nonzero()) for mask in masks)
         if not padded:
             return self._run_dense, DENSE
+        run_dense = self._dense_and_blanked if self.original_blanks else self._run_dense
         if padded < worth * size:
-            return self._run_dense, LITTLE
+            return run_dense, LITTLE
         for holds, reason in zip(self._guards(*tensors), self._reasons, strict=True):
             if not holds:
-                return self._run_dense, reason
+                return run_dense, reason
         if not all(mask.any() for mask in masks):
-            return self._run_dense, EMPTY
+            return run_dense, EMPTY
         return self._run_packed, PACKED
+
+    def _dense_and_blanked(self, *tensors: Tensor) -> tuple[Any, ...]:
+        return tuple(self.blanked(self._run_dense(*tensors), tensors))
 
     def _on_tokens(self, *tensors: Tensor) -> tuple[Any, ...]:
         masks = [mask.of(tensors) for mask in self._masks]
         if not all(mask.any() for mask in masks):  # of a part of the batch
-            return tuple(self._blanked(self.dense(*tensors), tensors))
+            return tuple(self.blanked(self.dense(*tensors), tensors))
         return self.packed(*tensors, *map(Tokens.of, masks))
 
     def verdicts(self) -> dict[str, int]:
@@ -98,14 +103,24 @@ class Unpadding:
 
     def as_returned(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
         """A call's dense outputs as this program returns them: padding blanked, if it drops it."""
-        drops = self._decide(tensors)[0] is self._run_packed
-        return self._blanked(outputs, tensors) if drops else list(outputs)
+        drops = self._decide(tensors)[1] == PACKED
+        return self.blanked(outputs, tensors) if drops or self.original_blanks else list(outputs)
 
-    def _blanked(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    def blanked(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+        """Outputs of a call as they are where its padding is dropped."""
         return [
             value if contract is None else _blanked(value, contract, self._masks[contract.mask].of(tensors))
             for value, contract in zip(outputs, self._outputs, strict=True)
         ]
+
+    def padded(self, example: Sequence[Tensor], positions: slice) -> list[Tensor]:
+        """A call like the example, whose first sequence has padding at these positions and all others none."""
+        tensors = list(example)
+        for mask in self._masks:
+            is_padding = torch.zeros_like(example[mask.place], dtype=torch.bool)
+            is_padding[0, positions] = True
+            tensors[mask.place] = mask.example(example[mask.place], is_padding)
+        return tensors
 
     def check(self, example: Sequence[Tensor]) -> None:
         """Compares the programs with the dense one on the example, unpadded, padded right and left.
@@ -114,15 +129,11 @@ class Unpadding:
             Miss: they differ, so that the proof has a hole.
         """
         for padded in (slice(0), slice(-1, None), slice(0, 1)):
-            tensors = list(example)
-            for mask in self._masks:
-                is_padding = torch.zeros_like(example[mask.place], dtype=torch.bool)
-                is_padding[0, padded] = True
-                tensors[mask.place] = mask.example(example[mask.place], is_padding)
-            run, _ = self._decide(tensors, worth=0.0)
+            tensors = self.padded(example, padded)
+            run, verdict = self._decide(tensors, worth=0.0)
             expected: Sequence[Any] = self.dense(*tensors)
-            if run is self._run_packed:
-                expected = self._blanked(expected, tensors)
+            if verdict == PACKED:
+                expected = self.blanked(expected, tensors)
             check_outputs(run(*tensors), expected, self._is_coarse, "without padding")
 
 

@@ -6,7 +6,9 @@ The roles of all axes follow by set algebra over `fxbt.axes`. Models that call S
 improved where the mask proves to be causal or to mask nothing, or key/value heads were expanded for nothing.
 
 Scores:   S = Q K^T, then any of: c * S, S * t (t constant along keys), S + bias, where(mask, S, fill), casts.
-Fully masked rows: a finite fill keeps its uniform average; an -inf fill gives 0 where the model gave NaN.
+Fully masked rows: a finite fill keeps its uniform average; an -inf fill gives 0 where the model gave NaN. SDPA adds
+masks, so that a fill becomes a number in which a score is lost; where it shows which one it was, as with a fill of -100
+that scores reach, the scores are written out instead (`written_out`).
 
 Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.1; torch's SDPA documentation.
 """
@@ -14,7 +16,6 @@ Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.1; torch's
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,22 +40,30 @@ from fxbt.patterns.scores import (
     Step,
     Unmasked,
     bias_of,
-    check_fills,
     check_gradient,
     check_not_coarser,
     fill_operands,
+    has_finite_fill,
+    is_mask,
+    kept_by,
+    lowered,
+    may_mask,
     proves_unmasked,
     query_and_key,
+    same_mask,
     scale_of,
+    scores_dtype,
     times,
     unexpanded,
     unwind,
+    zeroing_mask,
 )
 from fxbt.patterns.written_out import WrittenOut, written_out
 
 aten = torch.ops.aten
 
-SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default}
+SAFE_SOFTMAX = aten._safe_softmax.default  # 0, not NaN, where all scores are -inf: what SDPA gives there
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default, SAFE_SOFTMAX}
 SDPA = ops.SDPA
 
 
@@ -77,10 +86,12 @@ class Description:
     scale: float = 1.0
     dropout: float = 0.0
     zeroed: Fill | None = None
+    zeroes_nan: bool = False  # the weights of rows that -inf masks entirely
     after: list[ScaleBy | Scale] = field(default_factory=list)
     causal: bool = False
     sink: Add | None = None  # one more score for each query, of a key without a value
     written: WrittenOut | None = None  # scores that SDPA cannot express
+    dtype: torch.dtype = torch.float32  # of the scores in the softmax
 
     @property
     def masking(self) -> list[Step]:
@@ -133,7 +144,8 @@ class Attention(Rule):
         if not attentions:
             return Match(anchor, replaces=False)
         found, layouts = attentions[0], _layouts(attentions)
-        unmasked = None if found.sink else proves_unmasked(found.masking, layouts[0].seq, layouts[0].keys)
+        layout = layouts[0]
+        unmasked = None if found.sink else proves_unmasked(found.masking, layout.seq, layout.keys, found.dtype)
         if anchor.target is SDPA and not layouts[0].groups and unmasked is None:
             return Match(anchor, replaces=False)
         return _match(anchor, attentions, layouts, unmasked)
@@ -146,7 +158,9 @@ class Attention(Rule):
         sizes = axes.sizes_from(axes.size_table(plan.operand_axes), tensors)
 
         def operand(node: fx.Node, source: axes.Axes, target: axes.Axes, expand: bool = True) -> Tensor:
-            return axes.arrange(tensors[plan.position[node]], source, target, sizes, expand)
+            tensor = tensors[plan.position[node]]
+            is_tensor = isinstance(tensor, Tensor)  # else a number computed from sizes
+            return axes.arrange(tensor, source, target, sizes, expand) if is_tensor else tensor
 
         query = operand(found.query, found.query_axes, (layout.batch, layout.heads, layout.seq, layout.head_dim))
         key = operand(found.key, found.key_axes, (layout.batch, layout.key_heads, layout.keys, layout.head_dim))
@@ -179,10 +193,10 @@ class Attention(Rule):
 
 
 def _sdpa(plan: Plan, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, operand: Operand) -> Tensor:
-    found = plan.description
-    if torch.is_grad_enabled() and not plan.unmasked:
-        query = _without_masked_rows(query, found.steps, operand)
-    bias = None if plan.unmasked else bias_of(found.steps, operand)
+    found, bias = plan.description, None
+    if not plan.unmasked:
+        bias = bias_of(lowered(found.steps, found.dtype), operand, found.dtype)
+        query, bias = _even_in_masked_rows(query, bias, found, operand)
     if sink is not None:
         key, value, bias = sinks.with_sink(query, key, value, bias, sink)
     if bias is not None:
@@ -204,11 +218,12 @@ def _by_products(
     plan: Plan, written: WrittenOut, query: Tensor, key: Tensor, value: Tensor, operand: Operand
 ) -> Tensor:
     before, after = written.biases(operand, is_masked=not plan.unmasked)
+    kept = written.kept(operand, is_masked=not plan.unmasked)
     like = query.new_empty((), dtype=written.dtype)
     query, key, value, _, *biases = _same_dtype(query, key, value, like, *before, *after)
     before, after = biases[: len(before)], biases[len(before) :]
     scale, softcap = plan.description.scale, written.softcap
-    return ops.attention_by_products(query, key, value, before, after, scale, softcap, plan.is_causal)
+    return ops.attention_by_products(query, key, value, before, after, scale, softcap, plan.is_causal, kept)
 
 
 # --- finding ----------------------------------------------------------------------------------------------------
@@ -227,8 +242,8 @@ def _from_softmax(softmax: fx.Node) -> list[Description]:
     if not keys:
         raise Miss("the softmax runs over an axis of size one", node=softmax)
     steps: list[Step] = []
-    check_not_coarser(softmax, softmax.meta["val"].dtype, scores.meta["val"].dtype)
     product = unwind(scores, score_axes, keys, steps)
+    check_not_coarser(softmax, softmax.meta["val"].dtype, product.lhs.meta["val"].dtype)
     steps.reverse()
     if product.addend is not None:
         steps.insert(0, Add(product.addend, axes.broadcast_axes(product.addend, product.axes), product.addend_factor))
@@ -238,6 +253,9 @@ def _from_softmax(softmax: fx.Node) -> list[Description]:
         found.output, found.output_axes, sink = sinks.multiplied_on(
             found.output, found.output_axes, softmax, score_axes
         )
+    found.dtype = scores_dtype(softmax)
+    if found.zeroed is not None:
+        _mask_by_zeroing(steps, found.zeroed, found.dtype)
     found.written, found.sink = written_out(steps, softmax), sink
     found.head_dim = product.contracted
     found.steps = steps
@@ -246,12 +264,11 @@ def _from_softmax(softmax: fx.Node) -> list[Description]:
     found.key, found.key_axes, key_scale = _peel_scaled(*key)
     found.scale *= query_scale * key_scale
     attentions = [_with_value_of(found, other) for other in (found, *others)]
-    check_fills(steps)
     check_gradient(steps)
-    if found.zeroed is not None:
-        _mask_by_zeroing(steps, found.zeroed)
-    if found.written and (found.dropout or found.sink):
-        raise Miss("the scores need writing out, with a dropout or a sink on top", node=softmax)
+    if found.written and (found.dropout or found.sink or found.zeroed or found.zeroes_nan):
+        raise Miss("the scores need writing out, with a dropout, a sink or zeroed weights on top", node=softmax)
+    if found.written and softmax.target is SAFE_SOFTMAX:
+        raise Miss("the scores need writing out, and rows without any key are 0 in this softmax", node=softmax)
     operands = [node for each in attentions for node, _ in _operands(each, is_masked=True)]
     _check_nothing_else_reads([each.output for each in attentions], (product.node, softmax), operands)
     return attentions
@@ -296,17 +313,22 @@ def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]
     node, labels = softmax, score_axes
     dtypes: list[torch.dtype] = []
     after: list[ScaleBy | Scale] = []
-    dropout, zeroed = 0.0, None
+    dropout, zeroed, zeroes_nan = 0.0, None, False
     while True:
-        user = _only_user(node)
+        user = _without_nan(node) or _only_user(node)
         product = axes.contraction_with(user, node, labels) or _multiplied_and_summed(user, node, labels)
         if product is not None:
             found = _with_value(product, node, keys, score_axes, after)
-            found.dropout, found.zeroed = dropout, zeroed
+            found.dropout, found.zeroed, found.zeroes_nan = dropout, zeroed, zeroes_nan
             for dtype in dtypes:
                 check_not_coarser(product.node, dtype, found.value.meta["val"].dtype)
             return found
         forward = axes.step_forward(node, labels, user)
+        if forward is None and _zeroes_nan(user, node):
+            zeroes_nan, forward = True, labels
+        mask = _multiplied_mask(user, node, labels, keys) if forward is None and zeroed is None else None
+        if mask is not None:
+            zeroed, forward = mask, labels
         if forward is None and user.target in MULTIPLY | DIVIDE:
             after.append(_weight_factor(user, node, labels, keys))
             forward = labels
@@ -337,6 +359,38 @@ def _multiplied_and_summed(user: fx.Node, weights: fx.Node, labels: axes.Axes) -
     return axes.contraction_with(next(iter(user.users)), weights, labels)
 
 
+def _without_nan(weights: fx.Node) -> fx.Node | None:
+    """where(isnan(weights), 0, weights), if that and nothing else reads the weights."""
+    users = list(weights.users)
+    fills = [user for user in users if user.target in WHERE | MASKED_FILL]
+    if len(users) != 2 or len(fills) != 1:
+        return None
+    (asked,) = (user for user in users if user is not fills[0])
+    values, mask, fill, keep = fill_operands(fills[0])
+    is_nan = asked.target is aten.isnan.default or (asked.target is aten.ne.Tensor and len(asked.all_input_nodes) == 1)
+    is_zeroed = (values, mask, fill, keep) == (weights, asked, 0, False)
+    return fills[0] if is_nan and is_zeroed and len(asked.users) == 1 else None
+
+
+def _zeroes_nan(user: fx.Node, weights: fx.Node) -> bool:
+    """Whether weights are made zero where they are NaN, in rows that -inf masks entirely: which is what SDPA gives."""
+    if user.target is aten.nan_to_num.default:
+        if axes.argument(user, "nan") not in (None, 0):
+            raise Miss("NaN of the attention weights becomes another number", node=user, expected="nan_to_num(0.0)")
+        return True
+    return user is _without_nan(weights)
+
+
+def _multiplied_mask(user: fx.Node, weights: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...]) -> Fill | None:
+    """The mask that weights are multiplied with along the keys, if it is 0 or 1 for sure."""
+    if user.target not in MULTIPLY or not all(isinstance(arg, fx.Node) for arg in user.args[:2]):
+        return None
+    factor: Any = user.args[1] if user.args[0] is weights else user.args[0]
+    factor_axes = axes.broadcast_axes(factor, labels)
+    is_along = set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys))
+    return zeroing_mask(factor, factor_axes) if is_along else None
+
+
 def _zeroing(user: fx.Node, weights: fx.Node, labels: axes.Axes) -> Fill:
     scores, mask, fill, keep = fill_operands(user)
     if scores is not weights or fill != 0 or not isinstance(mask, fx.Node):
@@ -344,14 +398,17 @@ def _zeroing(user: fx.Node, weights: fx.Node, labels: axes.Axes) -> Fill:
     return Fill(*unexpanded(mask, axes.broadcast_axes(mask, labels)), 0.0, keep)
 
 
-def _mask_by_zeroing(steps: list[Step], zeroed: Fill) -> None:
+def _mask_by_zeroing(steps: list[Step], zeroed: Fill, dtype: torch.dtype) -> None:
     """Weights zeroed where the scores were filled last: a fully masked row gives 0, which is what SDPA's -inf means."""
     fills = [step for step in steps if isinstance(step, Fill | Floor)]
     last: Any = fills[-1] if fills else None
-    same_mask = isinstance(last, Fill) and last.node is zeroed.node and last.keep == zeroed.keep
-    if not same_mask or axes.resolve(last.axes) != axes.resolve(zeroed.axes):
+    if not isinstance(last, Fill) or not same_mask(last, zeroed):
         raise Miss("attention weights are zeroed where the scores were not masked", node=zeroed.node)
+    if not is_mask(last, steps, dtype):
+        raise Miss(f"attention weights are zeroed where the scores became {last.fill:g}, no mask for every score")
     last.fill = -math.inf
+    if has_finite_fill(steps) or any(isinstance(step, Add) and may_mask(step) for step in steps):
+        raise Miss("attention weights are zeroed by one of several masks", node=zeroed.node)
 
 
 def _only_user(node: fx.Node) -> fx.Node:
@@ -575,18 +632,20 @@ def _with_batch_and_keys(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return bias if shape == [-1] * 4 else bias.expand(shape)
 
 
-def _without_masked_rows(query: Tensor, steps: list[Step], operand: Operand) -> Tensor:
-    """Zero the queries that finite fills mask everywhere: their weights stay uniform, and as in a fill, no gradient
-    passes from them to the scores."""
-    fills = [step for step in steps if isinstance(step, Fill)]
-    if not any(step.fill > -math.inf for step in fills):
-        return query
-    kept = [_kept(operand(step.node, step.axes), step) for step in fills]
-    return query * functools.reduce(torch.logical_and, kept).any(-1, keepdim=True)
+def _even_in_masked_rows(
+    query: Tensor, bias: Tensor | None, found: Description, operand: Operand
+) -> tuple[Tensor, Tensor | None]:
+    """(query, bias) where rows that finite fills mask everywhere have equal scores, if the bias alone is not enough.
 
-
-def _kept(mask: Tensor, step: Fill) -> Tensor:
-    return mask.bool() if step.keep else mask.logical_not()
+    With gradients, none must pass from such rows to the scores; float16 has no number that absorbs a score.
+    """
+    is_narrow = found.dtype is torch.float16
+    if bias is None or not has_finite_fill(found.steps) or not (torch.is_grad_enabled() or is_narrow):
+        return query, bias
+    is_open = kept_by(found.steps, operand).any(-1, keepdim=True)
+    if is_narrow:
+        bias = bias.logical_or(~is_open) if bias.dtype is torch.bool else torch.where(is_open, bias, 0.0)
+    return query * is_open, bias
 
 
 def _same_dtype(*tensors: Any) -> list[Any]:

@@ -6,9 +6,10 @@ for the tanh they are affine, and the same steps, run on nothing, give the bias 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import sympy
@@ -19,11 +20,12 @@ from fxbt import Miss, axes, masks
 
 aten = torch.ops.aten
 
-# A masked score must vanish beside any real score and absorb it when added: float32 near 1e9 has steps of 64.
-LARGEST_FILL = -0.99e9
-# From here on float32 rounds a score by more than the tolerance of the tests.
-ROUNDS_FROM = 5e3
-# A fill no later bias can lift again.
+# A masked score must vanish beside any real score. Those of a model stay above: float32 near 1e8 has steps of 8.
+LARGEST_FILL = -0.99e8
+LARGEST_FILL_OF = {torch.float16: -6e4}  # whose numbers end at -65504
+# From here on float32 rounds a score by more than the tolerance of the tests, and to here it does not absorb it.
+ROUNDS_FROM, ABSORBS_FROM = 5e3, 0.99e9
+# A fill no later bias can lift again, and that a score is lost in when it is added: so it stands for any lower one.
 BOTTOM = -1e30
 
 MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar}
@@ -32,6 +34,8 @@ ADD = {aten.add.Tensor, aten.add.Scalar}
 SUBTRACT = {aten.sub.Tensor, aten.sub.Scalar}
 WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 MASKED_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+NOT = {aten.logical_not.default, aten.bitwise_not.default}
+COMPARED = {aten.eq.Scalar: False, aten.ne.Scalar: True}
 CLAMPS = {aten.clamp.default, aten.clamp_min.default}
 # Their numbers are places and sizes.
 BY_POSITION = {aten.slice.Tensor, aten.select.int, aten.arange.default, aten.arange.start, aten.arange.start_step}
@@ -46,7 +50,7 @@ class Scale:
 
 @dataclass
 class ScaleBy:
-    """S * t, or S / t; t is constant along the key axis"""
+    """S * t, or S / t; t is constant along the key axis, or a number computed from sizes"""
 
     node: fx.Node
     axes: axes.Axes
@@ -104,8 +108,9 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
     if node.op != "call_function":
         raise Miss("no query-key product before the softmax", node=node, expected="a contraction over head_dim")
     if node.target in axes.CASTS:
-        check_not_coarser(node, node.meta["val"].dtype, node.args[0].meta["val"].dtype)
-        return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
+        product = unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
+        check_not_coarser(node, node.meta["val"].dtype, product.lhs.meta["val"].dtype)
+        return product
     if node.target is aten.tanh.default:
         steps.append(Tanh())
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
@@ -126,6 +131,10 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
         node=node,
         expected="scale, bias, mask or cast between the query-key product and the softmax",
     )
+
+
+def scores_dtype(softmax: fx.Node) -> torch.dtype:
+    return softmax.args[0].meta["val"].dtype
 
 
 def check_not_coarser(node: fx.Node, dtype: torch.dtype, than: torch.dtype) -> None:
@@ -160,13 +169,79 @@ def _unwind_scale(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...],
     if not isinstance(factor, fx.Node):
         steps.append(Scale(1 / factor if divide else factor))  # type: ignore[operator, arg-type]
         return _extend(steps, inner, product)
-    if not isinstance(factor.meta["val"], torch.Tensor):
-        raise Miss("the scores are scaled by a number computed from sizes", node=node, expected="a constant head_dim")
-    factor_axes = axes.broadcast_axes(factor, labels)
+    is_tensor = isinstance(factor.meta["val"], torch.Tensor)  # else a number computed from sizes
+    factor_axes = axes.broadcast_axes(factor, labels) if is_tensor else ()
     if set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys)):
-        raise Miss("the scores are multiplied by a tensor that varies along the keys", node=node)
-    steps.append(ScaleBy(factor, factor_axes, divide))
+        mask = None if divide else zeroing_mask(factor, factor_axes)
+        if mask is None:
+            raise Miss("the scores are multiplied by a tensor that varies along the keys", node=node)
+        steps.append(mask)
+    else:
+        steps.append(ScaleBy(factor, factor_axes, divide))
     return _extend(steps, inner, product)
+
+
+def zeroing_mask(factor: fx.Node, labels: axes.Axes) -> Fill | None:
+    """A product with a boolean, or with 0 and 1 made of some, as a fill of zero."""
+    return Fill(*unexpanded(factor, labels), 0.0, True) if _is_zero_or_one(factor) else None
+
+
+def _is_zero_or_one(node: fx.Node) -> bool:
+    if node.meta["val"].dtype is torch.bool:
+        return True
+    if masks.read_constants(node):
+        return False
+    try:
+        value = masks.evaluate(node, masks.index_symbols(node.meta["val"].dim()), {})
+    except (masks.Opaque, TypeError):  # sympy raises TypeError on NaN
+        return False
+    return isinstance(value, sympy.Piecewise) and all(case in (0, 1) for case, _ in value.args)
+
+
+def same_mask(one: Fill, other: Fill) -> bool:
+    """Whether two fills mask the same, however their masks are negated, cast and laid out."""
+    return _meaning(one) == _meaning(other)
+
+
+def _meaning(step: Fill) -> tuple[fx.Node, axes.Axes, bool]:
+    """(tensor, its axes, whether scores are kept where it is not zero)."""
+    node, labels, keep = step.node, step.axes, step.keep
+    while True:
+        node, labels = axes.peel(node, labels)
+        source: Any = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(source, fx.Node):
+            return node, labels, keep
+        if node.target in NOT and source.meta["val"].dtype is torch.bool:
+            keep = not keep
+        elif node.target in COMPARED and node.args[1] == 0:
+            keep = keep == COMPARED[node.target]
+        elif node.target not in axes.CASTS or torch.bool not in (node.meta["val"].dtype, source.meta["val"].dtype):
+            return node, labels, keep
+        node = source
+
+
+def _as_one_fill(zeroing: Fill, bias: fx.Node, labels: axes.Axes, factor: float) -> Fill | None:
+    """S * m + (1 - m) * c as a fill of c, where m is 0 or 1 and the bias is known at every position."""
+    if masks.read_constants(bias) or masks.read_constants(zeroing.node):
+        return None
+    places = {label: at for label, at in zip(labels, masks.index_symbols(len(labels)), strict=True) if label}
+
+    def value_of(node: fx.Node, its: axes.Axes) -> Any:
+        index = tuple(places[label] if label else sympy.Integer(0) for label in axes.resolve(its))
+        return masks.evaluate(node, index, {})
+
+    try:
+        kept = masks.truth(value_of(zeroing.node, zeroing.axes))
+        added = value_of(bias, axes.broadcast_axes(bias, labels))
+    except (masks.Opaque, KeyError, TypeError):  # a place with no name, or NaN: not known
+        return None
+    if not isinstance(added, sympy.Piecewise) or not all(case.is_number for case, _ in added.args):
+        return None
+    added = sympy.Piecewise(*[(case * sympy.sympify(factor), when) for case, when in added.args])
+    fills = {float(case) for case, _ in added.args} - {0.0}
+    if len(fills) != 1 or not max(fills) < 0 or masks.zero_else_below(added, max(fills)) != kept:
+        return None
+    return replace(zeroing, fill=fills.pop())
 
 
 def _extend(steps: list[Step], inner: list[Step], product: axes.Contraction) -> axes.Contraction:
@@ -184,6 +259,11 @@ def _unwind_sum(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], s
     bias_axes: axes.Axes = ()
     if isinstance(bias, fx.Node):
         bias, bias_axes = unexpanded(bias, axes.broadcast_axes(bias, labels))
+        zeroing = inner[0] if inner and score_factor == 1 else None
+        if isinstance(zeroing, Fill) and zeroing.fill == 0 and zeroing.keep:
+            whole = _as_one_fill(zeroing, bias, axes.resolve(labels), bias_factor)
+            if whole is not None:
+                return _extend(steps, [whole, *inner[1:]], product)
     steps.append(Add(bias, bias_axes, bias_factor))
     if score_factor != 1:
         steps.append(Scale(score_factor))
@@ -235,23 +315,66 @@ def query_and_key(
     raise Miss("the softmax does not run over the key axis of the product before it", node=product.node)
 
 
-def check_fills(steps: list[Step]) -> None:
-    """A fill stands for "masked" only if it stays far below every score until the softmax."""
+def _after(step: Step, steps: list[Step]) -> list[Step]:
+    return steps[next(place for place, other in enumerate(steps) if other is step) + 1 :]
+
+
+def final_of(step: Fill, steps: list[Step]) -> float:
+    """What a fill has become when the scores reach the softmax, but for what is added to it."""
+    return step.fill * scale_of(_after(step, steps))
+
+
+def is_mask(step: Fill, steps: list[Step], dtype: torch.dtype) -> bool:
+    """Whether a fill is below every score of `dtype` that a model computes, so that its weight is zero beside one."""
+    return final_of(step, steps) <= LARGEST_FILL_OF.get(dtype, LARGEST_FILL)  # not of NaN
+
+
+def shows(steps: list[Step], dtype: torch.dtype) -> str | None:
+    """Why it shows which number masked scores become: then no lower one may take its place. None where it does not.
+
+    Where a row is masked entirely, finite fills share the weight evenly: by whatever number, if it is one.
+    """
+    fills = [step for step in steps if isinstance(step, Fill)]
+    finals = {final_of(step, steps) for step in fills}
+    weak = [step for step in fills if not is_mask(step, steps, dtype)]
+    if weak:
+        return f"masked scores end at {final_of(weak[0], steps):g}, which is no mask for every score"
+    for step in fills:
+        if any(isinstance(other, ScaleBy) for other in _after(step, steps)):
+            return "masked scores are scaled by a tensor afterwards"
+    bottom = BOTTOM if dtype is not torch.float16 else -math.inf
+    above = [step for step in fills if final_of(step, steps) > bottom]
+    if any(isinstance(other, Add) for step in above for other in _after(step, steps)):
+        return "a bias added after the mask could lift the masked scores again"
+    if above and len(finals - {-math.inf}) > 1:
+        return "scores are masked by several numbers"
+    if above and any(isinstance(step, Add) and may_mask(step) for step in steps):
+        return "scores are masked by a number and by a bias"
+    return None
+
+
+def lowered(steps: list[Step], dtype: torch.dtype) -> list[Step]:
+    """The same steps where a finite fill is so low that a score is lost in it when SDPA adds the two.
+
+    float16 has no such number: see `keeps_open`.
+    """
+    bottom = BOTTOM if dtype is not torch.float16 else -math.inf
+    result = list(steps)
     for place, step in enumerate(steps):
-        if not isinstance(step, Fill):
-            continue
-        later = steps[place + 1 :]
-        final = step.fill * math.prod(other.number for other in later if isinstance(other, Scale))
-        if not final <= LARGEST_FILL:  # NaN included
-            raise Miss(
-                f"masked scores end at {final:g}: not low enough to be a mask for every score",
-                node=step.node,
-                expected=f"a fill of {LARGEST_FILL:g} or lower",
-            )
-        if any(isinstance(other, ScaleBy) for other in later):
-            raise Miss("masked scores are scaled by a tensor afterwards", node=step.node)
-        if final > BOTTOM and any(isinstance(other, Add) for other in later):
-            raise Miss("a bias added after the mask could lift the masked scores again", node=step.node)
+        if isinstance(step, Fill) and (final := final_of(step, steps)) > bottom:
+            result[place] = replace(step, fill=step.fill * (bottom / final))
+    return result
+
+
+def has_finite_fill(steps: list[Step]) -> bool:
+    """Whether rows that are masked entirely share their weight evenly."""
+    return any(isinstance(step, Fill) and step.fill > -math.inf for step in steps)
+
+
+def kept_by(steps: list[Step], operand: Operand) -> torch.Tensor:
+    """Where no fill takes the place of a score; there must be a fill."""
+    masks_ = [operand(step.node, step.axes).bool() == step.keep for step in steps if isinstance(step, Fill)]
+    return functools.reduce(torch.logical_and, masks_)
 
 
 def rounding_bias(steps: list[Step]) -> fx.Node | None:
@@ -261,7 +384,7 @@ def rounding_bias(steps: list[Step]) -> fx.Node | None:
     """
     biases = _biases(steps)
     for bias in biases if len(biases) > 1 else ():
-        if any(ROUNDS_FROM <= abs(number) < -LARGEST_FILL for number in _numbers_in(bias)):
+        if any(ROUNDS_FROM <= abs(number) < ABSORBS_FROM for number in _numbers_in(bias)):
             return bias
     return None
 
@@ -270,9 +393,12 @@ def check_gradient(steps: list[Step]) -> None:
     """In rows that a fill and a bias mask only together, a fill stops the gradient and SDPA's bias does not."""
     if not torch.is_grad_enabled() or not any(isinstance(step, Fill) and step.fill > -math.inf for step in steps):
         return
-    for bias in _biases(steps):
-        if _may_mask(bias):
-            raise Miss("scores are masked by a fill and by a bias, whose gradients differ", node=bias)
+    for step in steps:
+        if isinstance(step, Add) and may_mask(step):
+            raise Miss(
+                "scores are masked by a fill and by a bias, whose gradients differ",
+                node=step.node if isinstance(step.node, fx.Node) else None,
+            )
 
 
 def _biases(steps: list[Step]) -> list[fx.Node]:
@@ -280,9 +406,10 @@ def _biases(steps: list[Step]) -> list[fx.Node]:
     return [step.node for step in steps if isinstance(step, Add) and isinstance(step.node, fx.Node)]
 
 
-def _may_mask(bias: fx.Node) -> bool:
+def may_mask(step: Add) -> bool:
     """Whether a bias is computed from a mask value, or is an argument of which nothing is known."""
-    return any(number <= LARGEST_FILL for number in _numbers_in(bias))
+    numbers = _numbers_in(step.node) if isinstance(step.node, fx.Node) else (step.node,)
+    return any(abs(number) >= -LARGEST_FILL for number in numbers)  # it may be taken away
 
 
 def _numbers_in(bias: fx.Node) -> Iterator[float]:
@@ -309,8 +436,8 @@ def scale_of(steps: list[Step]) -> float:
     return math.prod(step.number for step in steps if isinstance(step, Scale))
 
 
-def bias_of(steps: list[Step], operand: Operand) -> torch.Tensor | None:
-    """What the steps add to the scaled product: the chain, innermost first, run on a score of zero.
+def bias_of(steps: list[Step], operand: Operand, dtype: torch.dtype) -> torch.Tensor | None:
+    """What the steps add to the scaled product: the chain, innermost first, run on a score of zero of `dtype`.
 
     `operand` gives a step's tensor laid out as (batch, heads, seq, keys). A lone -inf fill stays a boolean mask.
     """
@@ -319,11 +446,11 @@ def bias_of(steps: list[Step], operand: Operand) -> torch.Tensor | None:
         return mask if steps[0].keep else mask.logical_not()
     bias: torch.Tensor | None = None
     for step in steps:
-        bias = _apply(step, bias, operand)
+        bias = _apply(step, bias, operand, dtype)
     return bias
 
 
-def _apply(step: Step, bias: torch.Tensor | None, operand: Operand) -> torch.Tensor | None:
+def _apply(step: Step, bias: torch.Tensor | None, operand: Operand, dtype: torch.dtype) -> torch.Tensor | None:
     if isinstance(step, Scale):
         return None if bias is None else bias * step.number
     if isinstance(step, Floor):
@@ -333,7 +460,7 @@ def _apply(step: Step, bias: torch.Tensor | None, operand: Operand) -> torch.Ten
     if isinstance(step, Fill):
         mask = operand(step.node, step.axes).bool()
         keep = mask if step.keep else mask.logical_not()
-        zero = torch.zeros((), device=keep.device)
+        zero = torch.zeros((), dtype=dtype, device=keep.device)
         return torch.where(keep, zero if bias is None else bias, step.fill)
     assert isinstance(step, Add), "scores under a tanh are no sum with a bias"
     term = _addend(step, operand)
@@ -360,7 +487,9 @@ class Unmasked(NamedTuple):
     assumes: tuple[fx.Node, ...]
 
 
-def proves_unmasked(steps: list[Step], seq: tuple[axes.Atom, ...], keys: tuple[axes.Atom, ...]) -> Unmasked | None:
+def proves_unmasked(
+    steps: list[Step], seq: tuple[axes.Atom, ...], keys: tuple[axes.Atom, ...], dtype: torch.dtype
+) -> Unmasked | None:
     """Whether the steps mask later keys alone, or nothing; None where neither is proven."""
     masking: list[Any] = [step for step in steps if not isinstance(step, Scale | Floor)]
     while masking and isinstance(masking[0], ScaleBy):  # what scales the scores before they are masked masks nothing
@@ -380,6 +509,8 @@ def proves_unmasked(steps: list[Step], seq: tuple[axes.Atom, ...], keys: tuple[a
     if attend is sympy.true:
         return Unmasked(False, tuple(constants))
     if attend is None or not seq or seq not in labels or keys not in labels:
+        return None
+    if isinstance(step, Fill) and not is_mask(step, steps, dtype):
         return None
     causal = masks.is_causal(attend, index[labels.index(seq)], index[labels.index(keys)])
     return Unmasked(True, tuple(constants)) if causal else None

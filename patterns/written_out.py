@@ -1,7 +1,7 @@
 """Attention on scores that SDPA has no argument for: softmax(c * tanh(scale Q K^T + before ...) + after ...) V.
 
-A softcap (c), or biases whose order shows. `fxbt.ops.attention_by_products` writes such scores out, some queries at a
-time, and has no gradient.
+A softcap (c), biases whose order shows, or fills that are no mask for every score:
+`fxbt.ops.attention_by_products` writes such scores out, some queries at a time, and has no gradient.
 
 Source: softcap, Gemma team 2024, "Gemma 2", section 2.
 """
@@ -15,7 +15,23 @@ import torch
 from torch import fx
 
 from fxbt import Miss
-from fxbt.patterns.scores import Add, Fill, Floor, Operand, ScaleBy, Step, Tanh, bias_of, rounding_bias, scale_of
+from fxbt.patterns.scores import (
+    Add,
+    Fill,
+    Floor,
+    Operand,
+    ScaleBy,
+    Step,
+    Tanh,
+    bias_of,
+    has_finite_fill,
+    kept_by,
+    lowered,
+    rounding_bias,
+    scale_of,
+    scores_dtype,
+    shows,
+)
 
 
 @dataclass
@@ -26,6 +42,7 @@ class WrittenOut:
     softcap: float | None
     after: list[Step]
     dtype: torch.dtype
+    replaces: bool = False  # a fill stands in the place of scores, whatever they are
 
     @property
     def scale(self) -> float:
@@ -34,10 +51,15 @@ class WrittenOut:
 
     def biases(self, operand: Operand, is_masked: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What is added before the tanh, and after it: one by one where one rounds the others."""
-        before = bias_of(self.before, operand)
-        parts = [[step] for step in self.after] if rounding_bias(self.after) else [self.after]
-        after = [bias_of(part, operand) for part in parts] if is_masked else []
+        before = bias_of(self.before, operand, self.dtype)
+        steps = self.after if self.replaces else lowered(self.after, self.dtype)
+        parts = [[step] for step in steps] if rounding_bias(steps) else [steps]
+        after = [bias_of(part, operand, self.dtype) for part in parts] if is_masked else []
         return [] if before is None else [before], [_as_addend(bias) for bias in after if bias is not None]
+
+    def kept(self, operand: Operand, is_masked: bool) -> torch.Tensor | None:
+        """Where the scores stay, if a fill stands in their place elsewhere."""
+        return kept_by(self.after, operand) if self.replaces and is_masked else None
 
 
 def written_out(steps: list[Step], softmax: fx.Node) -> WrittenOut | None:
@@ -47,16 +69,23 @@ def written_out(steps: list[Step], softmax: fx.Node) -> WrittenOut | None:
         Miss: they cannot be written out either, or not here.
     """
     places = [place for place, step in enumerate(steps) if isinstance(step, Tanh)]
-    if not places and rounding_bias(steps) is None:
+    dtype = scores_dtype(softmax)
+    reason, is_rounding = shows(steps, dtype), rounding_bias(steps) is not None
+    if not places and not is_rounding and reason is None:
         return None
-    _check_can_be_here(softmax, "the scores are softcapped" if places else "a mask rounds the biases it is added to")
-    dtype = softmax.args[0].meta["val"].dtype
+    what = "the scores are softcapped" if places else reason or "a mask rounds the biases it is added to"
+    _check_can_be_here(softmax, what)
+    # float16 has no number so low that it absorbs a score
+    replaces = reason is not None or (dtype is torch.float16 and has_finite_fill(steps))
+    if replaces and is_rounding:
+        raise Miss(f"{what}, and a mask rounds the biases it is added to", node=softmax)
     if not places:
-        _check_order_is_kept(steps)
-        return WrittenOut([], None, steps, dtype)
+        if is_rounding:
+            _check_order_is_kept(steps)
+        return WrittenOut([], None, steps, dtype, replaces)
     before, after = steps[: places[0]], steps[places[0] + 1 :]
     _check_softcap(before, after, softmax)
-    return WrittenOut(before, scale_of(after), after, dtype)
+    return WrittenOut(before, scale_of(after), after, dtype, replaces)
 
 
 def _check_can_be_here(softmax: fx.Node, what: str) -> None:

@@ -1749,3 +1749,221 @@ def projections_of_unequal_widths(m: Any, x: Tensor) -> Tensor:
     gate = m.gate(x).sigmoid().transpose(1, 2).unsqueeze(-1)
     q, k, v = qkv(m, x)
     return (q @ k.mT * SCALE).softmax(-1) @ v * gate
+
+
+# --- near misses of idioms --------------------------------------------------------------------------------------
+
+
+@mutant()
+def fill_of_a_tensor_that_is_not_one_number(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    low = torch.full_like(scores, FINFO_MIN).masked_fill(positions(x)[1] == 1, 0.25)
+    return torch.where(some_rows_padded(x), low, scores).softmax(-1) @ v
+
+
+@mutant()
+def where_full_like_of_a_number_that_is_no_mask(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return torch.where(some_rows_padded(x), torch.full_like(scores, -2.0), scores).softmax(-1) @ v
+
+
+@mutant()
+def fill_of_minus_a_hundred_that_large_scores_reach(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x * 8)
+    return scores.masked_fill(some_rows_padded(x), -100.0).softmax(-1) @ v
+
+
+@mutant()
+def fill_of_minus_ten_thousand_that_large_scores_reach(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x * 80)
+    return scores.masked_fill(some_rows_padded(x), -1e4).softmax(-1) @ v
+
+
+@mutant()
+def fill_of_minus_a_billion_under_large_scores(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x * 30)
+    return scores.masked_fill(some_rows_padded(x), -1e9).softmax(-1) @ v
+
+
+@mutant()
+def fill_of_minus_a_billion_under_a_causal_mask_and_left_padding(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x * 8)
+    i, j = positions(x)
+    left = (j < 2) & (torch.arange(x.shape[0]) == 0)[:, None, None, None]
+    return scores.masked_fill((j > i) | left, -1e9).softmax(-1) @ v
+
+
+@mutant()
+def two_fills_of_several_numbers(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x * 8)
+    i, j = positions(x)
+    return scores.masked_fill(j <= i, -1e9).masked_fill(some_rows_padded(x), -2e9).softmax(-1) @ v
+
+
+@mutant()
+def fill_and_a_bias_that_masks(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x * 8)
+    i, j = positions(x)
+    return (scores + (j > i) * -1e9).masked_fill(some_rows_padded(x) | (j <= i), -1e9).softmax(-1) @ v
+
+
+@mutant()
+def fill_lifted_by_a_later_bias(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return (scores.masked_fill(some_rows_padded(x), -1e9) + 100 * m.by_key[: x.shape[1]]).softmax(-1) @ v
+
+
+@mutant(must_stay=True)
+def zeroed_by_one_of_two_masks(m: Any, x: Tensor) -> Tensor:
+    """Rows that both mask together lose the weight that the second takes away."""
+    scores, v = scored(m, x)
+    i, j = positions(x)
+    padding = some_rows_padded(x)
+    return scores.masked_fill(j <= i, -1e9).masked_fill(padding, -1e9).softmax(-1).masked_fill(padding, 0.0) @ v
+
+
+@mutant(must_stay=True)
+def weights_times_mask_under_a_weak_fill(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return (scores.masked_fill(padded(x), -2.0).softmax(-1) * ~padded(x)) @ v
+
+
+@mutant(must_stay=True)
+def weights_times_the_mask_of_other_rows(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return (scores.masked_fill(padded(x), FINFO_MIN).softmax(-1) * ~padded(x).flip(0)) @ v
+
+
+@mutant(must_stay=True)
+def weights_times_numbers_where_the_mask_is(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return (scores.masked_fill(padded(x), FINFO_MIN).softmax(-1) * (~padded(x) * 0.5)) @ v
+
+
+@mutant(must_stay=True)
+def weights_times_the_mask_turned_around(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return (scores.masked_fill(padded(x), FINFO_MIN).softmax(-1) * padded(x)) @ v
+
+
+@mutant()
+def scores_times_mask_plus_the_rest_of_another(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    real = (~some_rows_padded(x)).float()
+    return (scores * real + (1 - real.flip(0)) * -1e9).softmax(-1) @ v
+
+
+@mutant()
+def scores_times_mask_plus_a_weak_rest(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    real = (~some_rows_padded(x)).float()
+    return (scores * real + (1 - real) * -4.0).softmax(-1) @ v
+
+
+@mutant()
+def scores_times_mask_plus_its_rest_on_full_rows(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x * 8)
+    real = (~some_rows_padded(x)).float()
+    return (scores * real + (1 - real) * -1e9).softmax(-1) @ v
+
+
+@mutant(must_stay=True)
+def scores_times_numbers_along_the_keys(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    real = (~padded(x)).float() * 0.5 + 0.25
+    return (scores * real + (1 - real) * -1e9).softmax(-1) @ v
+
+
+@mutant()
+def assigned_by_index_on_full_rows(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x * 8)
+    scores[some_rows_padded(x).expand_as(scores)] = -1e9
+    return scores.softmax(-1) @ v
+
+
+@mutant()
+def added_by_index(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    mask = some_rows_padded(x).expand_as(scores)
+    return scores.index_put([mask], torch.tensor(-3.0), accumulate=True).softmax(-1) @ v
+
+
+@mutant()
+def assigned_to_a_part_of_the_scores(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    scores[:, :2][some_rows_padded(x).expand_as(scores)[:, :2]] = -1e9
+    return scores.softmax(-1) @ v
+
+
+@mutant(must_stay=True)
+def exponentials_over_their_sum_and_a_little(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights = scores.exp()
+    return (weights @ v) / (weights.sum(-1, keepdim=True) + 0.01)
+
+
+@mutant(must_stay=True)
+def exponentials_over_the_sum_of_others(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return (scores.exp() @ v) / (scores * 1.01).exp().sum(-1, keepdim=True)
+
+
+@mutant(must_stay=True)
+def exponentials_over_their_sum_over_queries(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights = scores.exp()
+    return (weights / weights.sum(-2, keepdim=True)) @ v
+
+
+@mutant(must_stay=True)
+def exponentials_over_their_sum_masked_in_between(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights = scores.exp()
+    return (weights.masked_fill(padded(x), 0.0) @ v) / weights.sum(-1, keepdim=True)
+
+
+@mutant(must_stay=True)
+def exponentials_of_two(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    weights = torch.exp2(scores)
+    return (weights @ v) / weights.sum(-1, keepdim=True)
+
+
+@mutant(must_stay=True)
+def log_softmax_over_queries_exponentiated(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return F.log_softmax(scores, -2).exp() @ v
+
+
+@mutant(must_stay=True)
+def half_of_the_log_softmax_exponentiated(m: Any, x: Tensor) -> Tensor:
+    scores, v = scored(m, x)
+    return (F.log_softmax(scores, -1) * 0.5).exp() @ v
+
+
+@mutant(must_stay=True)
+def keys_in_parts_and_weights_cut_elsewhere(m: Any, x: Tensor) -> Tensor:
+    q, k, v = qkv(m, x)
+    weights = torch.cat([q @ k[:, :, :2].mT, q @ k.mT], -1).softmax(-1)
+    return weights[..., :2] @ v[:, :, :2] + weights[..., 1:-1] @ v
+
+
+@mutant(must_stay=True)
+def keys_in_parts_of_two_queries(m: Any, x: Tensor) -> Tensor:
+    q, k, v = qkv(m, x)
+    weights = torch.cat([q.flip(2) @ k[:, :, :2].mT, q @ k.mT], -1).softmax(-1)
+    return weights[..., :2] @ v[:, :, :2] + weights[..., 2:] @ v
+
+
+@mutant(must_stay=True)
+def keys_in_parts_scaled_differently(m: Any, x: Tensor) -> Tensor:
+    q, k, v = qkv(m, x)
+    weights = torch.cat([q @ k[:, :, :2].mT * 0.3, q @ k.mT * 0.5], -1).softmax(-1)
+    return weights[..., :2] @ v[:, :, :2] + weights[..., 2:] @ v
+
+
+@mutant()
+def softmax_of_each_part_of_the_keys(m: Any, x: Tensor) -> Tensor:
+    q, k, v = qkv(m, x)
+    old, own = (q @ k[:, :, :2].mT).softmax(-1), (q @ k.mT).softmax(-1)
+    return old @ v[:, :, :2] + own @ v

@@ -853,3 +853,143 @@ def multihead_attention_function(m: Any, x: Tensor) -> Tensor:
         need_weights=False,
     )
     return out.transpose(0, 1)
+
+
+# --- idioms that people ask about -------------------------------------------------------------------------------
+
+
+def masked_scores(m: Projected, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled scores, v, and True [b, 1, 1, k] where a key may be seen."""
+    q, k, v = projections(m, x)
+    return q @ k.mT * DIM**-0.5, v, mask.bool()[:, None, None, :]
+
+
+@spelling(WithMask)
+def where_full_like(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    scores, v, keep = masked_scores(m, x, mask)
+    return join(torch.where(keep, scores, torch.full_like(scores, FINFO_MIN)).softmax(-1) @ v)
+
+
+@spelling(WithMask)
+def where_ones_like_first(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    scores, v, keep = masked_scores(m, x, mask)
+    return join(torch.where(~keep, torch.ones_like(scores) * -1e9, scores).softmax(-1) @ v)
+
+
+@spelling(WithMask)
+def nan_to_num_of_weights(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    scores, v, keep = masked_scores(m, x, mask)
+    return join(scores.masked_fill(~keep, -math.inf).softmax(-1).nan_to_num(0.0) @ v)
+
+
+@spelling(WithMask)
+def weights_filled_where_nan(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    scores, v, keep = masked_scores(m, x, mask)
+    weights = scores.masked_fill(~keep, -math.inf).softmax(-1)
+    return join(weights.masked_fill(weights.isnan(), 0.0) @ v)
+
+
+@spelling(WithMask)
+def weights_times_mask(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    scores, v, keep = masked_scores(m, x, mask)
+    return join((scores.masked_fill(~keep, FINFO_MIN).softmax(-1) * keep) @ v)
+
+
+@spelling(WithMask)
+def weights_times_mask_of_numbers(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    scores, v, _ = masked_scores(m, x, mask)
+    weights = scores.masked_fill(mask[:, None, None, :] == 0, -1e9).softmax(-1)
+    return join((weights * (mask != 0).float()[:, None, None]) @ v)
+
+
+@spelling(WithMask)
+def scores_times_mask_plus_its_rest(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    scores, v, keep = masked_scores(m, x, mask)
+    return join((scores * keep.float() + (1 - keep.float()) * -1e9).softmax(-1) @ v)
+
+
+@spelling(WithMask)
+def scores_times_mask_less_its_rest(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    scores, v, keep = masked_scores(m, x, mask)
+    real = 1.0 - (~keep).float()
+    return join((scores * real - 1e9 * (1.0 - real)).softmax(-1) @ v)
+
+
+@spelling(WithMask)
+def assigned_by_index(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    scores, v, keep = masked_scores(m, x, mask)
+    scores[(~keep).expand_as(scores)] = -math.inf
+    return join(scores.softmax(-1) @ v)
+
+
+@spelling()
+def assigned_by_index_of_the_last_dims(m: Any, x: Tensor) -> Tensor:
+    q, k, v = projections(m, x)
+    scores, place = q @ k.mT * DIM**-0.5, torch.arange(x.shape[1])
+    scores[:, :, place[:, None] < place] = -math.inf
+    return join(scores.softmax(-1) @ v)
+
+
+@spelling(WithMask)
+def fill_of_minus_ten_thousand(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    scores, v, keep = masked_scores(m, x, mask)
+    return join(scores.masked_fill(~keep, -1e4).softmax(-1) @ v)
+
+
+@spelling(WithMask)
+def fill_of_minus_a_hundred_million(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    scores, v, keep = masked_scores(m, x, mask)
+    return join(scores.masked_fill(~keep, -1e8).softmax(-1) @ v)
+
+
+@spelling(WithMemory)
+def keys_of_a_memory_and_own_keys_apart(m: Any, x: Tensor, memory: Tensor) -> Tensor:
+    q, k, v = projections(m, x)
+    old_k, old_v = split(m.k(memory)), split(m.v(memory))
+    weights = torch.cat([q @ old_k.mT, q @ k.mT], -1).mul(DIM**-0.5).softmax(-1)
+    old = memory.shape[1]
+    return join(weights[..., :old] @ old_v + weights[..., old:] @ v)
+
+
+@spelling(WithMemory)
+def keys_apart_scaled_apart_and_weights_split(m: Any, x: Tensor, memory: Tensor) -> Tensor:
+    q, k, v = projections(m, x)
+    old_k, old_v = split(m.k(memory[:, :2])), split(m.v(memory[:, :2]))
+    weights = torch.cat([q @ old_k.mT / 2.0, q @ k.mT / 2.0], -1).softmax(-1)
+    old, own = weights.split([2, x.shape[1]], -1)
+    return join(own @ v + old @ old_v)
+
+
+@spelling()
+def exponentials_divided_by_their_sum(m: Any, x: Tensor) -> Tensor:
+    q, k, v = projections(m, x)
+    weights = torch.exp(q @ k.mT * DIM**-0.5)
+    return join((weights / weights.sum(-1, keepdim=True)) @ v)
+
+
+@spelling()
+def exponentials_divided_after_the_value(m: Any, x: Tensor) -> Tensor:
+    q, k, v = projections(m, x)
+    weights = torch.exp(q @ k.mT * DIM**-0.5)
+    return join((weights @ v) / weights.sum(-1, keepdim=True))
+
+
+@spelling()
+def flash_attention_in_one_block(m: Any, x: Tensor) -> Tensor:
+    q, k, v = projections(m, x)
+    scores = q @ k.mT * DIM**-0.5
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return join(torch.einsum("bhqk,bhkd->bhqd", weights, v) * weights.sum(-1)[..., None].reciprocal())
+
+
+@spelling()
+def exponential_of_log_softmax(m: Any, x: Tensor) -> Tensor:
+    q, k, v = projections(m, x)
+    return join(F.log_softmax(q @ k.mT * DIM**-0.5, -1).exp() @ v)
+
+
+@spelling()
+def exponential_less_the_logsumexp(m: Any, x: Tensor) -> Tensor:
+    q, k, v = projections(m, x)
+    scores = q @ k.mT * DIM**-0.5
+    return join(torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True)) @ v)

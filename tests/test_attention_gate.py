@@ -674,7 +674,7 @@ def test_qkv_merge_follows_its_weights(names: tuple[str, ...]) -> None:
 
 def test_every_mutant_and_spelling_makes_what_it_says() -> None:
     """The spellings' counts, checked against the softmax and SDPA calls they make (those by exp make none)."""
-    hidden = {"softmax_by_exp_and_sum"}
+    hidden = ("softmax_by_exp_and_sum", "exponential", "flash_attention_in_one_block")
     for spelling in SPELLINGS:
         calls = count_attentions(spelling.make(), spelling.inputs(2, 6))
-        assert calls == (0 if spelling.name in hidden else spelling.attentions), spelling.name
+        assert calls == (0 if spelling.name.startswith(hidden) else spelling.attentions), spelling.name

@@ -256,3 +256,21 @@ def test_only_adapters_train_under_frozen_embeddings() -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
     assert not fast.report.fallbacks
     assert fast.report.hits["attention"] == 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_around_a_model_that_has_its_own(use_reentrant: bool) -> None:
+    torch.manual_seed(0)
+    net = Net(BODIES["layer"]).train()
+    original = copy.deepcopy(net)
+    fast = fxbt.optimize(net)
+    for _ in range(2):
+        x = torch.randn(2, 5, 8)
+        for model in (fast, original):
+            model.zero_grad()
+            given = x.clone().requires_grad_()
+            checkpoint(model, given, use_reentrant=use_reentrant).pow(3).sum().backward()
+        found = {name: p.grad for name, p in net.named_parameters()}
+        assert_close(found, {name: p.grad for name, p in original.named_parameters()}, tolerance=1e-4)
+    assert fast.report.latest is not None
+    assert not fast.report.fallbacks

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from tracing import by_native
 
 import fxbt
-from fxbt import attend, native, packed
+from fxbt import attend, cache, native, packed, toolchain
 
 TORCHS = {
     "": lambda y: y,
@@ -32,16 +34,20 @@ def library(request, tmp_path_factory):
     if request.param == "this processor's tiles":
         return native.library()
     capability = torch.backends.cpu.get_cpu_capability()
-    flags = (*native.OF_CAPABILITY[capability], "-D__AVX512F__", "-O1")  # -O3 takes half a minute for them
+    flags = (*toolchain.OF_CAPABILITY[capability], "-D__AVX512F__", "-O1")  # -O3 takes half a minute for them
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FXBT_CACHE_DIR", str(tmp_path_factory.mktemp("tiles")))
-        patch.setitem(native.OF_CAPABILITY, capability, flags)
-        return native._made()
+        patch.setitem(toolchain.OF_CAPABILITY, capability, flags)
+        native.compile_ahead.cache_clear()
+        made = native._made()
+    native.compile_ahead.cache_clear()
+    assert made.path != native.library().path
+    return made
 
 
 def test_they_are_to_be_had_where_a_compiler_and_the_instructions_are():
     """Otherwise the tests of the kernels would be skipped where native.c is broken."""
-    if torch.backends.cpu.get_cpu_capability() not in native.OF_CAPABILITY:
+    if torch.backends.cpu.get_cpu_capability() not in toolchain.OF_CAPABILITY:
         pytest.skip(f"torch runs {torch.backends.cpu.get_cpu_capability()} code here")
     if not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")):
         pytest.skip("no C compiler")
@@ -258,6 +264,7 @@ def test_shapes_of_attention_that_do_not_fit_are_an_error(library, shapes, bias)
 def fresh(monkeypatch, tmp_path):
     """As in a new process with an empty cache."""
     monkeypatch.setenv("FXBT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_made_private", [])
     forget()
     yield tmp_path
     forget()
@@ -277,18 +284,19 @@ def compiler(folder: Path, script: str) -> str:
 
 @by_native
 def test_it_is_compiled_once(fresh, monkeypatch):
-    assert native.library() is not None
-    (file,) = (fresh / "cache").iterdir()
+    path = native.library().path
+    assert path.parent == fresh / "cache" and path.with_suffix(".sha256").exists()
+    files = set(path.parent.iterdir())
     forget()
-    monkeypatch.setattr(native, "_run", None)  # a second compilation would fail
+    monkeypatch.setattr(toolchain, "_run", None)  # a second compilation would fail
     assert native.library() is not None
-    assert list((fresh / "cache").iterdir()) == [file]
+    assert set(path.parent.iterdir()) == files and len(files) == 2
 
 
 @by_native
 def test_it_is_compiled_while_a_model_is_traced(fresh, monkeypatch):
     native.compile_ahead().result()
-    monkeypatch.setattr(native, "_run", None)
+    monkeypatch.setattr(toolchain, "_run", None)
     assert native.library() is not None
 
 
@@ -303,17 +311,115 @@ def test_a_model_on_the_cpu_without_gradients_has_it_compiled(fresh):
     assert list((fresh / "cache").iterdir())
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> bytes:
+    """What the compiler makes here."""
+    flags = toolchain.flags_for(torch.backends.cpu.get_cpu_capability())
+    return toolchain.compiled(toolchain.compiler(), flags, tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture
+def prebuilt(fresh, built, monkeypatch) -> Path:
+    """The file of the kernels in a package that was built with them."""
+    path = fresh / toolchain.name_of(*toolchain.flags_for(torch.backends.cpu.get_cpu_capability()))
+    path.write_bytes(built)
+    path.with_suffix(".sha256").write_text(toolchain.digest_of(built))
+    monkeypatch.setattr(native, "PREBUILT", fresh)
+    return path
+
+
+def half_written(library: Path) -> None:
+    library.write_bytes(library.read_bytes()[:5000])
+
+
+def changed(library: Path) -> None:
+    data = bytearray(library.read_bytes())
+    data[-1] ^= 1
+    library.write_bytes(data)
+
+
+def without_digest(library: Path) -> None:
+    library.with_suffix(".sha256").unlink()
+
+
+def with_another_digest(library: Path) -> None:
+    library.with_suffix(".sha256").write_text("0" * 64)
+
+
+def writable_by_others(library: Path) -> None:
+    library.chmod(0o666)
+
+
+def with_a_digest_that_others_write(library: Path) -> None:
+    library.with_suffix(".sha256").chmod(0o664)
+
+
+def a_symlink(library: Path) -> None:
+    library.rename(library.with_name("elsewhere"))
+    library.symlink_to(library.with_name("elsewhere"))
+
+
+def a_pipe(library: Path) -> None:
+    library.unlink()
+    os.mkfifo(library)
+
+
 @by_native
-def test_a_broken_file_in_the_cache_is_made_anew(fresh, monkeypatch):
-    native.library()
-    (file,) = (fresh / "cache").iterdir()
-    other = fresh / "other"  # as a process does not load what it takes to be the same file again
-    other.mkdir()
-    (other / file.name).write_text("not a library")
-    monkeypatch.setenv("FXBT_CACHE_DIR", str(other))
-    forget()
+@pytest.mark.parametrize(
+    "harm",
+    [
+        *(half_written, changed, without_digest, with_another_digest),
+        *(writable_by_others, with_a_digest_that_others_write, a_symlink, a_pipe),
+    ],
+)
+def test_what_is_not_as_it_was_compiled_is_not_loaded_but_made_anew(harm, fresh, built, monkeypatch):
+    monkeypatch.setattr(toolchain, "compiled", lambda *args: built)
+    good, is_new = native._found_or_compiled()  # not loaded: a process has what it once loaded from a path
+    assert is_new and native._found_or_compiled() == (good, False)
+    harm(good)
+    assert native._found_or_compiled() == (good, True)
+    assert good.read_bytes() == built and not good.is_symlink()
+    assert native._found_or_compiled() == (good, False)
     assert native.library() is not None
-    assert (other / file.name).read_bytes().startswith(b"\x7fELF")
+
+
+@by_native
+def test_a_whole_file_that_is_no_library_is_made_anew(fresh, built, monkeypatch):
+    """Its digest is right: a compiler that failed without saying so, or a file from another system."""
+    monkeypatch.setattr(toolchain, "compiled", lambda *args: built)
+    path, _ = native._found_or_compiled()
+    path.write_text("not a library")
+    path.with_suffix(".sha256").write_text(toolchain.digest_of(b"not a library"))
+    assert native._found_or_compiled() == (path, False)
+    assert native.library() is not None
+    assert path.read_bytes().startswith(b"\x7fELF")
+
+
+@by_native
+def test_what_is_built_into_the_package_needs_no_compiler(prebuilt, fresh, monkeypatch):
+    monkeypatch.setattr(toolchain, "compiled", None)
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CC", raising=False)
+    assert native.library().path == prebuilt
+    assert not (fresh / "cache").exists()
+
+
+@by_native
+@pytest.mark.parametrize("harm", [half_written, changed, without_digest, with_another_digest])
+def test_what_is_built_in_but_not_whole_is_compiled_here(harm, prebuilt, built, fresh, monkeypatch, caplog):
+    monkeypatch.setattr(toolchain, "compiled", lambda *args: built)
+    harm(prebuilt)
+    assert native.library().path.parent == fresh / "cache"
+    assert ("install fxbt anew" in caplog.text) == (harm is not without_digest)
+
+
+@by_native
+def test_what_is_built_from_another_source_is_not_taken(prebuilt, built, fresh, monkeypatch):
+    monkeypatch.setattr(toolchain, "compiled", lambda *args: built)
+    other = fresh / "native.c"
+    other.write_text(toolchain.SOURCE.read_text() + "// another")
+    monkeypatch.setattr(toolchain, "SOURCE", other)
+    assert native.library().path.parent == fresh / "cache"
 
 
 @by_native
@@ -336,17 +442,17 @@ def test_a_compiler_that_fails_runs_once(fresh, monkeypatch):
     ids=["product", "activation", "softmax"],
 )
 def test_a_kernel_that_is_off_is_not_taken(right, other, fresh, monkeypatch):
-    source = native.SOURCE.read_text()
+    source = toolchain.SOURCE.read_text()
     wrong = source.replace(right, other)
     assert wrong != source
-    monkeypatch.setattr(native, "SOURCE", fresh / "native.c")
-    native.SOURCE.write_text(wrong)
+    monkeypatch.setattr(toolchain, "SOURCE", fresh / "native.c")
+    toolchain.SOURCE.write_text(wrong)
     assert native.library() is None
     assert native.obstacle().startswith("what was compiled is off by")
 
 
 @pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in native.OF_CAPABILITY, reason="another reason comes first here"
+    torch.backends.cpu.get_cpu_capability() not in toolchain.OF_CAPABILITY, reason="another reason comes first here"
 )
 @pytest.mark.parametrize(
     ("script", "reason"),
@@ -358,7 +464,7 @@ def test_a_kernel_that_is_off_is_not_taken(right, other, fresh, monkeypatch):
 )
 def test_a_compiler_that_does_not_work_is_told(script, reason, fresh, monkeypatch):
     monkeypatch.setenv("CC", compiler(fresh, script))
-    monkeypatch.setattr(native, "COMPILE_SECONDS", 1)
+    monkeypatch.setattr(toolchain, "COMPILE_SECONDS", 1)
     assert native.library() is None
     assert reason in native.obstacle()
 
@@ -382,9 +488,26 @@ def test_it_can_be_switched_off(fresh, monkeypatch):
     assert (native.library(), native.obstacle()) == (None, "FXBT_NATIVE=0")
 
 
-def test_a_cache_that_cannot_be_written_is_told(fresh, monkeypatch):
+@by_native
+def test_without_a_cache_it_is_compiled_into_a_private_folder(fresh, caplog):
     (fresh / "cache").write_text("a file stands in the folder's place")
+    assert native.library().path.parent.name.startswith("fxbt-")
+    assert "it is no folder" in caplog.text and "FXBT_CACHE_DIR" in caplog.text
+
+
+def test_where_nothing_can_be_written_it_is_told(fresh, monkeypatch):
+    (fresh / "cache").write_text("a file stands in the folder's place")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(fresh / "cache"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setenv("CC", "cc")
     assert native.library() is None
-    assert native.obstacle().startswith("it cannot be compiled in")
+    assert native.obstacle().startswith("what is compiled cannot be kept: ")
+
+
+@by_native
+def test_a_folder_that_lets_nothing_run_is_told(fresh, monkeypatch):
+    facts = types.SimpleNamespace(f_flag=os.ST_NOEXEC)
+    monkeypatch.setattr(os, "statvfs", lambda path: facts)
+    monkeypatch.setenv("CC", compiler(fresh, 'while [ "$1" != -o ]; do shift; done; echo nothing > "$2"'))
+    assert native.library() is None
+    assert "is mounted noexec: FXBT_CACHE_DIR names another place" in native.obstacle()

@@ -148,9 +148,12 @@ def test_a_graph_module_can_be_optimised():
 def test_a_forward_of_the_objects_own_stays():
     model = Net().eval()
     model.forward = lambda x: x + 1
+    fast = optimize(model)
     with pytest.warns(FxbtWarning, match="own attribute `forward`"):
-        fast = optimize(model)
-    assert torch.equal(fast(X), X + 1) and "own attribute `forward`" in fast.report.fallbacks[0]
+        assert torch.equal(fast(X), X + 1)
+    assert "own attribute `forward`" in fast.report.fallbacks[0]
+    del model.forward
+    assert torch.equal(fast(X), Net.forward(model, X)) and len(fast.report.graphs) == 1
 
 
 class NotARule:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from fxbt.containers import named_leaves
 from fxbt.errors import NotCapturable
-from fxbt.signature import Binder, Call, leaves, make_call
+from fxbt.signature import Binder, Call, make_call
 
 Pair = namedtuple("Pair", "first second")
 
@@ -119,7 +120,7 @@ def test_rebuild_makes_fresh_containers_of_the_same_types():
     assert type(rebuilt["b"]) is Pair and type(rebuilt["c"]) is OrderedDict
     assert rebuilt["a"][0] is new[0] and rebuilt["b"].first is new[0] and rebuilt["c"]["z"] is new[1]
     assert rebuilt["a"][1][1] == 3 and rebuilt["b"].second is None
-    assert len(leaves(rebuilt)) == len(leaves(batch)) == 6
+    assert len(list(named_leaves(rebuilt, ""))) == len(list(named_leaves(batch, ""))) == 6
 
 
 def test_names_say_where_a_nested_tensor_stands():

@@ -10,7 +10,7 @@ from models import ENCODER, tokens
 from padding_models import Case
 from tracing import by_native
 
-import fxbt
+import fxbt.cache
 from fxbt import attend, linears, native, tune
 from fxbt.epilogue import Activation
 from fxbt.tune import Contest
@@ -27,6 +27,7 @@ def contest(key: str = "linear", by_rule: str = "plain") -> Contest:
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FXBT_TUNE", "1")
     monkeypatch.setenv("FXBT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(fxbt.cache, "_made_private", [])
     return tmp_path
 
 
@@ -64,9 +65,8 @@ def test_measurements_add_up(measured):
     "content",
     ["", "{", "[]", "null", '{"machine": 1}', '{"machine": {}, "measured": {}}', "\\x00\\xff"],
 )
-def test_foreign_and_broken_files_are_ignored(measured, content):
-    path = tune.cache_file()
-    path.write_text(content)
+def test_foreign_and_broken_files_are_ignored(measured, content, cache):
+    (cache / tune.file_name()).write_text(content)
     assert tune.Tuner().choose(contest()) == WANTED
     assert tune.Tuner().choose(contest()) == WANTED and measured == ["linear"]
 
@@ -82,17 +82,17 @@ def test_foreign_and_broken_files_are_ignored(measured, content):
         {"plain": 1.0, "second": 1.0, "third": 1.0},
     ],
 )
-def test_broken_entries_are_measured_anew(measured, times):
+def test_broken_entries_are_measured_anew(measured, times, cache):
     data = {"machine": tune._machine(), "measured": {"linear": times}}
-    tune.cache_file().write_text(json.dumps(data))
+    (cache / tune.file_name()).write_text(json.dumps(data))
     assert tune.Tuner().choose(contest()) == WANTED and measured == ["linear"]
 
 
 def test_another_machine_has_a_file_of_its_own(measured, monkeypatch):
     tune.Tuner().choose(contest())
-    first = tune.cache_file()
+    first = tune.file_name()
     monkeypatch.setattr(tune, "_cpu_name", lambda: "another")
-    assert tune.cache_file() != first
+    assert tune.file_name() != first
     tune.Tuner().choose(contest())
     assert len(measured) == 2
 
@@ -101,12 +101,6 @@ def test_a_folder_that_cannot_be_written_is_no_error(measured, monkeypatch, cach
     (cache / "file").write_text("")
     monkeypatch.setenv("FXBT_CACHE_DIR", str(cache / "file" / "below"))
     assert tune.Tuner().choose(contest()) == WANTED
-
-
-def test_the_cache_follows_xdg(monkeypatch, tmp_path):
-    monkeypatch.delenv("FXBT_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert tune.cache_file().parent == tmp_path / "xdg" / "fxbt"
 
 
 def test_without_tuning_a_rule_decides(measured, monkeypatch, cache):
@@ -210,7 +204,7 @@ def test_the_only_kernel_there_is_can_be_measured():
 def test_what_a_busy_machine_says_is_not_kept(turns, is_kept, monkeypatch, cache):
     monkeypatch.setattr(tune, "in_turns", lambda *kernels, **options: [[4.0] * 4, turns, [5.0] * 4])
     assert tune.Tuner().choose(contest()) == ("second",) * 3
-    assert list(cache.iterdir()) == ([tune.cache_file()] if is_kept else [])
+    assert list(cache.iterdir()) == ([cache / tune.file_name()] if is_kept else [])
 
 
 @pytest.mark.parametrize(("taken", "is_kept"), [(12, True), (24, False)])  # of 12 calls
@@ -219,7 +213,7 @@ def test_nor_what_one_says_on_which_every_call_lost_a_processor(taken, is_kept, 
     monkeypatch.setattr(tune, "_times_taken", lambda: next(counts))
     monkeypatch.setattr(tune, "in_turns", lambda *kernels, **options: [[4.0] * 4, [2.0] * 4, [5.0] * 4])
     assert tune.Tuner().choose(contest()) == ("second",) * 3
-    assert list(cache.iterdir()) == ([tune.cache_file()] if is_kept else [])
+    assert list(cache.iterdir()) == ([cache / tune.file_name()] if is_kept else [])
 
 
 def test_another_answer_for_a_size_is_measured_again(monkeypatch):

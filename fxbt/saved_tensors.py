@@ -1,0 +1,51 @@
+"""Hooks on saved tensors that are active around a call: checkpointing, offloading to the host, compression.
+
+Autograd hands what an operation saves for its backward to the hooks that the caller entered. `torch.utils.checkpoint`
+counts those tensors, and ends a recomputation by an exception from its hook once it has all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import _StopRecomputationError
+
+
+def active_hooks() -> tuple[Any, ...]:
+    """The pack and unpack hooks of the caller's innermost context; () outside of any.
+
+    Example:
+        >>> with torch.autograd.graph.save_on_cpu():
+        ...     len(active_hooks())
+        2
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) or ()
+
+
+@contextlib.contextmanager
+def hidden() -> Iterator[None]:
+    """Keeps what is computed under it from the caller's hooks: only the innermost ones are called."""
+    if not active_hooks():
+        yield
+        return
+    with saved_tensors_hooks(_as_it_is, _as_it_is):
+        yield
+
+
+def comes_from_hook(error: BaseException) -> bool:
+    """Whether an exception is the caller's hook's own, so that it is no failure of what was computed."""
+    if isinstance(error, _StopRecomputationError):
+        return True
+    codes = {
+        getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None) for hook in active_hooks()
+    }
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
