@@ -35,7 +35,7 @@ def gradient_difference(
 ) -> str | None:
     """What differs between the gradients of a graph and those of the original; None if nothing does.
 
-    Compared are the gradients of a random projection of the outputs, for every input, parameter and output that
+    Compared are the gradients of a random projection of the outputs, for every input and parameter that
     requires one. Random numbers that dropout draws (on a CPU) are their mean in both, and outputs are compared too;
     None where other random numbers are drawn. Gradients of tensors with hooks, which would be called, are left out.
     """
@@ -74,18 +74,19 @@ def _has_hooks(tensor: Tensor) -> bool:
 
 
 def _gradients(found: Sequence[Any], inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """The gradients of a fixed random projection of the outputs that require one, those with respect to outputs too."""
+    """The gradients of a fixed random projection of the outputs that require one, with respect to `inputs`."""
     wanted = {f"output {i}": t for i, t in enumerate(found) if isinstance(t, Tensor) and t.requires_grad}
     wanted = {name: tensor for name, tensor in wanted.items() if tensor.is_floating_point()}
     if not wanted:
         return {}
     generator = torch.Generator().manual_seed(0)
     projections = [torch.randn(t.shape, generator=generator).to(t) for t in wanted.values()]
-    everything = {**inputs, **wanted}
+    if not inputs:
+        return {}
     gradients = torch.autograd.grad(
-        list(wanted.values()), list(everything.values()), projections, allow_unused=True, retain_graph=False
+        list(wanted.values()), list(inputs.values()), projections, allow_unused=True, retain_graph=False
     )
-    return dict(zip(everything, gradients, strict=True))
+    return dict(zip(inputs, gradients, strict=True))
 
 
 def _is_coarse(tensors: Sequence[Any]) -> bool:

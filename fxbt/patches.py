@@ -231,6 +231,12 @@ def _first_step(layer: Callable[..., Any]) -> Callable[..., Any]:
     return stand_in
 
 
+def _gelu_by_operations(self: Any, x: Tensor) -> Tensor:
+    from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
+
+    return bloom_gelu_forward(x)
+
+
 PATCHES = (
     Patch(
         "torch.nn.modules.module",
@@ -243,6 +249,12 @@ PATCHES = (
         "make_padding_mask",
         _padding_mask,
         "asks whether there is any padding, to leave out a mask that masks nothing",
+    ),
+    Patch(
+        "transformers.models.bloom.modeling_bloom",
+        "BloomGelu.forward",
+        _gelu_by_operations,
+        "has a backward of its own, which is the derivative of its operations",
     ),
     Patch(
         "transformers.models.vilt.modeling_vilt",
