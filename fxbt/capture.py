@@ -72,6 +72,7 @@ class Captured:
     out_spec: pytree.TreeSpec
     guards: Callable[..., None]  # guards(*tensors) raises AssertionError naming the condition that does not hold
     example: tuple[Tensor, ...]
+    read: list[Constant] = field(default_factory=list)  # tensors of the model whose values the guards compare
     seconds: float = 0.0
 
 
@@ -289,7 +290,9 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
     module = _flat_module(program, model, call, outputs)
     assert outputs.spec is not None
     guards = _guards(module, call.names, fixed)
-    return Captured(module, outputs.spec, _also(guards, outputs.read) if outputs.read else guards, tensors)
+    if outputs.read:
+        guards = _also(guards, outputs.read)
+    return Captured(module, outputs.spec, guards, tensors, outputs.read)
 
 
 @contextlib.contextmanager

@@ -17,17 +17,18 @@ from torch.utils import _pytree as pytree
 
 from . import native, outputs, pipeline, tune
 from .branches import GOES_ANOTHER_WAY
-from .capture import capture
+from .capture import Captured, capture
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
+from .graphs import CALLS_PER_CAPTURE, Graphs
 from .precision import Precision
-from .report import Report
+from .rebinding import rebound
+from .report import GraphReport, Report
 from .rule import Rule
 from .signature import Binder, Call
 from .state import ModelState, foreign_hook, preserved, versions
 from .verify import difference
 
 OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own number is 700
-_STATES_PER_FAILURE = 2  # a failed call is tried once more after an edit of the model, no more than that
 
 
 class _TraceLock:
@@ -98,12 +99,28 @@ class _Graph:
     pays: dict[int, bool] = field(default_factory=dict)  # by the size of calls: whether the graph serves them
     served: int = 0
     refused: int = 0  # calls that go another way, which only running the graph shows
+    used: int = 0  # when, last
+    captured: Captured | None = None
+    compiled: pipeline.Compiled | None = None
+    reported: GraphReport | None = None
 
     def applies(self, tensors: Sequence[Tensor]) -> bool:
         try:
             self.guards(*tensors)
         except Exception:  # an assertion, or a size it cannot compute with: not proven either way
             return False
+        return self.state.holds()
+
+    def rebind(self, model: nn.Module) -> bool:
+        """Takes over the tensors that stand in the places of others now; whether the graph holds with them."""
+        assert self.captured and self.compiled
+        found = rebound(self.state, model)
+        if found is None or not self.compiled.can_rebind(found[1]):
+            return False
+        self.state, pairs = found
+        self.compiled.rebind(pairs)
+        for constant in self.captured.read:
+            constant.tensor = pairs.get(id(constant.tensor), constant.tensor)
         return self.state.holds()
 
 
@@ -113,8 +130,6 @@ class Dispatcher:
     A graph runs only if the call's key, its shape guards and the model's state are those it was captured with.
     Everything else runs the original forward; `report` says why.
     """
-
-    max_captures = 8
 
     def __init__(
         self,
@@ -126,6 +141,7 @@ class Dispatcher:
         precision: type[Precision] | None = None,
         keep_original: bool = True,
         cuda_graphs: bool = False,
+        max_captures: int = 8,
     ):
         self.original = original
         self._precision = precision
@@ -137,9 +153,10 @@ class Dispatcher:
         self._tracer = tracer
         self._padding = padding
         self._binder = Binder(original.forward)
-        self._graphs: dict[Hashable, list[_Graph]] = {}
-        self._failed: dict[Hashable, list[ModelState]] = {}
-        self._captures = 0
+        self._graphs: Graphs[_Graph] = Graphs(max_captures)
+        self._failed: dict[Hashable, ModelState] = {}
+        self._given_up: set[Hashable] = set()
+        self._unlike: ModelState | None = None  # in which no graph could be rebound
         self._warned = False
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -173,6 +190,12 @@ class Dispatcher:
                 f"pass inputs that {name}.forward accepts"
             ) from error
 
+    def refresh(self) -> bool:
+        """Derives anew what graphs keep of weights; whether some of it was out of date."""
+        graphs = [graph.compiled.weights for graph in self._graphs if graph.compiled and graph.compiled.weights]
+        outdated = [weights.refresh() for weights in graphs]  # all of them, whatever the first says
+        return any(outdated)
+
     def fall_back(self, reason: str) -> None:
         """Notes why the original runs; the first time for a model, says so."""
         self.report.add_fallback(reason)
@@ -190,10 +213,21 @@ class Dispatcher:
         return (self.original.training, call.key)
 
     def _find(self, call: Call) -> _Graph | None:
-        for graph in self._graphs.get(self._key(call), ()):
-            if graph.applies(call.tensors):
-                return graph
-        return None
+        return self._graphs.find(self._key(call), call.tensors)
+
+    def _may_rebind(self, call: Call) -> bool:
+        return bool(self._graphs.of(self._key(call))) and not (self._unlike and self._unlike.holds())
+
+    def _rebound(self, call: Call) -> _Graph | None:
+        """The graph for a call of a model that other tensors of the same kinds were put into."""
+        if not self._may_rebind(call):
+            return None
+        rebound = [graph for graph in self._graphs if graph.rebind(self.original)]
+        for graph in rebound:
+            if graph.compiled and graph.compiled.spilled and graph.compiled.weights:
+                graph.compiled.spilled = graph.compiled.weights.spill_anew()
+        self._unlike = None if rebound else ModelState(self.original)
+        return self._find(call)
 
     def _run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with _LOCK.reading():
@@ -216,7 +250,7 @@ class Dispatcher:
         if GOES_ANOTHER_WAY in problem:
             self._refused(graph, call, problem)
             return output
-        self._drop(graph, call)
+        self._drop(graph)
         self._remember_failure(call)
         self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
         return output
@@ -233,27 +267,35 @@ class Dispatcher:
         """Keeps a graph that does not go a call's way for those that do, as long as they are the most."""
         graph.refused += 1
         if graph.refused > graph.served:
-            self._drop(graph, call)  # the next such call is captured
+            self._drop(graph)  # the next such call is captured
         self.fall_back(f"the graph for {call} was not used: {problem.removeprefix('RuntimeError: ')}")
 
-    def _drop(self, graph: _Graph, call: Call) -> None:
-        self._graphs[self._key(call)] = [g for g in self._graphs[self._key(call)] if g is not graph]
+    def _drop(self, graph: _Graph) -> None:
+        self._graphs.drop(graph)
 
     def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Inside the first call of a model that this one is a part of: that one is captured whole.
         if _LOCK.held_here() or self._has_failed(call):
             return self._run_original(args, kwargs)
-        if self._captures >= self.max_captures:
-            self.fall_back(f"{self.max_captures} graphs were captured, which is the limit (max_captures)")
-            return self._run_original(args, kwargs)
         if _LOCK.reads():
             self.fall_back("called from within the original forward of another optimised model")
             return self._run_original(args, kwargs)
+        if not self._may_rebind(call) and not self._may_capture():
+            return self._run_original(args, kwargs)
         with _LOCK.writing():
-            graph = self._find(call)  # another thread may have captured it meanwhile
-            if graph is None and not self._has_failed(call):
+            graph = self._find(call) or self._rebound(call)  # another thread may have captured it meanwhile
+            if graph is None and not self._has_failed(call) and self._may_capture():
                 return self._run_and_capture(call, args, kwargs)
-        return self(args, kwargs)
+        return self._run_graph(graph, call, args, kwargs) if graph else self._run_original(args, kwargs)
+
+    def _may_capture(self) -> bool:
+        if self._graphs.may_capture():
+            return True
+        self.fall_back(
+            f"{self._graphs.most} graphs were captured, which is the limit (max_captures): another takes the place of "
+            f"the one used least recently once graphs have served {CALLS_PER_CAPTURE} calls"
+        )
+        return False
 
     def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the original for the caller, then captures the call. The caller sees the model's own errors only."""
@@ -264,7 +306,7 @@ class Dispatcher:
         if hook := foreign_hook(self.original):
             self.fall_back(hook)
             return output
-        self._captures += 1
+        self._graphs.note_capture()
         try:
             self._refuse_writes(watched, before, call)
             with preserved(self.original), _collecting_rarely():
@@ -285,7 +327,7 @@ class Dispatcher:
     def _capture(self, call: Call, output: Any, rehearse: bool) -> None:
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
-        another_size = any(g.image_sizes != _image_sizes(call.tensors) for g in self._graphs.get(self._key(call), ()))
+        another_size = any(g.image_sizes != _image_sizes(call.tensors) for g in self._graphs.of(self._key(call)))
         captured = capture(self.original, call, self._tracer, rehearse=rehearse, any_image_size=another_size)
         try:
             compiled = pipeline.compile(
@@ -317,10 +359,22 @@ class Dispatcher:
             _image_sizes(call.tensors),
             functools.partial(self._slower, compiled),
             {_magnitude(call.tensors): True},
+            captured=captured,
+            compiled=compiled,
         )
-        key = self._key(call)
-        self.report.add_graph(f"{call}{' training' if self.original.training else ''}", captured, compiled)
-        self._graphs[key] = [*self._graphs.get(key, ()), graph]  # a new list: readers take no lock
+        self._keep(graph, call)
+
+    def _keep(self, graph: _Graph, call: Call) -> None:
+        assert graph.captured and graph.compiled
+        signature = f"{call}{' training' if self.original.training else ''}"
+        graph.reported = self.report.add_graph(signature, graph.captured, graph.compiled)
+        tensors = set(map(id, graph.state.tensors))
+        gone = [other for other in self._graphs if not tensors.issuperset(map(id, other.state.tensors))]
+        for other in gone:  # what such a graph reads is no longer the model's
+            self._graphs.drop(other)
+        for other in (*gone, *self._graphs.add(self._key(call), graph)):
+            if other.reported is not None:
+                self.report.drop_graph(other.reported)
 
     def _compare(self, compiled: pipeline.Compiled, spec: pytree.TreeSpec, call: Call, output: Any) -> str | None:
         """What differs between the graph's outputs and the original's on the same call; None if nothing does."""
@@ -349,11 +403,20 @@ class Dispatcher:
         return f"{1e3 * times[0]:.2g} ms with it, {1e3 * times[1]:.2g} ms without" if times else None
 
     def _remember_failure(self, call: Call) -> None:
-        self._failed.setdefault(self._key(call), []).append(ModelState(self.original))
+        key = self._key(call)
+        if key in self._failed:  # after an edit of the model: enough, whatever becomes of it
+            self._given_up.add(key)
+            del self._failed[key]  # it holds the weights that the model has now
+        if key not in self._given_up:
+            self._failed[key] = ModelState(self.original)
 
     def _has_failed(self, call: Call) -> bool:
-        states = self._failed.get(self._key(call), ())
-        return len(states) >= _STATES_PER_FAILURE or any(state.holds() for state in states)
+        key = self._key(call)
+        if key in self._given_up or key not in self._failed:
+            return key in self._given_up
+        if not self._failed[key].holds() and (found := rebound(self._failed[key], self.original)):
+            self._failed[key] = found[0]  # other weights make no difference
+        return self._failed[key].holds()
 
 
 @contextlib.contextmanager
