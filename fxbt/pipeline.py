@@ -41,6 +41,7 @@ class Compiled:
     dense: Program
     unpadding: Unpadding | None  # `run`, if it can drop padding
     module: fx.GraphModule
+    inlined: fx.GraphModule  # what was lowered; misses name its nodes
     before: Snapshot
     after: Snapshot
     stages: list[StageRecord]
@@ -78,7 +79,7 @@ class Compiled:
             program.rebind(pairs)
         if self.weights is not None:
             self.weights.rebind(pairs)
-        for part in self.module.modules():
+        for part in (*self.module.modules(), *self.inlined.modules()):
             for attributes in (vars(part), part._parameters, part._buffers):
                 held: dict[str, Any] = {name: pairs[id(v)] for name, v in attributes.items() if id(v) in pairs}
                 attributes.update(held)
@@ -180,6 +181,7 @@ def _compile(
         dense=program,
         unpadding=unpadding,
         module=module,
+        inlined=flat,
         before=before,
         after=after,
         stages=stages,
