@@ -8,7 +8,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .branches import GOES_ANOTHER_WAY
 from .capture import Captured, capture
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
 from .graphs import CALLS_PER_CAPTURE, Graphs
+from .numbers import Numbers, as_tensor
 from .precision import Precision
 from .rebinding import rebound
 from .report import GraphReport, Report
@@ -29,6 +30,7 @@ from .state import ModelState, foreign_hook, preserved, versions
 from .verify import difference
 
 OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own number is 700
+_OTHER_NUMBERS = (1, 2, 5, 64)  # beside one that a graph was captured with: does it take one of these?
 
 
 class _TraceLock:
@@ -100,16 +102,15 @@ class _Graph:
     served: int = 0
     refused: int = 0  # calls that go another way, which only running the graph shows
     used: int = 0  # when, last
+    numbers: frozenset[str] = frozenset()  # places of the call's numbers that are inputs
+    pinned: frozenset[str] = frozenset()  # of those that have one value only
+    constants: frozenset[str] = frozenset()  # of those that are not
     captured: Captured | None = None
     compiled: pipeline.Compiled | None = None
     reported: GraphReport | None = None
 
     def applies(self, tensors: Sequence[Tensor]) -> bool:
-        try:
-            self.guards(*tensors)
-        except Exception:  # an assertion, or a size it cannot compute with: not proven either way
-            return False
-        return self.state.holds()
+        return _accepts(self.guards, tensors) and self.state.holds()
 
     def rebind(self, model: nn.Module) -> bool:
         """Takes over the tensors that stand in the places of others now; whether the graph holds with them."""
@@ -152,7 +153,8 @@ class Dispatcher:
         self._verify = verify
         self._tracer = tracer
         self._padding = padding
-        self._binder = Binder(original.forward)
+        self._numbers = Numbers()
+        self._binder = Binder(original.forward, None if tracer == "hf-fx" else self._numbers)
         self._graphs: Graphs[_Graph] = Graphs(max_captures)
         self._failed: dict[Hashable, ModelState] = {}
         self._given_up: set[Hashable] = set()
@@ -291,9 +293,10 @@ class Dispatcher:
     def _may_capture(self) -> bool:
         if self._graphs.may_capture():
             return True
+        many = [f"; {place} changes, and has a graph for each value: pass a tensor" for place in self._numbers.refused]
         self.fall_back(
             f"{self._graphs.most} graphs were captured, which is the limit (max_captures): another takes the place of "
-            f"the one used least recently once graphs have served {CALLS_PER_CAPTURE} calls"
+            f"the one used least recently once graphs have served {CALLS_PER_CAPTURE} calls{''.join(many)}"
         )
         return False
 
@@ -307,14 +310,26 @@ class Dispatcher:
             self.fall_back(hook)
             return output
         self._graphs.note_capture()
-        try:
-            self._refuse_writes(watched, before, call)
-            with preserved(self.original), _collecting_rarely():
-                self._capture(call, output, rehearse=not state.holds())
-        except CaptureError as error:
-            self._remember_failure(call)
-            self.fall_back(f"{call} cannot be captured: {error}")
-        return output
+        while True:
+            try:
+                self._refuse_writes(watched, before, call)
+                with preserved(self.original), _collecting_rarely():
+                    self._capture(call, output, rehearse=not state.holds())
+                return output
+            except CaptureError as error:
+                if call.numbers:  # once more, with them as constants
+                    call = self._with_constants(call, error)
+                    continue
+                self._remember_failure(call)
+                self.fall_back(f"{call} cannot be captured: {error}")
+                return output
+
+    def _with_constants(self, call: Call, error: CaptureError) -> Call:
+        """The same call with its numbers in the key, as all that follow are."""
+        for place in call.numbers:
+            self._numbers.refuse(place, str(error))
+        self._drop_all([graph for graph in self._graphs if graph.numbers & call.numbers.keys()])
+        return self._binder.call(call.args, call.kwargs)
 
     def _refuse_writes(self, watched: list[Tensor], before: list[int], call: Call) -> None:
         written = [tensor for tensor, old, new in zip(watched, before, versions(watched), strict=True) if old != new]
@@ -329,6 +344,7 @@ class Dispatcher:
             native.compile_ahead()
         another_size = any(g.image_sizes != _image_sizes(call.tensors) for g in self._graphs.of(self._key(call)))
         captured = capture(self.original, call, self._tracer, rehearse=rehearse, any_image_size=another_size)
+        self._check_pinned(pinned := _pinned(captured, call), call)
         try:
             compiled = pipeline.compile(
                 captured,
@@ -339,6 +355,7 @@ class Dispatcher:
                 cuda_graphs=self._cuda_graphs,
             )
             problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, output)
+            problem = problem or self._compare_earlier(compiled, captured, call)
         except RuleError as error:
             raise CaptureError(str(error)) from error
         except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
@@ -361,6 +378,9 @@ class Dispatcher:
             {_magnitude(call.tensors): True},
             captured=captured,
             compiled=compiled,
+            numbers=frozenset(call.numbers),
+            pinned=frozenset(pinned),
+            constants=frozenset(call.constants),
         )
         self._keep(graph, call)
 
@@ -369,12 +389,17 @@ class Dispatcher:
         signature = f"{call}{' training' if self.original.training else ''}"
         graph.reported = self.report.add_graph(signature, graph.captured, graph.compiled)
         tensors = set(map(id, graph.state.tensors))
-        gone = [other for other in self._graphs if not tensors.issuperset(map(id, other.state.tensors))]
-        for other in gone:  # what such a graph reads is no longer the model's
-            self._graphs.drop(other)
-        for other in (*gone, *self._graphs.add(self._key(call), graph)):
-            if other.reported is not None:
-                self.report.drop_graph(other.reported)
+        # What one reads is no longer the model's, or calls have an input where it has a constant.
+        self._drop_all([g for g in self._graphs if not tensors.issuperset(map(id, g.state.tensors))])
+        self._drop_all([g for g in self._graphs if g.constants & graph.numbers])
+        self._drop_all(self._graphs.add(self._key(call), graph))
+
+    def _drop_all(self, graphs: Sequence[_Graph]) -> None:
+        """Forgets graphs that no call will come back to, in the report too."""
+        for graph in graphs:
+            self._graphs.drop(graph)
+            if graph.reported is not None:
+                self.report.drop_graph(graph.reported)
 
     def _compare(self, compiled: pipeline.Compiled, spec: pytree.TreeSpec, call: Call, output: Any) -> str | None:
         """What differs between the graph's outputs and the original's on the same call; None if nothing does."""
@@ -393,6 +418,28 @@ class Dispatcher:
             return None
         expected = compiled.unpadding.as_returned(expected, call.tensors)
         return _values_difference(compiled.unpadding.uncounted(*call.tensors), expected, is_precise)
+
+    def _check_pinned(self, pinned: set[str], call: Call) -> None:
+        """Raises CaptureError where graph after graph is for one value of a number: as a constant it is no worse."""
+        others = self._graphs.of(self._key(call))
+        for place in pinned:
+            if others and all(place in other.pinned for other in others):
+                raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
+
+    def _compare_earlier(self, compiled: pipeline.Compiled, captured: Captured, call: Call) -> str | None:
+        """The same with the values that the call's numbers had before: Python may tell a symbol from a number."""
+        if not call.numbers or compiled.stochastic:
+            return None
+        tensors = list(call.tensors)
+        for place, number in call.numbers.items():
+            earlier = self._numbers.first(place, number.kind)
+            if (earlier < 0) == number.is_negative:
+                tensors[number.index] = as_tensor(earlier)
+        if not _accepts(captured.guards, tensors):  # another way through the model
+            return None
+        args, kwargs = call.rebuild(tensors)
+        earlier_call = replace(call, args=args, kwargs=kwargs, tensors=tuple(tensors))
+        return self._compare(compiled, captured.out_spec, earlier_call, self.original.forward(*args, **kwargs))
 
     def _slower(self, compiled: pipeline.Compiled, call: Call) -> str | None:
         """How much slower than the original a graph is on a call; None where it is not, or cannot be measured."""
@@ -428,6 +475,29 @@ def _collecting_rarely() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(first, *others)
+
+
+def _pinned(captured: Captured, call: Call) -> set[str]:
+    """The numbers that a graph is for one value of, though they are inputs: its guards take no other near it."""
+    pinned = set()
+    for place, number in call.numbers.items():
+        value = number.of(call.tensors)
+        tensors = list(call.tensors)
+        for other in _OTHER_NUMBERS:
+            tensors[number.index] = as_tensor(value + (other if value >= 0 else -other))
+            if _accepts(captured.guards, tensors):
+                break
+        else:
+            pinned.add(place)
+    return pinned
+
+
+def _accepts(guards: Callable[..., None], tensors: Sequence[Tensor]) -> bool:
+    try:
+        guards(*tensors)
+    except Exception:  # an assertion, or a size it cannot compute with: not proven either way
+        return False
+    return True
 
 
 def _magnitude(tensors: Sequence[Tensor]) -> int:

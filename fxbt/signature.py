@@ -7,7 +7,7 @@ import enum
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import NotCapturable
+from .numbers import Number, Numbers, as_tensor
 
 TENSOR_TYPES = (Tensor, nn.Parameter)
 STATIC_TYPES = frozenset(
     [
         type(None),
         bool,
-        int,
         str,
         bytes,
         torch.dtype,
@@ -37,19 +37,23 @@ STATIC_TYPES = frozenset(
 class Call:
     """One call of a model. `tensors` are the distinct tensor objects of (args, kwargs) in order of appearance.
 
-    Two calls with equal `key` differ only in the shapes and values of their tensors.
+    Two calls with equal `key` differ only in the shapes and values of their tensors. Those include what stands for
+    `numbers`, Python numbers (by their place) that change from call to call; `constants` are the places of the others.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tensors: tuple[Tensor, ...]
     key: Hashable
+    numbers: dict[str, Number] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
 
     def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with `tensors` in the places of `self.tensors`, in fresh containers."""
-        place = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
-        args, kwargs = _rebuild((self.args, self.kwargs), place)
-        return args, kwargs
+        by_id = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
+        numbers = {place: number.of(tensors) for place, number in self.numbers.items()}
+        args = tuple([_rebuild(value, by_id, f"args[{i}]", numbers) for i, value in enumerate(self.args)])
+        return args, {name: _rebuild(value, by_id, name, numbers) for name, value in self.kwargs.items()}
 
     @property
     def names(self) -> list[str]:
@@ -57,11 +61,13 @@ class Call:
         named: dict[int, str] = {}
         for place, leaf in (*named_leaves(self.args, "args"), *_walk_kwargs(self.kwargs)):
             named.setdefault(id(leaf), place)
+        named.update({id(self.tensors[number.index]): place for place, number in self.numbers.items()})
         return [named[id(tensor)] for tensor in self.tensors]
 
     def __str__(self) -> str:
         shown = [
-            f"{place}={_show(leaf)}" for place, leaf in (*named_leaves(self.args, "args"), *_walk_kwargs(self.kwargs))
+            f"{place}={self.numbers.get(place) or _show(leaf)}"
+            for place, leaf in (*named_leaves(self.args, "args"), *_walk_kwargs(self.kwargs))
         ]
         return f"({', '.join(shown)}){_show_modes(self.tensors)}"
 
@@ -75,7 +81,8 @@ class Binder:
         ['input_ids', 'attention_mask']
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], numbers: Numbers | None = None) -> None:
+        self._numbers = numbers
         parameters = list(inspect.signature(forward).parameters.values())
         self._order = {p.name: i for i, p in enumerate(parameters)}
         by_keyword = [p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters]
@@ -85,12 +92,13 @@ class Binder:
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Raises `NotCapturable` when an argument holds what no graph can take."""
         args, kwargs = self._by_keyword(args, kwargs)
-        tensors: list[Tensor] = []
-        seen: dict[int, int] = {}
-        parts: list[Hashable] = [_key(v, f"args[{i}]", tensors, seen) for i, v in enumerate(args)]
+        reader = _Reader(self._numbers)
+        parts: list[Hashable] = [reader.key(v, f"args[{i}]") for i, v in enumerate(args)]
         for name, value in kwargs.items():
-            parts += (name, _key(value, name, tensors, seen))
-        return Call(args, kwargs, tuple(tensors), (len(args), *parts, *_modes(tensors)))
+            parts += (name, reader.key(value, name))
+        tensors = reader.tensors
+        key = (len(args), *parts, *_modes(tensors))
+        return Call(args, kwargs, tuple(tensors), key, reader.numbers, tuple(reader.constants))
 
     def _by_keyword(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Flags given by position stay there: decorators around a forward may look for them among the keywords only.
@@ -124,28 +132,48 @@ def children(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def _key(value: Any, place: str, tensors: list[Tensor], seen: dict[int, int]) -> Hashable:
-    kind = type(value)
-    if kind in TENSOR_TYPES:
-        return _tensor_key(value, place, tensors, seen)
-    if kind in STATIC_TYPES or isinstance(value, enum.Enum):
-        return (kind, value)
-    if kind in (float, complex):
-        return (kind, repr(value))  # -0.0 == 0.0 and nan != nan
-    items = children(value)
-    if items is None:
-        raise _not_capturable(value, place)
-    return (kind, *items, *[_key(item, f"{place}[{name!r}]", tensors, seen) for name, item in items.items()])
+class _Reader:
+    """Reads the arguments of one call: each one's part of the key, and the tensors."""
 
+    def __init__(self, known: Numbers | None) -> None:
+        self.tensors: list[Tensor] = []
+        self.numbers: dict[str, Number] = {}
+        self.constants: list[str] = []
+        self._seen: dict[int, int] = {}
+        self._known = known
 
-def _tensor_key(tensor: Tensor, place: str, tensors: list[Tensor], seen: dict[int, int]) -> Hashable:
-    first = seen.setdefault(id(tensor), len(tensors))
-    if first < len(tensors):
-        return ("same tensor", first)
-    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
-        raise NotCapturable(f"argument {place} is a {_layout(tensor)} tensor; graphs take dense tensors")
-    tensors.append(tensor)
-    return (tensor.dtype, tensor.device, tensor.ndim, tensor.requires_grad)
+    def key(self, value: Any, place: str) -> Hashable:
+        kind = type(value)
+        if kind in TENSOR_TYPES:
+            return self._tensor_key(value, place)
+        if kind is int or kind is float:
+            return self._number_key(value, place)
+        if kind in STATIC_TYPES or isinstance(value, enum.Enum):
+            return (kind, value)
+        if kind is complex:
+            return (kind, repr(value))  # -0.0 == 0.0 and nan != nan
+        items = children(value)
+        if items is None:
+            raise _not_capturable(value, place)
+        return (kind, *items, *[self.key(item, f"{place}[{name!r}]") for name, item in items.items()])
+
+    def _tensor_key(self, tensor: Tensor, place: str) -> Hashable:
+        first = self._seen.setdefault(id(tensor), len(self.tensors))
+        if first < len(self.tensors):
+            return ("same tensor", first)
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            raise NotCapturable(f"argument {place} is a {_layout(tensor)} tensor; graphs take dense tensors")
+        self.tensors.append(tensor)
+        return (tensor.dtype, tensor.device, tensor.ndim, tensor.requires_grad)
+
+    def _number_key(self, value: int | float, place: str) -> Hashable:
+        kind = type(value)
+        if self._known is None or not self._known.varies(place, value):
+            self.constants.append(place)
+            return (kind, repr(value))
+        self.numbers[place] = Number(len(self.tensors), kind, kind is int and value < 0)
+        self.tensors.append(as_tensor(value))
+        return (kind, "any", self.numbers[place].is_negative)
 
 
 def _not_capturable(value: Any, place: str) -> NotCapturable:
@@ -166,13 +194,15 @@ def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return (*modes, *[(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)])
 
 
-def _rebuild(value: Any, place: dict[int, Any]) -> Any:
-    if id(value) in place:
-        return place[id(value)]
+def _rebuild(value: Any, tensors: dict[int, Any], place: str, numbers: dict[str, Any]) -> Any:
+    if place in numbers:
+        return numbers[place]
+    if id(value) in tensors:
+        return tensors[id(value)]
     items = children(value)
     if items is None:
         return value
-    built = {name: _rebuild(item, place) for name, item in items.items()}
+    built = {name: _rebuild(item, tensors, f"{place}[{name!r}]", numbers) for name, item in items.items()}
     if is_record(value):
         return type(value)(**built)
     if isinstance(value, dict):

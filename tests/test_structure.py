@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # A file imports only files above it.
 ROOMS = [
     "errors",
+    "numbers",
     "signature",
     "outputs",
     "scan",
