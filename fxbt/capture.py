@@ -31,7 +31,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from . import outputs as forms
+from . import own_autograd
 from .branches import Answer, Followed, Noted
+from .checkpointing import mark_blocks
 from .codes import is_model_code
 from .constants import Constants, constant, knowing
 from .containers import Arguments, Given, named_leaves
@@ -360,6 +362,7 @@ def _flat_forward(
         arguments = Arguments(args, kwargs)
         with (
             refused(tensors),
+            own_autograd.refused(tensors, [*self.parameters(), *self.buffers()], _is_user_code),
             Constants() if fixed else contextlib.nullcontext(),
             Followed(answers, _is_user_code),
             Scalars(self, outputs.originals) as scalars,
@@ -400,6 +403,7 @@ def _check_outputs(result: Any, flat: list[Any]) -> None:
 
 def _flat_module(program: ExportedProgram, model: nn.Module, call: Call, outputs: _Outputs) -> fx.GraphModule:
     inline_regions(program.graph_module)
+    mark_blocks(program.graph_module)
     graph = program.graph
     attributes: dict[str, Any] = {
         node.target: getattr(program.graph_module, node.target) for node in graph.nodes if node.op == "get_attr"

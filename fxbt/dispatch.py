@@ -23,6 +23,7 @@ from .branches import GOES_ANOTHER_WAY
 from .capture import Captured, capture
 from .containers import Arguments
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
+from .gradients import gradient_difference
 from .graphs import CALLS_PER_CAPTURE, Graphs
 from .numbers import Numbers, as_tensor
 from .precision import Precision
@@ -478,8 +479,11 @@ class Dispatcher:
             )
             problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, *expected)
             problem = problem or self._compare_earlier(compiled, captured, call)
+            problem = problem or gradient_difference(compiled.dense, self.original, call, compiled.stochastic)
         except RuleError as error:
             raise CaptureError(str(error)) from error
+        except CaptureError:
+            raise
         except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
         if problem is not None:

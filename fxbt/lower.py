@@ -18,6 +18,7 @@ from .attend import attend_fast
 from .branches import assert_now
 from .canonical import attribute
 from .chain import chained
+from .differentiable import attention_with_gradient
 from .heads import attend_projections
 from .linears import choose_linears
 from .memory import peak_bytes
@@ -25,6 +26,7 @@ from .once import look_up_once, make_masks_once, split_heads_once
 from .ops import BY_PRODUCTS
 from .precision import Precision, narrow_linears
 from .products import by_products
+from .recompute import recomputing
 from .replay import Replay, obstacle
 from .weights import Weights, compile_graph, weight_only
 
@@ -74,21 +76,6 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _attention_with_gradient(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
-) -> torch.Tensor:
-    """SDPA for training: torch 2.13's CPU flash kernel has wrong gradients in rows that a mask blocks entirely."""
-    if attn_mask is None or query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, **options)[0]
-
-
 class Program:
     """A rewritten graph as a thread-safe callable: `program(*tensors) -> tuple of outputs`.
 
@@ -125,7 +112,7 @@ class Program:
         for node in graph.nodes:
             node.target = _binding(node) if node.op == "call_function" else node.target
         self._graph = graph
-        self._run = compile_graph(graph if weights is None else chained(graph, weights.tuner))
+        self._run = compile_graph(recomputing(graph) if weights is None else chained(graph, weights.tuner))
         self.replay: Replay | None = None
         if cuda_graphs and weights is not None:
             self._run = self.replay = Replay(self._run, count, no_replay)
@@ -179,7 +166,7 @@ class Program:
 def _binding(node: fx.Node) -> Any:
     is_attention = node.target is aten.scaled_dot_product_attention.default
     if is_attention and "fxbt_rule" in node.meta and torch.is_grad_enabled():
-        return _attention_with_gradient
+        return attention_with_gradient
     return BINDINGS.get(node.target, node.target)
 
 

@@ -218,7 +218,7 @@ def _splice(
 def provenance(node: fx.Node, anchor: fx.Node, rule: Rule) -> dict[str, Any]:
     """A new node's meta: its own value, the module path and source line of what it replaces, and the rule's name."""
     meta: Any = anchor.meta
-    kept = {str(key): meta[key] for key in ("nn_module_stack", "stack_trace") if key in meta}
+    kept = {str(key): meta[key] for key in ("nn_module_stack", "stack_trace", "custom") if key in meta}
     return {"val": node.meta.get("val"), "fxbt_rule": rule.name, **kept}
 
 

@@ -244,20 +244,19 @@ def foreign_hook(model: nn.Module) -> str | None:
     everywhere = torch.nn.modules.module
     if any(getattr(everywhere, f"_global{kind}") for kind in HOOKS):
         return "global module hooks are registered (torch.nn.modules.module.register_module_*_hook)"
+    packages: dict[str, set[str]] = {}  # of each module's class and of those above it
     for path, module in model.named_modules():
-        if path and (hook := _foreign_hook_of(module)):
+        above = packages.get(path.rpartition(".")[0], set()) if path else set()
+        packages[path] = above | ({own} if (own := _package(inspect.getsourcefile(type(module)))) else set())
+        if path and (hook := _foreign_hook_of(module, packages[path])):
             return f"{path} ({type(module).__name__}) has a hook, {hook}, that a graph would not call; remove it"
     return None
 
 
-def _foreign_hook_of(module: nn.Module) -> str | None:
-    own = _package(inspect.getsourcefile(type(module)))
+def _foreign_hook_of(module: nn.Module, own: set[str]) -> str | None:
     for kind in HOOKS:
         for hook in getattr(module, kind).values():
-            home = _package(_source(hook))
-            if _shards(hook):
-                home = None
-            if "backward" in kind or home is None or home != own:
+            if "backward" in kind or _shards(hook) or _package(_source(hook)) not in own:
                 return str(getattr(hook, "__qualname__", None) or type(hook).__qualname__)
     return None
 
