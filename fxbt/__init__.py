@@ -12,7 +12,7 @@ from .canonical import argument
 from .errors import CaptureError, ExampleError, FxbtWarning, NotOptimizedError, RuleError
 from .match import Found, is_float_cast, op_of
 from .miss import Miss
-from .optimize import optimize, restore
+from .optimize import optimize, refresh, restore
 from .pipeline import default_rules
 from .rule import Match, Rule, rule
 
@@ -34,6 +34,7 @@ __all__ = [
     "op_of",
     "ops",
     "optimize",
+    "refresh",
     "restore",
     "rule",
     "testing",

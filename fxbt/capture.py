@@ -75,6 +75,7 @@ class Captured:
     out_spec: pytree.TreeSpec
     guards: Callable[..., None]  # guards(*tensors) raises AssertionError naming the condition that does not hold
     example: tuple[Tensor, ...]
+    read: list[Constant] = field(default_factory=list)  # tensors of the model whose values the guards compare
     seconds: float = 0.0
 
 
@@ -197,8 +198,9 @@ def _attempts(
     """What to try, most general first; `errors` are those of the attempts so far."""
     larger = [example]
     # An axis of size one is taken for a constant, so that it is made larger where the model agrees.
+    inputs = [i for i in range(len(example)) if i not in _indices(call)]
     for axes in ((0,), (0, 1)):
-        enlarged = _enlarge(example, axes)
+        enlarged = _enlarge(example, axes, inputs)
         is_new = enlarged is not None and all(_shapes(enlarged) != _shapes(tensors) for tensors in larger)
         if enlarged is not None and is_new and _accepts(model, call, enlarged):
             larger.insert(0, enlarged)
@@ -238,11 +240,16 @@ def _reads_values(error: Exception) -> bool:
     return any(isinstance(cause, _VALUES_READ) for cause in _causes(error))
 
 
-def _enlarge(example: tuple[Tensor, ...], axes: tuple[int, ...]) -> tuple[Tensor, ...] | None:
+def _indices(call: Call) -> set[int]:
+    """Which of a call's tensors stand for numbers."""
+    return {number.index for number in call.numbers.values()}
+
+
+def _enlarge(example: tuple[Tensor, ...], axes: tuple[int, ...], inputs: list[int]) -> tuple[Tensor, ...] | None:
     enlarged = list(example)
     for axis in axes:
         # Beyond the batch, only the axis of 2-D inputs (tokens) is known to be a length and no feature.
-        having = [i for i, t in enumerate(enlarged) if (t.ndim > axis if axis == 0 else t.ndim == 2)]
+        having = [i for i in inputs if (enlarged[i].ndim > axis if axis == 0 else enlarged[i].ndim == 2)]
         if not having or any(enlarged[i].shape[axis] != 1 for i in having):
             continue
         for i in having:
@@ -293,12 +300,14 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
     flat = object.__new__(_subclass(kind, {"forward": forward}))
     # Hooks on the model itself are called around its forward as ever, graph or not.
     object.__setattr__(flat, "__dict__", {**vars(model), **{kind: OrderedDict() for kind in HOOKS}})
+    numbers = _indices(call)
     dims = [
         {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] != 1 and attempt.frees(i, axis)}
         if i not in fixed
         else {}
         for i, t in enumerate(tensors)
     ]
+    dims = [{0: Dim.AUTO} if i in numbers and tensors[i].ndim else axes for i, axes in enumerate(dims)]
     # Size-oblivious: one graph serves size one too, wherever the model does not ask for it. torch's cache of what ops
     # give on symbolic sizes costs more than it saves: MiniLM was ready in 4.8 s with it, 3.9 s without (medians of 3).
     with (
@@ -315,7 +324,9 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
     module = _flat_module(program, model, call, outputs)
     assert outputs.spec is not None
     guards = _guards(module, call.names, fixed)
-    return Captured(module, outputs.spec, _also(guards, outputs.read) if outputs.read else guards, tensors)
+    if outputs.read:
+        guards = _also(guards, outputs.read)
+    return Captured(module, outputs.spec, guards, tensors, outputs.read)
 
 
 @contextlib.contextmanager
@@ -342,8 +353,10 @@ def _flat_forward(
     fixed: dict[int, Tensor],
     answers: tuple[Answer, ...],
 ) -> Callable[..., tuple[Any, ...]]:
+    numbers = _indices(call)
+
     def forward(self: nn.Module, *tensors: Tensor) -> tuple[Any, ...]:
-        _share_batch(tensors)
+        _share_batch([tensor for i, tensor in enumerate(tensors) if i not in numbers])
         tensors = tuple(constant(fixed[i]) if i in fixed else tensor for i, tensor in enumerate(tensors))
         args, kwargs = call.rebuild(tensors)
         arguments = Arguments(args, kwargs)
@@ -366,7 +379,7 @@ def _flat_forward(
     return forward
 
 
-def _share_batch(tensors: tuple[Tensor, ...]) -> None:
+def _share_batch(tensors: Sequence[Tensor]) -> None:
     """Inputs of one batch size have it as one symbol (a guard): sizes derived from two could not be compared."""
     first: dict[int, Any] = {}
     for tensor in tensors:

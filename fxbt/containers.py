@@ -85,14 +85,19 @@ def place_of(place: str, name: Any) -> str:
     return f"{place}.{name}" if isinstance(name, Attribute) else f"{place}[{name!r}]"
 
 
-def rebuilt(value: Any, leaves: dict[int, Any]) -> Any:
-    """`value` in fresh containers, with what `leaves` has under the id of a leaf in that leaf's place."""
+def rebuilt(value: Any, place: str, leaves: dict[int, Any], numbers: dict[str, Any]) -> Any:
+    """`value`, which stands at `place`, in fresh containers.
+
+    In a leaf's place stands what `numbers` has for its place, or `leaves` for its id; other leaves stay.
+    """
+    if place in numbers:
+        return numbers[place]
     if id(value) in leaves:
         return leaves[id(value)]
     items = children(value)
     if items is None:
         return value
-    parts = {name: rebuilt(item, leaves) for name, item in items.items()}
+    parts = {name: rebuilt(item, place_of(place, name), leaves, numbers) for name, item in items.items()}
     kind = type(value)
     if kind in (dict, OrderedDict) or is_record(value):
         return kind(**parts) if is_record(value) else kind(parts)

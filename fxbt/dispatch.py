@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ from torch.utils import _pytree as pytree
 
 from . import native, outputs, pipeline, tune
 from .branches import GOES_ANOTHER_WAY
-from .capture import capture
+from .capture import Captured, capture
 from .containers import Arguments
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
 from .gradients import gradient_difference
+from .graphs import CALLS_PER_CAPTURE, Graphs
+from .numbers import Numbers, as_tensor
 from .precision import Precision
+from .rebinding import rebound
 from .recording import Recording, is_recording
-from .report import Report
+from .report import GraphReport, Report
 from .rule import Rule
 from .saved_tensors import active_hooks, comes_from_hook, hidden
 from .signature import TENSOR_TYPES, Binder, Call, named_arguments
@@ -42,7 +45,7 @@ _LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _OWN_FORWARD = "the model object has its own attribute `forward`, which comes before any class's"
 _NOT_THE_CALLERS = (str(Path(__file__).parent), str(Path(nn.__file__).parent))
 OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own number is 700
-_STATES_PER_FAILURE = 2  # a failed call is tried once more after an edit of the model, no more than that
+_OTHER_NUMBERS = (1, 2, 5, 64)  # beside one that a graph was captured with: does it take one of these?
 
 
 class _TraceLock:
@@ -115,12 +118,27 @@ class _Graph:
     pays: dict[int, bool] = field(default_factory=dict)  # by the size of calls: whether the graph serves them
     served: int = 0
     refused: int = 0  # calls that go another way, which only running the graph shows
+    used: int = 0  # when, last
+    numbers: frozenset[str] = frozenset()  # places of the call's numbers that are inputs
+    pinned: frozenset[str] = frozenset()  # of those that have one value only
+    constants: frozenset[str] = frozenset()  # of those that are not
+    captured: Captured | None = None
+    compiled: pipeline.Compiled | None = None
+    reported: GraphReport | None = None
 
     def applies(self, tensors: Sequence[Tensor]) -> bool:
-        try:
-            self.guards(*tensors)
-        except Exception:  # an assertion, or a size it cannot compute with: not proven either way
+        return _accepts(self.guards, tensors) and self.state.holds() and self.around.holds(_LOCK.held_elsewhere())
+
+    def rebind(self, model: nn.Module) -> bool:
+        """Takes over the tensors that stand in the places of others now; whether the graph holds with them."""
+        assert self.captured and self.compiled
+        found = rebound(self.state, model)
+        if found is None or not self.compiled.can_rebind(found[1]):
             return False
+        self.state, pairs = found
+        self.compiled.rebind(pairs)
+        for constant in self.captured.read:
+            constant.tensor = pairs.get(id(constant.tensor), constant.tensor)
         return self.state.holds() and self.around.holds(_LOCK.held_elsewhere())
 
 
@@ -146,8 +164,6 @@ class Dispatcher:
     Everything else runs the original forward; `report` says why.
     """
 
-    max_captures = 8
-
     def __init__(
         self,
         original: nn.Module,
@@ -158,6 +174,7 @@ class Dispatcher:
         precision: type[Precision] | None = None,
         keep_original: bool = True,
         cuda_graphs: bool = False,
+        max_captures: int = 8,
     ):
         self.original = original
         self._precision = precision
@@ -168,10 +185,12 @@ class Dispatcher:
         self._verify = verify
         self._tracer = tracer
         self._padding = padding
-        self._binder = Binder(original.forward)
-        self._graphs: dict[Hashable, list[_Graph]] = {}
-        self._failed: dict[Hashable, list[tuple[ModelState, Surroundings | None]]] = {}
-        self._captures = 0
+        self._numbers = Numbers()
+        self._binder = Binder(original.forward, None if tracer == "hf-fx" else self._numbers)
+        self._graphs: Graphs[_Graph] = Graphs(max_captures)
+        self._failed: dict[Hashable, tuple[ModelState, Surroundings | None]] = {}
+        self._given_up: set[Hashable] = set()
+        self._unlike: ModelState | None = None  # in which no graph could be rebound
         self._faults = 0
         self._warned = False
         self._user_rules = {rule.name for rule in rules} - {rule.name for rule in pipeline.default_rules()}
@@ -249,6 +268,12 @@ class Dispatcher:
                 f"pass inputs that {name}.forward accepts"
             ) from error
 
+    def refresh(self) -> bool:
+        """Derives anew what graphs keep of weights; whether some of it was out of date."""
+        graphs = [graph.compiled.weights for graph in self._graphs if graph.compiled and graph.compiled.weights]
+        outdated = [weights.refresh() for weights in graphs]  # all of them, whatever the first says
+        return any(outdated)
+
     def fall_back(self, reason: str) -> None:
         """Notes why the original runs; the first time for a model, says so."""
         self.report.add_fallback(reason)
@@ -266,10 +291,21 @@ class Dispatcher:
         return (self.original.training, call.key)
 
     def _find(self, call: Call) -> _Graph | None:
-        for graph in self._graphs.get(self._key(call), ()):
-            if graph.applies(call.tensors):
-                return graph
-        return None
+        return self._graphs.find(self._key(call), call.tensors)
+
+    def _may_rebind(self, call: Call) -> bool:
+        return bool(self._graphs.of(self._key(call))) and not (self._unlike and self._unlike.holds())
+
+    def _rebound(self, call: Call) -> _Graph | None:
+        """The graph for a call of a model that other tensors of the same kinds were put into."""
+        if not self._may_rebind(call):
+            return None
+        rebound = [graph for graph in self._graphs if graph.rebind(self.original)]
+        for graph in rebound:
+            if graph.compiled and graph.compiled.spilled and graph.compiled.weights:
+                graph.compiled.spilled = graph.compiled.weights.spill_anew()
+        self._unlike = None if rebound else ModelState(self.original)
+        return self._find(call)
 
     def _run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with _LOCK.reading():
@@ -303,7 +339,7 @@ class Dispatcher:
             self._refused(graph, call, problem)
             return _Served(output)
         if not is_lack_of_memory:  # a smaller call may have enough
-            self._drop(graph, call)
+            self._drop(graph)
             self._remember_failure(call, graph.around)
         self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
         return _Served(output)
@@ -320,28 +356,42 @@ class Dispatcher:
         """Keeps a graph that does not go a call's way for those that do, as long as they are the most."""
         graph.refused += 1
         if graph.refused > graph.served:
-            self._drop(graph, call)  # the next such call is captured
+            self._drop(graph)  # the next such call is captured
         self.fall_back(f"the graph for {call} was not used: {problem.removeprefix('RuntimeError: ')}")
 
-    def _drop(self, graph: _Graph, call: Call) -> None:
-        self._graphs[self._key(call)] = [g for g in self._graphs[self._key(call)] if g is not graph]
+    def _drop(self, graph: _Graph) -> None:
+        self._graphs.drop(graph)
 
     def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         # Inside the first call of a model that this one is a part of: that one is captured whole.
         if _LOCK.held_here() or self._has_failed(call):
             return None
-        if self._captures >= self.max_captures:
-            self.fall_back(f"{self.max_captures} graphs were captured, which is the limit (max_captures)")
-            return None
         if _LOCK.reads():
             self.fall_back("called from within the original forward of another optimised model")
             return None
+        if not self._may_rebind(call) and not self._may_capture():
+            return None
         served = None
         with _LOCK.writing():
-            if self._find(call) is None and not self._has_failed(call):  # no other thread captured it meanwhile
+            graph = self._find(call) or self._rebound(call)  # another thread may have captured it meanwhile
+            if graph is None and not self._has_failed(call) and self._may_capture():
                 served = self._run_and_capture(call, args, kwargs)
-        graph = self._find(call) if served is None else None
-        return served if graph is None else self._run_graph(graph, call, args, kwargs)
+        if served is not None:
+            return served
+        if graph is None and call.numbers:  # they may have become constants
+            call = self._binder.call(args, kwargs)
+        graph = graph or self._find(call)
+        return self._run_graph(graph, call, args, kwargs) if graph else None
+
+    def _may_capture(self) -> bool:
+        if self._graphs.may_capture():
+            return True
+        many = [f"; {place} changes, and has a graph for each value: pass a tensor" for place in self._numbers.refused]
+        self.fall_back(
+            f"{self._graphs.most} graphs were captured, which is the limit (max_captures): another takes the place of "
+            f"the one used least recently once graphs have served {CALLS_PER_CAPTURE} calls{''.join(many)}"
+        )
+        return False
 
     def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         """Runs the original, then captures the call. The caller sees the model's own errors only.
@@ -364,20 +414,42 @@ class Dispatcher:
             if hook := foreign_hook(self.original):
                 self.fall_back(hook)
                 return None if is_watched else _Served(output)
-            self._captures += 1
-            graph, around = None, recording.surroundings()
-            try:
-                self._refuse_writes(watched, before, call)
-                if isinstance(around, str):
-                    raise CaptureError(around)
-                rehearse = recording.wrote or not state.holds()
-                with preserved(self.original), _collecting_rarely():
-                    graph = self._capture(call, outputs.flatten(given.seen_in(output)), around, rehearse=rehearse)
-            except CaptureError as error:
-                self._remember_failure(call, None if isinstance(around, str) else around)
-                self.fall_back(f"{call} cannot be captured: {error}")
+            self._graphs.note_capture()
+            around, expected = recording.surroundings(), outputs.flatten(given.seen_in(output))
+            rehearse = recording.wrote or not state.holds()
+            graph = self._try_capture(call, expected, around, rehearse, (watched, before))
         is_graphs = is_watched or (graph is not None and not graph.stochastic)
         return None if is_graphs else _Served(output)
+
+    def _try_capture(
+        self,
+        call: Call,
+        expected: tuple[list[Any], pytree.TreeSpec],
+        around: Surroundings | str,
+        rehearse: bool,
+        versions_before: tuple[list[Tensor], list[int]],
+    ) -> _Graph | None:
+        """The graph for a call; None, and why in the report, where there can be none."""
+        try:
+            self._refuse_writes(*versions_before, call)
+            if isinstance(around, str):
+                raise CaptureError(around)
+            with preserved(self.original), _collecting_rarely():
+                return self._capture(call, expected, around, rehearse=rehearse)
+        except CaptureError as error:
+            if call.numbers:  # once more, with them as constants
+                call = self._with_constants(call, error)
+                return self._try_capture(call, expected, around, rehearse, versions_before)
+            self._remember_failure(call, None if isinstance(around, str) else around)
+            self.fall_back(f"{call} cannot be captured: {error}")
+            return None
+
+    def _with_constants(self, call: Call, error: CaptureError) -> Call:
+        """The same call with its numbers in the key, as all that follow are."""
+        for place in call.numbers:
+            self._numbers.refuse(place, str(error))
+        self._drop_all([graph for graph in self._graphs if graph.numbers & call.numbers.keys()])
+        return self._binder.call(call.args, call.kwargs)
 
     def _refuse_writes(self, watched: list[Tensor], before: list[int], call: Call) -> None:
         written = [tensor for tensor, old, new in zip(watched, before, versions(watched), strict=True) if old != new]
@@ -392,9 +464,10 @@ class Dispatcher:
     ) -> _Graph | None:
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
-        known = [graph.shapes for graph in self._graphs.get(self._key(call), ())]
+        known = [graph.shapes for graph in self._graphs.of(self._key(call))]
         varied = _varied([tensor.shape for tensor in call.tensors], known)
         captured = capture(self.original, call, self._tracer, rehearse=rehearse, varied=varied, around=around)
+        self._check_pinned(pinned := _pinned(captured, call), call)
         try:
             compiled = pipeline.compile(
                 captured,
@@ -405,6 +478,7 @@ class Dispatcher:
                 cuda_graphs=self._cuda_graphs,
             )
             problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, *expected)
+            problem = problem or self._compare_earlier(compiled, captured, call)
             problem = problem or gradient_difference(compiled.dense, self.original, call, compiled.stochastic)
         except RuleError as error:
             raise CaptureError(str(error)) from error
@@ -430,12 +504,32 @@ class Dispatcher:
             functools.partial(self._slower, compiled),
             compiled.stochastic,
             {_magnitude(call.tensors): True},
+            captured=captured,
+            compiled=compiled,
+            numbers=frozenset(call.numbers),
+            pinned=frozenset(pinned),
+            constants=frozenset(call.constants),
         )
-        key = self._key(call)
-        self.report.add_graph(f"{call}{' training' if self.original.training else ''}", captured, compiled)
-        self._graphs[key] = [*self._graphs.get(key, ()), graph]  # a new list: readers take no lock
+        self._keep(graph, call)
         self._tell_refusals(compiled)
         return graph
+
+    def _keep(self, graph: _Graph, call: Call) -> None:
+        assert graph.captured and graph.compiled
+        signature = f"{call}{' training' if self.original.training else ''}"
+        graph.reported = self.report.add_graph(signature, graph.captured, graph.compiled)
+        tensors = set(map(id, graph.state.tensors))
+        # What one reads is no longer the model's, or calls have an input where it has a constant.
+        self._drop_all([g for g in self._graphs if not tensors.issuperset(map(id, g.state.tensors))])
+        self._drop_all([g for g in self._graphs if g.constants & graph.numbers])
+        self._drop_all(self._graphs.add(self._key(call), graph))
+
+    def _drop_all(self, graphs: Sequence[_Graph]) -> None:
+        """Forgets graphs that no call will come back to, in the report too."""
+        for graph in graphs:
+            self._graphs.drop(graph)
+            if graph.reported is not None:
+                self.report.drop_graph(graph.reported)
 
     def _tell_refusals(self, compiled: pipeline.Compiled) -> None:
         """Says once where a rewrite by a rule of the user's changed the numbers, so that it was not done."""
@@ -492,6 +586,30 @@ class Dispatcher:
         problem = _values_difference(blanked[0], blanked[1], is_precise)
         return problem and f"where a sequence ends in padding, {problem}"
 
+    def _check_pinned(self, pinned: set[str], call: Call) -> None:
+        """Raises CaptureError where graph after graph is for one value of a number: as a constant it is no worse."""
+        others = self._graphs.of(self._key(call))
+        for place in pinned:
+            if others and all(place in other.pinned for other in others):
+                raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
+
+    def _compare_earlier(self, compiled: pipeline.Compiled, captured: Captured, call: Call) -> str | None:
+        """The same with the values that the call's numbers had before: Python may tell a symbol from a number."""
+        if not call.numbers or compiled.stochastic:
+            return None
+        tensors = list(call.tensors)
+        for place, number in call.numbers.items():
+            earlier = self._numbers.first(place, number.kind)
+            if (earlier < 0) == number.is_negative:
+                tensors[number.index] = as_tensor(earlier)
+        if not _accepts(captured.guards, tensors):  # another way through the model
+            return None
+        args, kwargs = call.rebuild(tensors)
+        earlier_call = replace(call, args=args, kwargs=kwargs, tensors=tuple(tensors))
+        given = Arguments(args, kwargs)
+        expected = outputs.flatten(given.seen_in(self.original.forward(*args, **kwargs)))
+        return self._compare(compiled, captured.out_spec, earlier_call, *expected)
+
     def _slower(self, compiled: pipeline.Compiled, call: Call) -> str | None:
         """How much slower than the original a graph is on a call; None where it is not, or cannot be measured."""
         if not tune.is_enabled() or torch.is_grad_enabled() or compiled.stochastic or compiled.spilled:
@@ -506,13 +624,22 @@ class Dispatcher:
         return f"{1e3 * times[0]:.2g} ms with it, {1e3 * times[1]:.2g} ms without" if times else None
 
     def _remember_failure(self, call: Call, around: Surroundings | None) -> None:
-        self._failed.setdefault(self._key(call), []).append((ModelState(self.original), around))
+        key = self._key(call)
+        if key in self._failed:  # after an edit of the model: enough, whatever becomes of it
+            self._given_up.add(key)
+            del self._failed[key]  # it holds the weights that the model has now
+        if key not in self._given_up:
+            self._failed[key] = (ModelState(self.original), around)
 
     def _has_failed(self, call: Call) -> bool:
-        states = self._failed.get(self._key(call), ())
-        return len(states) >= _STATES_PER_FAILURE or any(
-            state.holds() and (around is None or around.holds()) for state, around in states
-        )
+        key = self._key(call)
+        if key in self._given_up or key not in self._failed:
+            return key in self._given_up
+        state, around = self._failed[key]
+        if not state.holds() and (found := rebound(state, self.original)):
+            state = found[0]  # other weights make no difference
+            self._failed[key] = (state, around)
+        return state.holds() and (around is None or around.holds())
 
 
 @contextlib.contextmanager
@@ -524,6 +651,29 @@ def _collecting_rarely() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(first, *others)
+
+
+def _pinned(captured: Captured, call: Call) -> set[str]:
+    """The numbers that a graph is for one value of, though they are inputs: its guards take no other near it."""
+    pinned = set()
+    for place, number in call.numbers.items():
+        value = number.of(call.tensors)
+        tensors = list(call.tensors)
+        for other in _OTHER_NUMBERS:
+            tensors[number.index] = as_tensor(value + (other if value >= 0 else -other))
+            if _accepts(captured.guards, tensors):
+                break
+        else:
+            pinned.add(place)
+    return pinned
+
+
+def _accepts(guards: Callable[..., None], tensors: Sequence[Tensor]) -> bool:
+    try:
+        guards(*tensors)
+    except Exception:  # an assertion, or a size it cannot compute with: not proven either way
+        return False
+    return True
 
 
 def _magnitude(tensors: Sequence[Tensor]) -> int:

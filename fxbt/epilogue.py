@@ -120,6 +120,8 @@ def _residual(linear: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
         return None, None
     other: Any = add.args[1] if add.args[0] is linear else add.args[0]
     values = [node.meta["val"] for node in (linear, other)]
+    if not all(isinstance(value, Tensor) for value in values):  # a number that follows from sizes
+        return None, None
     if other is linear or values[0].dtype != values[1].dtype or values[0].dim() < 2 or not same_shape(*values):
         return None, None
     return add, other

@@ -45,7 +45,7 @@ def line_at(file: str, number: int) -> str:
 
 
 class NotOptimizedError(FxbtError, ValueError):
-    """`restore` was given a model that `optimize` did not return.
+    """`restore` or `refresh` was given a model that `optimize` did not return.
 
     Example:
         >>> fxbt.restore(torch.nn.Linear(2, 2))  # raises NotOptimizedError

@@ -141,6 +141,17 @@ class Program:
                 raise RuntimeError(f"{name} changed after the graph was proven on its content")
         return self._run(*self._arguments(tensors))
 
+    def can_rebind(self, pairs: Mapping[int, torch.Tensor]) -> bool:
+        """Whether what was proven holds with the tensors that `pairs` puts in the places of others (by their id)."""
+        return all(torch.equal(pairs.get(id(live), live), assumed) for live, assumed, _ in self._watched)
+
+    def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
+        """Reads those tensors from now on; its `weights` are rebound apart, as other programs share them."""
+        self._watched = [(pairs.get(id(live), live), assumed, name) for live, assumed, name in self._watched]
+        self._weights = [pairs.get(id(weight), weight) for weight in self._weights]
+        if self.replay is not None:
+            self.replay.forget()
+
     def peak_bytes(self, *tensors: Any) -> int:
         """The most memory that values hold at once in such a call, besides inputs and weights."""
         return peak_bytes(self._graph, self._arguments(tensors))

@@ -36,6 +36,7 @@ def optimize(
     quantize: str | None = None,
     keep_original: bool = True,
     cuda_graphs: bool = False,
+    max_captures: int = 8,
 ) -> Model:
     """A model of the same class that shares everything with `model` but computes its forward by optimised graphs.
 
@@ -68,11 +69,15 @@ def optimize(
         cuda_graphs: record the kernels of a graph on a CUDA device when inputs of one shape come a second time, and
             launch them in one go from then on, without gradients: up to 16 shapes a graph, each of which holds its
             inputs and outputs in the device's memory. Calls that drop padding run as ever. Not run on a GPU yet.
+        max_captures: how many graphs are kept at once. The one that was used least recently makes place for another,
+            if graphs served some calls since the last time: a model whose every call needs a graph of its own runs its
+            original.
 
     Raises:
         TypeError: `model` is no `nn.Module`, a rule is no `Rule` instance, or `example_inputs` is no mapping or tuple.
         ValueError: the tracer, dtype or quantization is unknown or not available here, a parameter is not initialised
-            yet, or `keep_original=False` would free no memory (not on Linux, or `TMPDIR` is in memory).
+            yet, `max_captures` is less than 1, or `keep_original=False` would free no memory (not on Linux, or `TMPDIR`
+            is in memory).
         ExampleError: the model itself rejects `example_inputs`.
 
     Example:
@@ -84,6 +89,7 @@ def optimize(
     _check_tracer(tracer)
     _check_padding(padding)
     precision_of(dtype, quantize)
+    _check_limit(max_captures)
     if not keep_original:
         check_can_spill()
     rules = check_rules(rules)
@@ -98,6 +104,7 @@ def optimize(
         "quantize": quantize,
         "keep_original": keep_original,
         "cuda_graphs": cuda_graphs,
+        "max_captures": max_captures,
     }
     if _dispatcher_of(model) is not None:
         model = restore(model)
@@ -125,6 +132,32 @@ def restore(model: Model) -> Model:
         return dispatcher.original  # type: ignore[return-value]
     object.__setattr__(model, "__class__", type(dispatcher.original))
     return model
+
+
+def refresh(model: nn.Module) -> bool:
+    """Makes sure that graphs compute with the weights as they are now; returns whether any did not.
+
+    A write that PyTorch counts (an optimizer step, `load_state_dict`, `copy_`) is seen at the next call without it. One
+    past the counter (`.data`, numpy, a mapped file) is seen within `report.latest.rounds` calls, or here at once.
+
+    Args:
+        model: what `optimize` returned, or a module with such ones inside.
+
+    Raises:
+        NotOptimizedError: neither the model nor a module inside it is optimised.
+
+    Example:
+        >>> fast.linear.weight.data[0, 0] = 1.0
+        >>> fxbt.refresh(fast)
+        True
+    """
+    dispatchers = [found for part in model.modules() if (found := _dispatcher_of(part)) is not None]
+    if not dispatchers:
+        raise NotOptimizedError(
+            f"refresh() was given a {type(model).__name__} with nothing optimised in it; pass what optimize() returned"
+        )
+    outdated = [dispatcher.refresh() for dispatcher in dispatchers]
+    return any(outdated)
 
 
 class Forward:
@@ -172,6 +205,7 @@ def _optimized(model: Any, options: dict[str, Any]) -> Any:
         precision_of(options["dtype"], options["quantize"]),
         options["keep_original"],
         options["cuda_graphs"],
+        options["max_captures"],
     )
     fast = twin(model, _namespace(type(model), dispatcher, options))
     if not inplace:
@@ -274,6 +308,11 @@ def _check_tracer(tracer: str) -> None:
 def _check_padding(padding: str) -> None:
     if padding not in ("drop", "keep"):
         raise ValueError(f"padding is {padding!r}; it can be 'drop' (compute on valid tokens alone) or 'keep'")
+
+
+def _check_limit(max_captures: Any) -> None:
+    if type(max_captures) is not int or max_captures < 1:
+        raise ValueError(f"max_captures is {max_captures!r}; it can be 1 or more: how many graphs are kept at once")
 
 
 def _example_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

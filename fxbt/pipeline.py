@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class Compiled:
     dense: Program
     unpadding: Unpadding | None  # `run`, if it can drop padding
     module: fx.GraphModule
+    inlined: fx.GraphModule  # what was lowered; misses name its nodes
     before: Snapshot
     after: Snapshot
     stages: list[StageRecord]
@@ -63,6 +64,26 @@ class Compiled:
     @property
     def misses(self) -> list[Miss]:
         return [miss for stage in self.stages for miss in stage.misses]
+
+    @property
+    def programs(self) -> list[Program]:
+        """All that runs calls."""
+        return [self.dense, *(self.unpadding.programs if self.unpadding else [])]
+
+    def can_rebind(self, pairs: Mapping[int, torch.Tensor]) -> bool:
+        """Whether the graph holds with the tensors that `pairs` puts in the places of its weights (by their id)."""
+        return all(program.can_rebind(pairs) for program in self.programs)
+
+    def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
+        """Computes with those tensors from now on, and lets go of the others."""
+        for program in self.programs:
+            program.rebind(pairs)
+        if self.weights is not None:
+            self.weights.rebind(pairs)
+        for part in (*self.module.modules(), *self.inlined.modules()):
+            for attributes in (vars(part), part._parameters, part._buffers):
+                held: dict[str, Any] = {name: pairs[id(v)] for name, v in attributes.items() if id(v) in pairs}
+                attributes.update(held)
 
     @property
     def replays(self) -> list[Replay]:
@@ -162,6 +183,7 @@ def _compile(
         dense=program,
         unpadding=unpadding,
         module=module,
+        inlined=flat,
         before=before,
         after=after,
         stages=stages,

@@ -71,6 +71,11 @@ class Replay:
                 return recording(arguments[: self._count])
         return self._run(*arguments)
 
+    def forget(self) -> None:
+        """Frees what was recorded: calls are recorded anew."""
+        with self._lock:
+            self._recordings.clear()
+
     def _recording(self, arguments: Sequence[Any]) -> tuple[_Recording | None, str]:
         """What a call can replay, if anything, and how to count it."""
         if self._obstacle is not None:

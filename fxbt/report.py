@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .replay import Replay
     from .spill import Spilled
     from .unpadding import Unpadding
+    from .weights import Weights
 
 NOTHING_YET = "nothing is captured yet: call the model, or fast.warmup(...) with inputs of the real kind"
 _SHOWN_MISSES = 8
@@ -68,6 +70,17 @@ class GraphReport:
     unpadding: Unpadding | None = None
     replays: Sequence[Replay] = ()
     parts: StageRecord = field(default_factory=lambda: StageRecord("parts"))
+    weights: Weights | None = None
+
+    @property
+    def rounds(self) -> int:
+        """After so many calls at most, a write to a weight has been seen, however it was made; 0 where none is kept.
+
+        Example::
+
+            fast.report.latest.rounds  # 512
+        """
+        return self.weights.rounds if self.weights else 0
 
     @property
     def before(self) -> str:
@@ -235,6 +248,7 @@ class Report:
 
     graphs: dict[str, GraphReport] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
+    made: int = 0  # graphs, with those that made place for others
 
     @property
     def latest(self) -> GraphReport | None:
@@ -291,10 +305,11 @@ class Report:
         """
         return self.latest.why(rule, at) if self.latest else NOTHING_YET
 
-    def add_graph(self, signature: str, captured: Captured, compiled: Compiled) -> None:
+    def add_graph(self, signature: str, captured: Captured, compiled: Compiled) -> GraphReport:
         """Record a captured graph under its call signature (numbered, should the text occur twice)."""
-        same = sum(graph.signature == signature for graph in self.graphs.values())
-        self.graphs[f"{signature} ({same + 1})" if same else signature] = GraphReport(
+        self.made += 1
+        name = next(n for n in _numbered(signature) if n not in self.graphs)
+        self.graphs[name] = GraphReport(
             signature=signature,
             captured=compiled.before,
             rewritten=compiled.after,
@@ -312,7 +327,13 @@ class Report:
             unpadding=compiled.unpadding,
             replays=compiled.replays,
             parts=compiled.parts,
+            weights=compiled.weights,
         )
+        return self.graphs[name]
+
+    def drop_graph(self, graph: GraphReport) -> None:
+        """A graph made place for another, or stood for weights that the model no longer has."""
+        self.graphs = {name: other for name, other in self.graphs.items() if other is not graph}
 
     def add_fallback(self, reason: str) -> None:
         """Record why the original forward ran; each reason once."""
@@ -320,10 +341,16 @@ class Report:
             self.fallbacks.append(reason)
 
     def __str__(self) -> str:
-        sections = [("graphs", _graph_table(dict(self.graphs))), *_latest_sections(self.latest)]
+        dropped = self.made - len(self.graphs)
+        title = f"graphs ({dropped} more made place for them)" if dropped else "graphs"
+        sections = [(title, _graph_table(dict(self.graphs))), *_latest_sections(self.latest)]
         if self.fallbacks:
             sections.append(("the original forward ran because", _bullets(self.fallbacks)))
         return "\n\n".join(f"{title}\n{body}" for title, body in sections)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    return itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
 
 
 def _graph_table(graphs: dict[str, GraphReport]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from .containers import Attribute, Unread, children, named_leaves, place_of, rebuilt
 from .errors import NotCapturable
+from .numbers import Number, Numbers, as_tensor
 
 TENSOR_TYPES = (Tensor, nn.Parameter)
 STATIC_TYPES = frozenset(
     [
         type(None),
         bool,
-        int,
         str,
         bytes,
         torch.dtype,
@@ -35,7 +35,8 @@ STATIC_TYPES = frozenset(
 class Call:
     """One call of a model. `tensors` are the distinct tensor objects of (args, kwargs) in order of appearance.
 
-    Two calls with equal `key` differ only in the shapes and values of their tensors.
+    Two calls with equal `key` differ only in the shapes and values of their tensors. Those include what stands for
+    `numbers`, Python numbers (by their place) that change from call to call; `constants` are the places of the others.
     """
 
     args: tuple[Any, ...]
@@ -43,16 +44,20 @@ class Call:
     tensors: tuple[Tensor, ...]
     key: Hashable
     unread: dict[int, Unread] = field(default_factory=dict)  # by the id of attributes that no graph can know
+    numbers: dict[str, Number] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
 
     def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with `tensors` in the places of `self.tensors`, in fresh containers."""
-        leaves = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
-        args, kwargs = rebuilt((self.args, self.kwargs), {**self.unread, **leaves})
-        return args, kwargs
+        leaves = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)} | self.unread
+        numbers = {place: number.of(tensors) for place, number in self.numbers.items()}
+        args = tuple([rebuilt(value, f"args[{i}]", leaves, numbers) for i, value in enumerate(self.args)])
+        return args, {name: rebuilt(value, name, leaves, numbers) for name, value in self.kwargs.items()}
 
     def copied(self) -> Call:
         """The same call in containers of its own, which stay as they are whatever a forward does to the caller's."""
-        return Call(*self.rebuild(self.tensors), self.tensors, self.key, self.unread)
+        args, kwargs = self.rebuild(self.tensors)
+        return replace(self, args=args, kwargs=kwargs)
 
     @property
     def names(self) -> list[str]:
@@ -60,10 +65,14 @@ class Call:
         named: dict[int, str] = {}
         for place, leaf in named_arguments(self.args, self.kwargs):
             named.setdefault(id(leaf), place)
+        named.update({id(self.tensors[number.index]): place for place, number in self.numbers.items()})
         return [named[id(tensor)] for tensor in self.tensors]
 
     def __str__(self) -> str:
-        shown = [f"{place}={_show(leaf)}" for place, leaf in named_arguments(self.args, self.kwargs)]
+        shown = [
+            f"{place}={self.numbers.get(place) or _show(leaf)}"
+            for place, leaf in named_arguments(self.args, self.kwargs)
+        ]
         return f"({', '.join(shown)}){_show_modes(self.tensors)}"
 
 
@@ -76,7 +85,8 @@ class Binder:
         ['input_ids', 'attention_mask']
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], numbers: Numbers | None = None) -> None:
+        self._numbers = numbers
         parameters = list(inspect.signature(forward).parameters.values())
         self._order = {p.name: i for i, p in enumerate(parameters)}
         by_keyword = [p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters]
@@ -86,13 +96,13 @@ class Binder:
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Raises `NotCapturable` when an argument holds what no graph can take."""
         args, kwargs = self._by_keyword(args, kwargs)
-        tensors: list[Tensor] = []
-        seen: dict[int, int] = {}
-        unread: dict[int, Unread] = {}
-        parts: list[Hashable] = [_key(v, f"args[{i}]", tensors, seen, unread) for i, v in enumerate(args)]
+        reader = _Reader(self._numbers)
+        parts: list[Hashable] = [reader.key(v, f"args[{i}]") for i, v in enumerate(args)]
         for name, value in kwargs.items():
-            parts += (name, _key(value, name, tensors, seen, unread))
-        return Call(args, kwargs, tuple(tensors), (len(args), *parts, *_modes(tensors)), unread)
+            parts += (name, reader.key(value, name))
+        tensors = reader.tensors
+        key = (len(args), *parts, *_modes(tensors))
+        return Call(args, kwargs, tuple(tensors), key, reader.unread, reader.numbers, tuple(reader.constants))
 
     def _by_keyword(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Flags given by position stay there: decorators around a forward may look for them among the keywords only.
@@ -110,52 +120,70 @@ def make_call(model: nn.Module, *args: Any, **kwargs: Any) -> Call:
     return Binder(model.forward).call(args, kwargs)
 
 
-def _key(value: Any, place: str, tensors: list[Tensor], seen: dict[int, int], unread: dict[int, Unread]) -> Hashable:
-    kind = type(value)
-    if kind in TENSOR_TYPES:
-        return _tensor_key(value, place, tensors, seen)
-    if kind in STATIC_TYPES or isinstance(value, enum.Enum):
-        return (kind, value)
-    if kind in (float, complex):
-        return (kind, repr(value))  # -0.0 == 0.0 and nan != nan
-    items = children(value)
-    if items is None:
-        raise _not_capturable(value, place)
-    keys = [_part_key(name, item, place, tensors, seen, unread) for name, item in items.items()]
-    return (kind, *items, *keys)
+class _Reader:
+    """Reads the arguments of one call: each one's part of the key, and the tensors."""
 
+    def __init__(self, known: Numbers | None) -> None:
+        self.tensors: list[Tensor] = []
+        self.unread: dict[int, Unread] = {}  # by the id of attributes that no graph can know
+        self.numbers: dict[str, Number] = {}
+        self.constants: list[str] = []
+        self._seen: dict[int, int] = {}
+        self._known = known
 
-def _part_key(
-    name: Any, item: Any, place: str, tensors: list[Tensor], seen: dict[int, int], unread: dict[int, Unread]
-) -> Hashable:
-    """The key of a container's part. An attribute that holds what no graph can take counts by its type alone."""
-    count = len(tensors)
-    try:
-        return _key(item, place_of(place, name), tensors, seen, unread)
-    except NotCapturable:
-        if not isinstance(name, Attribute):
-            raise
-    for tensor in tensors[count:]:
-        del seen[id(tensor)]
-    del tensors[count:]
-    unread[id(item)] = Unread(name)
-    return (type(item), "not read")
+    def key(self, value: Any, place: str) -> Hashable:
+        kind = type(value)
+        if kind in TENSOR_TYPES:
+            return self._tensor_key(value, place)
+        if kind is int or kind is float:
+            return self._number_key(value, place)
+        if kind in STATIC_TYPES or isinstance(value, enum.Enum):
+            return (kind, value)
+        if kind is complex:
+            return (kind, repr(value))  # -0.0 == 0.0 and nan != nan
+        items = children(value)
+        if items is None:
+            raise _not_capturable(value, place)
+        return (kind, *items, *[self._part_key(name, item, place) for name, item in items.items()])
 
+    def _part_key(self, name: Any, item: Any, place: str) -> Hashable:
+        """The key of a container's part. An attribute that holds what no graph can take counts by its type alone."""
+        count = len(self.tensors)
+        try:
+            return self.key(item, place_of(place, name))
+        except NotCapturable:
+            if not isinstance(name, Attribute):
+                raise
+        for tensor in self.tensors[count:]:
+            self._seen.pop(id(tensor), None)
+        del self.tensors[count:]
+        self.numbers = {place: number for place, number in self.numbers.items() if number.index < count}
+        self.unread[id(item)] = Unread(name)
+        return (type(item), "not read")
 
-def _tensor_key(tensor: Tensor, place: str, tensors: list[Tensor], seen: dict[int, int]) -> Hashable:
-    first = seen.setdefault(id(tensor), len(tensors))
-    if first < len(tensors):
-        return ("same tensor", first)
-    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
-        raise NotCapturable(f"argument {place} is a {_layout(tensor)} tensor; graphs take dense tensors")
-    if tensor.__dict__ and type(tensor) is Tensor:
-        raise NotCapturable(
-            f"argument {place} has attributes of its own ({', '.join(tensor.__dict__)}), which forward may read"
-        )
-    if tensor.is_meta:
-        raise NotCapturable(f"argument {place} is a meta tensor, with which there is nothing to compute", silent=True)
-    tensors.append(tensor)
-    return (tensor.dtype, tensor.device, tensor.ndim, tensor.requires_grad)
+    def _tensor_key(self, tensor: Tensor, place: str) -> Hashable:
+        first = self._seen.setdefault(id(tensor), len(self.tensors))
+        if first < len(self.tensors):
+            return ("same tensor", first)
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            raise NotCapturable(f"argument {place} is a {_layout(tensor)} tensor; graphs take dense tensors")
+        if tensor.__dict__ and type(tensor) is Tensor:
+            raise NotCapturable(
+                f"argument {place} has attributes of its own ({', '.join(tensor.__dict__)}), which forward may read"
+            )
+        if tensor.is_meta:
+            raise NotCapturable(f"argument {place} is a meta tensor: there is nothing to compute", silent=True)
+        self.tensors.append(tensor)
+        return (tensor.dtype, tensor.device, tensor.ndim, tensor.requires_grad)
+
+    def _number_key(self, value: int | float, place: str) -> Hashable:
+        kind = type(value)
+        if self._known is None or not self._known.varies(place, value):
+            self.constants.append(place)
+            return (kind, repr(value))
+        self.numbers[place] = Number(len(self.tensors), kind, kind is int and value < 0)
+        self.tensors.append(as_tensor(value))
+        return (kind, "any", self.numbers[place].is_negative)
 
 
 def _not_capturable(value: Any, place: str) -> NotCapturable:

@@ -15,17 +15,22 @@ import mmap
 import os
 import sys
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 SMALLEST = 16 * mmap.PAGESIZE  # below that, looking for changes would bring all of it back
 IN_MEMORY = ("tmpfs", "ramfs")  # file systems
+_FILES: list[tuple[weakref.ref[mmap.mmap], range]] = []  # that weights were moved to, and the addresses they are at
+# In /proc/self/pagemap, a number for each page: https://docs.kernel.org/admin-guide/mm/pagemap.html
+_IN_MEMORY, _SWAPPED, _OF_FILE = 1 << 63, 1 << 62, 1 << 61
 
 
 @dataclass
@@ -125,7 +130,33 @@ def _mapped(weights: Sequence[Tensor]) -> mmap.mmap:
             file.write(_bytes(weight))
         file.truncate(starts[-1])
         _forget_cached(file)
-        return mmap.mmap(file.fileno(), starts[-1], mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        pages = mmap.mmap(file.fileno(), starts[-1], mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    start = np.frombuffer(pages, np.uint8).ctypes.data
+    _FILES[:] = [known for known in _FILES if known[0]() is not None]
+    _FILES.append((weakref.ref(pages), range(start, start + len(pages))))
+    return pages
+
+
+def is_in_file(address: int) -> bool:
+    """Whether memory at an address is mapped onto a file that weights were moved to."""
+    return any(address in addresses and pages() is not None for pages, addresses in _FILES)
+
+
+def own_pages(memory: np.ndarray) -> list[np.ndarray]:
+    """What of a stretch of such memory is the process's own: pages that were written since. Others are not read.
+
+    Where the system does not tell (no /proc/self/pagemap), none.
+    """
+    first, page = memory.ctypes.data, mmap.PAGESIZE
+    places = range(first // page, -(-(first + len(memory)) // page))
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:  # another one after a fork
+            numbers = np.frombuffer(os.pread(file.fileno(), 8 * len(places), 8 * places.start), np.uint64)
+    except OSError:  # then versions, addresses and samples have to do
+        return []
+    is_own = ((numbers & (_IN_MEMORY | _SWAPPED)) != 0) & ((numbers & _OF_FILE) == 0)
+    starts = [max(0, place * page - first) for place, own in zip(places, is_own.tolist(), strict=False) if own]
+    return [memory[start : (first + start) // page * page + page - first] for start in starts]
 
 
 def _bytes(weight: Tensor) -> Any:

@@ -17,7 +17,7 @@ from torch._C._dynamo.guards import TensorGuards, dict_version
 _OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, types.BuiltinFunctionType, partial)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # No forward reads these, and those for keyword hooks follow the hooks themselves.
-_NOT_READ = {
+NOT_READ = {
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
     *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
     "_non_persistent_buffers_set",
@@ -63,6 +63,17 @@ class ModelState:
     def covers(self, container: Any) -> bool:
         """Whether changes of this dict, list or set are seen here."""
         return id(container) in self._seen
+
+    def contents(self) -> list[tuple[str, Any]]:
+        """Where each container stands, and what it held."""
+        return list(zip(self._places, self._copies, strict=True))
+
+    def looks_into(self, value: Any) -> bool:
+        """Whether the content of this object or container is a part of the state."""
+        return id(value) in self._seen or id(getattr(value, "__dict__", None)) in self._seen
+
+    def is_of_same_classes(self, other: ModelState) -> bool:
+        return self._classes == other._classes and self._forwards == other._forwards
 
     def _equals(self) -> bool:
         return (
@@ -111,7 +122,7 @@ class ModelState:
             self._visit_value(container, key, value, place, depth)
 
     def _visit_value(self, container: Any, key: Any, value: Any, place: str, depth: int) -> None:
-        if key in _NOT_READ:
+        if key in NOT_READ:
             return
         inner = place if key in ("_modules", "_parameters", "_buffers") else f"{place}.{key}".removeprefix(".")
         if isinstance(value, Tensor):
@@ -275,10 +286,11 @@ def _differing(live: Any, copy: Any) -> list[str]:
     if isinstance(live, set):
         return sorted(map(str, live ^ copy))
     absent = object()
-    return [str(key) for key in {**copy, **live} if not _same(live.get(key, absent), copy.get(key, absent))]
+    return [str(key) for key in {**copy, **live} if not same(live.get(key, absent), copy.get(key, absent))]
 
 
-def _same(new: Any, old: Any) -> bool:
+def same(new: Any, old: Any) -> bool:
+    """Whether two values are equal; tensors are only if they are one, and what cannot be compared is not."""
     if new is old:
         return True
     try:

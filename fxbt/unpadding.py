@@ -59,6 +59,11 @@ class Unpadding:
         self._run_packed = in_parts(self._on_tokens)
         self._counting = threading.Lock()
 
+    @property
+    def programs(self) -> list[Program]:
+        """All that it runs besides the dense one."""
+        return [self.unmasked, self.packed, self._guards]
+
     def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
         run, verdict = self._decide(tensors)
         with self._counting:

@@ -7,7 +7,7 @@ a weight has changed. Programs of one model share such values.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from .canonical import attribute, expression, is_pure, reaches_output
+from .patrol import Patrol
 from .spill import Spilled, spilled
 from .tune import Tuner
 
@@ -34,6 +35,7 @@ class Derived:
     samples: list[np.ndarray]
     sampled: bytes
     addresses: set[int | None]
+    patrol: Patrol
     values: tuple[torch.Tensor, ...]
 
     @classmethod
@@ -49,11 +51,23 @@ class Derived:
         """Values that are those of the weights as they are now."""
         stamp = _stamp(weights)
         samples = [_sample(weight.detach()) for weight in weights]
-        return cls(stamp, samples, _content(samples), set(map(_address, weights)), values)
+        return cls(stamp, samples, _content(samples), set(map(_address, weights)), Patrol(weights), values)
 
     def holds(self, weights: list[torch.Tensor]) -> bool:
-        """Whether the weights are as they were: by what torch counts, and, past `.data` (uncounted), by a sample."""
-        return self.stamp == _stamp(weights) and _content(self.samples) == self.sampled
+        """Whether the weights are as they were: by what torch counts, and, past `.data` (uncounted), by a sample.
+
+        And by a part of all their bytes, another one each time.
+        """
+        return self.stamp == _stamp(weights) and _content(self.samples) == self.sampled and self.patrol.next_holds()
+
+    def holds_in_full(self, weights: list[torch.Tensor]) -> bool:
+        """Whether the weights are as they were, by all of their bytes."""
+        return self.stamp == _stamp(weights) and self.patrol.holds()
+
+    def release(self) -> None:
+        """Lets go of the weights' memory."""
+        self.samples.clear()
+        self.patrol.release()
 
     def nbytes(self) -> int:
         """The memory of the values that are no views of weights."""
@@ -162,6 +176,31 @@ class Weights:
                 derived = self._derived = Derived.compute(self._compute, self._sources)
         return derived.values
 
+    def refresh(self) -> bool:
+        """Derives everything anew; whether it was out of date."""
+        with self._lock:
+            derived = self._derived
+            if not self._values or derived is None:
+                return False
+            held = derived.holds_in_full(self._sources)
+            self._compute = self._compute or self._function()
+            self._derived = Derived.compute(self._compute, self._sources)
+            return not held
+
+    def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
+        """Derives values from other tensors, which `pairs` puts in the places of some (by their id), from now on."""
+        with self._lock:
+            new = [pairs.get(id(weight), weight) for weight in self._sources]
+            places = {id(weight): self._known.pop(id(weight)) for weight in self._sources}
+            self._known.update({id(now): places[id(old)] for old, now in zip(self._sources, new, strict=True)})
+            self._read = {id(pairs[known]) if known in pairs else known for known in self._read}
+            self._sources, self._derived = new, None
+
+    @property
+    def rounds(self) -> int:
+        """After so many calls, every write to a weight has been seen, however it was made."""
+        return self._derived.patrol.rounds if self._derived else 0
+
     def nbytes(self) -> int:
         """The memory of the derived values."""
         if not self._values:
@@ -177,14 +216,19 @@ class Weights:
         """Moves the weights that nothing but derived values is read of to a file. No other thread may be running."""
         with self._lock:
             derived, self._derived = self._derived, None
-            if derived is None or not derived.holds(self._sources):
+            if derived is None or not derived.holds_in_full(self._sources):
                 return Spilled()
-            derived.samples.clear()  # views of the weights' memory
+            derived.release()
             with spilled([weight for weight in self._sources if id(weight) not in self._read]) as result:
                 self._derived = Derived.watching(self._sources, derived.values)
             read = sum(_nbytes(weight) for weight in self._sources if id(weight) in self._read)
             result.kept.update({"calls read it too": read} if read else {})
             return result
+
+    def spill_anew(self) -> Spilled:
+        """The same of weights that took the places of those that were spilled."""
+        self.current()
+        return self.spill()
 
     def _copy(self, module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
         copies: dict[fx.Node, fx.Node] = {}

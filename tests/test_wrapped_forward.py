@@ -204,16 +204,6 @@ def test_replicas_and_new_instances_have_forwards_of_their_own() -> None:
 
 
 @BOTH
-def test_torch_compile_of_a_wrapped_model(inplace: bool) -> None:
-    fast, eager = optimized(inplace)
-    calls: list[str] = []
-    plain(fast, calls)
-    compiled = torch.compile(fast, backend="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(X), eager(X))
-
-
-@BOTH
 def test_autocast_as_accelerate_sets_it(inplace: bool) -> None:
     fast, eager = optimized(inplace)
     for model in (fast, eager):
