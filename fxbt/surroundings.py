@@ -143,6 +143,7 @@ class Surroundings:
 
     def ready(self) -> Surroundings:
         """To be called when all is reached: from now on this is compared."""
+        self._state = ModelState(nn.Module())  # asked while walking; it would keep weights that are replaced later
         self._quick = _Quick(self._counted, self._others, self._functions, self._cells, self._modules)
         return self
 
