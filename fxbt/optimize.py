@@ -165,6 +165,7 @@ class Forward:
 
     The optimised model and its original share one `__dict__`, so that both have one state. A wrapper that libraries set
     as `model.forward` (Accelerate, Trainer) belongs to one of them: as a data descriptor this keeps it out of there.
+    It stands in the class only while there is a wrapper, as dynamo takes what it returns for `model.forward` again.
     """
 
     def __init__(self, function: Callable[..., Any], dispatcher: Dispatcher) -> None:
@@ -176,7 +177,7 @@ class Forward:
         if model is None:
             return self.function
         wrapper = self.wrapper if self._dispatcher.stands_for(model) else vars(model).get("forward")
-        return self.function.__get__(model) if wrapper is None else wrapper  # as dynamo can trace it
+        return MethodType(self.function, model) if wrapper is None else wrapper
 
     def __set__(self, model: Any, wrapper: Any) -> None:
         is_own = isinstance(wrapper, MethodType) and wrapper.__func__ is self.function and wrapper.__self__ is model
@@ -238,6 +239,18 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: dict[str, Any]) -> di
         """What was captured, which rules fired where, and which calls run the original forward and why."""
         return dispatcher.report
 
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        if name != "forward" or not dispatcher.stands_for(self):
+            base.__setattr__(self, name, value)
+            return
+        own_forward.__set__(self, value)
+        _class_with(dispatcher, self).forward = own_forward if own_forward.wrapper is not None else forward
+
+    def delete_attribute(self: Any, name: str) -> None:
+        base.__delattr__(self, name)
+        if name == "forward" and dispatcher.stands_for(self):
+            _class_with(dispatcher, self).forward = forward
+
     def reduce_ex(self: Any, protocol: int) -> Any:
         return _reoptimize, (dispatcher.original, options, own_forward.wrapper)
 
@@ -250,7 +263,10 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: dict[str, Any]) -> di
     return {
         "_fxbt_dispatcher": dispatcher,
         "_fxbt_options": options,
-        "forward": own_forward,
+        # An original with a forward of its own in the `__dict__` that they share: the dispatcher says that it runs.
+        "forward": own_forward if "forward" in vars(dispatcher.original) else forward,
+        "__setattr__": set_attribute,
+        "__delattr__": delete_attribute,
         "warmup": warmup,
         "report": property(report),
         "__new__": new,
@@ -260,6 +276,11 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: dict[str, Any]) -> di
         "__deepcopy__": deepcopy,
         "__copy__": lambda self: _reoptimize(copy.copy(dispatcher.original), options, own_forward.wrapper),
     }
+
+
+def _class_with(dispatcher: Dispatcher, model: nn.Module) -> Any:
+    """The class that was made for a dispatcher's model, which others (FSDP's) may stand before."""
+    return next(kind for kind in type(model).__mro__ if vars(kind).get("_fxbt_dispatcher") is dispatcher)
 
 
 def _reoptimize(original: nn.Module, options: dict[str, Any], wrapper: Any = None) -> Any:

@@ -427,7 +427,7 @@ def hook_writes_a_log():
     return Model()
 
 
-@around(GRAPH, "hook")
+@around(GRAPH, ("hook", "grad_fn"))
 def hook_on_a_node_of_autograd():
     class Model(Net):
         def forward(self, x):
@@ -581,7 +581,7 @@ def enable_grad_region():
     return Case(Model(), attention=False)  # the region stays a call of its own
 
 
-@around(("inference",), ("inference",))
+@around(("inference",), ("inference", "gradient"))
 def inference_mode_region():
     class Model(Net):
         def forward(self, x):
@@ -764,7 +764,7 @@ def global_forward_hook_for_a_while():
     return Case(Net(), start=start, world=lambda stack: handles[-1].remove())
 
 
-@around(GRAPH, ("global", "hook"))
+@around(("global", "hook"), ("global", "hook"))
 def global_backward_hook_later():
     def world(stack):
         hook = nn.modules.module.register_module_full_backward_hook(lambda module, gi, go: LOG.append("back"))
@@ -854,7 +854,8 @@ def forward_of_a_base_class_replaced():
     def other(self, x):
         return self.last(x)
 
-    return Case(Model(), world=lambda stack: stack.enter_context(mock.patch.object(Net, "forward", other)))
+    world = mock.patch.object(Net, "forward", other)  # without any attention
+    return Case(Model(), world=lambda stack: stack.enter_context(world), attention=False)
 
 
 def helper(y, gain=1.0):
@@ -1151,31 +1152,6 @@ def last_output_as_an_attribute():
 
     def call(net, x):
         return net(x), net.seen
-
-    return Case(Model(), call=call)
-
-
-@around(WRITES, WRITES)
-def warns_at_every_call():
-    class Model(Net):
-        def forward(self, x):
-            warnings.warn(f"around: length {x.shape[1]}", stacklevel=2)
-            return super().forward(x)
-
-    return Model()
-
-
-@around((*WRITES, "print"), (*WRITES, "print"))
-def prints_at_every_call():
-    class Model(Net):
-        def forward(self, x):
-            print("length", x.shape[1])
-            return super().forward(x)
-
-    def call(net, x):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            y = net(x)
-        return y, out.getvalue()
 
     return Case(Model(), call=call)
 

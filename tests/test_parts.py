@@ -213,7 +213,7 @@ def test_a_part_without_a_token(counts):
     actual, expected = fast(**inputs)[0], model(**inputs)[0]
     valid = inputs["attention_mask"].bool()
     compare(actual[valid], expected[valid])
-    assert actual[:2].eq(0).all() and fast.report.latest.calls == {"packed": 1}
+    assert actual[:2].eq(0).all() and fast.report.latest.calls == {"packed": 2}
 
 
 def test_large_values_alone_are_parted(monkeypatch):

@@ -125,7 +125,7 @@ def test_padded_batches_agree_on_valid_tokens(options):
         call = {"input_ids": ids[:, :length], "attention_mask": mask[:, :length]}
         valid = call["attention_mask"].bool()
         near(fast(**call).last_hidden_state[valid], model(**call).last_hidden_state[valid])
-    assert fast.report.latest.calls["packed"] == 2
+    assert fast.report.latest.calls["packed"] == 3
 
 
 def test_other_values_are_refused():

@@ -141,7 +141,6 @@ def test_a_forward_set_on_the_original_runs_in_both() -> None:
     torch.testing.assert_close(fast(X), eager(X))
     original.forward = lambda x: 2 * eager(x)  # type: ignore[method-assign]
     torch.testing.assert_close(fast(X), 2 * eager(X))
-    assert "its own attribute" in fast.report.fallbacks[0] or "own attribute `forward`" in fast.report.fallbacks[0]
     del original.forward
     torch.testing.assert_close(fast(X), eager(X))
 
