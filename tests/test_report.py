@@ -48,6 +48,7 @@ def filled(misses: list[Miss] | None = None, fired: tuple[str, ...] = ("encoder.
 def add(report: Report, misses: list[Miss], fired: tuple[str, ...] = (), signature: str = "x: f32[2, 3]") -> None:
     before, after = graph(torch.relu, "encoder.layer.3"), graph(torch.abs, "encoder.layer.1")
     compiled = SimpleNamespace(
+        weights=None,
         module=fx.GraphModule(nn.Module(), after),
         before=Snapshot(before),
         after=Snapshot(after),
@@ -66,7 +67,9 @@ def add(report: Report, misses: list[Miss], fired: tuple[str, ...] = (), signatu
         replays=[],
         parts=StageRecord("parts", [""]),
     )
-    report.add_graph(signature, SimpleNamespace(seconds=1.25, out_spec=pytree.tree_structure((0,))), compiled)  # type: ignore[arg-type]
+    report.add_graph(
+        signature, SimpleNamespace(weights=None, seconds=1.25, out_spec=pytree.tree_structure((0,))), compiled
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ask", ["before", "after", "diff", "why", "str"])
