@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
-import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import native, outputs, pipeline, tune
+from . import native, outputs, pipeline, race, tune
 from .branches import GOES_ANOTHER_WAY
 from .capture import capture
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
+from .forks import FORKS
+from .isolated import isolated
+from .locks import LOCK
 from .precision import Precision
 from .report import Report
 from .rule import Rule
@@ -30,61 +31,6 @@ OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own numbe
 _STATES_PER_FAILURE = 2  # a failed call is tried once more after an edit of the model, no more than that
 
 
-class _TraceLock:
-    """Many threads run originals, or one captures: while it traces, the modules it shares hold fake parameters."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._readers = 0
-        self._waiting = 0
-        self._writer: int | None = None
-        self._mine = threading.local()
-
-    def held_elsewhere(self) -> bool:
-        return self._writer not in (None, threading.get_ident())
-
-    def held_here(self) -> bool:
-        return self._writer == threading.get_ident()
-
-    def reads(self) -> bool:
-        """Whether this thread is inside `reading`, so that waiting for `writing` would be waiting for itself."""
-        return getattr(self._mine, "reads", False)
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        if self.reads() or self.held_here():
-            yield
-            return
-        with self._condition:
-            self._condition.wait_for(lambda: self._writer is None and not self._waiting)
-            self._readers += 1
-        self._mine.reads = True
-        try:
-            yield
-        finally:
-            self._mine.reads = False
-            with self._condition:
-                self._readers -= 1
-                self._condition.notify_all()
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        with self._condition:
-            self._waiting += 1
-            self._condition.wait_for(lambda: self._writer is None and not self._readers)
-            self._waiting -= 1
-            self._writer = threading.get_ident()
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._writer = None
-                self._condition.notify_all()
-
-
-_LOCK = _TraceLock()  # one for the process: tracing patches nn.Module itself
-
-
 @dataclass
 class _Graph:
     """A compiled graph and all that must hold for it to stand for a call of its key."""
@@ -94,8 +40,8 @@ class _Graph:
     state: ModelState
     rebuild: outputs.Rebuild
     image_sizes: list[tuple[int, ...]]
-    slower: Callable[[Call], str | None]  # than the original, on such a call
-    pays: dict[int, bool] = field(default_factory=dict)  # by the size of calls: whether the graph serves them
+    races: race.Races | None  # against the original, by the size of calls; None where it serves all that it may
+    uncounted: Callable[..., tuple[Any, ...]]  # `run`, for a call of fxbt's own
     served: int = 0
     refused: int = 0  # calls that go another way, which only running the graph shows
 
@@ -196,12 +142,13 @@ class Dispatcher:
         return None
 
     def _run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with _LOCK.reading():
+        with LOCK.running(self.original):
             return self.original.forward(*args, **kwargs)
 
     def _run_graph(self, graph: _Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        pays = graph.pays.get(_magnitude(call.tensors))
-        if pays is False:
+        if FORKS.is_unsaid:
+            FORKS.say()
+        if graph.races is not None and self._original_is_faster(graph, graph.races.of(_elements(call.tensors)), call):
             return self._run_original(args, kwargs)
         try:
             output = graph.rebuild(graph.run(*call.tensors))
@@ -209,8 +156,6 @@ class Dispatcher:
             problem = f"{type(error).__name__}: {error}"
         else:
             graph.served += 1
-            if pays is None:
-                self._measure(graph, call)
             return output
         output = self._run_original(args, kwargs)  # if the call is wrong, the model's own error is the one to see
         if GOES_ANOTHER_WAY in problem:
@@ -221,13 +166,20 @@ class Dispatcher:
         self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
         return output
 
-    def _measure(self, graph: _Graph, call: Call) -> None:
-        """Notes whether calls of about this size are the graph's, which was measured on one of another size."""
-        with _LOCK.reading():
-            slower = graph.slower(call)
-        graph.pays[_magnitude(call.tensors)] = slower is None
-        if slower:
-            self.fall_back(f"calls like {_shapes(call)} run faster without a graph: {slower}")
+    def _original_is_faster(self, graph: _Graph, contest: race.Race, call: Call) -> bool:
+        """Whether the original serves calls of this size; looks at it now and then."""
+        if contest.is_due():
+            with LOCK.running(self.original):
+                self._look(graph, contest, call, race.LOOK_SECONDS)
+        return contest.evidence is not None
+
+    def _look(self, graph: _Graph, contest: race.Race, call: Call, seconds: float) -> None:
+        before = contest.evidence
+        contest.look(
+            lambda: graph.uncounted(*call.tensors), lambda: self.original.forward(*call.args, **call.kwargs), seconds
+        )
+        if contest.evidence is not None and before is None:
+            self.fall_back(f"calls like {_shapes(call)} run faster without a graph: {contest.evidence}")
 
     def _refused(self, graph: _Graph, call: Call, problem: str) -> None:
         """Keeps a graph that does not go a call's way for those that do, as long as they are the most."""
@@ -241,15 +193,15 @@ class Dispatcher:
 
     def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Inside the first call of a model that this one is a part of: that one is captured whole.
-        if _LOCK.held_here() or self._has_failed(call):
+        if LOCK.captures_here() or self._has_failed(call):
             return self._run_original(args, kwargs)
         if self._captures >= self.max_captures:
             self.fall_back(f"{self.max_captures} graphs were captured, which is the limit (max_captures)")
             return self._run_original(args, kwargs)
-        if _LOCK.reads():
+        if LOCK.runs_here():
             self.fall_back("called from within the original forward of another optimised model")
             return self._run_original(args, kwargs)
-        with _LOCK.writing():
+        with LOCK.capturing(self.original, is_alone=self._tracer == "hf-fx"):
             graph = self._find(call)  # another thread may have captured it meanwhile
             if graph is None and not self._has_failed(call):
                 return self._run_and_capture(call, args, kwargs)
@@ -267,7 +219,7 @@ class Dispatcher:
         self._captures += 1
         try:
             self._refuse_writes(watched, before, call)
-            with preserved(self.original), _collecting_rarely():
+            with preserved(self.original), _collecting_rarely(), isolated():
                 self._capture(call, output, rehearse=not state.holds())
         except CaptureError as error:
             self._remember_failure(call)
@@ -303,10 +255,6 @@ class Dispatcher:
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
         if problem is not None:
             raise CaptureError(f"the graph's outputs are not the original's: {problem}")
-        if slower := self._slower(compiled, call):
-            self._remember_failure(call)
-            self.fall_back(f"{call} runs faster without a graph: {slower}")
-            return
         if compiled.weights is not None and not self._keep_original:
             compiled.spilled = compiled.weights.spill()
         graph = _Graph(
@@ -315,11 +263,14 @@ class Dispatcher:
             ModelState(self.original),
             outputs.Rebuild(captured.out_spec),
             _image_sizes(call.tensors),
-            functools.partial(self._slower, compiled),
-            {_magnitude(call.tensors): True},
+            self._races(compiled),
+            compiled.unpadding.uncounted if compiled.unpadding else compiled.run,
         )
         key = self._key(call)
-        self.report.add_graph(f"{call}{' training' if self.original.training else ''}", captured, compiled)
+        signature = f"{call}{' training' if self.original.training else ''}"
+        self.report.add_graph(signature, captured, compiled, graph.races)
+        if graph.races is not None:
+            self._look(graph, graph.races.of(_elements(call.tensors)), call, race.CAPTURE_SECONDS)
         self._graphs[key] = [*self._graphs.get(key, ()), graph]  # a new list: readers take no lock
 
     def _compare(self, compiled: pipeline.Compiled, spec: pytree.TreeSpec, call: Call, output: Any) -> str | None:
@@ -340,13 +291,10 @@ class Dispatcher:
         expected = compiled.unpadding.as_returned(expected, call.tensors)
         return _values_difference(compiled.unpadding.uncounted(*call.tensors), expected, is_precise)
 
-    def _slower(self, compiled: pipeline.Compiled, call: Call) -> str | None:
-        """How much slower than the original a graph is on a call; None where it is not, or cannot be measured."""
-        if not tune.is_enabled() or torch.is_grad_enabled() or compiled.stochastic or compiled.spilled:
-            return None
-        run = compiled.unpadding.uncounted if compiled.unpadding else compiled.run
-        times = tune.race(lambda: run(*call.tensors), lambda: self.original.forward(*call.args, **call.kwargs))
-        return f"{1e3 * times[0]:.2g} ms with it, {1e3 * times[1]:.2g} ms without" if times else None
+    def _races(self, compiled: pipeline.Compiled) -> race.Races | None:
+        """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file."""
+        may_not = torch.is_grad_enabled() or compiled.stochastic or not self._keep_original
+        return race.Races() if tune.is_enabled() and not may_not else None
 
     def _remember_failure(self, call: Call) -> None:
         self._failed.setdefault(self._key(call), []).append(ModelState(self.original))
@@ -367,9 +315,8 @@ def _collecting_rarely() -> Iterator[None]:
         gc.set_threshold(first, *others)
 
 
-def _magnitude(tensors: Sequence[Tensor]) -> int:
-    """The size of a call: calls of one magnitude are less than a factor of two apart."""
-    return sum(tensor.numel() for tensor in tensors).bit_length()
+def _elements(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def _image_sizes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
@@ -378,10 +325,8 @@ def _image_sizes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 def _is_traced() -> bool:
     """Whether someone looks through this call at its operations, so that it must be the original's own."""
-    # The flag belongs to the process: another thread's capture sets it too.
-    compiling = torch.compiler.is_compiling() and not _LOCK.held_elsewhere()
     return bool(
-        compiling
+        torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()

@@ -60,6 +60,11 @@ class ModelState:
         """Whether the model keeps this object itself."""
         return id(vars(value)) in self._seen
 
+    def shares_with(self, other: ModelState) -> bool:
+        """Whether a module, a tensor, or anything else that can change is part of both models."""
+        mine, its = ({id(part) for part in (*state._live, *state.tensors)} for state in (self, other))
+        return not mine.isdisjoint(its)
+
     def _equals(self) -> bool:
         return (
             self._live == self._copies
