@@ -62,11 +62,11 @@ class _OwnPatcher(fx_trace._Patcher):
 
     def revert_all_patches(self) -> list[Any]:
         """Dynamo takes all patches off while it compiles, and puts them back: in this thread, it may."""
-        return super().revert_all_patches() if self._here else self.patches_made
+        return super().revert_all_patches() if self._here and not self._is_over else self.patches_made
 
     def reapply_all_patches(self) -> list[Any]:
         """See `revert_all_patches`."""
-        return super().reapply_all_patches() if self._here else self.patches_made
+        return super().reapply_all_patches() if self._here and not self._is_over else self.patches_made
 
     def end(self) -> None:
         """Takes all patches back but those that another thread's stand on."""
@@ -84,14 +84,16 @@ def _is_covered(patch: Any) -> bool:
 
 @contextlib.contextmanager
 def _own_patcher() -> Iterator[fx_trace._Patcher]:
-    fx_trace._is_fx_tracing_flag = _Here()  # type: ignore[assignment]  # the tracer sets it back to what it was
-    before, patcher = fx_trace.CURRENT_PATCHER, _OwnPatcher()
+    before, is_tracing, patcher = fx_trace.CURRENT_PATCHER, fx_trace._is_fx_tracing_flag, _OwnPatcher()
     fx_trace.CURRENT_PATCHER = patcher
+    fx_trace._is_fx_tracing_flag = _Here()  # type: ignore[assignment]
     try:
         yield patcher
     finally:
         patcher.end()
-        fx_trace.CURRENT_PATCHER = before
+        fx_trace._is_fx_tracing_flag = is_tracing
+        if fx_trace.CURRENT_PATCHER is patcher:  # no other thread's, which it takes back itself
+            fx_trace.CURRENT_PATCHER = before
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ What tracing patches process-wide (`nn.Module.__call__` and `__getattr__`, torch
 stand-ins for functions of libraries) is the tracing thread's own: see `isolated`. What stays are the modules of the
 traced model, which hold fake parameters meanwhile, and the process's one random generator, which a capture puts back:
 an original that shares anything with the captured model, or is in training mode, waits.
+torch.export also switches oneDNN off for the process: other threads' sums round in another order meanwhile.
 A fork waits too: a child would begin with those modules, and with patches that nobody takes back.
 """
 

@@ -324,6 +324,10 @@ def compile_ahead() -> Future[tuple[Path, bool]]:
         thread.shutdown(wait=False)
 
 
+if hasattr(os, "register_at_fork"):  # the thread does not come along
+    os.register_at_fork(after_in_child=compile_ahead.cache_clear)
+
+
 def _compile_missing() -> tuple[Path, bool]:
     compiler, flags, path = _wanted()
     if path.exists():
