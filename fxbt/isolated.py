@@ -19,13 +19,36 @@ from torch.fx import _symbolic_trace as fx_trace
 
 
 class _Here:
-    """True in the thread that made it, False in others; torch's flags are asked for their truth alone."""
+    """True in the thread that made it, False in others; in place of torch's flags, it computes as a bool does."""
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
 
     def __bool__(self) -> bool:
         return threading.get_ident() == self._thread
+
+    def __and__(self, other: Any) -> Any:
+        return bool(self) & other
+
+    def __or__(self, other: Any) -> Any:
+        return bool(self) | other
+
+    def __xor__(self, other: Any) -> Any:
+        return bool(self) ^ other
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+    def __index__(self) -> int:
+        return int(bool(self))
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
 
 
 def here_only(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

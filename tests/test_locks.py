@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 import fxbt
-from fxbt.isolated import here_only, isolated
+from fxbt.isolated import _Here, here_only, isolated
 from fxbt.locks import LOCK, CaptureLock
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning")
@@ -275,6 +275,18 @@ def test_eight_threads_call_one_model_first_and_it_is_captured_once():
 def test_a_stand_in_is_of_its_thread_alone():
     function = here_only(lambda: "stand-in", lambda: "original")
     assert function() == "stand-in" and Worker(function).result() == "original"
+
+
+def test_the_flag_of_a_trace_computes_as_the_bool_that_it_stands_for():
+    """transformers: `is_tracing |= ...`."""
+    flag = _Here()
+
+    def results():
+        return [flag | False, False | flag, flag & True, True & flag, flag ^ True, True ^ flag, flag == True, int(flag)]  # noqa: E712
+
+    assert results() == [True, True, True, True, False, False, True, 1] and repr(flag) == "True"
+    assert Worker(results).result() == [False, False, False, False, True, True, False, 0]
+    assert hash(flag) == hash(True)
 
 
 def test_traces_of_two_threads_take_their_patches_back_in_any_order():
