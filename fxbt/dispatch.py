@@ -127,7 +127,7 @@ class _Graph:
     reported: GraphReport | None = None
 
     def applies(self, tensors: Sequence[Tensor]) -> bool:
-        return _accepts(self.guards, tensors) and self.state.holds() and self.around.holds(_LOCK.held_elsewhere())
+        return _accepts(self.guards, tensors) and self._holds()
 
     def rebind(self, model: nn.Module) -> bool:
         """Takes over the tensors that stand in the places of others now; whether the graph holds with them."""
@@ -139,6 +139,9 @@ class _Graph:
         self.compiled.rebind(pairs)
         for constant in self.captured.read:
             constant.tensor = pairs.get(id(constant.tensor), constant.tensor)
+        return self._holds()
+
+    def _holds(self) -> bool:
         return self.state.holds() and self.around.holds(_LOCK.held_elsewhere())
 
 

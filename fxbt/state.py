@@ -263,13 +263,15 @@ def _foreign_hook_of(module: nn.Module, own: set[str]) -> str | None:
 
 def _shards(hook: Any) -> bool:
     """Whether a hook gathers weights from other processes: torch's own, but no part of any forward."""
-    return (
-        getattr(inspect.unwrap(hook.func if isinstance(hook, partial) else hook), "__module__", None) or ""
-    ).startswith("torch.distributed")
+    return str(getattr(_function_of(hook), "__module__", None)).startswith("torch.distributed")
+
+
+def _function_of(hook: Any) -> Any:
+    return inspect.unwrap(hook.func if isinstance(hook, partial) else hook)
 
 
 def _source(hook: Any) -> str | None:
-    function = inspect.unwrap(hook.func if isinstance(hook, partial) else hook)
+    function = _function_of(hook)
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     return code.co_filename if code else None
 
