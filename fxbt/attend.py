@@ -12,7 +12,6 @@ import contextlib
 import functools
 import math
 import platform
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, fx
 
 from . import native, packed
 from .canonical import argument
+from .forks import FORKS
 from .once import additive
 from .ops import BY_PRODUCTS, SDPA
 from .products import by_products, products
@@ -197,7 +197,7 @@ class _ByOneDNN:
 
     def __init__(self) -> None:
         self._setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        self._lock = threading.Lock()
+        self._lock = FORKS.lock()
         self._running, self._before = 0, "none"
 
     def __enter__(self) -> None:

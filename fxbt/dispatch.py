@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import logging
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import native, outputs, pipeline, tune
+from . import native, outputs, pipeline, race, tune
 from .branches import GOES_ANOTHER_WAY
 from .capture import Captured, capture
 from .containers import Arguments
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
+from .forks import FORKS
 from .gradients import gradient_difference
 from .graphs import CALLS_PER_CAPTURE, Graphs
+from .isolated import isolated
+from .locks import LOCK
 from .numbers import Numbers, as_tensor
 from .precision import Precision
 from .rebinding import rebound
@@ -48,61 +49,6 @@ OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own numbe
 _OTHER_NUMBERS = (1, 2, 5, 64)  # beside one that a graph was captured with: does it take one of these?
 
 
-class _TraceLock:
-    """Many threads run originals, or one captures: while it traces, the modules it shares hold fake parameters."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._readers = 0
-        self._waiting = 0
-        self._writer: int | None = None
-        self._mine = threading.local()
-
-    def held_elsewhere(self) -> bool:
-        return self._writer not in (None, threading.get_ident())
-
-    def held_here(self) -> bool:
-        return self._writer == threading.get_ident()
-
-    def reads(self) -> bool:
-        """Whether this thread is inside `reading`, so that waiting for `writing` would be waiting for itself."""
-        return getattr(self._mine, "reads", False)
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        if self.reads() or self.held_here():
-            yield
-            return
-        with self._condition:
-            self._condition.wait_for(lambda: self._writer is None and not self._waiting)
-            self._readers += 1
-        self._mine.reads = True
-        try:
-            yield
-        finally:
-            self._mine.reads = False
-            with self._condition:
-                self._readers -= 1
-                self._condition.notify_all()
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        with self._condition:
-            self._waiting += 1
-            self._condition.wait_for(lambda: self._writer is None and not self._readers)
-            self._waiting -= 1
-            self._writer = threading.get_ident()
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._writer = None
-                self._condition.notify_all()
-
-
-_LOCK = _TraceLock()  # one for the process: tracing patches nn.Module itself
-
-
 @dataclass
 class _Graph:
     """A compiled graph and all that must hold for it to stand for a call of its key."""
@@ -113,9 +59,9 @@ class _Graph:
     around: Surroundings
     rebuild: outputs.Rebuild
     shapes: list[torch.Size]  # of the inputs it was captured with
-    slower: Callable[[Call], str | None]  # than the original, on such a call
+    races: race.Races | None  # against the original, by the size of calls; None where it serves all that it may
+    uncounted: Callable[..., tuple[Any, ...]]  # `run`, for a call of fxbt's own
     stochastic: bool
-    pays: dict[int, bool] = field(default_factory=dict)  # by the size of calls: whether the graph serves them
     served: int = 0
     refused: int = 0  # calls that go another way, which only running the graph shows
     used: int = 0  # when, last
@@ -142,7 +88,7 @@ class _Graph:
         return self._holds()
 
     def _holds(self) -> bool:
-        return self.state.holds() and self.around.holds(_LOCK.held_elsewhere())
+        return self.state.holds() and self.around.holds(LOCK.captures_elsewhere())
 
 
 class _ModelError(Exception):
@@ -311,7 +257,7 @@ class Dispatcher:
         return self._find(call)
 
     def _run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with _LOCK.reading():
+        with LOCK.running(self.original):
             return self.original.forward(*args, **kwargs)
 
     def _original_output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -322,10 +268,10 @@ class Dispatcher:
             raise _ModelError(error) from error
 
     def _run_graph(self, graph: _Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
-        pays = graph.pays.get(_magnitude(call.tensors))
-        if pays is False:
+        if FORKS.is_unsaid:
+            FORKS.say()
+        if graph.races is not None and self._original_is_faster(graph, graph.races.of(_elements(call.tensors)), call):
             return None
-        measured = call.copied() if pays is None else None
         try:
             output = graph.rebuild(graph.run(*call.tensors), call.args, call.kwargs)
         except Exception as error:
@@ -334,8 +280,6 @@ class Dispatcher:
             problem, is_lack_of_memory = f"{type(error).__name__}: {error}", isinstance(error, _LACKS_MEMORY)
         else:
             graph.served += 1
-            if measured is not None:
-                self._measure(graph, measured)
             return _Served(output)
         output = self._original_output(args, kwargs)  # if the call is wrong, the model's own error is the one to see
         if GOES_ANOTHER_WAY in problem:
@@ -347,13 +291,24 @@ class Dispatcher:
         self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
         return _Served(output)
 
-    def _measure(self, graph: _Graph, call: Call) -> None:
-        """Notes whether calls of about this size are the graph's, which was measured on one of another size."""
-        with _LOCK.reading():
-            slower = graph.slower(call)
-        graph.pays[_magnitude(call.tensors)] = slower is None
-        if slower:
-            self.fall_back(f"calls like {_shapes(call.args, call.kwargs)} run faster without a graph: {slower}")
+    def _original_is_faster(self, graph: _Graph, contest: race.Race, call: Call) -> bool:
+        """Whether the original serves calls of this size; looks at it now and then."""
+        if contest.is_due():
+            with LOCK.running(self.original):
+                self._look(graph, contest, call.copied(), race.LOOK_SECONDS)
+        return contest.evidence is not None
+
+    def _look(self, graph: _Graph, contest: race.Race, call: Call, seconds: float) -> None:
+        before = contest.evidence
+
+        def run_original() -> Any:
+            args, kwargs = call.rebuild(call.tensors)  # a forward may write to the containers that it is given
+            return self.original.forward(*args, **kwargs)
+
+        contest.look(lambda: graph.uncounted(*call.tensors), run_original, seconds)
+        if contest.evidence is not None and before is None:
+            shapes = _shapes(call.args, call.kwargs)
+            self.fall_back(f"calls like {shapes} run faster without a graph: {contest.evidence}")
 
     def _refused(self, graph: _Graph, call: Call, problem: str) -> None:
         """Keeps a graph that does not go a call's way for those that do, as long as they are the most."""
@@ -367,15 +322,15 @@ class Dispatcher:
 
     def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         # Inside the first call of a model that this one is a part of: that one is captured whole.
-        if _LOCK.held_here() or self._has_failed(call):
+        if LOCK.captures_here() or self._has_failed(call):
             return None
-        if _LOCK.reads():
+        if LOCK.runs_here():
             self.fall_back("called from within the original forward of another optimised model")
             return None
         if not self._may_rebind(call) and not self._may_capture():
             return None
         served = None
-        with _LOCK.writing():
+        with LOCK.capturing(self.original, is_alone=self._tracer == "hf-fx"):
             graph = self._find(call) or self._rebound(call)  # another thread may have captured it meanwhile
             if graph is None and not self._has_failed(call) and self._may_capture():
                 served = self._run_and_capture(call, args, kwargs)
@@ -437,7 +392,7 @@ class Dispatcher:
             self._refuse_writes(*versions_before, call)
             if isinstance(around, str):
                 raise CaptureError(around)
-            with preserved(self.original), _collecting_rarely():
+            with preserved(self.original), _collecting_rarely(), isolated():
                 return self._capture(call, expected, around, rehearse=rehearse)
         except CaptureError as error:
             if call.numbers:  # once more, with them as constants
@@ -464,7 +419,8 @@ class Dispatcher:
 
     def _capture(
         self, call: Call, expected: tuple[list[Any], pytree.TreeSpec], around: Surroundings, rehearse: bool
-    ) -> _Graph | None:
+    ) -> _Graph:
+        FORKS.uses_threads = True
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
         known = [graph.shapes for graph in self._graphs.of(self._key(call))]
@@ -491,10 +447,6 @@ class Dispatcher:
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
         if problem is not None:
             raise CaptureError(f"the graph's outputs are not the original's: {problem}")
-        if slower := self._slower(compiled, call):
-            self._remember_failure(call, around)
-            self.fall_back(f"{call} runs faster without a graph: {slower}")
-            return None
         if compiled.weights is not None and not self._keep_original:
             compiled.spilled = compiled.weights.spill()
         graph = _Graph(
@@ -504,9 +456,9 @@ class Dispatcher:
             around,
             outputs.Rebuild(captured.out_spec),
             [tensor.shape for tensor in call.tensors],
-            functools.partial(self._slower, compiled),
+            self._races(compiled),
+            compiled.unpadding.uncounted if compiled.unpadding else compiled.run,
             compiled.stochastic,
-            {_magnitude(call.tensors): True},
             captured=captured,
             compiled=compiled,
             numbers=frozenset(call.numbers),
@@ -514,13 +466,15 @@ class Dispatcher:
             constants=frozenset(call.constants),
         )
         self._keep(graph, call)
+        if graph.races is not None:
+            self._look(graph, graph.races.of(_elements(call.tensors)), call, race.CAPTURE_SECONDS)
         self._tell_refusals(compiled)
         return graph
 
     def _keep(self, graph: _Graph, call: Call) -> None:
         assert graph.captured and graph.compiled
         signature = f"{call}{' training' if self.original.training else ''}"
-        graph.reported = self.report.add_graph(signature, graph.captured, graph.compiled)
+        graph.reported = self.report.add_graph(signature, graph.captured, graph.compiled, graph.races)
         tensors = set(map(id, graph.state.tensors))
         # What one reads is no longer the model's, or calls have an input where it has a constant.
         self._drop_all([g for g in self._graphs if not tensors.issuperset(map(id, g.state.tensors))])
@@ -613,18 +567,10 @@ class Dispatcher:
         expected = outputs.flatten(given.seen_in(self.original.forward(*args, **kwargs)))
         return self._compare(compiled, captured.out_spec, earlier_call, *expected)
 
-    def _slower(self, compiled: pipeline.Compiled, call: Call) -> str | None:
-        """How much slower than the original a graph is on a call; None where it is not, or cannot be measured."""
-        if not tune.is_enabled() or torch.is_grad_enabled() or compiled.stochastic or compiled.spilled:
-            return None
-        run = compiled.unpadding.uncounted if compiled.unpadding else compiled.run
-
-        def run_original() -> Any:
-            args, kwargs = call.rebuild(call.tensors)  # a forward may write to the containers that it is given
-            return self.original.forward(*args, **kwargs)
-
-        times = tune.race(lambda: run(*call.tensors), run_original)
-        return f"{1e3 * times[0]:.2g} ms with it, {1e3 * times[1]:.2g} ms without" if times else None
+    def _races(self, compiled: pipeline.Compiled) -> race.Races | None:
+        """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file."""
+        may_not = torch.is_grad_enabled() or compiled.stochastic or not self._keep_original
+        return race.Races() if tune.is_enabled() and not may_not else None
 
     def _remember_failure(self, call: Call, around: Surroundings | None) -> None:
         key = self._key(call)
@@ -642,7 +588,7 @@ class Dispatcher:
         if not state.holds() and (found := rebound(state, self.original)):
             state = found[0]  # other weights make no difference
             self._failed[key] = (state, around)
-        return state.holds() and (around is None or around.holds())
+        return state.holds() and (around is None or around.holds(LOCK.captures_elsewhere()))
 
 
 @contextlib.contextmanager
@@ -679,9 +625,8 @@ def _accepts(guards: Callable[..., None], tensors: Sequence[Tensor]) -> bool:
     return True
 
 
-def _magnitude(tensors: Sequence[Tensor]) -> int:
-    """The size of a call: calls of one magnitude are less than a factor of two apart."""
-    return sum(tensor.numel() for tensor in tensors).bit_length()
+def _elements(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def _varied(shapes: list[torch.Size], known: list[list[torch.Size]]) -> frozenset[tuple[int, int]]:
@@ -692,10 +637,8 @@ def _varied(shapes: list[torch.Size], known: list[list[torch.Size]]) -> frozense
 
 def _is_traced() -> bool:
     """Whether someone looks through this call at its operations, so that it must be the original's own."""
-    # The flag belongs to the process: another thread's capture sets it too.
-    compiling = torch.compiler.is_compiling() and not _LOCK.held_elsewhere()
     return bool(
-        compiling
+        torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()

@@ -312,6 +312,10 @@ def compile_ahead() -> Future[tuple[Path, bool]]:
         thread.shutdown(wait=False)
 
 
+if hasattr(os, "register_at_fork"):  # the thread does not come along
+    os.register_at_fork(after_in_child=compile_ahead.cache_clear)
+
+
 def _found_or_compiled() -> tuple[Path, bool]:
     """One process compiles, and those that want the same meanwhile wait for it."""
     if path := _prebuilt():

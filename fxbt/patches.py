@@ -1,8 +1,8 @@
 """Stand-ins for functions of libraries that cannot be traced as they are: the one place that names any.
 
 A graph cannot branch on values, and a loop in Python becomes thousands of nodes. Each entry replaces one function while
-a model is traced, and only then; it computes the same for every input that it accepts. What it does not accept it
-asserts in the graph, and a call for which that does not hold runs the original forward.
+a model is traced, only then and in that thread alone; it computes the same for every input that it accepts. What it
+does not accept it asserts in the graph, and a call for which that does not hold runs the original forward.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import CaptureError
+from .isolated import here_only
 from .scan import selective_scan
 
 
@@ -330,8 +331,9 @@ def patched() -> Iterator[None]:
             for part in inside:
                 owner = getattr(owner, part, None)
             if hasattr(owner, name):
-                replaced.append((owner, name, getattr(owner, name)))
-                setattr(owner, name, patch.replacement)
+                original = getattr(owner, name)
+                replaced.append((owner, name, original))
+                setattr(owner, name, here_only(patch.replacement, original))
         yield
     finally:
         for owner, name, original in replaced:

@@ -23,6 +23,7 @@ from .record import Snapshot, StageRecord, hits_of
 if TYPE_CHECKING:
     from .capture import Captured
     from .pipeline import Compiled
+    from .race import Races
     from .replay import Replay
     from .spill import Spilled
     from .unpadding import Unpadding
@@ -71,6 +72,7 @@ class GraphReport:
     replays: Sequence[Replay] = ()
     parts: StageRecord = field(default_factory=lambda: StageRecord("parts"))
     weights: Weights | None = None
+    races: Races | None = None
 
     @property
     def rounds(self) -> int:
@@ -131,6 +133,16 @@ class GraphReport:
             fast.report.latest.cuda_graphs  # {'of a new shape': 2, 'recorded': 2, 'replayed': 40}
         """
         return dict(sum((replay.calls for replay in self.replays), Counter()))
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """For which sizes of calls the original serves, as it was clearly faster there, and on what evidence.
+
+        Example::
+
+            fast.report.latest.lost  # {'64 to 127 elements': '12 of 12 pairs, 3.1 ms against 2.2 ms'}
+        """
+        return self.races.lost() if self.races else {}
 
     def diff(self) -> str:
         """What each rewrite took out and put in, equal ones once: see `fxbt.show.blocks`.
@@ -305,7 +317,9 @@ class Report:
         """
         return self.latest.why(rule, at) if self.latest else NOTHING_YET
 
-    def add_graph(self, signature: str, captured: Captured, compiled: Compiled) -> GraphReport:
+    def add_graph(
+        self, signature: str, captured: Captured, compiled: Compiled, races: Races | None = None
+    ) -> GraphReport:
         """Record a captured graph under its call signature (numbered, should the text occur twice)."""
         self.made += 1
         name = next(n for n in _numbered(signature) if n not in self.graphs)
@@ -328,6 +342,7 @@ class Report:
             replays=compiled.replays,
             parts=compiled.parts,
             weights=compiled.weights,
+            races=races,
         )
         return self.graphs[name]
 
@@ -379,6 +394,8 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
         counts = [[verdict, count] for verdict, count in graph.unpadding.verdicts().items()]
         sections.append(("padding is dropped; calls of the latest graph", _table(["went", "calls"], counts)))
     sections.append(("batches with values over 32 MiB", _parts_text(graph.parts)))
+    if graph.lost:
+        sections.append(("calls that the original serves, which was faster than the graph", _table_of(graph.lost)))
     if graph.cuda_graphs:
         sections.append(("CUDA graphs", _table(["went", "calls"], [list(item) for item in graph.cuda_graphs.items()])))
     if graph.precision is not None and graph.error is not None:

@@ -72,6 +72,11 @@ class ModelState:
         """Whether the content of this object or container is a part of the state."""
         return id(value) in self._seen or id(getattr(value, "__dict__", None)) in self._seen
 
+    def shares_with(self, other: ModelState) -> bool:
+        """Whether a module, a tensor, or anything else that can change is part of both models."""
+        mine, its = ({id(part) for part in (*state._live, *state.tensors)} for state in (self, other))
+        return not mine.isdisjoint(its)
+
     def is_of_same_classes(self, other: ModelState) -> bool:
         return self._classes == other._classes and self._forwards == other._forwards
 

@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,25 +24,16 @@ from typing import Any
 import torch
 
 from . import cache
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+from .race import CLEARLY, CLOCK, TAKEN_PER_CALL, TAKEN_PER_SECOND, Clock, is_steady
 
 logger = logging.getLogger("fxbt")
 
 FORMAT = 10  # of the files; another one is ignored. A change of what is measured (native.c, say) makes a new one
 BUDGET_SECONDS = 2.0  # for the shapes of one model
 LEAST_TURNS, TURNS_SECONDS, DOUBTFUL_SECONDS = 2, 0.01, 0.06
-LEAST_RACES, RACES, RACE_SECONDS = 3, 5, 0.5
-CLEARLY = 0.97  # of another's time
 SETTLED = 3  # sizes in a row with one clear winner: the largest size, half of the time of all, is not measured then
-STEADY = 1.5  # median / shortest turn: on a quiet machine at most 1.26, beside a busy process 2 to 800
-# Where more programs run than there are processors, each call may lose one of them, and all are equally slow: then
-# about 2 a call, which takes 8 ms; on a quiet machine less than 1 in calls as long, and fewer in shorter ones.
-TAKEN_PER_CALL = 1
-ATTEMPTS = 2
+EVEN, FAR = 1.25, 2  # times the shortest turn; times the fastest kernel: more than that is seldom on a quiet machine
+ENOUGH, MANY = 5, 12  # turns that say so; those of a second attempt, where something was in the way of the first
 
 Times = dict[str, list[float]]  # kernel -> microseconds for each of the sizes
 Calls = list[Callable[[], Any]]  # the same kernel on different memory
@@ -85,40 +75,22 @@ class Tuner:
         return self._chosen[contest.key]
 
     def _decide(self, contest: Contest) -> tuple[str, ...]:
-        times = _known(contest)
+        times, is_disturbed = _known(contest), False
         if times is None and is_enabled() and self._left > 0:
-            start = time.perf_counter()
-            times = cache.once("measuring", lambda: _known(contest), lambda: _measured(contest), self._left)
-            self._left -= time.perf_counter() - start
+            start = CLOCK.now()
+            try:
+                times = cache.once("measuring", lambda: _known(contest), lambda: _measured(contest), self._left)
+            except _Disturbed:
+                is_disturbed = True
+            self._left -= CLOCK.now() - start
         answer = (contest.by_rule,) * len(contest.sizes) if times is None else _by_times(contest, times)
-        self.answers[contest.key] = _describe(contest, answer, times)
+        self.answers[contest.key] = _describe(contest, answer, times, is_disturbed)
         return answer
 
 
 def bucket_of(size: int, up_to: tuple[int, ...]) -> int:
     """The place of the measurement that stands for a size."""
     return bisect.bisect_left(up_to, size)
-
-
-def race(call: Callable[[], Any], rival: Callable[[], Any]) -> tuple[float, float] | None:
-    """The shortest seconds of each, where the rival stays clearly faster turn by turn; None where it does not."""
-    mine, its = math.inf, math.inf
-    end = time.perf_counter() + RACE_SECONDS
-    for turn in range(RACES):
-        if turn >= LEAST_RACES and time.perf_counter() > end:
-            break
-        its, mine = min(its, _seconds(rival)), min(mine, _seconds(call))
-        if its >= CLEARLY * mine:
-            return None
-    return mine, its
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()  # a call there returns when it is queued
-    return time.perf_counter() - begin
 
 
 def is_enabled() -> bool:
@@ -138,9 +110,10 @@ def _by_times(contest: Contest, times: Times) -> tuple[str, ...]:
     return tuple(contest.names[place] for place in places)
 
 
-def _describe(contest: Contest, answer: tuple[str, ...], times: Times | None) -> str:
+def _describe(contest: Contest, answer: tuple[str, ...], times: Times | None, is_disturbed: bool) -> str:
     if times is None:
-        return f"{contest.by_rule} (by rule, not measured)"
+        why = "other programs were in the way of measuring" if is_disturbed else "not measured"
+        return f"{contest.by_rule} (by rule, {why})"
     shown = []
     for i, (size, choice) in enumerate(zip(contest.sizes, answer, strict=True)):
         measured = ", ".join(f"{times[name][i]:.0f}" for name in contest.names)
@@ -148,17 +121,21 @@ def _describe(contest: Contest, answer: tuple[str, ...], times: Times | None) ->
     return "  ".join(shown)
 
 
+class _Disturbed(Exception):
+    """Something else kept the machine busy while kernels were measured."""
+
+
 def _measured(contest: Contest) -> Times:
-    times, is_steady = _measure(contest)
-    if is_steady:  # what a busy machine says holds for this process at most
-        _keep(contest.key, times)
+    times = _measure(contest)
+    if times is None:
+        raise _Disturbed
+    _keep(contest.key, times)
     return times
 
 
-def _measure(contest: Contest) -> tuple[Times, bool]:
-    """Each kernel's times, and whether nothing else kept the machine busy meanwhile."""
+def _measure(contest: Contest, clock: Clock = CLOCK) -> Times | None:
+    """Each kernel's times; None where something else kept the machine busy meanwhile: what it says decides nothing."""
     times: Times = {name: [] for name in contest.names}
-    are_steady = []
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for size in contest.sizes:
             is_left_out = size == contest.sizes[-1] and _is_settled(times)
@@ -166,12 +143,11 @@ def _measure(contest: Contest) -> tuple[Times, bool]:
             if calls is None:
                 times = {name: [*measured, measured[-1]] for name, measured in times.items()}
                 continue
-            turns, is_steady = _undisturbed_turns(calls)
-            are_steady.append(is_steady)
+            if (turns := _undisturbed_turns(calls, clock)) is None:
+                return None
             for measured, samples in zip(times.values(), turns, strict=True):
                 measured.append(min(samples))
-        _measure_doubtful(contest, times)
-    return times, all(are_steady)
+        return times if _measure_doubtful(contest, times, clock) else None
 
 
 def _is_settled(times: Times) -> bool:
@@ -182,42 +158,74 @@ def _is_settled(times: Times) -> bool:
     return len(last) == SETTLED and len(winners) == 1 and are_clear
 
 
-def _measure_doubtful(contest: Contest, times: Times) -> None:
-    """Again, and the shorter times of both, where the answer is not the one of most sizes: a few turns may mislead."""
+def _measure_doubtful(contest: Contest, times: Times, clock: Clock) -> bool:
+    """Again, and the shorter times of both, where the answer is not the one of most sizes: a few turns may mislead.
+
+    Whether nothing was in the way.
+    """
     answer = _by_times(contest, times)
     for place, size in enumerate(contest.sizes):
         calls = contest.calls(size) if answer[place] != statistics.mode(answer) else None
         if calls is None:
             continue
-        for measured, samples in zip(times.values(), in_turns(*calls, seconds=DOUBTFUL_SECONDS), strict=True):
+        if (turns := _undisturbed_turns(calls, clock, DOUBTFUL_SECONDS, ENOUGH)) is None:
+            return False
+        for measured, samples in zip(times.values(), turns, strict=True):
             measured[place] = min(measured[place], *samples)
+    return True
 
 
-def _undisturbed_turns(kernels: list[Calls]) -> tuple[list[list[float]], bool]:
-    """As `in_turns`, again where other programs had a processor in most calls; and whether nothing was in the way."""
-    for _ in range(ATTEMPTS):
-        taken_before = _times_taken()
-        turns = in_turns(*kernels)
-        is_shared = _times_taken() - taken_before > TAKEN_PER_CALL * sum(map(len, turns))
-        if not is_shared:
-            break
-    return turns, not is_shared and all(statistics.median(samples) <= STEADY * min(samples) for samples in turns)
+def _undisturbed_turns(
+    kernels: list[Calls], clock: Clock, seconds: float = TURNS_SECONDS, least: int = LEAST_TURNS
+) -> list[list[float]] | None:
+    """As `in_turns`, again where something was in the way; None where it stays so.
+
+    Where a few turns say what a quiet machine seldom does, more of them have to.
+    """
+    for fewest in (least, MANY):
+        turns = _turns_of_a_quiet_machine(kernels, clock, seconds, fewest)
+        if turns and len(turns[0]) < ENOUGH and _are_doubtful(turns):
+            turns = _turns_of_a_quiet_machine(kernels, clock, seconds, ENOUGH)
+        if turns:
+            return turns
+    return None
 
 
-def _times_taken() -> int:
-    """How often the system took a processor away from this process; where it does not count that, 0."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
+def _turns_of_a_quiet_machine(
+    kernels: list[Calls], clock: Clock, seconds: float, least: int = LEAST_TURNS
+) -> list[list[float]] | None:
+    """As `in_turns`; None where other programs had a processor in most calls, or a kernel's turns contradict."""
+    taken, start = clock.taken(), clock.now()
+    turns = in_turns(*kernels, seconds=seconds, least=least, clock=clock)
+    allowed = TAKEN_PER_CALL * sum(map(len, turns)) + TAKEN_PER_SECOND * (clock.now() - start)
+    return turns if clock.taken() - taken <= allowed and all(map(is_steady, turns)) else None
 
 
-def in_turns(*kernels: Calls, seconds: float = TURNS_SECONDS, most: int = 16 * LEAST_TURNS) -> list[list[float]]:
-    """Each kernel's microseconds turn by turn, each call on other memory than the one before."""
+def _are_doubtful(turns: list[list[float]]) -> bool:
+    """Whether so few turns differ by more than those of a quiet machine, or kernels that compute the same by much."""
+    shortest = [min(samples) for samples in turns]
+    are_uneven = any(max(samples) > EVEN * min(samples) for samples in turns)
+    return are_uneven or max(shortest) > FAR * min(shortest)
+
+
+def in_turns(
+    *kernels: Calls,
+    seconds: float = TURNS_SECONDS,
+    least: int = LEAST_TURNS,
+    most: int = 16 * LEAST_TURNS,
+    clock: Clock = CLOCK,
+) -> list[list[float]]:
+    """Each kernel's microseconds turn by turn, each call on other memory than the one before; every turn begins with
+    another kernel, and the first one does not count."""
     samples: list[list[float]] = [[] for _ in kernels]
     for turn in range(most):
-        for calls, measured in zip(kernels, samples, strict=True):
-            begin = time.perf_counter()
+        for step in range(len(kernels)):
+            place = (turn + step) % len(kernels)
+            calls = kernels[place]
+            begin = clock.now()
             calls[turn % len(calls)]()
-            measured.append((time.perf_counter() - begin) * 1e6)
-        if turn >= LEAST_TURNS and sum(map(sum, samples)) > seconds * 1e6:
+            samples[place].append((clock.now() - begin) * 1e6)
+        if turn >= least and sum(map(sum, samples)) > seconds * 1e6:
             break
     return [measured[1:] for measured in samples]
 

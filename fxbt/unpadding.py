@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .forks import FORKS
 from .lower import Program
 from .packed import Tokens
 from .padding import Output, Unpadded
@@ -57,7 +57,7 @@ class Unpadding:
         self._outputs = unpadded.outputs
         self._run_dense, self._run_unmasked = in_parts(dense), in_parts(self.unmasked)
         self._run_packed = in_parts(self._on_tokens)
-        self._counting = threading.Lock()
+        self._counting = FORKS.lock()
 
     @property
     def programs(self) -> list[Program]:

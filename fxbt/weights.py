@@ -6,7 +6,6 @@ a weight has changed. Programs of one model share such values.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -17,6 +16,7 @@ import torch
 from torch import fx
 
 from .canonical import attribute, expression, is_pure, reaches_output
+from .forks import FORKS
 from .patrol import Patrol
 from .spill import Spilled, spilled
 from .tune import Tuner
@@ -144,7 +144,7 @@ class Weights:
         self._compute: Callable[..., tuple[torch.Tensor, ...]] | None = None
         self._derived: Derived | None = None
         self._read: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock = FORKS.lock()
 
     def add(self, module: fx.GraphModule, graph: fx.Graph, constant: set[fx.Node]) -> list[int]:
         """Moves the nodes in `constant` out of `graph`; those still needed become its last placeholders.

@@ -424,7 +424,7 @@ def worker(folder: str, number: int, count: int) -> None:
 
     toolchain.compiled = lambda *args: make("library", b"a library")
     native._flags = lambda: ("-O3",)
-    tune._measure = lambda contest: make(contest.key, ({"plain": [2.0, 2.0], "second": [1.0, 1.0]}, True))
+    tune._measure = lambda contest: make(contest.key, {"plain": [2.0, 2.0], "second": [1.0, 1.0]})
     tune.BUDGET_SECONDS = 120.0
     (notes / f"asked.{number}").touch()
     path, is_new = native._found_or_compiled()
@@ -460,7 +460,7 @@ with cache._lock("measuring.lock") as is_ours:
 
 def test_a_process_that_is_killed_gives_its_lock_back(folder, monkeypatch):
     monkeypatch.setenv("FXBT_TUNE", "1")
-    monkeypatch.setattr(tune, "_measure", lambda contest: ({"plain": [2.0, 2.0], "second": [1.0, 1.0]}, True))
+    monkeypatch.setattr(tune, "_measure", lambda contest: {"plain": [2.0, 2.0], "second": [1.0, 1.0]})
     monkeypatch.setattr(tune, "BUDGET_SECONDS", 0.1)
     with subprocess.Popen(script(HOLDER), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "True\n"

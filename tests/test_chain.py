@@ -258,4 +258,4 @@ def test_a_model_is_one_chain_whether_padding_is_dropped_or_not(chains):
         torch.testing.assert_close(found[is_token], expected[is_token], rtol=1e-5, atol=1e-5)
         assert chains == [5 * model.config.num_hidden_layers]
     assert f"one call for {5 * model.config.num_hidden_layers} in a row" in str(fast.report)
-    assert fast.report.latest.calls == {"dense": 1, "packed": 1}
+    assert fast.report.latest.calls == {"dense": 1, "packed": 2}  # the call that was captured is served too

@@ -1,0 +1,143 @@
+"""What tracing patches for the whole process, made the tracing thread's own: other threads see nothing of it.
+
+FX puts wrappers in the places of `nn.Module.__call__` and `__getattr__`, which know the modules of one trace only, and
+torch.export sets flags that models ask (`torch.compiler.is_compiling()`). Other threads' modules must meet neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.export._trace
+from torch.fx import _symbolic_trace as fx_trace
+
+
+class _Here:
+    """True in the thread that made it, False in others; in place of torch's flags, it computes as a bool does."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == self._thread
+
+    def __and__(self, other: Any) -> Any:
+        return bool(self) & other
+
+    def __or__(self, other: Any) -> Any:
+        return bool(self) | other
+
+    def __xor__(self, other: Any) -> Any:
+        return bool(self) ^ other
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+    def __index__(self) -> int:
+        return int(bool(self))
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
+
+
+def here_only(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is `replacement` in this thread and `original` in others."""
+    here = _Here()
+
+    @functools.wraps(replacement)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if here else original)(*args, **kwargs)
+
+    return function
+
+
+class _OwnPatcher(fx_trace._Patcher):
+    """FX's patches of methods, for this thread, and only until they are taken back.
+
+    Another thread may trace too (torch.compile in there) and take its patches back in any order: one that was left
+    behind does nothing, and one that stands on top of ours stays.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._here = _Here()
+        self._is_over = False
+
+    def patch_method(self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
+        original = getattr(cls, name)
+
+        @functools.wraps(new_fn)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return (new_fn if self._here and not self._is_over else original)(*args, **kwargs)
+
+        super().patch_method(cls, name, method, deduplicate)
+
+    def revert_all_patches(self) -> list[Any]:
+        """Dynamo takes all patches off while it compiles, and puts them back: in this thread, it may."""
+        return super().revert_all_patches() if self._here and not self._is_over else self.patches_made
+
+    def reapply_all_patches(self) -> list[Any]:
+        """See `revert_all_patches`."""
+        return super().reapply_all_patches() if self._here and not self._is_over else self.patches_made
+
+    def end(self) -> None:
+        """Takes all patches back but those that another thread's stand on."""
+        self._is_over = True
+        for patch in reversed(self.patches_made):
+            if not _is_covered(patch):
+                patch.revert()
+
+
+def _is_covered(patch: Any) -> bool:
+    """Whether another patch of the same method was put on top."""
+    is_method = isinstance(patch, fx_trace._PatchedFnSetAttr)
+    return is_method and getattr(patch.frame_dict, patch.fn_name) is not patch.new_fn
+
+
+@contextlib.contextmanager
+def _own_patcher() -> Iterator[fx_trace._Patcher]:
+    before, is_tracing, patcher = fx_trace.CURRENT_PATCHER, fx_trace._is_fx_tracing_flag, _OwnPatcher()
+    fx_trace.CURRENT_PATCHER = patcher
+    fx_trace._is_fx_tracing_flag = _Here()  # type: ignore[assignment]
+    try:
+        yield patcher
+    finally:
+        patcher.end()
+        fx_trace._is_fx_tracing_flag = is_tracing
+        if fx_trace.CURRENT_PATCHER is patcher:  # no other thread's, which it takes back itself
+            fx_trace.CURRENT_PATCHER = before
+
+
+@contextlib.contextmanager
+def _own_flags() -> Iterator[None]:
+    with (
+        mock.patch.object(torch.compiler, "_is_compiling_flag", _Here()),
+        mock.patch.object(torch.compiler, "_is_exporting_flag", _Here()),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Runs a block whose traces other threads see nothing of. One thread at a time: see `locks`.
+
+    Example:
+        >>> with isolated():
+        ...     torch.export.export(model, (x,), strict=False)
+    """
+    with (
+        mock.patch.object(fx_trace, "_new_patcher", _own_patcher),
+        mock.patch.object(torch.export._trace, "_compiling_state_context", _own_flags),
+    ):
+        yield
