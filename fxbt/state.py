@@ -42,14 +42,11 @@ class ModelState:
         self._visit_object(model, "", 0)
         self._copies = [_copy(container) for container in self._live]
         self._kinds = list(map(_kind, self.tensors))
-        self._forwards = list(map(_forward_of, self._classes))
         self._untouched: _Untouched | None = None
 
     def holds(self) -> bool:
         """Whether all is as it was. Never raises: what cannot be compared counts as changed."""
         try:
-            if list(map(_forward_of, self._classes)) != self._forwards:
-                return False
             if self._untouched is not None and self._untouched.holds():
                 return True
             return self._equals() and self._note_untouched()
@@ -78,7 +75,7 @@ class ModelState:
         return not mine.isdisjoint(its)
 
     def is_of_same_classes(self, other: ModelState) -> bool:
-        return self._classes == other._classes and self._forwards == other._forwards
+        return self._classes == other._classes
 
     def _equals(self) -> bool:
         return (
@@ -152,11 +149,6 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
         return tensor.dtype, tensor.device, tensor.layout, id(tensor)
     strides = tensor.stride() if tensor.layout is torch.strided else None
     return tensor.dtype, tensor.device, tensor.shape, strides
-
-
-def _forward_of(kind: type[nn.Module]) -> Any:
-    """The forward that a class defines or inherits, as it stands there: TorchScript's cannot be asked for."""
-    return next((vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)), None)
 
 
 def _copy(container: Any) -> Any:
