@@ -17,8 +17,8 @@ from setuptools.command.build_py import build_py
 
 
 def toolchain() -> ModuleType:
-    """fxbt/toolchain.py by itself: the package wants torch, which is not there while a wheel is built."""
-    spec = spec_from_file_location("toolchain", Path(__file__).with_name("fxbt") / "toolchain.py")
+    """fxbt/kernels/toolchain.py by itself: the package wants torch, which is not there while a wheel is built."""
+    spec = spec_from_file_location("toolchain", Path(__file__).with_name("fxbt") / "kernels" / "toolchain.py")
     assert spec and spec.loader
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,7 +30,7 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         super().run()
-        package = Path(self.build_lib, "fxbt")
+        package = Path(self.build_lib, "fxbt", "kernels")
         for stale in (*package.glob("native-*.so"), *package.glob("native-*.sha256")):  # of a build before this one
             stale.unlink()
         if self.editable_mode:
@@ -50,7 +50,7 @@ class BuildWheel(bdist_wheel):
 
     def run(self) -> None:
         self.run_command("build_py")
-        if list(Path(self.get_finalized_command("build_py").build_lib, "fxbt").glob("native-*.so")):
+        if list(Path(self.get_finalized_command("build_py").build_lib, "fxbt", "kernels").glob("native-*.so")):
             self.root_is_pure = False
             self.distribution.has_ext_modules = lambda: True  # where `install` puts the package
         super().run()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import fxbt
-from fxbt import native
+from fxbt.kernels import native
 
 capability = torch.backends.cpu.get_cpu_capability()
 package = Path(fxbt.__file__).parent

@@ -16,7 +16,8 @@ import torch
 from tabulate import tabulate
 
 import fxbt
-from fxbt import chain, native
+from fxbt.kernels import native
+from fxbt.lower.cpu import chain
 
 SECONDS = 8.0  # for each column
 TURN = 4  # passes of one way before the other has its turn

@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from tabulate import tabulate
 
-from fxbt import native
-from fxbt.attend import attentions
-from fxbt.epilogue import Activation
-from fxbt.linears import linears
-from fxbt.tune import Contest, in_turns
+from fxbt.kernels import native
+from fxbt.kernels.autotune import Contest, in_turns
+from fxbt.lower.cpu.attention import attentions
+from fxbt.lower.cpu.epilogue import Activation
+from fxbt.lower.cpu.linears import linears
 
 SECONDS, MOST_TURNS = 1.0, 10**6  # for each size
 

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from transformers import BertConfig, BertModel
 
 import fxbt
-from fxbt import parts
+from fxbt.runtime import parts
 
 ROUNDS = 8
 WAYS = {"parts": parts.LARGE, "whole": 2**62}

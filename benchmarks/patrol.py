@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import fxbt
-from fxbt.patrol import Patrol
+from fxbt.lower.patrol import Patrol
 
 SIZES = {"MiniLM": (384, 6, 12, 1536), "BERT-base": (768, 12, 12, 3072)}
 

@@ -17,8 +17,8 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from fxbt.attend import by_onednn, onednn_is_exact
-from fxbt.products import by_products
+from fxbt.kernels.attention_products import by_products
+from fxbt.lower.cpu.attention import by_onednn, onednn_is_exact
 
 CAP, HEADS, DIM, ROUNDS = 50.0, 8, 64, 7
 

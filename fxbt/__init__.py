@@ -7,14 +7,16 @@ Example::
     print(fast.report)
 """
 
-from . import axes, masks, ops, testing
-from .canonical import argument
+from . import testing
+from .analysis import axes, masks
 from .errors import CaptureError, ExampleError, FxbtWarning, NotOptimizedError, RuleError
-from .match import Found, is_float_cast, op_of
-from .miss import Miss
+from .graph import blocks as ops
+from .graph.canonical import argument
+from .graph.miss import Miss
+from .match.matcher import Found, is_float_cast, op_of
+from .match.rule import Match, Rule, rule
 from .optimize import optimize, refresh, restore
 from .pipeline import default_rules
-from .rule import Match, Rule, rule
 
 __all__ = [
     "CaptureError",

@@ -16,28 +16,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import native, outputs, pipeline, race, tune
-from .branches import GOES_ANOTHER_WAY
-from .capture import Captured, capture
-from .containers import Arguments
+from . import pipeline
+from .capture import outputs
+from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
+from .capture.containers import Arguments
+from .capture.export import Captured, capture
+from .capture.isolated import isolated
+from .capture.locks import LOCK
+from .capture.model_state import ModelState, foreign_hook, preserved, versions
+from .capture.number_inputs import Numbers, as_tensor
+from .capture.rebinding import rebound
+from .capture.recording import Recording, is_recording
+from .capture.saved_tensors import active_hooks, comes_from_hook, hidden
+from .capture.surroundings import Surroundings
+from .capture.value_branches import GOES_ANOTHER_WAY
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
-from .forks import FORKS
-from .gradients import gradient_difference
-from .graphs import CALLS_PER_CAPTURE, Graphs
-from .isolated import isolated
-from .locks import LOCK
-from .numbers import Numbers, as_tensor
-from .precision import Precision
-from .rebinding import rebound
-from .recording import Recording, is_recording
-from .report import GraphReport, Report
-from .rule import Rule
-from .saved_tensors import active_hooks, comes_from_hook, hidden
-from .signature import TENSOR_TYPES, Binder, Call, named_arguments
-from .state import ModelState, foreign_hook, preserved, versions
-from .surroundings import Surroundings
-from .unpadding import Unpadding
-from .verify import difference
+from .explain.report import GraphReport, Report
+from .kernels import autotune, native
+from .kernels.forks import FORKS
+from .lower.cpu.precision import Precision
+from .match.rule import Rule
+from .rewrite.verify import difference
+from .runtime import race
+from .runtime.compiled import Compiled
+from .runtime.gradients import gradient_difference
+from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
+from .runtime.unpadding import Unpadding
 
 logger = logging.getLogger("fxbt")
 
@@ -69,7 +73,7 @@ class _Graph:
     pinned: frozenset[str] = frozenset()  # of those that have one value only
     constants: frozenset[str] = frozenset()  # of those that are not
     captured: Captured | None = None
-    compiled: pipeline.Compiled | None = None
+    compiled: Compiled | None = None
     reported: GraphReport | None = None
 
     def applies(self, tensors: Sequence[Tensor]) -> bool:
@@ -488,7 +492,7 @@ class Dispatcher:
             if graph.reported is not None:
                 self.report.drop_graph(graph.reported)
 
-    def _tell_refusals(self, compiled: pipeline.Compiled) -> None:
+    def _tell_refusals(self, compiled: Compiled) -> None:
         """Says once where a rewrite by a rule of the user's changed the numbers, so that it was not done."""
         for miss in compiled.misses:
             if not miss.refused or miss.rule not in self._user_rules or miss.rule in self._told:
@@ -502,7 +506,7 @@ class Dispatcher:
 
     def _compare(
         self,
-        compiled: pipeline.Compiled,
+        compiled: Compiled,
         spec: pytree.TreeSpec,
         call: Call,
         expected: list[Any],
@@ -528,7 +532,7 @@ class Dispatcher:
         expected = compiled.unpadding.as_returned(expected, call.tensors)
         return _values_difference(compiled.unpadding.uncounted(*call.tensors), expected, is_precise)
 
-    def _compare_padded(self, compiled: pipeline.Compiled, unpadding: Unpadding, call: Call) -> str | None:
+    def _compare_padded(self, compiled: Compiled, unpadding: Unpadding, call: Call) -> str | None:
         """What differs where a sequence ends in padding; finds out whether the original blanks padding by itself."""
         tensors = unpadding.padded(call.tensors, slice(-1, None))
         args, kwargs = call.rebuild(tensors)
@@ -550,7 +554,7 @@ class Dispatcher:
             if others and all(place in other.pinned for other in others):
                 raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
 
-    def _compare_earlier(self, compiled: pipeline.Compiled, captured: Captured, call: Call) -> str | None:
+    def _compare_earlier(self, compiled: Compiled, captured: Captured, call: Call) -> str | None:
         """The same with the values that the call's numbers had before: Python may tell a symbol from a number."""
         if not call.numbers or compiled.stochastic:
             return None
@@ -567,10 +571,10 @@ class Dispatcher:
         expected = outputs.flatten(given.seen_in(self.original.forward(*args, **kwargs)))
         return self._compare(compiled, captured.out_spec, earlier_call, *expected)
 
-    def _races(self, compiled: pipeline.Compiled) -> race.Races | None:
+    def _races(self, compiled: Compiled) -> race.Races | None:
         """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file."""
         may_not = torch.is_grad_enabled() or compiled.stochastic or not self._keep_original
-        return race.Races() if tune.is_enabled() and not may_not else None
+        return race.Races() if autotune.is_enabled() and not may_not else None
 
     def _remember_failure(self, call: Call, around: Surroundings | None) -> None:
         key = self._key(call)

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .capture import TRACERS, hf_fx_missing, share, twin
+from .capture.export import TRACERS, hf_fx_missing, share, twin
 from .dispatch import Dispatcher
 from .errors import NotOptimizedError
+from .explain.report import Report
+from .lower.cpu.precision import precision_of
+from .lower.spill import check_can_spill
+from .match.rule import Rule, check_rules
 from .pipeline import in_order
-from .precision import precision_of
-from .report import Report
-from .rule import Rule, check_rules
-from .spill import check_can_spill
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -5,95 +5,30 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import fx
 
-from . import debug
-from .batch import batch_of
-from .canonical import canonicalize
-from .capture import Captured
-from .layout import keep_orders, returned_orders
-from .lower import Program
-from .miss import Miss
-from .outline import inline
-from .padding import drop_padding
-from .parts import InParts
-from .precision import Precision
-from .record import Snapshot, StageRecord, hits_of
-from .replay import Replay
-from .rule import Rule, check_rules, installed_rules
-from .spill import Spilled
-from .stage import run_stage
-from .unmasked import unmask
-from .unpadding import Run, Unpadding
-from .verify import Verifier, is_stochastic
-from .weights import Weights
-
-
-@dataclass
-class Compiled:
-    """A graph ready to run, and the record of how it came to be."""
-
-    run: Callable[..., tuple[Any, ...]]
-    dense: Program
-    unpadding: Unpadding | None  # `run`, if it can drop padding
-    module: fx.GraphModule
-    inlined: fx.GraphModule  # what was lowered; misses name its nodes
-    before: Snapshot
-    after: Snapshot
-    stages: list[StageRecord]
-    parts: StageRecord  # of what lets large batches run in parts
-    seconds: float
-    stochastic: bool
-    derived_bytes: int
-    peak_bytes: int | None  # of what the captured call computes, without gradients
-    kernels: dict[str, str]
-    weights: Weights | None  # what the programs derive, without gradients
-    precision: str | None = None  # of linears, if it is not the model's own
-    error: float | None = None  # of the outputs against the original's, in another precision
-    spilled: Spilled | None = None  # what went from memory to a file
-
-    @property
-    def hits(self) -> dict[str, int]:
-        return hits_of(self.stages)
-
-    @property
-    def misses(self) -> list[Miss]:
-        return [miss for stage in self.stages for miss in stage.misses]
-
-    @property
-    def programs(self) -> list[Program]:
-        """All that runs calls."""
-        return [self.dense, *(self.unpadding.programs if self.unpadding else [])]
-
-    def can_rebind(self, pairs: Mapping[int, torch.Tensor]) -> bool:
-        """Whether the graph holds with the tensors that `pairs` puts in the places of its weights (by their id)."""
-        return all(program.can_rebind(pairs) for program in self.programs)
-
-    def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
-        """Computes with those tensors from now on, and lets go of the others."""
-        for program in self.programs:
-            program.rebind(pairs)
-        if self.weights is not None:
-            self.weights.rebind(pairs)
-        for part in (*self.module.modules(), *self.inlined.modules()):
-            for attributes in (vars(part), part._parameters, part._buffers):
-                held: dict[str, Any] = {name: pairs[id(v)] for name, v in attributes.items() if id(v) in pairs}
-                attributes.update(held)
-
-    @property
-    def replays(self) -> list[Replay]:
-        """What records and replays CUDA graphs, where that was asked for."""
-        programs = [self.dense, *([self.unpadding.unmasked] if self.unpadding else [])]
-        return [program.replay for program in programs if program.replay is not None]
-
-    @property
-    def refusals(self) -> list[str]:
-        return [str(miss) for miss in self.misses if miss.refused]
+from .capture.export import Captured
+from .explain import log
+from .graph.canonical import canonicalize
+from .graph.miss import Miss
+from .graph.record import Snapshot, StageRecord
+from .lower.cpu.precision import Precision
+from .lower.derived_weights import Weights
+from .lower.program import Program
+from .match.rule import Rule, check_rules, installed_rules
+from .padding.drop import drop_padding
+from .padding.sequences import batch_of
+from .padding.without_masks import unmask
+from .rewrite.layout import keep_orders, returned_orders
+from .rewrite.outline import inline
+from .rewrite.stage import run_stage
+from .rewrite.verify import Verifier, is_stochastic
+from .runtime.compiled import Compiled
+from .runtime.parts import InParts
+from .runtime.unpadding import Run, Unpadding
 
 
 def default_rules() -> tuple[Rule, ...]:
@@ -145,7 +80,7 @@ def compile(
     cuda_graphs: bool = False,
 ) -> Compiled:
     """Canonicalize `captured.module`, run `rules` over it in order, drop padding, and lower it to a callable."""
-    with debug.listening():
+    with log.listening():
         return _compile(captured, rules, verify, padding, precision, cuda_graphs)
 
 
@@ -161,11 +96,11 @@ def _compile(
     module = captured.module
     before, orders = Snapshot(module.graph), returned_orders(module.graph)
     canonicalize(module)
-    debug.graph("canonical", module)
+    log.graph("canonical", module)
     is_needed = verify or not all(rule.proven or rule.outline for rule in rules)
     verifier = Verifier(module, captured.example, every=verify) if is_needed else None
     assumes: dict[str, torch.Tensor] = {}
-    stages = [run_stage(module, rule, verifier, assumes) for rule in rules]
+    stages = [_logged(run_stage(module, rule, verifier, assumes), module) for rule in rules]
     canonicalize(module)
     keep_orders(module, orders)
     module.graph.lint()
@@ -196,6 +131,12 @@ def _compile(
         weights=weights,
         precision=precision.name if precision and weights else None,
     )
+
+
+def _logged(stage: StageRecord, module: fx.GraphModule) -> StageRecord:
+    log.stage(stage)
+    log.graph(stage.name, module)
+    return stage
 
 
 def _drop_padding(

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .explain.report import Report
+from .match.rule import Rule
 from .optimize import optimize
 from .pipeline import default_rules
-from .report import Report
-from .rule import Rule
-from .verify import TOLERANCE, difference
+from .rewrite.verify import TOLERANCE, difference
 
 Inputs = Mapping[str, Any] | Sequence[Any]
 

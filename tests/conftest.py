@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import fx
 
-import fxbt.lower
-import fxbt.native
+import fxbt.kernels.native
+import fxbt.lower.program
 
 torch.set_num_threads(1)
 
@@ -58,7 +58,7 @@ def _grad_mode_is_given_back() -> Iterator[None]:
 @pytest.fixture
 def torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """By rule, linears and attention run on torch's kernels, not on fxbt's own."""
-    monkeypatch.setattr(fxbt.native, "comes_first", lambda: False)
+    monkeypatch.setattr(fxbt.kernels.native, "comes_first", lambda: False)
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         targets[:] = [node.target for node in graph.nodes if node.op == "call_function"]
         return original(graph)
 
-    original = fxbt.lower.compile_graph
-    monkeypatch.setattr(fxbt.lower, "compile_graph", spy)
+    original = fxbt.lower.program.compile_graph
+    monkeypatch.setattr(fxbt.lower.program, "compile_graph", spy)
     return targets
 
 

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable
 
-from fxbt.race import Clock
+from fxbt.runtime.race import Clock
 
 
 class Host(Clock):

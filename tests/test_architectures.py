@@ -416,7 +416,7 @@ def test_sdpa_models_equal_the_eager_one(row: Row) -> None:
 def compare_outputs(row: Row, actual: Any, expected: Any, seq: int) -> None:
     """The same tensors to 1e-5 of their magnitude, caches included."""
     assert type(actual) is type(expected)
-    pairs = [pytree.tree_leaves(fxbt.outputs.flatten(output)) for output in (actual, expected)]
+    pairs = [pytree.tree_leaves(fxbt.capture.outputs.flatten(output)) for output in (actual, expected)]
     assert len(pairs[0]) == len(pairs[1])
     for got, want in zip(*pairs, strict=True):
         if not isinstance(want, Tensor):

@@ -58,7 +58,7 @@ def test_nobody_can_tell(entry: Entry, training: bool) -> None:
 
 def reasons(fast: Any) -> list[str]:
     report = getattr(fast, "report", None)
-    return list(report.fallbacks) if isinstance(report, fxbt.report.Report) else []
+    return list(report.fallbacks) if isinstance(report, fxbt.explain.report.Report) else []
 
 
 def unsaid(fast: Any, expected: Expected, case: Case) -> str | None:

@@ -13,17 +13,18 @@ from torch import Tensor
 from tracing import NATIVE, by_native
 
 import fxbt
-from fxbt import attend, chain, native, products, tune
+from fxbt.kernels import attention_products, autotune, native
+from fxbt.lower.cpu import attention, chain
 
 WINDOW = {"sliding_window": 4, "num_key_value_heads": 4, "use_cache": False}
 
 
 KERNELS = [
-    attend.products,
+    attention.products,
     pytest.param(
-        attend.products_by_onednn,
+        attention.products_by_onednn,
         marks=pytest.mark.skipif(
-            not attend.onednn_is_exact(), reason="oneDNN computes products in bfloat16 here where that is allowed"
+            not attention.onednn_is_exact(), reason="oneDNN computes products in bfloat16 here where that is allowed"
         ),
     ),
     pytest.param(native.library() and native.library().attention, marks=by_native),
@@ -41,23 +42,23 @@ def operands(batch: int, heads: int, queries: int, keys: int, dim: int) -> tuple
     )
 
 
-@pytest.mark.parametrize("scores", [1, 64, 600, products.SCORES])
+@pytest.mark.parametrize("scores", [1, 64, 600, attention_products.SCORES])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_are_sdpa(kernel, shape, is_causal, scores, monkeypatch):
-    monkeypatch.setattr(products, "SCORES", scores)  # a few sequences at a time, or a block of queries
+    monkeypatch.setattr(attention_products, "SCORES", scores)  # a few sequences at a time, or a block of queries
     query, key, value = operands(*shape)
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=is_causal)
     found = kernel(query, key, value, is_causal=is_causal)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scores", [1, 600, products.SCORES])
+@pytest.mark.parametrize("scores", [1, 600, attention_products.SCORES])
 @pytest.mark.parametrize("ones", [(), (0,), (1,), (0, 1), (1, 2), (0, 3), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_bias_is_added(kernel, ones, scores, monkeypatch):
-    monkeypatch.setattr(products, "SCORES", scores)
+    monkeypatch.setattr(attention_products, "SCORES", scores)
     batch, heads, queries, keys, _ = shape = (3, 2, 17, 12, 4)
     bias = torch.randn([1 if dim in ones else size for dim, size in enumerate((batch, heads, queries, keys))])
     bias = bias.masked_fill(torch.rand(bias.shape) < 0.3, -1e30) if bias.shape[3] > 1 else bias
@@ -65,7 +66,7 @@ def test_a_bias_is_added(kernel, ones, scores, monkeypatch):
     full = bias.expand(batch, heads, queries, keys)
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), full.double())
     torch.testing.assert_close(kernel(query, key, value, bias).double(), expected, rtol=1e-5, atol=1e-5)
-    found = always(kernel)(query, key, value, attn_mask=attend.Mask.of(full))
+    found = always(kernel)(query, key, value, attn_mask=attention.Mask.of(full))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -87,13 +88,13 @@ class Seen:
         return F.scaled_dot_product_attention(query, key, value, bias, is_causal=is_causal, scale=scale)
 
 
-def always(kernel) -> attend.Attend:
-    return attend.Attend([kernel] * 6, [kernel] * 6)
+def always(kernel) -> attention.Attend:
+    return attention.Attend([kernel] * 6, [kernel] * 6)
 
 
 def test_the_length_decides_and_whether_there_are_several_sequences():
     seen = Seen()
-    call = attend.Attend([None, seen, None, None, None, seen], [seen, None, None, None, seen, None])
+    call = attention.Attend([None, seen, None, None, None, seen], [seen, None, None, None, seen, None])
     for batch in (1, 2, 3):
         for length in (16, 32, 64, 300, 500):
             call(*operands(batch, 2, length, length, 4))
@@ -104,9 +105,9 @@ def test_the_length_decides_and_whether_there_are_several_sequences():
 @pytest.mark.parametrize(
     "options",
     [
-        {"attn_mask": attend.Mask.of(torch.zeros(5, 5))},
-        {"attn_mask": attend.Mask.of(torch.zeros(1, 1, 5, 5, dtype=torch.bool))},
-        {"attn_mask": attend.Mask.of(torch.full((1, 1, 1, 5), -torch.inf).expand(1, 2, 5, 5))},
+        {"attn_mask": attention.Mask.of(torch.zeros(5, 5))},
+        {"attn_mask": attention.Mask.of(torch.zeros(1, 1, 5, 5, dtype=torch.bool))},
+        {"attn_mask": attention.Mask.of(torch.full((1, 1, 1, 5), -torch.inf).expand(1, 2, 5, 5))},
         {"dropout_p": 0.5},
     ],
 )
@@ -122,14 +123,14 @@ def test_empty_tensors_are_for_sdpa(empty):
     shape[empty] = 0
     query, key, value = operands(*shape)
     expected = F.scaled_dot_product_attention(query, key, value)
-    torch.testing.assert_close(always(attend.products)(query, key, value), expected)
+    torch.testing.assert_close(always(attention.products)(query, key, value), expected)
 
 
 def test_a_boolean_mask_is_added_too():
     seen = Seen()
     query, key, value = operands(2, 2, 5, 5, 4)
     mask = (torch.rand(2, 1, 5, 5) < 0.5) | torch.eye(5, dtype=torch.bool)
-    found = always(seen)(query, key, value, attn_mask=attend.Mask.of(mask))
+    found = always(seen)(query, key, value, attn_mask=attention.Mask.of(mask))
     torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, value, mask))
     assert seen.shapes
 
@@ -141,24 +142,24 @@ def test_a_blocked_row_stays_zero(dtype):
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     mask[:, :, 2] = False
     mask = mask if dtype is torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    assert (always(attend.products)(query, key, value, attn_mask=attend.Mask.of(mask))[:, :, 2] == 0).all()
+    assert (always(attention.products)(query, key, value, attn_mask=attention.Mask.of(mask))[:, :, 2] == 0).all()
 
 
-@pytest.mark.skipif(not attend.onednn_is_exact(), reason="products do not go to oneDNN here")
+@pytest.mark.skipif(not attention.onednn_is_exact(), reason="products do not go to oneDNN here")
 def test_the_setting_of_products_is_put_back():
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
     inside, outside = threading.Event(), threading.Event()
 
     def other():
-        with attend.by_onednn:
+        with attention.by_onednn:
             inside.set()
             outside.wait()
 
     thread = threading.Thread(target=other)
     thread.start()
     inside.wait()
-    attend.products_by_onednn(*operands(1, 2, 5, 5, 4))
+    attention.products_by_onednn(*operands(1, 2, 5, 5, 4))
     assert setting.fp32_precision == "bf16"  # the other thread's products are still running
     outside.set()
     thread.join()
@@ -169,16 +170,16 @@ def test_an_error_puts_the_setting_back():
     before = torch.backends.mkldnn.matmul.fp32_precision
     query, key, value = operands(1, 2, 5, 5, 4)
     with pytest.raises(RuntimeError):
-        attend.products_by_onednn(query, key[..., :2], value)
+        attention.products_by_onednn(query, key[..., :2], value)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_real_attentions_can_be_measured(monkeypatch, tmp_path):
     monkeypatch.setenv("FXBT_TUNE", "1")
     monkeypatch.setenv("FXBT_CACHE_DIR", str(tmp_path))
-    tuner = tune.Tuner()
+    tuner = autotune.Tuner()
     for several, name in ((False, "attention 1x4 float32"), (True, "attention 1x4 float32, several")):
-        assert len(tuner.choose(attend.attentions(1, 4, several))) == len(attend.LENGTHS)
+        assert len(tuner.choose(attention.attentions(1, 4, several))) == len(attention.LENGTHS)
         assert "us)" in tuner.answers[name]
 
 
@@ -195,14 +196,14 @@ def test_models_attend_by_them(kernel, architecture, padding, monkeypatch):
     def counted(run):
         return lambda *args: calls.append(args) or run(*args)
 
-    kernels = {name: name == kernel and counted(run) for name, run in attend.attention_kernels().items()}
-    monkeypatch.setattr(attend, "attention_kernels", lambda: kernels)
+    kernels = {name: name == kernel and counted(run) for name, run in attention.attention_kernels().items()}
+    monkeypatch.setattr(attention, "attention_kernels", lambda: kernels)
     if kernel == "native":
         library = native.library()
         monkeypatch.setattr(library, "_attend", counted(library._attend))  # from a projection, too
         kernels["native"] = library.attention
     monkeypatch.setattr(
-        tune.Tuner,
+        autotune.Tuner,
         "choose",
         lambda self, contest: (kernel if kernel in contest.names else contest.names[0],) * len(contest.sizes),
     )

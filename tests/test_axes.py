@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from tracing import graph_of, returned
 
 from fxbt import Miss, axes
-from fxbt.axes import Atom
-from fxbt.canonical import canonicalize
+from fxbt.analysis.axes import Atom
+from fxbt.graph.canonical import canonicalize
 
 aten = torch.ops.aten
 

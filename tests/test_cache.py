@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from fxbt import cache, native, toolchain, tune
-from fxbt.tune import Contest
+from fxbt.kernels import autotune, cache, native, toolchain
+from fxbt.kernels.autotune import Contest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owners here as on POSIX")
 as_root = pytest.mark.skipif(getattr(os, "geteuid", int)() != 0, reason="only root gives files away")
@@ -424,12 +424,12 @@ def worker(folder: str, number: int, count: int) -> None:
 
     toolchain.compiled = lambda *args: make("library", b"a library")
     native._flags = lambda: ("-O3",)
-    tune._measure = lambda contest: make(contest.key, {"plain": [2.0, 2.0], "second": [1.0, 1.0]})
-    tune.BUDGET_SECONDS = 120.0
+    autotune._measure = lambda contest: make(contest.key, {"plain": [2.0, 2.0], "second": [1.0, 1.0]})
+    autotune.BUDGET_SECONDS = 120.0
     (notes / f"asked.{number}").touch()
     path, is_new = native._found_or_compiled()
     assert path.read_bytes() == b"a library" and is_new == (notes / f"made.library.{number}").exists()
-    tuner = tune.Tuner()
+    tuner = autotune.Tuner()
     assert tuner.choose(contest("a")) == tuner.choose(contest("b")) == ("second", "second")
 
 
@@ -460,16 +460,16 @@ with cache._lock("measuring.lock") as is_ours:
 
 def test_a_process_that_is_killed_gives_its_lock_back(folder, monkeypatch):
     monkeypatch.setenv("FXBT_TUNE", "1")
-    monkeypatch.setattr(tune, "_measure", lambda contest: {"plain": [2.0, 2.0], "second": [1.0, 1.0]})
-    monkeypatch.setattr(tune, "BUDGET_SECONDS", 0.1)
+    monkeypatch.setattr(autotune, "_measure", lambda contest: {"plain": [2.0, 2.0], "second": [1.0, 1.0]})
+    monkeypatch.setattr(autotune, "BUDGET_SECONDS", 0.1)
     with subprocess.Popen(script(HOLDER), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "True\n"
-        assert tune.Tuner().choose(contest("a")) == ("plain", "plain")  # by rule meanwhile
+        assert autotune.Tuner().choose(contest("a")) == ("plain", "plain")  # by rule meanwhile
         process.kill()
     assert (folder / "measuring.lock").exists()
-    monkeypatch.setattr(tune, "BUDGET_SECONDS", 60.0)
-    assert tune.Tuner().choose(contest("a")) == ("second", "second")
-    assert sorted(path.name for path in folder.iterdir()) == ["data", tune.file_name()]
+    monkeypatch.setattr(autotune, "BUDGET_SECONDS", 60.0)
+    assert autotune.Tuner().choose(contest("a")) == ("second", "second")
+    assert sorted(path.name for path in folder.iterdir()) == ["data", autotune.file_name()]
 
 
 def test_who_waited_too_long_for_the_compiler_runs_its_own(folder, monkeypatch):

@@ -11,10 +11,10 @@ from models import CASES_BY_NAME
 from torch.utils import _pytree as pytree
 from tracing import captured, graph_of, nodes
 
-from fxbt import show
-from fxbt.canonical import canonicalize
-from fxbt.capture import capture
-from fxbt.signature import make_call
+from fxbt.capture.call import make_call
+from fxbt.capture.export import capture
+from fxbt.explain import show
+from fxbt.graph.canonical import canonicalize
 
 aten = torch.ops.aten
 X = torch.randn(3, 4, 6)

@@ -10,10 +10,10 @@ from packaging import version
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxbt.capture import capture, where
+from fxbt.capture.call import make_call
+from fxbt.capture.export import capture, where
+from fxbt.capture.model_state import ModelState
 from fxbt.errors import CaptureError
-from fxbt.signature import make_call
-from fxbt.state import ModelState
 
 aten = torch.ops.aten
 

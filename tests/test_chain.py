@@ -13,8 +13,9 @@ from torch import Tensor
 from tracing import agree, by_native, names, program
 
 import fxbt
-import fxbt.tune
-from fxbt import chain, linears, native
+import fxbt.kernels.autotune
+from fxbt.kernels import native
+from fxbt.lower.cpu import chain, linears
 
 pytestmark = by_native
 
@@ -39,7 +40,7 @@ def rows(monkeypatch):
     def choose(tuner, contest):
         return ("native",) * len(contest.sizes) if contest.key.startswith("attention") else tuple(rows)
 
-    monkeypatch.setattr(fxbt.tune.Tuner, "choose", choose)
+    monkeypatch.setattr(fxbt.kernels.autotune.Tuner, "choose", choose)
     with torch.no_grad():
         yield rows
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxbt
-from fxbt.containers import named_leaves
+from fxbt.capture.containers import named_leaves
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning")
 

@@ -10,16 +10,16 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxbt
-import fxbt.once
-import fxbt.packed as packed
-from fxbt.canonical import canonicalize
-from fxbt.capture import capture
-from fxbt.miss import Miss
-from fxbt.outline import inline
-from fxbt.padding import drop_padding
+import fxbt.kernels.packed as packed
+import fxbt.lower.once
+from fxbt.capture.call import make_call
+from fxbt.capture.export import capture
+from fxbt.graph.canonical import canonicalize
+from fxbt.graph.miss import Miss
+from fxbt.padding.drop import drop_padding
 from fxbt.pipeline import default_rules
-from fxbt.signature import make_call
-from fxbt.stage import run_stage
+from fxbt.rewrite.outline import inline
+from fxbt.rewrite.stage import run_stage
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 SETTINGS = {**ENCODER, "hidden_size": 32, "num_attention_heads": 4}  # heads of 8
@@ -137,7 +137,7 @@ def cumulative(counts):
 def test_rows_of_a_mask_begin_where_the_kernel_asks(columns):
     with FakeTensorMode():
         mask = torch.ones(2, 1, columns, columns, dtype=torch.bool, device="cuda")
-        bias = fxbt.once.additive(mask, torch.float16)
+        bias = fxbt.lower.once.additive(mask, torch.float16)
     assert bias.shape == mask.shape and bias.dtype is torch.float16 and bias.device == mask.device
     assert all(stride % 8 == 0 for stride in bias.stride()[:-1]) and bias.stride(-1) == 1
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-import fxbt.race
+import fxbt.runtime.race
 from fxbt import pipeline
 from fxbt.errors import FxbtWarning
 from fxbt.optimize import optimize, restore
-from fxbt.race import Evidence
+from fxbt.runtime.race import Evidence
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning")
 
@@ -579,7 +579,7 @@ class Verdicts:
     def __init__(self, monkeypatch, faster):
         self.looked = []
         monkeypatch.setenv("FXBT_TUNE", "1")
-        monkeypatch.setattr(fxbt.tune, "BUDGET_SECONDS", 0.0)
+        monkeypatch.setattr(fxbt.kernels.autotune, "BUDGET_SECONDS", 0.0)
         verdicts = self
 
         def look(race, graph, original, seconds=0.0):
@@ -588,7 +588,7 @@ class Verdicts:
             verdicts.looked.append(output.numel())
             race._finish(Evidence(12, 12, 2e-3, 1e-3) if faster(output.numel()) else None)
 
-        monkeypatch.setattr(fxbt.race.Race, "look", look)
+        monkeypatch.setattr(fxbt.runtime.race.Race, "look", look)
 
 
 def test_the_original_serves_where_it_is_faster_and_the_graph_stays_in_the_report(torchs_kernels, monkeypatch):
@@ -621,7 +621,7 @@ def test_it_is_looked_at_again_and_a_wrong_verdict_heals(torchs_kernels, monkeyp
     verdicts = Verdicts(monkeypatch, lambda elements: wrong.pop() if wrong else False)
     fast = optimize(Net().eval())
     fast(x_of(2))
-    for _ in range(fxbt.race.LOOK_AGAIN - 1):  # the call that was captured counts too
+    for _ in range(fxbt.runtime.race.LOOK_AGAIN - 1):  # the call that was captured counts too
         assert ran_original(fast, x_of(2))
         assert fast.report.latest.lost
     fast(x_of(2))
@@ -631,12 +631,12 @@ def test_it_is_looked_at_again_and_a_wrong_verdict_heals(torchs_kernels, monkeyp
 
 def test_a_look_at_a_call_that_fails_is_not_seen(torchs_kernels, monkeypatch):
     monkeypatch.setenv("FXBT_TUNE", "1")
-    monkeypatch.setattr(fxbt.tune, "BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr(fxbt.kernels.autotune, "BUDGET_SECONDS", 0.0)
     model = Branching()
     fast = fxbt.optimize(model)
     x, some, none = torch.randn(2, 5, 4), torch.ones(2, 5) > 0, torch.zeros(2, 5) > 0
     fast(x, some)
-    monkeypatch.setattr(fxbt.race.Race, "is_due", lambda race: True)
+    monkeypatch.setattr(fxbt.runtime.race.Race, "is_due", lambda race: True)
     for mask in (some, none, some):
         assert torch.equal(fast(x, mask), model(x, mask))
     assert len(fast.report.graphs) == 1
@@ -645,7 +645,7 @@ def test_a_look_at_a_call_that_fails_is_not_seen(torchs_kernels, monkeypatch):
 @pytest.mark.parametrize("reason", ["switched off", "gradients", "random numbers", "weights in a file"])
 def test_where_nothing_may_be_timed_the_graph_serves_all_sizes(reason, monkeypatch):
     monkeypatch.setenv("FXBT_TUNE", "0" if reason == "switched off" else "1")
-    monkeypatch.setattr(fxbt.race.Race, "look", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(fxbt.runtime.race.Race, "look", lambda *_: pytest.fail("measured"))
     fast = optimize(Net().train(reason == "random numbers"), keep_original=reason != "weights in a file")
     with torch.set_grad_enabled(reason == "gradients"):
         for rows in (2, 40, 3):

@@ -11,7 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import fxbt
-from fxbt.differentiable import attention_with_gradient
+from fxbt.kernels.differentiable import attention_with_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.FxbtWarning")
 

@@ -1,6 +1,6 @@
 """Folding finds the longest repeats, and only where each segment is wired like the one before it."""
 
-from fxbt.fold import Line, Repeat, repeats
+from fxbt.explain.fold import Line, Repeat, repeats
 
 
 def lines(keys: str, *reads: tuple[int, ...]) -> list[Line]:

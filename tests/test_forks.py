@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fxbt
-from fxbt import forks, native
-from fxbt.forks import FORKS
-from fxbt.locks import LOCK
+from fxbt.capture.locks import LOCK
+from fxbt.kernels import forks, native
+from fxbt.kernels.forks import FORKS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning"),

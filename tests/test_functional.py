@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.export import ExportedProgram
 from tracing import captured
 
-from fxbt.canonical import writes
 from fxbt.errors import CaptureError
+from fxbt.graph.canonical import writes
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from tracing import agree, by_native, names, program
 
-import fxbt.tune
-from fxbt import attend, native
+import fxbt.kernels.autotune
+from fxbt.kernels import native
+from fxbt.lower.cpu import attention
 
 pytestmark = by_native
 
@@ -17,7 +18,7 @@ pytestmark = by_native
 def by_our_own(monkeypatch):
     """Our own kernel for all lengths, and torch's for linears."""
     monkeypatch.setattr(
-        fxbt.tune.Tuner,
+        fxbt.kernels.autotune.Tuner,
         "choose",
         lambda self, contest: ("native" if contest.key.startswith("attention") else "F.linear",) * len(contest.sizes),
     )
@@ -25,7 +26,7 @@ def by_our_own(monkeypatch):
         yield
 
 
-def attention(x, w, *, order=(0, 1, 2), mask=None, is_causal=False, scale=None, merge=None):
+def attended(x, w, *, order=(0, 1, 2), mask=None, is_causal=False, scale=None, merge=None):
     parts = F.linear(x, w).split((8, 8, 8), -1)
     query, key, value = (parts[place].view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2) for place in order)
     attended = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
@@ -40,14 +41,14 @@ SHAPES = ((2, 5), (1, 1), (3, 40), (1, 300), (2, 0), (0, 4))
     "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"order": (2, 0, 1)}, {"order": (1, 1, 0)}]
 )
 def test_a_projection_is_read_as_it_stands(options, lowered):
-    model, run = program(lambda x, w: attention(x, w, **options), X, w=W)
+    model, run = program(lambda x, w: attended(x, w, **options), X, w=W)
     assert names(lowered) == ["linear", "attend_projection"]
     for shape in SHAPES:
         agree(model, run, torch.randn(*shape, 6))
 
 
 def test_a_mask_is_added_and_one_that_blocks_a_row_is_torchs(lowered):
-    model, run = program(lambda x, mask, w: attention(x, w, mask=mask), X, torch.ones(2, 1, 5, 5).bool(), w=W)
+    model, run = program(lambda x, mask, w: attended(x, w, mask=mask), X, torch.ones(2, 1, 5, 5).bool(), w=W)
     assert names(lowered)[-1] == "attend_projection"
     for allowed in (1.0, 0.7, 0.1):
         agree(model, run, torch.randn(2, 5, 6), torch.rand(2, 1, 5, 5) < allowed)
@@ -65,7 +66,7 @@ def test_heads_may_be_split_by_the_model_as_fxbt_does(sizes, lowered):
 
 
 def test_weights_may_change(lowered):
-    model, run = program(lambda x, w: attention(x, w), X, w=W.clone())
+    model, run = program(lambda x, w: attended(x, w), X, w=W.clone())
     agree(model, run, X)
     model.w.mul_(2)
     agree(model, run, X)
@@ -83,7 +84,7 @@ def test_weights_may_change(lowered):
     ids=["all in one", "tokens first", "across heads", "read twice", "apart"],
 )
 def test_heads_that_are_merged_otherwise_are_views(merge, lowered):
-    model, run = program(lambda x, w: attention(x, w, merge=merge), X, w=W)
+    model, run = program(lambda x, w: attended(x, w, merge=merge), X, w=W)
     assert "attend_projection" not in names(lowered) and "attend" in names(lowered)
     for shape in ((2, 5), (3, 7), (1, 1)):
         agree(model, run, torch.randn(*shape, 6))
@@ -110,8 +111,8 @@ def test_lengths_for_another_kernel_keep_the_views(monkeypatch, lowered):
         short = "native" if contest.key.startswith("attention") else first
         return (short, short, *[first] * (len(contest.sizes) - 2))
 
-    monkeypatch.setattr(fxbt.tune.Tuner, "choose", choose)
-    model, run = program(lambda x, w: attention(x, w), X, w=W)
+    monkeypatch.setattr(fxbt.kernels.autotune.Tuner, "choose", choose)
+    model, run = program(lambda x, w: attended(x, w), X, w=W)
     assert "attend_projection" not in names(lowered) and "attend" in names(lowered)
     agree(model, run, torch.randn(2, 300, 6))
 
@@ -127,7 +128,7 @@ def test_a_projection_that_does_not_hold_the_heads_is_an_error():
 
 
 def test_the_forms_that_are_read_are_those_of_attend():
-    call = attend.Attend([None] * 6, [None] * 6)
+    call = attention.Attend([None] * 6, [None] * 6)
     library = native.library()
     assert library is not None and not call.is_by(library.attention)
-    assert attend.Attend([library.attention] * 6, [library.attention] * 6).is_by(library.attention)
+    assert attention.Attend([library.attention] * 6, [library.attention] * 6).is_by(library.attention)

@@ -5,10 +5,10 @@ import torch
 from models import compare
 from torch import nn
 
-from fxbt.capture import capture, hf_fx_missing
+from fxbt.capture.call import make_call
+from fxbt.capture.export import capture, hf_fx_missing
 from fxbt.errors import CaptureError
 from fxbt.optimize import optimize
-from fxbt.signature import make_call
 
 transformers = pytest.importorskip("transformers")
 MISSING = hf_fx_missing()

@@ -9,8 +9,8 @@ from ran import log, ran
 from torch import nn
 
 import fxbt
-from fxbt import graphs
-from fxbt.graphs import CALLS_PER_CAPTURE, PATIENCE, Graphs
+from fxbt.runtime import graph_cache
+from fxbt.runtime.graph_cache import CALLS_PER_CAPTURE, PATIENCE, Graphs
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning")
 
@@ -80,7 +80,7 @@ def test_past_the_limit_a_capture_is_earned():
 
 
 def test_a_model_whose_every_call_is_new_captures_ever_less_often(monkeypatch):
-    monkeypatch.setattr(graphs, "PATIENCE", 4)
+    monkeypatch.setattr(graph_cache, "PATIENCE", 4)
 
     class Takes(Net):
         def forward(self, x, word):

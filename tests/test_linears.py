@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from tracing import NATIVE, Function, agree, by_native, names, program
 
-import fxbt.linears
-import fxbt.tune
-from fxbt.capture import capture
-from fxbt.lower import Program
-from fxbt.precision import Bfloat16, Int8
-from fxbt.signature import make_call
-from fxbt.weights import Weights
+import fxbt.kernels.autotune
+import fxbt.lower.cpu.linears
+from fxbt.capture.call import make_call
+from fxbt.capture.export import capture
+from fxbt.lower.cpu.precision import Bfloat16, Int8
+from fxbt.lower.derived_weights import Weights
+from fxbt.lower.program import Program
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def kernels_of_rows(monkeypatch):
     """The kernel for each of linears.ROWS: packed, and an activation fused in, unless a test says otherwise."""
-    rows = ["fused"] * len(fxbt.linears.ROWS)
+    rows = ["fused"] * len(fxbt.lower.cpu.linears.ROWS)
 
     def choose(tuner, contest):
         if "packed" not in contest.names:
             return (contest.by_rule,) * len(contest.sizes)
         return tuple(name if name in contest.names else "packed" for name in rows)
 
-    monkeypatch.setattr(fxbt.tune.Tuner, "choose", choose)
+    monkeypatch.setattr(fxbt.kernels.autotune.Tuner, "choose", choose)
     with torch.no_grad():
         yield rows
 

@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 
 import fxbt
-from fxbt.isolated import _Here, here_only, isolated
-from fxbt.locks import LOCK, CaptureLock
+from fxbt.capture.isolated import _Here, here_only, isolated
+from fxbt.capture.locks import LOCK, CaptureLock
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning")
 SECONDS = 20  # that a thread is waited for; none takes as long

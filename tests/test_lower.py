@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from tracing import Function
 
 import fxbt
-import fxbt.tune
-from fxbt.capture import capture
+import fxbt.kernels.autotune
+from fxbt.capture.call import make_call
+from fxbt.capture.export import capture
 from fxbt.pipeline import compile as compile_graph
-from fxbt.signature import make_call
 
 
 def merged(x, q, k):
@@ -92,7 +92,7 @@ def test_casting_the_model_is_followed():
 @pytest.fixture
 def always_packed(torchs_kernels, monkeypatch):
     """Packs every linear, however small: which ones pay is for test_tune.py."""
-    monkeypatch.setattr(fxbt.linears, "PACKED_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(fxbt.lower.cpu.linears, "PACKED_FROM_ELEMENTS", 0)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
 
 

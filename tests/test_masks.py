@@ -11,7 +11,7 @@ from sympy.core.function import AppliedUndef
 from tracing import graph_of, nodes, returned
 
 from fxbt import masks
-from fxbt.canonical import canonicalize
+from fxbt.graph.canonical import canonicalize
 
 SEQ = 6
 TRIL = torch.ones(16, 16, dtype=torch.long).tril()

@@ -10,7 +10,7 @@ from models import CASES
 from torch import Tensor, fx
 
 import fxbt
-from fxbt.memory import peak_bytes
+from fxbt.lower.memory import peak_bytes
 
 
 def chain(x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from ran import log, ran
 from torch import nn
 
 import fxbt
-from fxbt.numbers import Numbers, as_tensor
-from fxbt.signature import Binder
+from fxbt.capture.call import Binder
+from fxbt.capture.number_inputs import Numbers, as_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning")
 X = torch.randn(2, 7, 32)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from tracing import agree, program
 
-import fxbt.once
-from fxbt.capture import capture
+import fxbt.lower.once
+from fxbt.capture.call import make_call
+from fxbt.capture.export import capture
 from fxbt.pipeline import compile as compile_graph
-from fxbt.signature import make_call
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_masks_of_several_attentions_are_made_once(lowered):
     mask = torch.rand(2, 1, 5, 5) > 0.3
     mask[0, 0, 2] = False  # a row that is blocked everywhere
     model, run = program(function, torch.randn(2, 4, 5, 8), mask)
-    assert lowered.count(fxbt.once.additive) == 1
+    assert lowered.count(fxbt.lower.once.additive) == 1
     agree(model, run, torch.randn(2, 4, 5, 8), mask)
 
 

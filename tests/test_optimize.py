@@ -183,7 +183,7 @@ def test_bad_options():
         optimize(Net(), tracer="fx")
     with pytest.raises(TypeError, match=r"rules holds .*NotARule.*fxbt\.Rule"):
         optimize(Net(), rules=[NotARule()])
-    from fxbt.rule import Rule
+    from fxbt.match.rule import Rule
 
     with pytest.raises(TypeError, match=r"Mine.*instance.*Mine\(\)"):
         optimize(Net(), rules=[type("Mine", (Rule,), {})])

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from transformers.utils import ModelOutput
 
 import fxbt
-from fxbt import outputs
+from fxbt.capture import outputs
 
 
 class Memory:

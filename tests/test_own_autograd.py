@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import fxbt
-from fxbt import gradients
+from fxbt.runtime import gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.FxbtWarning")
 
@@ -389,7 +389,7 @@ def test_a_trace_sees_no_function_of_another_thread() -> None:
     """While one model is traced, other threads apply their functions as ever."""
     import threading
 
-    from fxbt.own_autograd import refused
+    from fxbt.capture.own_autograd import refused
 
     x = torch.ones(2, requires_grad=True)
     found: list[Tensor] = []

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import fxbt
-from fxbt import packed
+from fxbt.kernels import packed
 
 
 def masks(batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:

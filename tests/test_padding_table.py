@@ -14,10 +14,10 @@ from test_padding import calls_of, masks, random_ids
 from torch import Tensor, nn
 
 import fxbt
-from fxbt import packed
-from fxbt.axes import sizes_of
-from fxbt.outline import inline
-from fxbt.padding import Unpadded, drop_padding
+from fxbt.analysis.axes import sizes_of
+from fxbt.kernels import packed
+from fxbt.padding.drop import Unpadded, drop_padding
+from fxbt.rewrite.outline import inline
 
 SHAPES = ((3, 7), (2, 5), (4, 11))
 

@@ -13,8 +13,8 @@ from models import CASES, compare
 from torch import Tensor, nn
 
 import fxbt
-from fxbt import parts
-from fxbt.parts import InParts
+from fxbt.runtime import parts
+from fxbt.runtime.parts import InParts
 
 SIZE, LENGTH = 16, 8
 

@@ -21,10 +21,10 @@ from tracing import graph_of
 
 import fxbt
 from fxbt import pipeline
-from fxbt.canonical import canonicalize
 from fxbt.errors import RuleError
-from fxbt.match import sum_cuts
-from fxbt.miss import Miss
+from fxbt.graph.canonical import canonicalize
+from fxbt.graph.miss import Miss
+from fxbt.match.matcher import sum_cuts
 from fxbt.testing import assert_rewrites, assert_untouched
 
 X, Y, Z = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3))

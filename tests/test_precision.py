@@ -13,12 +13,12 @@ from models import ENCODER, VOCAB, huggingface
 from tracing import Function
 
 import fxbt
-import fxbt.lower
-import fxbt.precision
-from fxbt.capture import capture
+import fxbt.lower.cpu.precision
+import fxbt.lower.program
+from fxbt.capture.call import make_call
+from fxbt.capture.export import capture
+from fxbt.lower.cpu.precision import Bfloat16, Int8, Int8Linear, channel_steps, channel_sums, in_steps
 from fxbt.pipeline import compile as compile_graph
-from fxbt.precision import Bfloat16, Int8, Int8Linear, channel_steps, channel_sums, in_steps
-from fxbt.signature import make_call
 
 POINTWISE = torch.ops.mkldnn._linear_pointwise.default
 
@@ -26,7 +26,7 @@ needs_bfloat16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 kernels for this CPU"
 )
 needs_int8 = pytest.mark.skipif(
-    not fxbt.precision.can_quantize_here(), reason="this CPU has no AVX512-VNNI, or torch no oneDNN"
+    not fxbt.lower.cpu.precision.can_quantize_here(), reason="this CPU has no AVX512-VNNI, or torch no oneDNN"
 )
 precisions = pytest.mark.parametrize(
     "options",
@@ -188,7 +188,7 @@ def test_a_token_does_not_depend_on_those_beside_it():
 
 @needs_int8
 def test_the_longest_sum_does_not_overflow():
-    k = fxbt.precision.LONGEST_SUM
+    k = fxbt.lower.cpu.precision.LONGEST_SUM
     x = torch.ones(2, k)
     x[:, 0] = -1  # all others are at the highest level
     for weight in (torch.ones(3, k), -torch.ones(3, k)):
@@ -240,7 +240,7 @@ def test_a_weight_used_twice_is_quantized_once():
 
 @needs_int8
 def test_sums_that_could_overflow_stay(monkeypatch, lowered):
-    monkeypatch.setattr(fxbt.precision, "LONGEST_SUM", 5)
+    monkeypatch.setattr(fxbt.lower.cpu.precision, "LONGEST_SUM", 5)
     model = Function(lambda x, w: F.linear(x, w), w=torch.randn(8, 6)).eval()
     compile_graph(capture(model, make_call(model, torch.randn(3, 6))), (), precision=Int8)
     assert lowered == [F.linear]

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 from hosts import NOISY, Bursts, Half, Host, Restless, Shared, Slowing, Uncounted
 
-from fxbt import race
-from fxbt.race import CAPTURE_SECONDS, LOOK_AGAIN, PAIRS, Evidence, Race, Races
+from fxbt.runtime import race
+from fxbt.runtime.race import CAPTURE_SECONDS, LOOK_AGAIN, PAIRS, Evidence, Race, Races
 
 SEEDS = range(300)
 

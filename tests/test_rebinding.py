@@ -11,9 +11,9 @@ from ran import log, ran
 from torch import nn
 
 import fxbt
-import fxbt.linears
-from fxbt.rebinding import rebound
-from fxbt.state import ModelState
+import fxbt.lower.cpu.linears
+from fxbt.capture.model_state import ModelState
+from fxbt.capture.rebinding import rebound
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning")
 SIZE = 32
@@ -22,7 +22,7 @@ X = torch.randn(2, 3, SIZE)
 
 @pytest.fixture(autouse=True)
 def packed(torchs_kernels, monkeypatch):
-    monkeypatch.setattr(fxbt.linears, "PACKED_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(fxbt.lower.cpu.linears, "PACKED_FROM_ELEMENTS", 0)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     with torch.no_grad():
         yield
@@ -353,7 +353,7 @@ def test_in_place_optimized_and_copies():
 
 
 def test_spilled_weights_are_spilled_again(monkeypatch):
-    monkeypatch.setattr(fxbt.spill, "SMALLEST", 0)
+    monkeypatch.setattr(fxbt.lower.spill, "SMALLEST", 0)
     fast = optimized(keep_original=False)
     before = fast.report.latest.spilled.nbytes
     assert before

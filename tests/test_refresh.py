@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxbt
-import fxbt.linears
-from fxbt import patrol
-from fxbt.patrol import Patrol
+import fxbt.lower.cpu.linears
+from fxbt.lower import patrol
+from fxbt.lower.patrol import Patrol
 
 SIZE = 96
 X = torch.randn(2, SIZE)
@@ -21,7 +21,7 @@ X = torch.randn(2, SIZE)
 @pytest.fixture(autouse=True)
 def packed(torchs_kernels, monkeypatch):
     """Linears read packed copies of their weights, and a patrol takes many rounds."""
-    monkeypatch.setattr(fxbt.linears, "PACKED_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(fxbt.lower.cpu.linears, "PACKED_FROM_ELEMENTS", 0)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     monkeypatch.setattr(patrol, "SMALLEST_PART", 2048)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_weights_in_a_mapped_file(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="weights are mapped onto a file on Linux only")
 def test_weights_that_were_moved_to_a_file(monkeypatch):
-    monkeypatch.setattr(fxbt.spill, "SMALLEST", 0)
+    monkeypatch.setattr(fxbt.lower.spill, "SMALLEST", 0)
     fast = optimized(keep_original=False)
     assert fast.report.latest.spilled.nbytes
     for write in (write_data, swap_two, write_last):

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxbt
-from fxbt.lower import Program
-from fxbt.replay import MOST_SHAPES, Replay
-from fxbt.weights import Weights
+from fxbt.lower.cuda.graphs import MOST_SHAPES, Replay
+from fxbt.lower.derived_weights import Weights
+from fxbt.lower.program import Program
 
 
 class Tape(TorchDispatchMode):

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxbt
-from fxbt.miss import Miss
-from fxbt.record import Rewrite, Snapshot, StageRecord
-from fxbt.report import Report
+from fxbt.explain.report import Report
+from fxbt.graph.miss import Miss
+from fxbt.graph.record import Rewrite, Snapshot, StageRecord
 
 
 def miss(rule: str, where: str, reason: str, expected: str = "", found: str = "", **more: Any) -> Miss:

@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxbt
-from fxbt import rewrite
-from fxbt.axes import Atom
-from fxbt.rule import Match
-from fxbt.sameness import match_key
+from fxbt.analysis.axes import Atom
+from fxbt.match.rule import Match
+from fxbt.rewrite import splice
+from fxbt.rewrite.trace_key import match_key
 
 MODE = FakeTensorMode()
 
@@ -109,8 +109,8 @@ class Layers(nn.Module):
 
 def test_layers_are_traced_once_and_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     traced = []
-    trace = rewrite._trace
-    monkeypatch.setattr(rewrite, "_trace", lambda rule, match: traced.append(match) or trace(rule, match))
+    trace = splice._trace
+    monkeypatch.setattr(splice, "_trace", lambda rule, match: traced.append(match) or trace(rule, match))
     model, x, y = Layers(), torch.randn(2, 3), torch.randn(2, 5)
     with torch.no_grad():
         fast = fxbt.optimize(model, (x, y), rules=[Silu()])

@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, export
 
 import fxbt
-from fxbt import show
-from fxbt.record import Snapshot
-from fxbt.report import GraphReport
+from fxbt.explain import show
+from fxbt.explain.report import GraphReport
+from fxbt.graph.record import Snapshot
 
 
 class Small(nn.Module):

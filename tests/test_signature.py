@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxbt.containers import named_leaves
+from fxbt.capture.call import Binder, Call, make_call
+from fxbt.capture.containers import named_leaves
 from fxbt.errors import NotCapturable
-from fxbt.signature import Binder, Call, make_call
 
 Pair = namedtuple("Pair", "first second")
 

@@ -18,9 +18,9 @@ from models import ENCODER, VOCAB, huggingface
 from torch import nn
 
 import fxbt
-import fxbt.linears
-import fxbt.spill
-from fxbt.spill import SMALLEST, spilled
+import fxbt.lower.cpu.linears
+import fxbt.lower.spill
+from fxbt.lower.spill import SMALLEST, spilled
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="weights are mapped onto a file on Linux only"),
@@ -31,7 +31,7 @@ SIZE = 160  # a weight of 100 KiB: more than SMALLEST
 
 @pytest.fixture(autouse=True)
 def every_linear_is_packed(torchs_kernels, monkeypatch):
-    monkeypatch.setattr(fxbt.linears, "PACKED_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(fxbt.lower.cpu.linears, "PACKED_FROM_ELEMENTS", 0)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
 
 
@@ -275,7 +275,7 @@ def test_a_disk_that_is_full_keeps_all(model, values, monkeypatch):
     def full(weights):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fxbt.spill, "_mapped", full)
+    monkeypatch.setattr(fxbt.lower.spill, "_mapped", full)
     fast = fxbt.optimize(model, (IDS,), keep_original=False)
     agree(fast, model)
     assert not in_file(model) and same(model.state_dict(), values)
@@ -285,14 +285,14 @@ def test_a_disk_that_is_full_keeps_all(model, values, monkeypatch):
 
 def test_a_write_while_the_file_is_written_is_kept(monkeypatch):
     weight = nn.Parameter(torch.zeros(SIZE, SIZE))
-    mapped = fxbt.spill._mapped
+    mapped = fxbt.lower.spill._mapped
 
     def with_a_write(weights):
         pages = mapped(weights)
         weight.detach().fill_(3.0)
         return pages
 
-    monkeypatch.setattr(fxbt.spill, "_mapped", with_a_write)
+    monkeypatch.setattr(fxbt.lower.spill, "_mapped", with_a_write)
     with spilled([weight]) as result:
         pass
     assert result.nbytes == 0 and result.kept["it was written to meanwhile"] == weight.nbytes
@@ -313,7 +313,7 @@ def test_every_dtype_and_shape(dtype):
 
 
 def test_a_folder_in_memory_is_refused(model, monkeypatch):
-    monkeypatch.setattr(fxbt.spill, "_file_system", lambda folder: "tmpfs")
+    monkeypatch.setattr(fxbt.lower.spill, "_file_system", lambda folder: "tmpfs")
     with pytest.raises(ValueError, match="which is in memory itself; set TMPDIR to a folder on a disk"):
         fxbt.optimize(model, keep_original=False)
 

@@ -28,8 +28,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import fxbt
-from fxbt.recording import Recording
-from fxbt.state import ModelState
+from fxbt.capture.model_state import ModelState
+from fxbt.capture.recording import Recording
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning")
 

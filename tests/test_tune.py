@@ -11,11 +11,12 @@ from models import ENCODER, tokens
 from padding_models import Case
 from tracing import by_native
 
-import fxbt.cache
-from fxbt import attend, linears, native, tune
-from fxbt.epilogue import Activation
-from fxbt.race import Clock
-from fxbt.tune import Contest
+import fxbt.kernels.cache
+from fxbt.kernels import autotune, native
+from fxbt.kernels.autotune import Contest
+from fxbt.lower.cpu import attention, linears
+from fxbt.lower.cpu.epilogue import Activation
+from fxbt.runtime.race import Clock
 
 SIZES, UP_TO = (1, 4, 16), (2, 8)
 GELU = Activation("gelu", "none", torch._C._nn.gelu_)
@@ -29,7 +30,7 @@ def contest(key: str = "linear", by_rule: str = "plain") -> Contest:
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FXBT_TUNE", "1")
     monkeypatch.setenv("FXBT_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(fxbt.cache, "_made_private", [])
+    monkeypatch.setattr(fxbt.kernels.cache, "_made_private", [])
     return tmp_path
 
 
@@ -42,7 +43,7 @@ def measured(monkeypatch):
         keys.append(contest.key)
         return {"plain": [4.0, 4.0, 4.0], "second": [4.0, 3.0, 1.0], "third": [5.0, 2.0, 2.0]}
 
-    monkeypatch.setattr(tune, "_measure", measure)
+    monkeypatch.setattr(autotune, "_measure", measure)
     return keys
 
 
@@ -50,8 +51,8 @@ WANTED = ("second", "third", "second")  # the second loses least; third is clear
 
 
 def test_a_shape_is_measured_once_and_remembered(measured, cache):
-    assert tune.Tuner().choose(contest()) == WANTED
-    assert tune.Tuner().choose(contest()) == WANTED
+    assert autotune.Tuner().choose(contest()) == WANTED
+    assert autotune.Tuner().choose(contest()) == WANTED
     assert measured == ["linear"]
     (file,) = cache.iterdir()  # no temporary file is left
     assert set(json.loads(file.read_text())["measured"]) == {"linear"}
@@ -59,7 +60,7 @@ def test_a_shape_is_measured_once_and_remembered(measured, cache):
 
 def test_measurements_add_up(measured):
     for key in ("a", "b", "c", "a", "b", "c"):
-        tune.Tuner().choose(contest(key))
+        autotune.Tuner().choose(contest(key))
     assert len(measured) == 3
 
 
@@ -68,9 +69,9 @@ def test_measurements_add_up(measured):
     ["", "{", "[]", "null", '{"machine": 1}', '{"machine": {}, "measured": {}}', "\\x00\\xff"],
 )
 def test_foreign_and_broken_files_are_ignored(measured, content, cache):
-    (cache / tune.file_name()).write_text(content)
-    assert tune.Tuner().choose(contest()) == WANTED
-    assert tune.Tuner().choose(contest()) == WANTED and measured == ["linear"]
+    (cache / autotune.file_name()).write_text(content)
+    assert autotune.Tuner().choose(contest()) == WANTED
+    assert autotune.Tuner().choose(contest()) == WANTED and measured == ["linear"]
 
 
 @pytest.mark.parametrize(
@@ -85,29 +86,29 @@ def test_foreign_and_broken_files_are_ignored(measured, content, cache):
     ],
 )
 def test_broken_entries_are_measured_anew(measured, times, cache):
-    data = {"machine": tune._machine(), "measured": {"linear": times}}
-    (cache / tune.file_name()).write_text(json.dumps(data))
-    assert tune.Tuner().choose(contest()) == WANTED and measured == ["linear"]
+    data = {"machine": autotune._machine(), "measured": {"linear": times}}
+    (cache / autotune.file_name()).write_text(json.dumps(data))
+    assert autotune.Tuner().choose(contest()) == WANTED and measured == ["linear"]
 
 
 def test_another_machine_has_a_file_of_its_own(measured, monkeypatch):
-    tune.Tuner().choose(contest())
-    first = tune.file_name()
-    monkeypatch.setattr(tune, "_cpu_name", lambda: "another")
-    assert tune.file_name() != first
-    tune.Tuner().choose(contest())
+    autotune.Tuner().choose(contest())
+    first = autotune.file_name()
+    monkeypatch.setattr(autotune, "_cpu_name", lambda: "another")
+    assert autotune.file_name() != first
+    autotune.Tuner().choose(contest())
     assert len(measured) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(measured, monkeypatch, cache):
     (cache / "file").write_text("")
     monkeypatch.setenv("FXBT_CACHE_DIR", str(cache / "file" / "below"))
-    assert tune.Tuner().choose(contest()) == WANTED
+    assert autotune.Tuner().choose(contest()) == WANTED
 
 
 def test_without_tuning_a_rule_decides(measured, monkeypatch, cache):
     monkeypatch.setenv("FXBT_TUNE", "0")
-    tuner = tune.Tuner()
+    tuner = autotune.Tuner()
     assert tuner.choose(contest("a")) == ("plain",) * 3
     assert tuner.choose(contest("b", by_rule="third")) == ("third",) * 3
     assert not measured and not list(cache.iterdir())
@@ -116,7 +117,7 @@ def test_without_tuning_a_rule_decides(measured, monkeypatch, cache):
 
 def rules(linear_sizes, activation=None):
     contests = [linears.linears(size, size, activation) for size in linear_sizes]
-    return [contest.by_rule for contest in (*contests, attend.attentions(2, 8, several=True))]
+    return [contest.by_rule for contest in (*contests, attention.attentions(2, 8, several=True))]
 
 
 @by_native
@@ -140,22 +141,24 @@ def test_by_rule_large_linears_are_packed_on_avx512(capability, monkeypatch):
 def test_few_turns_that_say_what_is_seldom_are_more(others, asked, monkeypatch):
     """Uneven ones, and kernels far apart."""
     least = []
-    monkeypatch.setattr(tune, "in_turns", lambda *kernels, **how: least.append(how["least"]) or [[2.0, 2.0], others])
-    assert tune._undisturbed_turns([[], []], Host(0)) is not None
-    assert least == [tune.LEAST_TURNS, tune.ENOUGH][:asked]
+    monkeypatch.setattr(
+        autotune, "in_turns", lambda *kernels, **how: least.append(how["least"]) or [[2.0, 2.0], others]
+    )
+    assert autotune._undisturbed_turns([[], []], Host(0)) is not None
+    assert least == [autotune.LEAST_TURNS, autotune.ENOUGH][:asked]
 
 
 def test_when_the_time_is_up_the_rule_decides(measured, monkeypatch):
-    monkeypatch.setattr(tune, "BUDGET_SECONDS", 0.0)
-    assert tune.Tuner().choose(contest()) == ("plain",) * 3
+    monkeypatch.setattr(autotune, "BUDGET_SECONDS", 0.0)
+    assert autotune.Tuner().choose(contest()) == ("plain",) * 3
     assert not measured
 
 
 def test_one_kernel_serves_all_sizes_where_none_is_clearly_faster():
     times = {"plain": [1.0, 1.0, 1.0], "second": [0.5, 0.5, 1.02], "third": [0.9, 0.49, 2.0]}
-    assert tune._by_times(contest(), times) == ("second", "second", "second")
-    assert tune._by_times(contest(), {**times, "second": [0.5, 0.5, 1.1]}) == ("second", "second", "plain")
-    assert tune._by_times(contest(), {**times, "third": [0.9, 0.4, 2.0]}) == ("second", "third", "second")
+    assert autotune._by_times(contest(), times) == ("second", "second", "second")
+    assert autotune._by_times(contest(), {**times, "second": [0.5, 0.5, 1.1]}) == ("second", "second", "plain")
+    assert autotune._by_times(contest(), {**times, "third": [0.9, 0.4, 2.0]}) == ("second", "third", "second")
 
 
 def test_the_graphs_of_a_model_ask_once_whatever_the_machine_does(measured, monkeypatch):
@@ -163,7 +166,7 @@ def test_the_graphs_of_a_model_ask_once_whatever_the_machine_does(measured, monk
         measured.append(contest.key)
         return
 
-    monkeypatch.setattr(tune, "_measure", busy)
+    monkeypatch.setattr(autotune, "_measure", busy)
     fast = fxbt.optimize(Case("BertModel", ENCODER).model())
     with torch.no_grad():
         for _ in range(2):
@@ -175,7 +178,9 @@ def test_the_graphs_of_a_model_ask_once_whatever_the_machine_does(measured, monk
 def test_a_size_too_large_to_measure_is_as_the_one_before():
     host = Host(0)
     calls = [[host.call(1e-3)], [host.call(1e-3)]]
-    times = tune._measure(Contest("x", ("a", "b"), SIZES, UP_TO, lambda size: calls if size == 1 else None, "a"), host)
+    times = autotune._measure(
+        Contest("x", ("a", "b"), SIZES, UP_TO, lambda size: calls if size == 1 else None, "a"), host
+    )
     assert times is not None
     assert all(len(set(measured)) == 1 and len(measured) == 3 for measured in times.values())
 
@@ -192,10 +197,10 @@ def test_the_largest_size_is_left_out_where_one_kernel_wins_before(at_third_size
     def in_turns(*kernels, **options):
         return [[2.0], [at_third_size if 16 in kernels else 1.0]]
 
-    monkeypatch.setattr(tune, "in_turns", in_turns)
+    monkeypatch.setattr(autotune, "in_turns", in_turns)
     asked = []
     sizes = (1, 4, 16, 64)
-    tune._measure(Contest("x", ("a", "b"), sizes, (2, 8, 32), lambda size: asked.append(size) or [size] * 2, "a"))
+    autotune._measure(Contest("x", ("a", "b"), sizes, (2, 8, 32), lambda size: asked.append(size) or [size] * 2, "a"))
     assert set(asked) == ({1, 4, 16, 64} if is_measured else {1, 4, 16})
 
 
@@ -203,7 +208,7 @@ def test_the_only_kernel_there_is_can_be_measured():
     """As products are where oneDNN does not compute in float32."""
     calls = [[lambda: None]]
     contest = Contest("x", ("a",), (1, 4, 16, 64), (2, 8, 32), lambda size: calls, "a")
-    assert tune.Tuner().choose(contest) == ("a",) * 4
+    assert autotune.Tuner().choose(contest) == ("a",) * 4
 
 
 @pytest.mark.parametrize(
@@ -215,10 +220,10 @@ def test_the_only_kernel_there_is_can_be_measured():
     ],
 )
 def test_what_a_busy_machine_says_is_neither_kept_nor_believed(turns, is_kept, monkeypatch, cache):
-    monkeypatch.setattr(tune, "in_turns", lambda *kernels, **options: [[4.0] * 4, turns, [5.0] * 4])
-    tuner = tune.Tuner()
+    monkeypatch.setattr(autotune, "in_turns", lambda *kernels, **options: [[4.0] * 4, turns, [5.0] * 4])
+    tuner = autotune.Tuner()
     assert tuner.choose(contest(by_rule="third")) == (("second",) if is_kept else ("third",)) * 3
-    assert list(cache.iterdir()) == ([cache / tune.file_name()] if is_kept else [])
+    assert list(cache.iterdir()) == ([cache / autotune.file_name()] if is_kept else [])
     assert ("by rule, other programs were in the way" in tuner.answers["linear"]) != is_kept
 
 
@@ -234,8 +239,8 @@ class Counting(Clock):
 
 @pytest.mark.parametrize(("taken", "is_kept"), [(12, True), (24, False)])  # of 12 calls
 def test_nor_what_one_says_on_which_every_call_lost_a_processor(taken, is_kept, monkeypatch):
-    monkeypatch.setattr(tune, "in_turns", lambda *kernels, **options: [[4.0] * 4, [2.0] * 4, [5.0] * 4])
-    assert (tune._measure(contest(), Counting(taken)) is not None) == is_kept
+    monkeypatch.setattr(autotune, "in_turns", lambda *kernels, **options: [[4.0] * 4, [2.0] * 4, [5.0] * 4])
+    assert (autotune._measure(contest(), Counting(taken)) is not None) == is_kept
 
 
 def test_one_size_at_which_the_machine_was_busy_leaves_all_to_the_rule(monkeypatch, cache):
@@ -244,9 +249,9 @@ def test_one_size_at_which_the_machine_was_busy_leaves_all_to_the_rule(monkeypat
         return [[4.0] * 5, [2.0] * 5, [1.0, 9.0, 9.0, 9.0, 9.0] if kernels[0] == 4 else [5.0] * 5]
 
     asked_at = []
-    monkeypatch.setattr(tune, "in_turns", in_turns)
+    monkeypatch.setattr(autotune, "in_turns", in_turns)
     asked = Contest("linear", ("plain", "second", "third"), SIZES, UP_TO, lambda size: [size] * 3, "third")
-    assert tune.Tuner().choose(asked) == ("third",) * 3 and not list(cache.iterdir())
+    assert autotune.Tuner().choose(asked) == ("third",) * 3 and not list(cache.iterdir())
     assert asked_at == [1, 4, 4]  # and no more is measured
 
 
@@ -269,7 +274,7 @@ def test_no_host_makes_a_kernel_look_many_times_slower_than_it_is(kind, times):
     """64 us against 31,776 us was kept of a disturbed one, where the kernels are about as fast."""
     for seed in range(300):
         host = kind(seed)
-        for place in range(len(SIZES)) if (measured := tune._measure(on(host, times), host)) else ():
+        for place in range(len(SIZES)) if (measured := autotune._measure(on(host, times), host)) else ():
             slowed = [measured[name][place] / times[name][place] for name in times]
             assert max(slowed) < 3 * min(slowed), (seed, measured)
 
@@ -280,8 +285,8 @@ def test_the_faster_kernel_is_found_on_a_quiet_host(kind):
     for seed in range(100):
         host = kind(seed)
         asked = on(host, clear)
-        measured = tune._measure(asked, host)
-        assert measured is not None and tune._by_times(asked, measured) == ("second",) * 3
+        measured = autotune._measure(asked, host)
+        assert measured is not None and autotune._by_times(asked, measured) == ("second",) * 3
 
 
 @pytest.mark.parametrize("kind", [Bursts, Half, Shared])
@@ -290,15 +295,15 @@ def test_a_disturbed_host_makes_no_slower_kernel_the_choice(kind, times):
     for seed in range(300):
         host = kind(seed)
         asked = on(host, {**times, "second": times["third"]})
-        measured = tune._measure(asked, host)
-        assert measured is None or set(tune._by_times(asked, measured)) == {"plain"}, (seed, measured)
+        measured = autotune._measure(asked, host)
+        assert measured is None or set(autotune._by_times(asked, measured)) == {"plain"}, (seed, measured)
 
 
 def test_on_a_quiet_host_measuring_takes_as_long_as_it_did():
     host = Host(0)
-    tune._measure(on(host, NEAR), host)
-    assert host.time < 3 * (tune.TURNS_SECONDS + 3 * tune.DOUBTFUL_SECONDS)
-    assert host.calls < 3 * 3 * 16 * tune.LEAST_TURNS
+    autotune._measure(on(host, NEAR), host)
+    assert host.time < 3 * (autotune.TURNS_SECONDS + 3 * autotune.DOUBTFUL_SECONDS)
+    assert host.calls < 3 * 3 * 16 * autotune.LEAST_TURNS
 
 
 def test_another_answer_for_a_size_is_measured_again(monkeypatch):
@@ -311,9 +316,9 @@ def test_another_answer_for_a_size_is_measured_again(monkeypatch):
         seen.append(size)
         return [[4.0] * 5, [2.0 if size != 4 or again else 3.0] * 5, [2.0 if size == 4 else 5.0] * 5]
 
-    monkeypatch.setattr(tune, "in_turns", in_turns)
+    monkeypatch.setattr(autotune, "in_turns", in_turns)
     asked = Contest("linear", ("plain", "second", "third"), SIZES, UP_TO, lambda size: [size] * 3, "plain")
-    assert tune.Tuner().choose(asked) == ("second",) * 3
+    assert autotune.Tuner().choose(asked) == ("second",) * 3
     assert seen == [1, 4, 16, 4]
 
 
@@ -324,8 +329,8 @@ def test_layers_of_one_shape_ask_once_even_if_the_measurement_is_not_kept(monkey
         measured.append(contest.key)
         return
 
-    monkeypatch.setattr(tune, "_measure", measure)
-    tuner = tune.Tuner()
+    monkeypatch.setattr(autotune, "_measure", measure)
+    tuner = autotune.Tuner()
     assert tuner.choose(contest("a")) == tuner.choose(contest("a")) == ("plain",) * 3
     tuner.choose(contest("b"))
     assert measured == ["a", "b"]
@@ -333,7 +338,7 @@ def test_layers_of_one_shape_ask_once_even_if_the_measurement_is_not_kept(monkey
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 def test_real_kernels_can_be_measured():
-    tuner = tune.Tuner()
+    tuner = autotune.Tuner()
     assert len(tuner.choose(linears.linears(24, 16))) == len(linears.ROWS)
     answer = tuner.answers["linear 24x16 float32"]
     assert "us)" in answer or "other programs were in the way" in answer  # as they may be here
@@ -343,4 +348,4 @@ def test_real_kernels_can_be_measured():
     ("rows", "bucket"), [(0, 0), (1, 0), (2, 0), (3, 1), (8, 1), (9, 2), (129, 4), (513, 5), (10**6, 5)]
 )
 def test_rows_have_the_bucket_of_the_next_measurement(rows, bucket):
-    assert tune.bucket_of(rows, linears.UP_TO) == bucket
+    assert autotune.bucket_of(rows, linears.UP_TO) == bucket

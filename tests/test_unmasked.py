@@ -13,10 +13,10 @@ from models import PAD, VOCAB, compare
 from torch import Tensor, nn
 
 import fxbt
-from fxbt.canonical import argument
-from fxbt.outline import inline
-from fxbt.unmasked import SDPA, unmask
-from fxbt.validity import Validity
+from fxbt.graph.canonical import argument
+from fxbt.padding.proof import Validity
+from fxbt.padding.without_masks import SDPA, unmask
+from fxbt.rewrite.outline import inline
 
 
 def ids(batch: int, length: int) -> Tensor:

@@ -124,7 +124,8 @@ OPTIMIZE: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 def again(net: nn.Module) -> nn.Module:
     """Restores and optimises anew, where it is the optimised model itself that is held."""
-    return fxbt.optimize(fxbt.restore(net)) if isinstance(getattr(net, "report", None), fxbt.report.Report) else net
+    is_optimized = isinstance(getattr(net, "report", None), fxbt.explain.report.Report)
+    return fxbt.optimize(fxbt.restore(net)) if is_optimized else net
 
 
 @pytest.fixture(scope="module", autouse=True)

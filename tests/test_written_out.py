@@ -14,7 +14,7 @@ from transformers import FunnelConfig, FunnelModel, Gemma2Config, Gemma2Model, T
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
 import fxbt
-from fxbt import products
+from fxbt.kernels import attention_products
 
 BY_PRODUCTS = torch.ops.fxbt.attention_by_products.default
 SHAPES = [(1, 2, 2, 5, 5), (3, 4, 2, 16, 16), (2, 6, 1, 7, 12), (4, 2, 2, 33, 33), (1, 1, 1, 1, 9)]
@@ -50,13 +50,13 @@ def as_written(
     return scores.softmax(-1) @ v
 
 
-@pytest.mark.parametrize("most", [1, 64, 600, products.SCORES])
+@pytest.mark.parametrize("most", [1, 64, 600, attention_products.SCORES])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("kind", ["none", "full", "two", "one"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_op_is_the_formula(shape, kind, softcap, causal, most, monkeypatch):
-    monkeypatch.setattr(products, "SCORES", most)  # a few sequences at a time, or a block of queries
+    monkeypatch.setattr(attention_products, "SCORES", most)  # a few sequences at a time, or a block of queries
     query, key, value = operands(*shape)
     batch, heads, _, queries, keys = shape
     before = biases("one", batch, heads, queries, keys) if softcap else []

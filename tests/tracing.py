@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxbt import native
-from fxbt.capture import Captured, capture
+from fxbt.capture.call import make_call
+from fxbt.capture.export import Captured, capture
+from fxbt.kernels import native
 from fxbt.pipeline import compile as compile_graph
-from fxbt.signature import make_call
 
 by_native = pytest.mark.skipif(native.library() is None, reason=f"no native kernel: {native.obstacle()}")
 NATIVE = pytest.param("native", marks=by_native)

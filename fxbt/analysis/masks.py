@@ -1,0 +1,481 @@
+"""What a mask says, proven from its nodes: evaluated at symbolic positions instead of on data.
+
+A mask in a captured graph is arange, compare, where and broadcasting. `evaluate` gives its value at index (b, h, i, j)
+as a sympy expression; `is_causal` asks whether that is "j <= i, nothing else".
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import BooleanAtom, BooleanFunction
+from torch import fx
+
+from ..graph.canonical import CASTS, argument, attribute
+from .axes import IDENTITIES, PERMUTES, RESHAPES, UNIT_DIMS, permutation, sizes_of
+
+aten = torch.ops.aten
+Index = tuple[Any, ...]
+EXACT_FOR_POSITIONS = {torch.int32, torch.int64, torch.float32, torch.float64}
+VIEWS = RESHAPES | UNIT_DIMS
+NO_NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16}  # 1 + 1 is 1 in bool, 0 - 1 is 255 in uint8
+Truth = Relational | BooleanFunction | BooleanAtom  # not sympy's Boolean: its Symbol is one, integers included
+
+
+class Opaque(Exception):
+    """The mask depends on something whose value at a symbolic position is not known."""
+
+
+def index_symbols(count: int) -> Index:
+    """Non-negative integer symbols to evaluate a mask at."""
+    return tuple(sympy.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis in range(count))
+
+
+def evaluate(node: Any, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    """The value of `node` at `index`, one entry a dim: a sympy expression or boolean.
+
+    Values read from data stand as applied functions (`mask(i0, i3)`). `constants` gives the content of get_attr nodes;
+    the ones whose content the result rests on must be watched by the caller (`read_constants`).
+
+    Raises:
+        Opaque: an op whose value at a position is not known.
+    """
+    if not isinstance(node, fx.Node):
+        return _number(node)
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return sympy.sympify(value.node.expr if isinstance(value, torch.SymInt) else value)
+    if node.op == "get_attr":
+        return _constant(node, index, constants)
+    if node.op != "call_function" or node.target not in EVALUATORS:
+        return _data(node, index)
+    return EVALUATORS[node.target](node, index, constants)
+
+
+def read_constants(node: fx.Node) -> dict[fx.Node, torch.Tensor]:
+    """The parameters, buffers and constants a mask is computed from, with their content."""
+    seen, waiting, found = {node}, [node], {}
+    while waiting:
+        current = waiting.pop()
+        if current.op == "get_attr":
+            found[current] = attribute(current.graph.owning_module, current)
+        waiting.extend(source for source in current.all_input_nodes if source not in seen)
+        seen.update(current.all_input_nodes)
+    return found
+
+
+def zero_else_below(value: Any, limit: float) -> Any | None:
+    """Where an evaluated additive mask is 0, if it is at most `limit` everywhere else; None where it is not."""
+    if isinstance(value, sympy.Piecewise):
+        cases = [(zero_else_below(case, limit), when) for case, when in value.args]
+        return None if any(truth is None for truth, _ in cases) else _join(cases)
+    if not getattr(value, "is_number", False) or value is sympy.nan:
+        return None
+    if value == 0:
+        return sympy.true
+    return sympy.false if value <= limit else None
+
+
+def truth(value: Any) -> Any:
+    """A value as torch casts it to bool: nonzero is True."""
+    if isinstance(value, Truth):
+        return value
+    return _compare(sympy.Ne, value, sympy.Integer(0))
+
+
+def negate(value: Any) -> Any:
+    return sympy.Not(value)
+
+
+def is_causal(value: Any, query: sympy.Symbol, key: sympy.Symbol) -> bool:
+    """Whether an evaluated boolean mask (True = attend) is exactly key <= query."""
+    if not isinstance(value, Truth):
+        return False
+    terms = [_slack(term) for term in sympy.And.make_args(value)]
+    open_terms = [slack for slack in terms if slack is None or not slack.is_nonnegative]
+    return bool(open_terms) and all(
+        slack is not None and sympy.expand(slack - (query - key)) == 0 for slack in open_terms
+    )
+
+
+def implies_causal(value: Any, query: sympy.Symbol, key: sympy.Symbol) -> bool:
+    """Whether an evaluated boolean mask (True = attend) lets no query see a later key."""
+    if not isinstance(value, Truth):
+        return False
+    slacks = [_slack(term) for term in sympy.And.make_args(value)]
+    return any(slack is not None and (query - key - slack).is_nonnegative for slack in slacks)
+
+
+def _slack(term: Any) -> Any | None:
+    """The integer expression that is >= 0 exactly where the comparison `term` holds."""
+    if not isinstance(term, Relational):
+        return None
+    gap = sympy.expand(term.lhs - term.rhs)
+    if not gap.is_integer:
+        return None
+    slacks = {sympy.Ge: gap, sympy.Gt: gap - 1, sympy.Le: -gap, sympy.Lt: -gap - 1}
+    slack = slacks.get(type(term))
+    return None if slack is None else sympy.expand(slack)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        return sympy.true if value else sympy.false
+    # sympy holds 0.0 and 0 for different numbers
+    return sympy.Integer(int(value)) if math.isfinite(value) and value == int(value) else sympy.sympify(value)
+
+
+def _data(node: fx.Node, index: Index) -> Any:
+    shape = node.meta["val"].shape
+    read = [position for dim, position in enumerate(index) if not _is_one(shape[dim])]
+    # nothing is assumed of floats: integer=False would say that no float is 0
+    known = {} if node.meta["val"].dtype.is_floating_point else {"integer": True}
+    applied = sympy.Function(node.name, **known)(*read) if read else sympy.Symbol(node.name, **known)
+    return sympy.Ne(applied, 0) if node.meta["val"].dtype is torch.bool else applied
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _constant(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    """A constant that holds a triangle of ones reads as key <= query; a scalar as its number."""
+    content = constants.get(node)
+    if content is None:
+        return _data(node, index)
+    if content.numel() == 1:
+        return _number(content.item())
+    if content.dim() < 2 or content.shape[:-2].numel() != 1 or content.shape[-1] != content.shape[-2]:
+        return _data(node, index)
+    square = content.reshape(content.shape[-2:])
+    below = torch.ones_like(square).tril()
+    if torch.equal(square, below):
+        return _truth(sympy.Ge(index[-2], index[-1]), content.dtype)
+    if torch.equal(square, torch.ones_like(square) - below if square.dtype != torch.bool else ~below):
+        return _truth(sympy.Lt(index[-2], index[-1]), content.dtype)
+    return _data(node, index)
+
+
+def _truth(condition: Any, dtype: torch.dtype) -> Any:
+    return condition if dtype is torch.bool else _as_number(condition)
+
+
+def _as_number(value: Any) -> Any:
+    return sympy.Piecewise((1, value), (0, True)) if isinstance(value, Truth) else value
+
+
+def _compare(relation: Any, lhs: Any, rhs: Any) -> Any:
+    for value, other, flip in ((lhs, rhs, False), (rhs, lhs, True)):
+        value = _as_number(value)
+        if not isinstance(value, sympy.Piecewise):
+            continue
+        cases = [(_compare(relation, *((other, case) if flip else (case, other))), when) for case, when in value.args]
+        return _join(cases)
+    return relation(lhs, rhs)
+
+
+def _join(cases: list[tuple[Any, Any]]) -> Any:
+    """Booleans by case as one boolean."""
+    result, earlier = sympy.false, sympy.true
+    for truth, when in cases:
+        result = sympy.Or(result, sympy.And(earlier, when, truth))
+        earlier = sympy.And(earlier, sympy.Not(when))
+    return result
+
+
+def _operand(node: fx.Node, operand: Any, index: Index) -> Index:
+    """The index at which a broadcasting operand is read."""
+    if not isinstance(operand, fx.Node) or not isinstance(operand.meta["val"], torch.Tensor):
+        return ()
+    shape = operand.meta["val"].shape
+    kept = index[len(index) - len(shape) :]
+    return tuple(sympy.Integer(0) if _is_one(size) else at for size, at in zip(shape, kept, strict=True))
+
+
+def _pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+        values = [evaluate(arg, _operand(node, arg, index), constants) for arg in node.args]
+        if node.kwargs.get("alpha", 1) != 1:
+            raise Opaque(str(node))
+        return function(*values)
+
+    return run
+
+
+def _relational(relation: Any) -> Callable[..., Any]:
+    return _pointwise(lambda lhs, rhs: _compare(relation, lhs, rhs))
+
+
+def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    def combine(lhs: Any, rhs: Any) -> Any:
+        lhs, rhs = _as_number(lhs), _as_number(rhs)
+        if isinstance(lhs, sympy.Piecewise):
+            return sympy.Piecewise(*[(combine(case, rhs), when) for case, when in lhs.args])
+        if isinstance(rhs, sympy.Piecewise):
+            return sympy.Piecewise(*[(combine(lhs, case), when) for case, when in rhs.args])
+        return function(lhs, rhs)
+
+    return _in_numbers(_pointwise(combine))
+
+
+def _in_numbers(evaluator: Callable[..., Any]) -> Callable[..., Any]:
+    """An evaluator for results that do not wrap around."""
+
+    def run(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+        if node.meta["val"].dtype in NO_NUMBERS:
+            raise Opaque(f"arithmetic in {node.meta['val'].dtype}")
+        return evaluator(node, index, constants)
+
+    return run
+
+
+def _where(condition: Any, then: Any, otherwise: Any) -> Any:
+    condition = truth(condition)
+    if isinstance(then, Truth) and isinstance(otherwise, Truth):
+        return sympy.Or(sympy.And(condition, then), sympy.And(sympy.Not(condition), otherwise))
+    return sympy.Piecewise((then, condition), (otherwise, True))
+
+
+def _arange(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    start = argument(node, "start", 0)
+    step = argument(node, "step", 1)
+    return evaluate(start, (), constants) + index[0] * evaluate(step, (), constants)
+
+
+def _full(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    value = evaluate(node.args[1], (), constants)
+    return truth(value) if node.meta["val"].dtype is torch.bool else value
+
+
+def _filled_with(number: int) -> Callable[..., Any]:
+    def run(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+        return truth(sympy.Integer(number)) if node.meta["val"].dtype is torch.bool else sympy.Integer(number)
+
+    return run
+
+
+def _identity(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    return evaluate(node.args[0], index, constants)
+
+
+def _expand(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    return evaluate(node.args[0], _operand(node, node.args[0], index), constants)
+
+
+def _permute(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    inner: list[Any] = [0] * len(index)
+    for output_dim, input_dim in enumerate(permutation(node)):
+        inner[input_dim] = index[output_dim]
+    return evaluate(node.args[0], tuple(inner), constants)
+
+
+def _unit_dims(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    """A reshape that only adds or removes dims of size one, seen from whichever of the reshapes before it."""
+    result_sizes = sizes_of(node)
+    source: Any = node.args[0]
+    while not _differ_in_units(sizes_of(source), result_sizes):
+        if source.target not in VIEWS:
+            return _data(node, index)
+        source = source.args[0]
+    positions = iter(at for at, size in zip(index, result_sizes, strict=True) if size != 1)
+    inner = tuple(sympy.Integer(0) if size == 1 else next(positions) for size in sizes_of(source))
+    return evaluate(source, inner, constants)
+
+
+def _differ_in_units(sizes: list[Any], others: list[Any]) -> bool:
+    return [size for size in sizes if size != 1] == [size for size in others if size != 1]
+
+
+def _slice(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    dim = argument(node, "dim", 0) % len(index)
+    start, step = argument(node, "start") or 0, argument(node, "step", 1)
+    start_value = evaluate(start, (), constants)
+    if not start_value.is_nonnegative:
+        raise Opaque("a slice from the end")
+    moved = start_value + index[dim] * step
+    return evaluate(node.args[0], (*index[:dim], moved, *index[dim + 1 :]), constants)
+
+
+def _select(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    source, dim, position = node.args[:3]
+    dim %= source.meta["val"].dim()
+    if not isinstance(position, int) or position < 0:
+        raise Opaque("a select from the end")
+    return evaluate(source, (*index[:dim], sympy.Integer(position), *index[dim:]), constants)
+
+
+def _cast(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    value = evaluate(node.args[0], index, constants)
+    dtype = node.meta["val"].dtype
+    if dtype is torch.bool:
+        return truth(value)
+    if isinstance(value, Truth):
+        return _as_number(value)
+    return _converted(value, node.args[0].meta["val"].dtype, dtype)
+
+
+def _converted(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
+    """A number as torch converts it; an expression as it is between types that hold all its values."""
+    if isinstance(value, sympy.Piecewise):
+        return sympy.Piecewise(*[(_converted(case, source, dtype), when) for case, when in value.args])
+    if value.is_number:
+        return converted(value, dtype)
+    is_wider = source.is_floating_point and dtype.is_floating_point and torch.promote_types(source, dtype) is dtype
+    if is_wider or (value.is_integer and dtype in EXACT_FOR_POSITIONS):
+        return value
+    if dtype not in ROUNDINGS:
+        raise Opaque(f"a cast to {dtype}")
+    return ROUNDINGS[dtype](value)
+
+
+def converted(number: Any, dtype: torch.dtype) -> Any:
+    """A number as torch holds it in another type."""
+    return _number(torch.tensor(float(number), dtype=torch.float64).to(dtype).item())
+
+
+class Rounding(sympy.Function):
+    """What data becomes in a type of less precision: known as soon as the data is a number, such as a mask's 0 or 1."""
+
+    dtype: torch.dtype
+
+    @classmethod
+    def eval(cls, value: Any) -> Any:
+        return converted(value, cls.dtype) if value.is_number else None
+
+
+class ToFloat16(Rounding):
+    dtype = torch.float16
+
+
+class ToBFloat16(Rounding):
+    dtype = torch.bfloat16
+
+
+class ToFloat32(Rounding):
+    dtype = torch.float32
+
+
+ROUNDINGS = {kind.dtype: kind for kind in (ToFloat16, ToBFloat16, ToFloat32)}
+
+
+def _triangle(relation: Any, outside: Callable[[Any], Any]) -> Callable[..., Any]:
+    def run(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+        diagonal = evaluate(argument(node, "diagonal", 0), (), constants)
+        inside = relation(index[-1] - index[-2], diagonal)
+        value = evaluate(node.args[0], index, constants)
+        return sympy.And(inside, value) if isinstance(value, Truth) else sympy.Piecewise((value, inside), (0, True))
+
+    return run
+
+
+def _gather(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    """x[rows, columns] with index tensors for all of x's dims."""
+    source: Any
+    indices: Any
+    source, indices = node.args[:2]
+    if any(position is None for position in indices) or len(indices) != source.meta["val"].dim():
+        return _data(node, index)
+    inner = tuple(evaluate(position, _operand(node, position, index), constants) for position in indices)
+    if not all(position.is_nonnegative for position in inner):  # torch wraps negative ones around
+        return _data(node, index)
+    return evaluate(source, inner, constants)
+
+
+def _diff(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    """x[i] - x[i - 1], the first against `prepend`; known where it is the same at every position."""
+    source, prepend = node.args[0], argument(node, "prepend")
+    dim = argument(node, "dim", -1) % len(index)
+    if argument(node, "n", 1) != 1 or argument(node, "append") is not None or prepend is None:
+        return _data(node, index)
+
+    def at(position: Any) -> Index:
+        return (*index[:dim], position, *index[dim + 1 :])
+
+    zero = sympy.Integer(0)
+    inside = evaluate(source, index, constants) - evaluate(source, at(index[dim] - 1), constants)
+    first = evaluate(source, at(zero), constants) - evaluate(prepend, at(zero), constants)
+    if sympy.expand(inside - first) != 0:
+        return _data(node, index)
+    return sympy.expand(first)
+
+
+def _cumsum(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    """The running sum of what is the same number everywhere."""
+    value = evaluate(node.args[0], index, constants)
+    if isinstance(value, Truth):
+        value = {sympy.true: sympy.Integer(1), sympy.false: sympy.Integer(0)}.get(value)
+    if value is None or not value.is_number:
+        return _data(node, index)
+    return value * (index[node.args[1]] + 1)  # type: ignore[index]
+
+
+def _and(lhs: Any, rhs: Any) -> Any:
+    return sympy.And(truth(lhs), truth(rhs))
+
+
+def _or(lhs: Any, rhs: Any) -> Any:
+    return sympy.Or(truth(lhs), truth(rhs))
+
+
+def _negation(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    if node.meta["val"].dtype is not torch.bool:
+        raise Opaque("bitwise not of a number")
+    return sympy.Not(truth(evaluate(node.args[0], index, constants)))
+
+
+def _table(entries: Sequence[tuple[Sequence[Any], Callable[..., Any]]]) -> dict[Any, Callable[..., Any]]:
+    return {target: run for targets, run in entries for target in targets}
+
+
+EVALUATORS = _table(
+    [
+        ((aten.arange.default, aten.arange.start, aten.arange.start_step), _arange),
+        ((aten.full.default, aten.full_like.default, aten.new_full.default), _full),
+        ((aten.ones.default, aten.ones_like.default, aten.new_ones.default), _filled_with(1)),
+        ((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), _filled_with(0)),
+        (tuple(IDENTITIES), _identity),
+        ((aten.expand.default, aten.expand_as.default), _expand),
+        (tuple(PERMUTES), _permute),
+        (tuple(VIEWS), _unit_dims),
+        ((aten.slice.Tensor,), _slice),
+        ((aten.select.int,), _select),
+        (tuple(CASTS), _cast),
+        ((aten.tril.default,), _triangle(sympy.Le, lambda value: value)),
+        ((aten.triu.default,), _triangle(sympy.Ge, lambda value: value)),
+        ((aten.index.Tensor,), _gather),
+        ((aten.diff.default,), _diff),
+        ((aten.cumsum.default,), _cumsum),
+        ((aten.add.Tensor, aten.add.Scalar), _arithmetic(operator.add)),
+        ((aten.sub.Tensor, aten.sub.Scalar), _arithmetic(operator.sub)),
+        ((aten.rsub.Scalar, aten.rsub.Tensor), _arithmetic(lambda lhs, rhs: rhs - lhs)),
+        ((aten.mul.Tensor, aten.mul.Scalar), _arithmetic(operator.mul)),
+        ((aten.neg.default,), _in_numbers(_pointwise(operator.neg))),
+        ((aten.abs.default,), _pointwise(sympy.Abs)),
+        ((aten.le.Tensor, aten.le.Scalar), _relational(sympy.Le)),
+        ((aten.lt.Tensor, aten.lt.Scalar), _relational(sympy.Lt)),
+        ((aten.ge.Tensor, aten.ge.Scalar), _relational(sympy.Ge)),
+        ((aten.gt.Tensor, aten.gt.Scalar), _relational(sympy.Gt)),
+        ((aten.eq.Tensor, aten.eq.Scalar), _relational(sympy.Eq)),
+        ((aten.ne.Tensor, aten.ne.Scalar), _relational(sympy.Ne)),
+        (
+            (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor),
+            _pointwise(_and),
+        ),
+        ((aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor), _pointwise(_or)),
+        ((aten.logical_not.default, aten.bitwise_not.default), _negation),
+        (
+            (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar),
+            _pointwise(_where),
+        ),
+        (
+            (aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+            _pointwise(lambda value, condition, fill: _where(condition, fill, value)),
+        ),
+    ]
+)

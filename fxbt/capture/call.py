@@ -1,0 +1,235 @@
+"""A call (args, kwargs) -> `Call`: its distinct tensors in order, and a hashable key for everything else."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NotCapturable
+from .containers import Attribute, Unread, children, named_leaves, place_of, rebuilt
+from .number_inputs import Number, Numbers, as_tensor
+
+TENSOR_TYPES = (Tensor, nn.Parameter)
+STATIC_TYPES = frozenset(
+    [
+        type(None),
+        bool,
+        str,
+        bytes,
+        torch.dtype,
+        torch.device,
+        torch.Size,
+        torch.layout,
+        torch.memory_format,
+    ]
+)
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a model. `tensors` are the distinct tensor objects of (args, kwargs) in order of appearance.
+
+    Two calls with equal `key` differ only in the shapes and values of their tensors. Those include what stands for
+    `numbers`, Python numbers (by their place) that change from call to call; `constants` are the places of the others.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: tuple[Tensor, ...]
+    key: Hashable
+    unread: dict[int, Unread] = field(default_factory=dict)  # by the id of attributes that no graph can know
+    numbers: dict[str, Number] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
+
+    def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with `tensors` in the places of `self.tensors`, in fresh containers."""
+        leaves = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)} | self.unread
+        numbers = {place: number.of(tensors) for place, number in self.numbers.items()}
+        args = tuple([rebuilt(value, f"args[{i}]", leaves, numbers) for i, value in enumerate(self.args)])
+        return args, {name: rebuilt(value, name, leaves, numbers) for name, value in self.kwargs.items()}
+
+    def copied(self) -> Call:
+        """The same call in containers of its own, which stay as they are whatever a forward does to the caller's."""
+        args, kwargs = self.rebuild(self.tensors)
+        return replace(self, args=args, kwargs=kwargs)
+
+    @property
+    def names(self) -> list[str]:
+        """Where each tensor stands in the call: `input_ids`, `args[0]`, `batch['pixels'][1]`."""
+        named: dict[int, str] = {}
+        for place, leaf in named_arguments(self.args, self.kwargs):
+            named.setdefault(id(leaf), place)
+        named.update({id(self.tensors[number.index]): place for place, number in self.numbers.items()})
+        return [named[id(tensor)] for tensor in self.tensors]
+
+    def __str__(self) -> str:
+        shown = [
+            f"{place}={self.numbers.get(place) or _show(leaf)}"
+            for place, leaf in named_arguments(self.args, self.kwargs)
+        ]
+        return f"({', '.join(shown)}){_show_modes(self.tensors)}"
+
+
+class Binder:
+    """Turns the calls of one `forward` into `Call`s, so that positional and keyword calls share a key.
+
+    Example:
+        >>> call = Binder(model.forward).call((ids,), {"attention_mask": mask})
+        >>> call.names
+        ['input_ids', 'attention_mask']
+    """
+
+    def __init__(self, forward: Callable[..., Any], numbers: Numbers | None = None) -> None:
+        self._numbers = numbers
+        parameters = list(inspect.signature(forward).parameters.values())
+        self._order = {p.name: i for i, p in enumerate(parameters)}
+        by_keyword = [p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters]
+        first_other = by_keyword.index(False) if False in by_keyword else len(parameters)
+        self._positional = [p.name for p in parameters[:first_other]]
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Raises `NotCapturable` when an argument holds what no graph can take."""
+        args, kwargs = self._by_keyword(args, kwargs)
+        reader = _Reader(self._numbers)
+        parts: list[Hashable] = [reader.key(v, f"args[{i}]") for i, v in enumerate(args)]
+        for name, value in kwargs.items():
+            parts += (name, reader.key(value, name))
+        tensors = reader.tensors
+        key = (len(args), *parts, *_modes(tensors))
+        return Call(args, kwargs, tuple(tensors), key, reader.unread, reader.numbers, tuple(reader.constants))
+
+    def _by_keyword(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # Flags given by position stay there: decorators around a forward may look for them among the keywords only.
+        plain = all(value is None or type(value) in TENSOR_TYPES for value in args)
+        names = self._positional[: len(args)]
+        if not plain or len(names) < len(args) or not kwargs.keys().isdisjoint(names):
+            return args, kwargs
+        named = {**dict(zip(names, args, strict=True)), **kwargs}
+        order, last = self._order, len(self._order)
+        return (), {name: named[name] for name in sorted(named, key=lambda name: order.get(name, last))}
+
+
+def make_call(model: nn.Module, *args: Any, **kwargs: Any) -> Call:
+    """The `Call` of `model(*args, **kwargs)`."""
+    return Binder(model.forward).call(args, kwargs)
+
+
+class _Reader:
+    """Reads the arguments of one call: each one's part of the key, and the tensors."""
+
+    def __init__(self, known: Numbers | None) -> None:
+        self.tensors: list[Tensor] = []
+        self.unread: dict[int, Unread] = {}  # by the id of attributes that no graph can know
+        self.numbers: dict[str, Number] = {}
+        self.constants: list[str] = []
+        self._seen: dict[int, int] = {}
+        self._known = known
+
+    def key(self, value: Any, place: str) -> Hashable:
+        kind = type(value)
+        if kind in TENSOR_TYPES:
+            return self._tensor_key(value, place)
+        if kind is int or kind is float:
+            return self._number_key(value, place)
+        if kind in STATIC_TYPES or isinstance(value, enum.Enum):
+            return (kind, value)
+        if kind is complex:
+            return (kind, repr(value))  # -0.0 == 0.0 and nan != nan
+        items = children(value)
+        if items is None:
+            raise _not_capturable(value, place)
+        return (kind, *items, *[self._part_key(name, item, place) for name, item in items.items()])
+
+    def _part_key(self, name: Any, item: Any, place: str) -> Hashable:
+        """The key of a container's part. An attribute that holds what no graph can take counts by its type alone."""
+        count = len(self.tensors)
+        try:
+            return self.key(item, place_of(place, name))
+        except NotCapturable:
+            if not isinstance(name, Attribute):
+                raise
+        for tensor in self.tensors[count:]:
+            self._seen.pop(id(tensor), None)
+        del self.tensors[count:]
+        self.numbers = {place: number for place, number in self.numbers.items() if number.index < count}
+        self.unread[id(item)] = Unread(name)
+        return (type(item), "not read")
+
+    def _tensor_key(self, tensor: Tensor, place: str) -> Hashable:
+        first = self._seen.setdefault(id(tensor), len(self.tensors))
+        if first < len(self.tensors):
+            return ("same tensor", first)
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            raise NotCapturable(f"argument {place} is a {_layout(tensor)} tensor; graphs take dense tensors")
+        if tensor.__dict__ and type(tensor) is Tensor:
+            raise NotCapturable(
+                f"argument {place} has attributes of its own ({', '.join(tensor.__dict__)}), which forward may read"
+            )
+        if tensor.is_meta:
+            raise NotCapturable(f"argument {place} is a meta tensor: there is nothing to compute", silent=True)
+        self.tensors.append(tensor)
+        return (tensor.dtype, tensor.device, tensor.ndim, tensor.requires_grad)
+
+    def _number_key(self, value: int | float, place: str) -> Hashable:
+        kind = type(value)
+        if self._known is None or not self._known.varies(place, value):
+            self.constants.append(place)
+            return (kind, repr(value))
+        self.numbers[place] = Number(len(self.tensors), kind, kind is int and value < 0)
+        self.tensors.append(as_tensor(value))
+        return (kind, "any", self.numbers[place].is_negative)
+
+
+def _not_capturable(value: Any, place: str) -> NotCapturable:
+    kind = type(value)
+    if isinstance(value, torch.fx.Proxy) or (isinstance(value, Tensor) and kind.__module__.startswith("torch.")):
+        return NotCapturable(f"argument {place} is a {kind.__name__}", silent=True)  # someone traces the model
+    return NotCapturable(
+        f"argument {place} holds a {kind.__name__}; a graph takes tensors, plain values and tuples, lists or dicts of "
+        "them, so such calls run the original forward"
+    )
+
+
+def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    if not torch._C._is_any_autocast_enabled():
+        return modes
+    kinds = sorted({"cpu", *(tensor.device.type for tensor in tensors)})
+    return (*modes, *[(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)])
+
+
+def named_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(where it stands, leaf) for all leaves of a call's arguments, in order: `args[0]`, `batch['ids']`."""
+    yield from named_leaves(args, "args")
+    for name, value in kwargs.items():
+        yield from named_leaves(value, name)
+
+
+def _layout(tensor: Tensor) -> str:
+    if tensor.is_nested:
+        return "nested"
+    return "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+
+
+def _show(leaf: Any) -> str:
+    if type(leaf) not in TENSOR_TYPES:
+        return repr(leaf)
+    device = "" if leaf.device.type == "cpu" else f" {leaf.device}"
+    grad = " requires_grad" if leaf.requires_grad else ""
+    return f"{str(leaf.dtype).removeprefix('torch.')}[{', '.join('?' * leaf.ndim)}]{device}{grad}"
+
+
+def _show_modes(tensors: Sequence[Tensor]) -> str:
+    grad, inference, *casts = _modes(tensors)
+    words = [
+        "grad" if grad else "",
+        "inference_mode" if inference else "",
+        *[f"autocast {c[0]} {c[1]}" for c in casts],
+    ]
+    return "".join(f" {word}" for word in words if word)

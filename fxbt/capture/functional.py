@@ -1,0 +1,160 @@
+"""An exported program -> the same without in-place writes; refuses one whose writes can be seen from outside.
+
+Most writes are to a value that nothing else holds, as in `scores = query @ key.mT; scores += bias`, and become the op
+that returns a new one. For all others torch functionalises the program, which takes as long as the export itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch import predispatch
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from ..graph.canonical import argument, drop_inactive_dropout, writes
+
+aten = torch.ops.aten
+
+_CONVERSIONS = tuple(getattr(aten.to, name) for name in ("device", "dtype", "dtype_layout", "other"))
+
+
+def functional(program: ExportedProgram, names: list[str]) -> ExportedProgram:
+    """The program without in-place writes.
+
+    Raises `CaptureError` if it writes to the model's tensors, to its arguments, which have these `names`, or to a value
+    that shows in another one through an op that does not say so.
+    """
+    for node in program.graph.nodes:
+        if node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
+            node.replace_all_uses_with(node.args[0])  # how torch.tensor(...) is traced: no reason to functionalise
+            program.graph.erase_node(node)
+        elif node.target is aten.copy_.default and _is_unconverted(node.args[1], node.args[0]):
+            node.replace_all_uses_with(node.args[0])  # how `self.x = self.x.to(dtype)` is traced, which changes nothing
+            program.graph.erase_node(node)
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    for graph in graphs:
+        _return_instead(graph)
+    if any(writes(node) or _is_of_vmap(node) for graph in graphs for node in graph.nodes):
+        program = program.run_decompositions({})
+    signature = program.graph_signature
+    if mutated := [*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()]:
+        raise CaptureError(f"forward writes in place to {', '.join(mutated)}; a graph would not")
+    if mutated := list(signature.user_inputs_to_mutate.values()):
+        inputs = dict(zip(signature.user_inputs, names, strict=True))
+        raise CaptureError(f"forward writes in place to its argument {', '.join(inputs[m] for m in mutated)}")
+    return program
+
+
+def _return_instead(graph: fx.Graph) -> None:
+    """Ops that write to a value nothing else holds -> those that return a new one, read by all that follows."""
+    for node in graph.nodes:
+        written = node.args[0] if writes(node) else None
+        if not isinstance(written, fx.Node):
+            continue
+        holders = _holders(written, node, _may_share)
+        if seen := [holder for holder in holders - {written} if _is_seen(holder, node)]:
+            _check_declared(written, node, seen)
+        elif _is_made_here(written) and (pure := _pure(node.target)) and _returns_alike(node, pure):
+            node.target = pure
+            written.replace_all_uses_with(node, delete_user_cb=node.__lt__)
+
+
+def _holders(written: fx.Node, write: fx.Node, may_share: Callable[[fx.Node, fx.Node], bool]) -> set[fx.Node]:
+    """The nodes before `write` that hold the memory it writes to."""
+    holders = {written}
+    waiting = [written]
+    while waiting:
+        node = waiting.pop()
+        near = [other for other in node.all_input_nodes if may_share(node, other)]
+        near += [user for user in node.users if user < write and may_share(user, node)]
+        waiting += [other for other in near if other not in holders]
+        holders.update(near)
+    return holders
+
+
+def _is_seen(holder: fx.Node, write: fx.Node) -> bool:
+    """Whether what is written shows in a holder of the same memory: it is read later on, or not the graph's own."""
+    return not _is_made_here(holder) or any(not user < write for user in holder.users)
+
+
+def _is_made_here(holder: fx.Node) -> bool:
+    return isinstance(holder.target, OpOverload) or holder.target is operator.getitem
+
+
+def _check_declared(written: fx.Node, write: fx.Node, seen: list[fx.Node]) -> None:
+    """Refuses a write that shows through an op that does not say it returns a view: torch would not follow it."""
+    if not set(seen) <= _holders(written, write, _is_declared_view):
+        op = str(write.target).removeprefix("aten.")
+        raise CaptureError(f"forward writes in place ({op}) to memory that another value shares; a graph would not")
+
+
+def _may_share(result: fx.Node, source: fx.Node) -> bool:
+    """Whether a node's result may be in the memory of one of its inputs, at the sizes of some call."""
+    if _is_declared_view(result, source):
+        return True
+    if drop_inactive_dropout(result) is source:
+        return True  # though it was traced as a copy
+    return not _memory(result).isdisjoint(_memory(source))
+
+
+def _is_declared_view(result: fx.Node, source: fx.Node) -> bool:
+    return not isinstance(result.target, OpOverload) or _returns_view(result.target)
+
+
+def _returns_view(op: OpOverload) -> bool:
+    return any(returned.alias_info is not None for returned in op._schema.returns)
+
+
+def _pure(op: OpOverload) -> OpOverload | None:
+    """The op that takes the same and returns what `op` writes to its first argument: `add.Tensor` for `add_.Tensor`."""
+    packet = getattr(getattr(torch.ops, op.namespace), op._opname.removesuffix("_"), None)
+    pure = getattr(packet, op._overloadname, None)
+    if pure is None or pure._schema.is_mutable or _returns_view(pure):
+        return None
+    arguments, its = ([(a.name, str(a.type)) for a in each._schema.arguments] for each in (op, pure))
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None]
+    return pure if arguments == its and written == [0] else None
+
+
+def _memory(node: fx.Node) -> set[int]:
+    """The places of a node's tensors; those of sparse ones cannot be told apart."""
+    tensors = [value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
+    return {tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0 for tensor in tensors}
+
+
+def _returns_alike(write: fx.Node, pure: OpOverload) -> bool:
+    """Whether the op returns the dtype, sizes and strides that the write left as they were."""
+    values: Any = fx.map_arg((write.args, write.kwargs), lambda node: node.meta["val"])
+    args, kwargs = values
+    written = args[0]
+    with written.fake_mode:
+        returned = pure(*args, **kwargs)
+    return _form(returned) == _form(written)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, *map(str, (*tensor.shape, *tensor.stride()))
+
+
+def _is_unconverted(value: Any, tensor: fx.Node) -> bool:
+    """Whether `value` is `tensor` itself: no more than conversions to the dtype and device that it has already."""
+    while value is not tensor:
+        if not isinstance(value, fx.Node) or value.target not in _CONVERSIONS or argument(value, "copy"):
+            return False
+        converted, value = value.meta["val"], value.all_input_nodes[0]
+        kept = value.meta["val"]
+        if (converted.dtype, converted.device, converted.stride()) != (kept.dtype, kept.device, kept.stride()):
+            return False
+    return True
+
+
+def _is_of_vmap(node: fx.Node) -> bool:
+    """Whether it opens or closes a batch axis of `vmap`, which means nothing outside of a running one."""
+    return getattr(node.target, "__module__", None) == predispatch.__name__

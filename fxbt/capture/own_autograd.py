@@ -1,0 +1,136 @@
+"""Gradients that a forward makes or changes itself, which a graph of operations does not carry: refused in a trace.
+
+The derivative of a graph is that of its operations. `detach` and blocks without gradients are operations too, and
+kept; a `torch.autograd.Function`, a hook on a value or a gradient taken inside forward is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import TorchFunctionMode
+
+from ..errors import CaptureError, line_at
+from .checkpointing import function_apply, run_plainly
+
+# What it does to gradients, by the name of the method of a tensor.
+_METHODS = {
+    "register_hook": "registers a hook on the gradient of a value",
+    "register_post_accumulate_grad_hook": "registers a hook on the gradient of a parameter",
+    "retain_grad": "keeps the gradient of a value inside",
+    "detach_": "detaches a value in place, also for what was computed of it before",
+}
+_READS = {"grad_fn": "reads how a value was computed (grad_fn)"}
+# Functions by which torch itself gives operations their derivatives.
+_OF_OPERATIONS = ("torch._library", "torch._higher_order_ops", "torch._functorch")
+
+
+@contextlib.contextmanager
+def refused(
+    arguments: Sequence[Tensor], kept: Sequence[Tensor], is_model_code: Callable[[str], bool]
+) -> Iterator[None]:
+    """Raises `CaptureError` in a traced block that makes gradients itself; checkpoints are run plainly and marked.
+
+    `arguments` and the model's `kept` parameters and buffers outlive a call, and a graph would not change them;
+    `is_model_code` says of a file whether its lines are the model's.
+    Without gradients all of that is as good as not there, but for what it does to those.
+    """
+    with run_plainly(), _no_functions(is_model_code), _Methods(arguments, kept, is_model_code):
+        yield
+
+
+@contextlib.contextmanager
+def _no_functions(is_model_code: Callable[[str], bool]) -> Iterator[None]:
+    """What is called by functions and classes of torch, under whatever name the model has them."""
+    apply, enter = function_apply(), saved_tensors_hooks.__enter__
+    run_engine = torch.autograd._engine_run_backward
+
+    def refuse(what: str) -> None:
+        if _is_traced_here():
+            raise CaptureError(f"forward {what}; a graph has the gradients of its operations", _line(is_model_code))
+
+    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not cls.__module__.startswith(_OF_OPERATIONS) and not _is_checkpoint(cls):
+            refuse(f"applies a torch.autograd.Function, {cls.__qualname__}, which has a backward of its own")
+        return apply(cls, *args, **kwargs)
+
+    def entered(self: saved_tensors_hooks) -> Any:
+        if torch.is_grad_enabled():
+            refuse(f"says how values are kept for the backward ({type(self).__name__})")
+        return enter(self)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        refuse("takes gradients itself (torch.autograd.grad, backward)")
+        return run_engine(*args, **kwargs)
+
+    with (
+        mock.patch.object(_SingleLevelFunction, "apply", classmethod(applied)),
+        mock.patch.object(saved_tensors_hooks, "__enter__", entered),
+        mock.patch.object(torch.autograd, "_engine_run_backward", run),
+    ):
+        yield
+
+
+def _is_checkpoint(function: type) -> bool:
+    return function is torch.utils.checkpoint.CheckpointFunction
+
+
+def _is_traced_here() -> bool:
+    """Whether this thread is the one that traces, and not inside torch.func, whose gradients become operations."""
+    return get_proxy_mode() is not None and torch._C._functorch.peek_interpreter_stack() is None
+
+
+class _Methods(TorchFunctionMode):
+    """What is called on tensors."""
+
+    def __init__(
+        self, arguments: Sequence[Tensor], kept: Sequence[Tensor], is_model_code: Callable[[str], bool]
+    ) -> None:
+        super().__init__()
+        self._arguments = {id(tensor) for tensor in arguments}
+        self._kept = {id(tensor) for tensor in kept}
+        self._is_model_code = is_model_code
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, attribute = getattr(func, "__name__", ""), getattr(getattr(func, "__self__", None), "__name__", "")
+        if name == "__get__" and attribute == "data":
+            return args[0].detach()  # all that .data is to a reader, and an operation
+        if name == "__set__" and attribute == "data":
+            self._refuse("puts other values in the place of a tensor's (.data = ...)")
+        if torch.is_grad_enabled():
+            what = _READS.get(attribute) if name == "__get__" else _METHODS.get(name)
+            if what is not None:
+                self._refuse(what)
+        if name == "requires_grad_" or (name == "__set__" and attribute == "requires_grad"):
+            self._check_requires_grad(args[0], *args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _check_requires_grad(self, tensor: Tensor, requires_grad: bool = True) -> None:
+        """A value inside that is made to require a gradient is one that nobody reads: nothing to carry."""
+        is_argument = id(tensor) in self._arguments  # which requires one already if the model just ran on it
+        if tensor.requires_grad == requires_grad and not is_argument:
+            return
+        if is_argument or id(tensor) in self._kept or not requires_grad:
+            self._refuse("changes whether a tensor requires a gradient (requires_grad_)")
+
+    def _refuse(self, what: str) -> None:
+        raise CaptureError(f"forward {what}; a graph would not", _line(self._is_model_code))
+
+
+def _line(is_model_code: Callable[[str], bool]) -> str:
+    """The line of the model's code that runs."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and not is_model_code(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "" if frame is None else line_at(frame.f_code.co_filename, frame.f_lineno)

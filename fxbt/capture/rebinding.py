@@ -1,0 +1,95 @@
+"""Other tensors in a model's places, of the same kinds: which stands for which, so that graphs can go on with those.
+
+`load_state_dict(assign=True)`, a new `nn.Parameter`, another module of the same class, `model.to()` there and back: the
+model is the same but for the objects that its weights are. A graph holds for whatever values its weights have, so that
+it holds for those, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .model_state import NOT_READ, ModelState, same
+
+Pairs = dict[int, Tensor]  # the id of a tensor -> the one that stands in all its places now
+
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def rebound(old: ModelState, model: nn.Module) -> tuple[ModelState, Pairs] | None:
+    """The state of a model in which other tensors of the same kinds took the places of those in `old`, and which.
+
+    Plain values that differ (`training`, a number in a config) are expected as they were in `old`: the state that is
+    returned holds once they are that again. None where anything else differs.
+
+    Example:
+        >>> state = ModelState(model)
+        >>> model.load_state_dict(checkpoint, assign=True)
+        >>> state, pairs = rebound(state, model)
+    """
+    new = ModelState(model)
+    if not old.is_of_same_classes(new):
+        return None
+    comparison = _Comparison(old, new)
+    return (new, comparison.pairs) if comparison.is_alike() else None
+
+
+class _Comparison:
+    def __init__(self, old: ModelState, new: ModelState) -> None:
+        self.pairs: Pairs = {}
+        self._old, self._new = old, new
+        self._sources: dict[int, int] = {}  # the other way round
+
+    def is_alike(self) -> bool:
+        old, new = self._old.contents(), self._new.contents()
+        if [place for place, _ in old] != [place for place, _ in new]:
+            return False
+        return all(self._are_alike(before, now) for (_, before), (_, now) in zip(old, new, strict=True))
+
+    def _are_alike(self, old: Any, new: Any) -> bool:
+        """Whether two containers hold the same but for tensors; plain values of the new one become those of the old."""
+        if type(old) is not type(new):
+            return False
+        if isinstance(old, set):
+            return bool(old == new)
+        before, now = (c if isinstance(c, dict) else dict(enumerate(c)) for c in (old, new))
+        if list(before) != list(now):
+            return False
+        for key, value in before.items():
+            if key in NOT_READ or self._stands_for(value, now[key]):
+                continue
+            if not (isinstance(value, _PLAIN) and isinstance(now[key], _PLAIN)):
+                return False
+            new[key] = value
+        return True
+
+    def _stands_for(self, old: Any, new: Any) -> bool:
+        if isinstance(old, Tensor) or isinstance(new, Tensor):
+            return self._pair(old, new)
+        if type(old) is not type(new):
+            return False
+        if isinstance(old, tuple):
+            return len(old) == len(new) and all(map(self._stands_for, old, new))
+        if self._old.looks_into(old) and self._new.looks_into(new):
+            return True  # its content is compared in its turn
+        return same(new, old)
+
+    def _pair(self, old: Any, new: Any) -> bool:
+        """One stands for one, wherever they are."""
+        if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
+            return False
+        if self.pairs.setdefault(id(old), new) is not new or self._sources.setdefault(id(new), id(old)) != id(old):
+            return False
+        return old is new or _kind(old) == _kind(new) is not None
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...] | None:
+    """All that Python can tell of a tensor without its values; None for one that may be more than its values."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor._backward_hooks:
+        return None
+    attributes = {name: value for name, value in vars(tensor).items() if not name.startswith("_")}
+    memory = tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    return type(tensor), *memory, tensor.requires_grad, tensor.is_leaf, tensor.is_inference(), attributes

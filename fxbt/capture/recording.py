@@ -1,0 +1,177 @@
+"""`Recording`: which code a block executes, and what that code read before and after it.
+
+Noted by Python's own profiling hook, in one run of the original; another profiler that is at work is told everything.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import os
+import random
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .codes import Facts, functions_of, is_model_code
+from .model_state import ModelState
+from .surroundings import Surroundings
+
+_here = threading.local()
+_DIFFERENT_EACH_TIME = frozenset(
+    [
+        *(getattr(time, name) for name in dir(time) if name.endswith(("time", "_ns", "monotonic", "perf_counter"))),
+        *(os.urandom, input, open, io.open),
+    ]
+)
+_NOW = ("now", "utcnow", "today")
+
+
+def is_recording() -> bool:
+    """Whether this thread runs a forward whose code is noted, so that no part of it may be served by a graph."""
+    return getattr(_here, "is_recording", False)
+
+
+class Recording:
+    """Notes the Python code that runs in a `with` block on this thread.
+
+    Example:
+        >>> with Recording(model, ModelState(model)) as recording:
+        ...     model(x)
+        >>> around = recording.surroundings()
+    """
+
+    def __init__(self, model: nn.Module, state: ModelState) -> None:
+        self.wrote = False  # whether the block changed its surroundings, or may have
+        self._model = model
+        self._state = state
+        self._codes: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}
+        self._kinds: dict[type, None] = {}
+        self._is_models: dict[int, bool] = {}
+        self._obstacle: str | None = None
+        self._before: Surroundings | None = None
+        self._previous: Any = None
+        self._numpy = ""
+
+    def ran(self, function: Any) -> bool:
+        """Whether this Python function ran in the block."""
+        code = getattr(function, "__code__", None)
+        return any(code is one for one, _ in self._codes.values())
+
+    def __enter__(self) -> Recording:
+        self._previous = sys.getprofile()
+        try:
+            self._before = Surroundings(self._model, self._state)
+            if self._previous is not None and not callable(self._previous):
+                self._previous.disable()
+        except Exception as error:  # objects of anyone's making are read; a profiler may have no way to be paused
+            self._obstacle = f"what it reads cannot be told ({type(error).__name__}: {error})"
+            return self
+        self._numpy = _random_numbers_of_numpy()
+        _here.is_recording = True
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not is_recording():
+            return
+        _here.is_recording = False
+        sys.setprofile(None)
+        if callable(self._previous):
+            sys.setprofile(self._previous)
+        elif self._previous is not None:
+            self._previous.enable()
+        if self._numpy != _random_numbers_of_numpy():
+            self._refuse("numpy's random numbers")
+
+    def surroundings(self) -> Surroundings | str:
+        """What the code of the block reads, as it is after it; or why that cannot be told."""
+        if self._obstacle is not None or self._before is None:
+            return str(self._obstacle)
+        try:
+            return self._surroundings(self._before)
+        except Exception as error:  # objects of anyone's making are read here
+            return f"what it reads cannot be told ({type(error).__name__}: {error})"
+
+    def _surroundings(self, around: Surroundings) -> Surroundings | str:
+        codes = [code for code, _ in self._codes.values()]
+        functions = functions_of(codes)
+        self.wrote = bool(around.changed())
+        self.wrote |= any(Facts(code).writes_closure for code in codes if is_model_code(code.co_filename))
+        if self.wrote or not self._state.holds():
+            around = Surroundings(self._model, ModelState(self._model))
+            for code, namespace in self._codes.values():
+                around.reach(code, namespace)
+            for kind in self._kinds:
+                around.reach_class(kind)
+        known = around.contents()
+        for function in functions:
+            around.reach_function(function)
+        self.wrote |= around.contents() > known
+        return around.obstacle or around.ready()
+
+    # Events
+
+    def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            self._guarded(self._call, frame)
+        elif event == "c_call":
+            self._guarded(self._call_of_c, frame, argument)
+        if callable(self._previous):
+            self._previous(frame, event, argument)
+
+    def _guarded(self, note: Callable[..., None], *arguments: Any) -> None:
+        try:
+            note(*arguments)
+        except Exception as error:  # raised from here, it would be the model's own
+            self._obstacle = self._obstacle or f"what it reads cannot be told ({type(error).__name__}: {error})"
+
+    def _call(self, frame: types.FrameType) -> None:
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] in ("self", "cls"):
+            first = frame.f_locals.get(code.co_varnames[0])
+            self._see_class(first if isinstance(first, type) else type(first))
+        key = (id(code), id(frame.f_globals))
+        if key in self._codes:
+            return
+        self._codes[key] = (code, frame.f_globals)
+        self._is_models[id(code)] = is_model_code(code.co_filename)
+        if code.co_filename == random.__file__ and self._is_called_by_model(frame):
+            self._refuse("random." + code.co_name)
+        assert self._before is not None
+        self._before.reach(code, frame.f_globals)
+
+    def _is_called_by_model(self, frame: types.FrameType) -> bool:
+        return frame.f_back is not None and is_model_code(frame.f_back.f_code.co_filename)
+
+    def _see_class(self, kind: type) -> None:
+        if kind in self._kinds:
+            return
+        self._kinds[kind] = None
+        assert self._before is not None
+        self._before.reach_class(kind)
+
+    def _call_of_c(self, frame: types.FrameType, function: Any) -> None:
+        if not self._is_models.get(id(frame.f_code), False):
+            return
+        owner = getattr(function, "__self__", None)
+        name = getattr(function, "__name__", "")
+        is_now = name in _NOW and isinstance(owner, type) and issubclass(owner, datetime.date)
+        is_random = isinstance(owner, random.Random) or type(owner).__module__.startswith("numpy.random")
+        if is_now or is_random or function in _DIFFERENT_EACH_TIME:
+            self._refuse(f"{getattr(function, '__module__', None) or type(owner).__name__}.{name}")
+
+    def _refuse(self, name: str) -> None:
+        self._obstacle = self._obstacle or f"forward uses {name}, which gives something else each time"
+
+
+def _random_numbers_of_numpy() -> str:
+    """How far numpy's own generator has come; its functions are not ones that profilers see."""
+    numpy = sys.modules.get("numpy.random")
+    state = numpy.get_state() if numpy is not None else ()
+    return str([part.tobytes() if hasattr(part, "tobytes") else part for part in state])

@@ -1,0 +1,453 @@
+"""What a forward reads and writes beside its model's attributes: reached by name, compared at each call, put back.
+
+A graph holds what Python did once. From the code that a run executed (`recording.py`), this finds what that code can
+reach: globals, attributes of modules and classes, closures, defaults, and the containers and objects in them. Python's
+own count of the writes to a dict tells whether anything changed since.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import contextlib
+import contextvars
+import functools
+import gc
+import io
+import itertools
+import operator
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo.guards import dict_version
+
+from . import places
+from .codes import Facts, imported, is_model_code, is_torchs
+from .model_state import HOOKS, ModelState
+from .places import ABSENT, HEAP, PLAIN, Place
+
+_DEPTH = 4  # a list inside a config inside a dict inside a module: deeper than that nothing is looked at
+_LARGE = 1 << 16  # elements of an array: more take too long to compare at every call
+_OPAQUE = ("logging", "threading", "weakref", "_weakref", "_thread", "re", "typing", "importlib", "_frozen_importlib")
+_POSITIONS: tuple[Any, ...] = (
+    *(types.GeneratorType, io.IOBase, enumerate, zip, map, filter, reversed),
+    *map(type, map(iter, ([], (), {}, set(), "", range(0)))),
+    *(kind for kind in vars(itertools).values() if isinstance(kind, type)),
+)
+_OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS)
+_CODE = operator.attrgetter("__code__")
+_DEFAULTS = operator.attrgetter("__defaults__")
+_BY_KEYWORD = operator.attrgetter("__kwdefaults__")
+_CONTENTS = operator.attrgetter("cell_contents")
+_MRO = operator.attrgetter("__mro__")
+
+
+class Surroundings:
+    """What code can reach beside a model's attributes, as it is now.
+
+    `obstacle` says what was reached that no comparison can follow; None where all can be watched. `tensors` are those
+    that were reached.
+
+    Example:
+        >>> around = Surroundings(model, ModelState(model))
+        >>> around.reach(forward.__code__, forward.__globals__)
+        >>> around.ready().holds()
+        True
+    """
+
+    def __init__(self, model: nn.Module, state: ModelState) -> None:
+        self.obstacle: str | None = None
+        self.tensors: list[Tensor] = []
+        self._state = state
+        self._seen: set[int] = set()
+        self._alive: list[Any] = []  # what `_seen` has the ids of
+        self._names: dict[int, places.Names] = {}
+        self._counted: list[Place] = []  # places with a dict, whose writes Python counts
+        self._others: list[Place] = []
+        self._functions: list[Any] = []
+        self._cells: list[Place] = []
+        self._read: set[str] = set()  # every attribute that some of the model's code names
+        self._pending: dict[str, list[tuple[Any, str, int]]] = collections.defaultdict(list)  # the others, by name
+        self._is_machinery = False
+        self._modules = list(model.modules())
+        self._own = set(map(id, self._modules))
+        for name, module in model.named_modules():
+            self._visit_own(module, name)
+        self.reach_class(Tensor)
+        self._quick: _Quick | None = None
+
+    def reach(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
+        """Adds all that this code names in its globals."""
+        if code.co_filename in (os.__file__, "<frozen os>"):
+            self._visit_environment()
+        if not is_model_code(code.co_filename) and not is_torchs(code.co_filename):
+            return
+        facts = Facts(code)
+        with self._as_machinery(is_torchs(code.co_filename)):
+            self._now_read(set() if self._is_machinery else facts.names)
+            chains = set(facts.chains)
+            if ("globals",) in chains and not self._is_machinery:
+                chains |= {(name,) for name in namespace}
+            for chain in chains:
+                self._reach_chain(chain, namespace)
+                self._reach_module(namespace.get(chain[0]), facts)
+            for name in facts.imports:
+                for module in imported(name, str(namespace.get("__package__") or "")):
+                    self._reach_module(module, facts)
+
+    def reach_class(self, kind: type) -> None:
+        """Adds the attributes of a class and its bases, which an object's own come before."""
+        for base in kind.__mro__:
+            is_models = _is_models_class(base)
+            if id(base) in self._seen or not (is_models or _is_torchs(base)):
+                continue
+            self._mark(base)
+            with self._as_machinery(not is_models):
+                self._add(self._counted, places.Class(base, base.__name__))
+            for name, value in list(vars(base).items()) if is_models else ():
+                self._later(name, value, f"{base.__name__}.{name}", 0)
+        if type(kind) is not type and _is_models_class(type(kind)):
+            self.reach_class(type(kind))
+
+    def reach_function(self, function: Any) -> None:
+        """Adds a function's code, defaults, closure and attributes."""
+        if id(function) in self._seen:
+            return
+        self._mark(function)
+        name = function.__qualname__
+        with self._as_machinery(is_torchs(function.__code__.co_filename)):
+            self._functions.append(function)
+            self._add(self._others, places.Function(function, f"the function {name}"))
+            for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+                self._visit_cell(cell, f"{variable} of {name}")
+            for value in () if self._is_machinery else (function.__defaults__, function.__kwdefaults__):
+                self._visit(value, f"a default of {name}", 1)
+            if vars(function).keys() - {"__wrapped__"} and not self._is_machinery:
+                self._visit_dict(vars(function), name, 1)
+
+    def holds(self, during_a_trace: bool = False) -> bool:
+        """Whether all is as it was. Never raises: what cannot be compared counts as changed.
+
+        During another thread's trace, which has some of torch's functions replaced, those are not looked at.
+        """
+        try:
+            return self._quick is not None and self._quick.holds(during_a_trace)
+        except Exception:  # objects of anyone's making are read here
+            return False
+
+    def ready(self) -> Surroundings:
+        """To be called when all is reached: from now on this is compared."""
+        self._state = ModelState(nn.Module())  # asked while walking; it would keep weights that are replaced later
+        self._quick = _Quick(self._counted, self._others, self._functions, self._cells, self._modules)
+        return self
+
+    def changed(self) -> list[str]:
+        """The places of the model and its libraries that differ now, by name."""
+        return [
+            name for place in self._all() if not place.is_machinery and not place.holds() for name in place.changed()
+        ]
+
+    def settle(self) -> None:
+        """Puts the model's and its libraries' places back; torch's own are to stay as they are now."""
+        for place in self._all():
+            if not place.holds():
+                place.renew() if place.is_machinery else place.restore()
+        self.ready()
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Runs a block that leaves the surroundings as they are."""
+        copies = [(tensor, tensor.detach().clone()) for tensor in self.tensors if tensor.layout is torch.strided]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in copies:
+                    if not torch.equal(tensor, value):
+                        tensor.copy_(value)
+            self.settle()
+
+    def contents(self) -> int:
+        """How many places are containers, objects and tensors, whose contents can change while their names do not."""
+        kinds = (places.Names, places.Class, places.Function, places.Cell)
+        return sum(not isinstance(place, kinds) for place in self._all())
+
+    def _all(self) -> Iterator[Place]:
+        return itertools.chain(self._counted, self._others, self._cells)
+
+    # Finding
+
+    @contextlib.contextmanager
+    def _as_machinery(self, value: bool) -> Iterator[None]:
+        before, self._is_machinery = self._is_machinery, value
+        try:
+            yield
+        finally:
+            self._is_machinery = before
+
+    def _mark(self, value: Any) -> None:
+        self._seen.add(id(value))
+        self._alive.append(value)
+
+    def _add(self, among: list[Place], place: Place) -> None:
+        place.is_machinery = self._is_machinery
+        among.append(place)
+
+    def _watch(self, namespace: dict[str, Any], name: str) -> None:
+        place = self._names.get(id(namespace))
+        if place is None:
+            place = self._names[id(namespace)] = places.Names(namespace, str(namespace.get("__name__", "?")))
+            is_models = is_model_code(str(namespace.get("__file__") or "<input>"))
+            with self._as_machinery(not is_models):
+                self._add(self._counted, place)
+        value = place.watch(name)
+        if value is os.environ:
+            self._visit_environment()
+        elif not self._is_machinery and not place.is_machinery:
+            self._visit(value, f"{place.name}.{name}", 0)
+        elif self._is_machinery and isinstance(value, (dict, list, set)):
+            self._visit(value, f"{place.name}.{name}", _DEPTH)
+
+    def _reach_chain(self, chain: tuple[str, ...], namespace: dict[str, Any]) -> None:
+        """`a.b.c` as far as a and b are modules; a global that is not there is looked for in builtins."""
+        if chain[0] not in namespace:
+            self._watch(vars(builtins), chain[0])
+        for name in chain:
+            self._watch(namespace, name)
+            value = namespace.get(name)
+            if not isinstance(value, types.ModuleType):
+                return
+            namespace = vars(value)
+
+    def _reach_module(self, module: Any, facts: Facts) -> None:
+        """The attributes of a module that code names in whatever way, and those of the modules among them."""
+        left, done = [module], set()
+        while left:
+            module = left.pop()
+            if not isinstance(module, types.ModuleType) or id(module) in done:
+                continue
+            done.add(id(module))
+            for name in facts.names & vars(module).keys():
+                self._watch(vars(module), name)
+                left.append(vars(module)[name])
+
+    def _now_read(self, names: set[str]) -> None:
+        for name in names - self._read:
+            self._read.add(name)
+            for value, place, depth in self._pending.pop(name, ()):
+                self._visit(value, place, depth)
+
+    def _later(self, name: str, value: Any, place: str, depth: int) -> None:
+        """Visits an attribute as soon as some code names it."""
+        if isinstance(value, PLAIN):
+            return
+        if name in self._read:
+            self._visit(value, place, depth)
+        else:
+            self._pending[name].append((value, place, depth))
+
+    def _visit_own(self, module: nn.Module, name: str) -> None:
+        """What `ModelState` does not look into: classes, and objects without a dict of their own."""
+        self.reach_class(type(module))
+        for key, value in list(vars(module).items()):
+            if key in _OF_MODULES or isinstance(value, (*PLAIN, Tensor, nn.Module)):
+                continue
+            self._later(key, value, f"{name}.{key}".removeprefix("."), 0)
+
+    def _visit(self, value: Any, place: str, depth: int) -> None:
+        if isinstance(value, PLAIN) or id(value) in self._seen or depth > _DEPTH or id(value) in self._own:
+            return
+        if isinstance(value, Tensor):
+            self._visit_tensor(value, place)
+        elif isinstance(value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType)):
+            return
+        elif isinstance(value, type):
+            self.reach_class(value)
+        elif isinstance(value, _POSITIONS):
+            self._refuse(value, place)
+        elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            self._visit(getattr(value, "__self__", None), place, depth)
+        elif isinstance(value, functools.partial):
+            self._visit_each([value.func, *value.args, *value.keywords.values()], place, depth)
+            self._mark(value)
+            self._visit_dict(value.keywords, place, depth)
+        elif isinstance(value, (tuple, frozenset)):
+            self._mark(value)
+            self._visit_each(value, place, depth)
+        elif isinstance(value, (list, set, collections.deque, bytearray)):
+            self._visit_items(value, place, depth)
+        elif isinstance(value, dict):
+            self._visit_dict(value, place, depth)
+            self._visit_kind(value)
+        elif isinstance(value, types.MappingProxyType):
+            self._visit_each(gc.get_referents(value), place, depth)
+        elif isinstance(value, (contextvars.ContextVar, threading.local)):
+            self._mark(value)
+            self._add(self._others, places.Local(value, place))
+        elif _is_array(value):
+            self._visit_array(value, place)
+        else:
+            self._visit_object(value, place, depth)
+
+    def _visit_each(self, values: Any, place: str, depth: int) -> None:
+        is_set = isinstance(values, (set, frozenset))  # whose classes are asked for, not what they have
+        for value in list(values):
+            if not (is_set and isinstance(value, type)):
+                self._visit(value, place, depth + 1)
+
+    def _visit_items(self, value: Any, place: str, depth: int) -> None:
+        self._mark(value)
+        if not self._state.covers(value):
+            self._add(self._others, places.Items(value, place))
+        self._visit_each(value, place, depth)
+
+    def _visit_dict(self, value: dict[Any, Any], place: str, depth: int) -> None:
+        if id(value) in self._seen:
+            return
+        self._mark(value)
+        if not self._state.covers(value):
+            self._add(self._counted, places.Dict(value, place))
+        for key, inner in list(value.items()):
+            self._visit(inner, f"{place}[{key!r}]", depth + 1)
+
+    def _visit_object(self, value: Any, place: str, depth: int) -> None:
+        kind = type(value)
+        if kind.__module__.startswith("numpy.random"):
+            self._refuse(value, place)
+            return
+        if kind.__module__.partition(".")[0] in _OPAQUE or (_is_torchs(kind) and not isinstance(value, nn.Module)):
+            return
+        self._mark(value)
+        self._visit_kind(value)
+        if slots := places.slots_of(kind):
+            self._add(self._others, places.Slots(value, place, slots))
+            for name in slots:
+                self._visit(getattr(value, name, None), f"{place}.{name}", depth + 1)
+        namespace = getattr(value, "__dict__", None)
+        if type(namespace) is not dict or id(namespace) in self._seen:
+            return
+        self._mark(namespace)
+        if not self._state.covers(namespace):
+            self._add(self._counted, places.Dict(namespace, place, "."))
+        for name, inner in list(namespace.items()):
+            if isinstance(value, nn.Module) and name in _OF_MODULES:
+                self._visit(inner, place, depth)
+            else:
+                self._later(name, inner, f"{place}.{name}", depth + 1)
+
+    def _visit_environment(self) -> None:
+        self._visit_dict(vars(os.environ)["_data"], "os.environ", 0)
+
+    def _visit_kind(self, value: Any) -> None:
+        if _is_models_class(type(value)) or isinstance(value, nn.Module):
+            self.reach_class(type(value))
+
+    def _visit_cell(self, cell: Any, place: str) -> None:
+        if id(cell) in self._seen:
+            return
+        self._mark(cell)
+        self._add(self._cells, places.Cell(cell, place))
+        if not self._is_machinery:
+            self._visit(places.contents(cell), place, 1)
+
+    def _visit_tensor(self, value: Tensor, place: str) -> None:
+        if any(value is own for own in self._state.tensors):
+            return
+        self._mark(value)
+        self.tensors.append(value)
+        self._add(self._others, places.Values(value, place))
+
+    def _visit_array(self, value: Any, place: str) -> None:
+        self._mark(value)
+        if value.size > _LARGE:
+            self._refuse(value, place)
+        else:
+            self._add(self._others, places.Array(value, place))
+
+    def _refuse(self, value: Any, place: str) -> None:
+        why = "is too large to compare at each call" if _is_array(value) else "goes on with each use"
+        self.obstacle = self.obstacle or f"forward reads {place}, a {type(value).__name__}, which {why}"
+
+
+class _Attribute:
+    """One attribute of many objects, as it is now."""
+
+    def __init__(self, read: Callable[[Any], Any], owners: list[Any]) -> None:
+        self.read = read
+        self.owners = owners
+        self.values = list(map(read, owners))
+
+
+class _Quick:
+    """That nothing changed since, at some 30 ns for each place."""
+
+    def __init__(
+        self, counted: list[Place], others: list[Place], functions: list[Any], cells: list[Place], modules: list[Any]
+    ) -> None:
+        self._counted = counted
+        self._dicts = [place.counted for place in counted]
+        self._versions: list[int] = []  # of the time when all was last compared: never yet
+        self._others = [place for place in others if not isinstance(place, places.Function)]
+        self._by_attribute = [*(place for place in others if isinstance(place, places.Function)), *cells]
+        kinds = list(map(type, modules))
+        # Compared as lists: codes that are equal do the same, and classes are equal to themselves alone.
+        self._listed = [
+            _Attribute(type, modules),
+            _Attribute(_MRO, list(dict.fromkeys(kinds))),
+            _Attribute(_CODE, functions),
+        ]
+        full = [place for place in cells if place.kept is not ABSENT]
+        self._identical = [
+            _Attribute(_DEFAULTS, [f for f in functions if f.__defaults__ is not None]),
+            _Attribute(_BY_KEYWORD, [f for f in functions if f.__kwdefaults__ is not None]),
+            _Attribute(_CONTENTS, [place.owner for place in full]),
+        ]
+        self._others += [place for place in cells if place.kept is ABSENT]
+        self._dtype = torch.get_default_dtype()
+
+    def holds(self, during_a_trace: bool) -> bool:
+        versions = list(map(dict_version, self._dicts))
+        if versions != self._versions and not self._holds_anew(versions, during_a_trace):
+            return False
+        for one in self._listed:
+            if list(map(one.read, one.owners)) != one.values:
+                return False
+        for one in self._identical:
+            if not all(map(operator.is_, map(one.read, one.owners), one.values)):
+                return all(place.holds() for place in (*self._by_attribute, *self._others))
+        return torch.get_default_dtype() is self._dtype and all(place.holds() for place in self._others)
+
+    def _holds_anew(self, versions: list[int], during_a_trace: bool) -> bool:
+        known = self._versions or [-1] * len(versions)
+        for i, (place, old, new) in enumerate(zip(self._counted, known, versions, strict=True)):
+            if old == new:
+                continue
+            if during_a_trace and place.is_machinery:
+                versions[i] = old
+            elif not place.holds():
+                return False
+        self._versions = versions
+        return True
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def _is_torchs(kind: type) -> bool:
+    return bool(kind.__flags__ & HEAP) and kind.__module__.partition(".")[0] == "torch"
+
+
+def _is_models_class(kind: type) -> bool:
+    module = sys.modules.get(kind.__module__)
+    file = getattr(module, "__file__", None)
+    if not kind.__flags__ & HEAP or (file is None and kind.__module__ in sys.stdlib_module_names):
+        return False
+    return is_model_code(file) if isinstance(file, str) else True

@@ -1,0 +1,1 @@
+"""Reading and spelling FX graphs."""

@@ -1,0 +1,88 @@
+"""The fused call nodes: what a rewritten graph reads as, one node for each block that rules found.
+
+Each is a plain function of a body, the graph of the block as it was captured, and the values that the body reads; the
+first ones are the block's own inputs. So a fused node differentiates, fake-traces and compiles like the nodes it
+stands for, and `fxbt.outline.inline` gives those back for lowering.
+
+`attention_by_products` is a torch operator of its own, for attention that SDPA cannot express.
+
+Example::
+
+    for node in fast.report.latest.module.graph.nodes:
+        if node.target is fxbt.ops.encoder_layer:
+            body, x, *others = node.args  # others: the attention mask first, the weights last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..kernels.attention_products import attention_by_products as attention_by_products
+from .canonical import argument
+from .miss import Miss
+
+Body = Callable[..., torch.Tensor]
+
+
+def rotary(body: Body, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of `x` (batch, heads, seq, head_dim): x * cos + rotate(x) * sin.
+
+    Source: Su et al. 2021, "RoFormer: enhanced transformer with rotary position embedding", section 3.4.2.
+    """
+    return body(x, cos, sin, *others)
+
+
+def residual_norm(body: Body, x: torch.Tensor, branch: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """norm(x + branch) over the last dim, a layer norm or an RMS norm; x (batch, seq, hidden)."""
+    return body(x, branch, *others)
+
+
+def mlp(body: Body, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """act(x W1^T) W2^T, or gated: (act(x Wg^T) * x Wu^T) Wd^T; x (batch, seq, hidden)."""
+    return body(x, *others)
+
+
+def encoder_layer(body: Body, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """A transformer encoder layer on x (batch, seq, hidden): self-attention and MLP, each with residual and norm.
+
+    `others`: the attention mask (batch, heads, seq, seq) first where there is one, rotary tables, the weights last.
+
+    Source: Vaswani et al. 2017, "Attention is all you need", section 3.1; pre-norm: Xiong et al. 2020.
+    """
+    return body(x, *others)
+
+
+def decoder_layer(body: Body, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """A transformer decoder layer on x (batch, seq, hidden): causal self-attention, perhaps cross-attention, MLP.
+
+    `others`: the encoder's states (batch, source, hidden) first where it attends to them, masks, the weights last.
+
+    Source: Vaswani et al. 2017, "Attention is all you need", section 3.1.
+    """
+    return body(x, *others)
+
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+BY_PRODUCTS = torch.ops.fxbt.attention_by_products.default
+ATTENTIONS = frozenset({SDPA, BY_PRODUCTS})
+FUSED = {op.__name__: op for op in (rotary, residual_norm, mlp, encoder_layer, decoder_layer)}
+
+
+def mask_of(attention: fx.Node) -> Any:
+    """The mask, or bias, that a call of one of `ATTENTIONS` adds to its scores; None where it adds nothing.
+
+    Raises:
+        Miss: it adds several, one before a softcap, or puts it in the place of scores.
+    """
+    if attention.target is SDPA:
+        return argument(attention, "attn_mask")
+    if argument(attention, "kept") is not None:
+        raise Miss("attention puts a number in the place of scores that is no mask for all of them", node=attention)
+    before, after = argument(attention, "before"), argument(attention, "after")
+    if before or len(after) > 1:
+        raise Miss("attention adds several biases to its scores, one after the other", node=attention)
+    return after[0] if after else None

@@ -1,0 +1,1 @@
+"""What a graph calls at run time."""

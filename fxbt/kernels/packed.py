@@ -1,0 +1,330 @@
+"""Computing on valid tokens alone: plain functions that a graph without padding calls.
+
+A packed tensor holds the T valid tokens of a (batch, length) mask, rows of equal length side by side. It has the rank
+and dims of the dense tensor it stands for, with its batch dim of size 1 and its token dim of size T (a dim that
+merges both has size T). `Tokens` says where they come from; it is made once a call.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from .attention_products import by_products
+
+BOUND = 1e4  # a bias or a score of an attention is smaller than that; what blocks a key is far larger
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` sequences of equal `length`, side by side from token `start` on."""
+
+    start: int
+    count: int
+    length: int
+    rows: Tensor  # [count], their rows in the batch
+    positions: Tensor  # [count, length], where their tokens stand in the row
+    offset: int | None  # the position at which all of them begin, where their tokens are contiguous
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where packed tokens stand in the dense batch.
+
+    `flat[t] = rows[t] * length + positions[t]`; `spans[row]` is (first token, number of tokens). `bounds` is where each
+    sequence begins, and the last ends: for kernels that take all at once. On CUDA there are no spans and groups.
+    """
+
+    batch: int
+    length: int
+    rows: Tensor
+    positions: Tensor
+    flat: Tensor
+    spans: list[tuple[int, int]]
+    groups: list[Group]
+    longest: int
+    bounds: Tensor  # int32 [batch + 1]
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Tokens:
+        """The tokens at which `mask` (batch, length) is not zero, shortest sequences first.
+
+        Example::
+
+            >>> Tokens.of(torch.tensor([[1, 1], [1, 0]])).flat
+            tensor([2, 0, 1])
+        """
+        valid = mask.bool()
+        batch, length = valid.shape
+        counts = valid.sum(1)
+        order = counts.argsort(stable=True)
+        places, positions = valid.index_select(0, order).nonzero(as_tuple=True)
+        rows = order.index_select(0, places)
+        where = (batch, length, rows, positions, rows * length + positions)
+        if mask.is_cuda:  # looking for groups would wait for the device at each
+            bounds = F.pad(counts.index_select(0, order).cumsum(0, dtype=torch.int32), (1, 0))
+            return cls(*where, [], [], int(counts.max()), bounds)
+        sorted_counts = counts.index_select(0, order).tolist()
+        starts = [0, *itertools.accumulate(sorted_counts)]
+        bounds = torch.tensor(starts, dtype=torch.int32)
+        spans = [(0, 0)] * batch
+        for row, start, count in zip(order.tolist(), starts, sorted_counts, strict=False):
+            spans[row] = (start, count)
+        groups = _groups(sorted_counts, order, positions)
+        return cls(*where, spans, groups, max(sorted_counts, default=0), bounds)
+
+
+def _groups(counts: list[int], order: Tensor, positions: Tensor) -> list[Group]:
+    groups, row, start = [], 0, 0
+    for length, run in itertools.groupby(counts):
+        count = len(list(run))
+        if length:
+            inside = positions[start : start + count * length].view(count, length)
+            groups.append(Group(start, count, length, order[row : row + count], inside, _offset(inside)))
+        row, start = row + count, start + count * length
+    return groups
+
+
+def _offset(positions: Tensor) -> int | None:
+    """Where every row begins, if all begin at one place and have no gap."""
+    first, last = positions[0, 0].item(), positions[0, -1].item()
+    same = bool((positions == positions[0]).all())
+    return int(first) if same and last - first == positions.shape[1] - 1 else None
+
+
+def gather(x: Tensor, tokens: Tokens, batch: int | None, token: int, rank: int) -> Tensor:
+    """A dense tensor at the valid tokens, as an operand of a packed tensor of that rank.
+
+    `batch` and `token` are the dims (of `rank`) of the whole batch and length; no batch where `x` is the same for all
+    rows, and one dim for both where they are merged, batch first.
+    """
+    x = x[(None,) * (rank - x.dim())]
+    if batch is None:
+        return x.index_select(token, tokens.positions)
+    if batch == token:
+        return x.index_select(token, tokens.flat)
+    together = x.movedim((batch, token), (0, 1)).flatten(0, 1)
+    return together.index_select(0, tokens.flat).unsqueeze(0).movedim((0, 1), (batch, token))
+
+
+def gather_rows(x: Tensor, tokens: Tokens, batch: int, token: int, rank: int) -> Tensor:
+    """What is one value a sequence (size 1 in the token dim), at every valid token."""
+    x = x[(None,) * (rank - x.dim())]
+    return x.index_select(batch, tokens.rows).transpose(batch, token)
+
+
+def unpack(x: Tensor, tokens: Tokens, batch: int, token: int, fill: float = 0) -> Tensor:
+    """A packed tensor in its dense shape, `fill` at padded positions."""
+    values = x.movedim(token, 0) if batch == token else x.movedim((batch, token), (0, 1))[0]
+    dense = values.new_full((tokens.batch * tokens.length, *values.shape[1:]), fill)
+    dense.index_copy_(0, tokens.flat, values)
+    if batch == token:
+        return dense.movedim(0, token)
+    return dense.unflatten(0, (tokens.batch, tokens.length)).movedim((0, 1), (batch, token)).contiguous()
+
+
+def blocks(bias: Tensor, tokens: Tokens) -> list[Tensor]:
+    """The part of a dense attention bias or mask [b|1, h|1, q|1, k|1] that each group of sequences sees."""
+    bias = bias[(None,) * (4 - bias.dim())]
+    return [_block(bias, group) for group in tokens.groups]
+
+
+def _block(bias: Tensor, group: Group) -> Tensor:
+    if group.offset is None:
+        return _scattered_block(bias, group)
+    for dim in (2, 3):
+        if bias.shape[dim] > 1:
+            bias = bias.narrow(dim, group.offset, group.length)
+    return bias.index_select(0, group.rows) if bias.shape[0] > 1 else bias
+
+
+def _scattered_block(bias: Tensor, group: Group) -> Tensor:
+    zero = group.rows.new_zeros(())
+    rows = group.rows[:, None, None] if bias.shape[0] > 1 else zero
+    queries = group.positions[:, :, None] if bias.shape[2] > 1 else zero[None, None, None]
+    keys = group.positions[:, None, :] if bias.shape[3] > 1 else zero[None, None, None]
+    return bias.permute(0, 2, 3, 1)[rows, queries, keys].permute(0, 3, 1, 2)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens: Tokens,
+    bias: list[Tensor] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
+) -> Tensor:
+    """Self-attention of packed [1, heads, T, dim] tensors: every token sees the tokens of its own sequence."""
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    for index, group in enumerate(tokens.groups):
+        attended = attend(
+            *(_sequences(x, group.start, group.count, group.length) for x in (query, key, value)),
+            attn_mask=None if bias is None else bias[index],
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        place = output.narrow(0, group.start, group.count * group.length)
+        place.view(group.count, group.length, *place.shape[1:]).copy_(attended.transpose(1, 2))
+    return output.transpose(0, 1).unsqueeze(0)
+
+
+def softcapped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens: Tokens,
+    bias: list[Tensor] | None = None,
+    is_causal: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """`attention` on softcap * tanh(scale Q K^T), to which the bias is added."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **_: Any) -> Tensor:
+        return by_products(q, k, v, [], [] if attn_mask is None else [attn_mask], scale, softcap, is_causal)
+
+    return attention(query, key, value, tokens, bias, is_causal, scale, attend=attend)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens: Tokens,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`attention` by one kernel for sequences of all lengths: on CUDA, in half precision, without a bias."""
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    bounds, longest = tokens.bounds, tokens.longest
+    window = (-1, 0 if is_causal else -1)
+    output: Any = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=enable_gqa
+    )
+    return output.transpose(0, 1).unsqueeze(0)
+
+
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens: Tokens,
+    key_tokens: Tokens,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention of packed queries on packed keys: every token sees all key tokens of its row."""
+    outputs = []
+    for group in tokens.groups:
+        for index, row in enumerate(group.rows.tolist()):
+            start, length = key_tokens.spans[row]
+            output = F.scaled_dot_product_attention(
+                _sequences(query, group.start + index * group.length, 1, group.length),
+                _sequences(key, start, 1, length),
+                _sequences(value, start, 1, length),
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).transpose(0, 1).unsqueeze(0)
+
+
+def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
+    """[1, heads, T, dim] -> a view [count, heads, length, dim]."""
+    _, heads, _, dim = x.shape
+    _, per_head, per_token, per_dim = x.stride()
+    strides = (length * per_token, per_head, per_token, per_dim)
+    return x.as_strided((count, heads, length, dim), strides, x.storage_offset() + start * per_token)
+
+
+# --- what a call says -----------------------------------------------------------------------------------------
+
+COMPARISONS: dict[str, Callable[..., Tensor]] = {
+    "==": torch.eq,
+    "!=": torch.ne,
+    ">": torch.gt,
+    ">=": torch.ge,
+    "<": torch.lt,
+    "<=": torch.le,
+}
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where the tokens of a call are: the input at `place`, or where it compares with a number."""
+
+    place: int
+    comparison: str | None = None
+    number: float = 1
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """[batch, length], not 0 where tokens are."""
+        given = tensors[self.place]
+        return given if self.comparison is None else COMPARISONS[self.comparison](given, self.number)
+
+    def example(self, given: Tensor, padded: Tensor) -> Tensor:
+        """A tensor like the one given, of tokens wherever `padded` does not hold.
+
+        Raises:
+            ValueError: no value is known that stands for one of the two.
+        """
+        if self.comparison is None:
+            return (~padded).to(given.dtype)
+        near = torch.tensor([self.number, self.number - 1, self.number + 1]).to(given.dtype)
+        values = torch.cat([given.flatten(), near[near >= 0].to(given.device)])
+        is_token = COMPARISONS[self.comparison](values, self.number)
+        if is_token.all() or not is_token.any():
+            raise ValueError(f"nothing is {self.comparison} {self.number} and nothing else")
+        token, padding = values[is_token][0], values[~is_token][-1]
+        tokens = torch.where(is_token[: given.numel()].view_as(given), given, token)
+        return torch.where(padded, padding, tokens)
+
+
+# --- what must hold of a call -----------------------------------------------------------------------------------
+
+
+def is_zero_or_one(mask: Tensor) -> Tensor:
+    """Whether a mask holds nothing but 0 and 1."""
+    return ((mask == 0) | (mask == 1)).all()
+
+
+def is_valid_between(mask: Tensor, start: int, end: int | None) -> Tensor:
+    """Whether no row has padding from position `start` to `end`."""
+    return mask[:, start:end].bool().all()
+
+
+def is_valid_at(mask: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """Whether no padding is read at these rows and positions."""
+    return mask.bool()[rows, positions].all()
+
+
+def is_padded_right(mask: Tensor) -> Tensor:
+    """Whether padding stands behind the tokens in every row."""
+    return (mask[:, 1:].bool() <= mask[:, :-1].bool()).all()
+
+
+def is_bounded(largest: Tensor) -> Tensor:
+    """Whether the largest of what a mask adds is no mask itself."""
+    return largest <= BOUND
+
+
+def has_no_empty_row(mask: Tensor) -> Tensor:
+    """Whether every row has a token."""
+    return mask.bool().any(1).all()
+
+
+def has_keys_for_queries(mask: Tensor, key_mask: Tensor) -> Tensor:
+    """Whether every row that has queries has keys too."""
+    return (mask.bool().any(1) <= key_mask.bool().any(1)).all()

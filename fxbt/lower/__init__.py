@@ -1,0 +1,1 @@
+"""A rewritten graph becomes a callable."""

@@ -1,0 +1,1 @@
+"""Kernels of CPUs for the nodes of a graph."""

@@ -1,0 +1,201 @@
+"""Kernels of our own that follow each other -> one call, whose inner values share a planned block of memory.
+
+A call from Python takes some 8 us, and memory that was just freed elsewhere is in no cache: MiniLM's 30 kernels take
+0.85 of the time so at 16 tokens (benchmarks/chain.py).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...kernels import native
+from ...kernels.autotune import Tuner, bucket_of
+from ...kernels.packed import Tokens
+from ..derived_weights import compile_graph
+from .attention import Mask
+from .heads import Heads
+from .linears import UP_TO
+from .links import Link, runs
+
+LARGEST_BLOCK = 16 * 2**20  # bytes; for more rows calls cost nothing, and glibc takes larger ones from the system
+NONE = -1  # the operand that is not there: the first address given is 0
+
+
+def chained(graph: fx.Graph, tuner: Tuner) -> fx.Graph:
+    """The graph with our own kernels on the same rows, one after the other, as one node: a copy, if there are any."""
+    library, found = native.library(), runs(graph)
+    if library is None or not found:
+        return graph
+    copy, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    copy.output(copy.graph_copy(graph, copies))
+    for nodes in found:
+        _join(copy, library, [link for node in nodes if (link := Link.of(copies[node]))])
+    counts = Counter(map(len, found))
+    told = (f"one call for {kernels} in a row" + (f", x {n}" if n > 1 else "") for kernels, n in counts.items())
+    tuner.answers.setdefault("native", "; ".join(told))
+    return copy
+
+
+def _join(graph: fx.Graph, library: native.Library, links: list[Link]) -> None:
+    nodes = [node for link in links for node in sorted(link.results)]
+    inside = set(nodes)
+    plan = Plan(links, inside)
+    read = [source for node in nodes for source in node.all_input_nodes if source not in inside]
+    given = list(dict.fromkeys([*plan.tensors, *plan.masks, *plan.tokens, *read]))
+    with graph.inserting_before(nodes[0]):
+        chain = graph.call_function(Chain(library, plan, _program(nodes, given, plan.outputs)), tuple(given))
+    results = [chain]
+    if len(plan.outputs) > 1:
+        with graph.inserting_after(chain):
+            results = [graph.call_function(operator.getitem, (chain, i)) for i in range(len(plan.outputs))]
+    for output, result in zip(plan.outputs, results, strict=True):
+        result.meta = dict(output.meta)
+        output.replace_all_uses_with(result)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+
+
+def _program(nodes: list[fx.Node], given: list[fx.Node], outputs: list[fx.Node]) -> Callable[..., Any]:
+    """The nodes one by one, as a function of what they are given: the one output, or a tuple."""
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in given}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    results = tuple(copies[output] for output in outputs)
+    graph.output(results if len(results) > 1 else results[0])
+    return compile_graph(graph)
+
+
+class Plan:
+    """Where each value of a chain stands: given from outside, a result of its own, or so far into each row's block.
+
+    `tensors`, `masks` and `tokens` are the nodes that come from outside, `outputs` those that are read there, and
+    `inputs` has for each tensor that is no weight how many floats a row has. `steps` is what native.c reads.
+    """
+
+    def __init__(self, links: list[Link], inside: set[fx.Node]):
+        values = {value: width for link in links for value, width in ((link.x, link.k), (link.residual, link.n))}
+        weights = [weight for link in links for weight in (link.packed, link.bias, link.gamma, link.beta)]
+        given = dict.fromkeys(value for value in (*values, *weights) if value is not None and value not in inside)
+        self.tensors = list(given)
+        self.inputs = {place: values[value] for place, value in enumerate(self.tensors) if value in values}
+        self.masks = list(dict.fromkeys(link.mask for link in links if link.mask is not None))
+        self.tokens = list(dict.fromkeys(link.tokens for link in links if link.tokens is not None))
+        results = {value: link.n for link in links for value in (link.y, link.normed) if value is not None}
+        self.outputs = [value for value in results if any(user not in inside for user in value.users)]
+        self.widths = [results[output] for output in self.outputs]
+        self.heads = {link.kernel.counts[0] for link in links if isinstance(link.kernel, Heads)}
+        self.places = frozenset.intersection(*(link.places for link in links))
+        addresses = [*self.tensors, *self.outputs]
+        self._operands = {value: -2 - place for place, value in enumerate(addresses)}
+        self._operands |= {mask: -2 - len(addresses) - 5 * place for place, mask in enumerate(self.masks)}
+        self.row = self._lay_out(links, results)
+        self.steps = b"".join(map(self._step, links))
+
+    def _lay_out(self, links: list[Link], results: dict[fx.Node, int]) -> int:
+        """Gives inner values places in the block, those of values that no later link reads again; its floats a row."""
+        last_read = {value: place for place, link in enumerate(links) for value in (link.x, link.residual)}
+        taken: dict[fx.Node, tuple[int, int]] = {}
+        row = 0
+        for place, link in enumerate(links):
+            for value in dict.fromkeys((link.y, link.normed)):
+                if value is None or value in self._operands:
+                    continue
+                start = _first_gap(sorted(taken.values()), results[value])
+                taken[value] = (start, start + results[value])
+                row = max(row, taken[value][1])
+                self._operands[value] = start
+            taken = {value: at for value, at in taken.items() if last_read.get(value, -1) > place}
+        return row
+
+    def _step(self, link: Link) -> bytes:
+        def at(value: fx.Node | None) -> int:
+            return NONE if value is None else self._operands[value]
+
+        is_attention = isinstance(link.kernel, Heads)
+        bias = link.mask if is_attention else link.bias
+        values = (link.x, link.packed, bias, link.residual, link.y, link.gamma, link.beta, link.normed)
+        return native.STEP.pack(is_attention, *map(at, values), link.k, link.n, *_numbers(link))
+
+
+def _first_gap(taken: list[tuple[int, int]], width: int) -> int:
+    start = 0
+    for begin, end in taken:
+        if begin - start >= width:
+            break
+        start = end
+    return start
+
+
+def _numbers(link: Link) -> tuple[float, ...]:
+    """The last fields of `native.STEP`."""
+    kernel = link.kernel
+    if isinstance(kernel, native.Linear):
+        return (*(0,) * 6, kernel.epsilon or 0, kernel.activation)
+    query_heads, key_heads, _ = kernel.counts
+    starts = (start * kernel.head_dim for start in kernel.starts)
+    scale = native.scale_of(link.scale, kernel.head_dim)
+    return (query_heads, query_heads // key_heads, kernel.head_dim, *starts, scale, link.is_causal)
+
+
+class Chain:
+    """The kernels of a plan in one call; where that cannot be, `one_by_one`, which may read other forms of weights.
+
+    It is called with the plan's tensors, masks and tokens, and then what else the other way needs.
+    """
+
+    def __init__(self, library: native.Library, plan: Plan, one_by_one: Callable[..., Any]):
+        self._run, self._plan, self._one_by_one = library.chain, plan, one_by_one
+        self._first = next(iter(plan.inputs))
+        self._ends = (len(plan.tensors), len(plan.tensors) + len(plan.masks))
+        self.__name__ = "chain"  # fx names nodes by it
+
+    def __call__(self, *given: Any) -> Any:
+        plan, x = self._plan, given[self._first]
+        tensors, masks = given[: self._ends[0]], given[slice(*self._ends)]
+        leading = x.shape[:-1]
+        rows = leading.numel()
+        if not self._can_run(rows, leading, tensors, masks):
+            return self._one_by_one(*given)
+        outputs = [x.new_empty((*leading, width)) for width in plan.widths]
+        addresses = [0, *map(Tensor.data_ptr, tensors), *map(Tensor.data_ptr, outputs)]
+        for mask in masks:
+            addresses += _address_and_strides(mask)
+        tokens = given[self._ends[1]] if plan.tokens else None
+        bounds, sequences = _sequences(tokens, leading) if plan.heads else (None, (1, rows))
+        self._run(plan.steps, addresses, x.new_empty(rows * plan.row), bounds, (rows, *sequences))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _can_run(self, rows: int, leading: torch.Size, tensors: tuple[Tensor, ...], masks: tuple[Mask, ...]) -> bool:
+        """Whether these rows are few, the kernels are the fastest for them, and all is laid out as they read it."""
+        plan = self._plan
+        is_small = 0 < rows * plan.row * torch.float32.itemsize <= LARGEST_BLOCK
+        if not is_small or bucket_of(rows, UP_TO) not in plan.places:
+            return False
+        if not all(map(Tensor.is_contiguous, tensors)):
+            return False
+        if any(tensors[place].numel() != rows * width for place, width in plan.inputs.items()):
+            return False
+        return all(self._fits(mask.bias, leading) for mask in masks)
+
+    def _fits(self, bias: Tensor | None, leading: torch.Size) -> bool:
+        if bias is None:
+            return False
+        batch, tokens = leading
+        return all(native.is_bias_of(bias, (batch, heads, tokens, tokens)) for heads in self._plan.heads)
+
+
+def _sequences(tokens: Tokens | None, leading: Sequence[int]) -> tuple[Tensor | None, Sequence[int]]:
+    """Where packed sequences begin, and how many there are of how many tokens at most."""
+    return (None, leading) if tokens is None else (tokens.bounds, (len(tokens.bounds) - 1, tokens.longest))
+
+
+def _address_and_strides(mask: Mask) -> list[int]:
+    bias: Any = mask.bias
+    return [bias.data_ptr(), *native.strides_of(bias)]

@@ -1,0 +1,139 @@
+"""What follows a linear and can be computed with it: an activation or a residual, and a layer norm."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ...graph.canonical import argument, only_user, same_shape
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation that oneDNN computes as torch does, to the last bits: its name and algorithm there.
+
+    `write` is torch's own, in place.
+    """
+
+    name: str
+    algorithm: str
+    write: Callable[[Tensor], Any]
+
+    @property
+    def known_as(self) -> str:
+        """Both in one, as `native.ACTIVATIONS` has them."""
+        return f"{self.name} {self.algorithm}".strip()
+
+
+ACTIVATIONS: dict[Any, Callable[[fx.Node], Activation]] = {
+    aten.gelu.default: lambda node: _gelu(argument(node, "approximate")),
+    aten.relu.default: lambda node: Activation("relu", "", torch.relu_),
+    aten.silu.default: lambda node: Activation("swish", "", torch._C._nn.silu_),
+}
+
+
+def _gelu(approximate: str) -> Activation:
+    write = functools.partial(torch._C._nn.gelu_, approximate=approximate)  # type: ignore[attr-defined]
+    return Activation("gelu", approximate, write)
+
+
+def fused_in(activation: Activation | None) -> tuple[str, list[Any], str]:
+    """The last arguments of `mkldnn._linear_pointwise`."""
+    return ("none", [], "") if activation is None else (activation.name, [], activation.algorithm)
+
+
+class Norm(NamedTuple):
+    """A layer norm over the features of a linear's result; if `keeps_sum`, what it is of is a result too."""
+
+    epsilon: float
+    keeps_sum: bool
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows a linear: its nodes in `chain`, each the input of the next, and then the norm `normalized`.
+
+    `residual` is what is added; `affine` are gamma and beta of the norm, or nothing where there is none.
+    """
+
+    chain: tuple[fx.Node, ...]
+    activation: Activation | None
+    residual: fx.Node | None
+    normalized: fx.Node | None
+    norm: Norm | None
+    affine: tuple[fx.Node | None, ...]
+
+    @classmethod
+    def of(cls, linear: fx.Node, constant: set[fx.Node]) -> Epilogue:
+        """What follows this linear, whose norms' weights are among the `constant` nodes."""
+        activated, activation = activation_after(linear)
+        add, residual = _residual(linear) if activated is None else (None, None)
+        chain = tuple(node for node in (linear, activated, add) if node is not None)
+        normalized = next((user for user in chain[-1].users if _can_be_joined(user, chain[-1], constant)), None)
+        if normalized is None:
+            return cls(chain, activation, residual, None, None, ())
+        norm = Norm(argument(normalized, "eps"), keeps_sum=len(chain[-1].users) > 1)
+        affine = (argument(normalized, "weight"), argument(normalized, "bias"))
+        return cls(chain, activation, residual, normalized, norm, affine)
+
+    def replace_by(self, result: fx.Node) -> None:
+        """Puts a node that computes all of it, and follows the chain's last one, in its place."""
+        graph, last = result.graph, self.chain[-1]
+        result.meta = dict(last.meta)
+        for weight in self.affine:
+            if weight is not None and last < weight:
+                last.prepend(weight)  # it was fetched only where the norm was
+        if self.norm is not None and self.norm.keeps_sum:
+            with graph.inserting_after(result):
+                normalized = graph.call_function(operator.getitem, (result, 1))
+                total = graph.call_function(operator.getitem, (result, 0))
+            total.meta = dict(last.meta)
+        else:
+            normalized = total = result
+        if self.normalized is not None:
+            normalized.meta = dict(self.normalized.meta)
+            self.normalized.replace_all_uses_with(normalized)
+            graph.erase_node(self.normalized)
+        last.replace_all_uses_with(total)
+        for node in reversed(self.chain):
+            graph.erase_node(node)
+
+
+def activation_after(linear: fx.Node) -> tuple[fx.Node | None, Activation | None]:
+    """The activation that alone reads a linear, if oneDNN has it: its node, and what it is."""
+    node = only_user(linear, ACTIVATIONS)
+    return (None, None) if node is None else (node, ACTIVATIONS[node.target](node))
+
+
+def _residual(linear: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The add, and what is added, where a linear's result goes only into a sum with a value of its own shape."""
+    add = only_user(linear, (aten.add.Tensor,))
+    if add is None or add.kwargs or not all(isinstance(value, fx.Node) for value in add.args) or len(add.args) != 2:
+        return None, None
+    other: Any = add.args[1] if add.args[0] is linear else add.args[0]
+    values = [node.meta["val"] for node in (linear, other)]
+    if not all(isinstance(value, Tensor) for value in values):  # a number that follows from sizes
+        return None, None
+    if other is linear or values[0].dtype != values[1].dtype or values[0].dim() < 2 or not same_shape(*values):
+        return None, None
+    return add, other
+
+
+def _can_be_joined(norm: fx.Node, value: fx.Node, constant: set[fx.Node]) -> bool:
+    """Whether a node is the layer norm of a value over its last dim, by float32 weights or none."""
+    if norm.target is not aten.layer_norm.default or norm.args[0] is not value:
+        return False
+    weights = [weight for weight in (argument(norm, "weight"), argument(norm, "bias")) if weight is not None]
+    features = value.meta["val"].shape[-1]
+    return argument(norm, "normalized_shape") == [features] and all(
+        weight.op == "get_attr" and weight in constant and weight.meta["val"].dtype is torch.float32
+        for weight in weights
+    )

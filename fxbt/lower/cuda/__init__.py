@@ -1,0 +1,1 @@
+"""Kernels and recordings of CUDA devices."""

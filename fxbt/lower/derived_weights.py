@@ -1,0 +1,313 @@
+"""What programs derive from weights and keep: merged projections, packed linears, and when they are out of date.
+
+Every value of a graph that is computed from weights alone becomes a function of the weights, run once and again when
+a weight has changed. Programs of one model share such values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..graph.canonical import attribute, expression, is_pure, reaches_output
+from ..kernels.autotune import Tuner
+from ..kernels.forks import FORKS
+from .patrol import Patrol
+from .spill import Spilled, spilled
+
+_VERSION = attrgetter("_version")
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+_SAMPLE = 16  # elements looked at in each weight: each is a cache miss, and one in every row took 10 % of 1x16
+
+
+@dataclass
+class Derived:
+    """Values computed from weights, with the state of the weights they were computed from."""
+
+    stamp: tuple[int, ...]
+    # live views: they keep the old storages alive, so that no new one can stand at their address unseen
+    samples: list[np.ndarray]
+    sampled: bytes
+    addresses: set[int | None]
+    patrol: Patrol
+    values: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def compute(cls, derive: Callable[..., tuple[torch.Tensor, ...]], weights: list[torch.Tensor]) -> Derived:
+        """The values as the weights are now; the stamp is read first, so that a change meanwhile is seen next time."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            watched = cls.watching(weights)
+            watched.values = derive(*weights)
+            return watched
+
+    @classmethod
+    def watching(cls, weights: list[torch.Tensor], values: tuple[torch.Tensor, ...] = ()) -> Derived:
+        """Values that are those of the weights as they are now."""
+        stamp = _stamp(weights)
+        samples = [_sample(weight.detach()) for weight in weights]
+        return cls(stamp, samples, _content(samples), set(map(_address, weights)), Patrol(weights), values)
+
+    def holds(self, weights: list[torch.Tensor]) -> bool:
+        """Whether the weights are as they were: by what torch counts, and, past `.data` (uncounted), by a sample.
+
+        And by a part of all their bytes, another one each time.
+        """
+        return self.stamp == _stamp(weights) and _content(self.samples) == self.sampled and self.patrol.next_holds()
+
+    def holds_in_full(self, weights: list[torch.Tensor]) -> bool:
+        """Whether the weights are as they were, by all of their bytes."""
+        return self.stamp == _stamp(weights) and self.patrol.holds()
+
+    def release(self) -> None:
+        """Lets go of the weights' memory."""
+        self.samples.clear()
+        self.patrol.release()
+
+    def nbytes(self) -> int:
+        """The memory of the values that are no views of weights."""
+        return sum(_nbytes(value) for value in self.values if _address(value) not in self.addresses)
+
+
+def _stamp(sources: list[torch.Tensor]) -> tuple[int, ...]:
+    """What changes when a weight is written (version) or swapped (address); a graph's guards see its dtype.
+
+    Versions only grow, so that their sum is equal if each is.
+    """
+    return sum(map(_VERSION, sources)), *map(torch.Tensor.data_ptr, sources)
+
+
+def _sample(weight: torch.Tensor) -> np.ndarray:
+    """A view of some elements of a weight as integers, evenly over its rows and columns."""
+    columns = max(1, weight.shape[-1]) if weight.dim() > 1 else 1
+    rows_apart = max(1, -(-weight.numel() // (columns * _SAMPLE)))
+    next_column = max(1, columns // _SAMPLE) if columns > 1 else 0
+    integers = weight.view(-1).view(_INTEGERS[weight.element_size()])
+    # .numpy() would forbid resizing the weight ever after
+    return np.from_dlpack(integers[:: rows_apart * columns + next_column])
+
+
+def _content(samples: list[np.ndarray]) -> bytes:
+    # numpy takes a tenth of torch's time for many small arrays
+    return np.concatenate(samples).tobytes() if samples else b""
+
+
+def _can_be_watched(weight: Any) -> bool:
+    """On an accelerator, looking at a sample would wait for the device; merging anew there costs next to nothing."""
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and not weight.is_inference()
+    )
+
+
+def _nbytes(value: torch.Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _address(value: torch.Tensor) -> int | None:
+    """Where the storage of a value stands; packed weights have none to look at."""
+    return value.untyped_storage().data_ptr() if value.layout is torch.strided else None
+
+
+def weight_only(module: fx.GraphModule, graph: fx.Graph) -> set[fx.Node]:
+    """The nodes computed from weights alone, the weights included."""
+    constant = {node for node in graph.nodes if node.op == "get_attr" and _can_be_watched(attribute(module, node))}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        from_weights = bool(inputs) and all(source in constant for source in inputs)
+        is_tensor = node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+        if is_tensor and from_weights and is_pure(node) and not reaches_output(node):
+            constant.add(node)
+    return constant
+
+
+class Weights:
+    """The values that the programs of a model derive from weights, each computed once and kept until a weight changes.
+
+    A program adds what it needs with `add` and picks it from `current()`; equal expressions are one value. They share
+    packed weights, so one `tuner` says which kernels read them.
+    """
+
+    def __init__(self) -> None:
+        self.tuner = Tuner()
+        self._graph = fx.Graph()
+        self._sources: list[torch.Tensor] = []
+        self._known: dict[Any, fx.Node] = {}
+        self._values: dict[fx.Node, int] = {}  # node -> its place among the derived values
+        self._compute: Callable[..., tuple[torch.Tensor, ...]] | None = None
+        self._derived: Derived | None = None
+        self._read: set[int] = set()
+        self._lock = FORKS.lock()
+
+    def add(self, module: fx.GraphModule, graph: fx.Graph, constant: set[fx.Node]) -> list[int]:
+        """Moves the nodes in `constant` out of `graph`; those still needed become its last placeholders.
+
+        Returns the place of each such placeholder's value in `current()`.
+        """
+        calls = [node for node in graph.nodes if node in constant and node.op == "call_function"]
+        used = [node for node in calls if any(user not in constant for user in node.users)]
+        needed = _ancestors(used)
+        with self._lock:
+            copies = self._copy(module, [node for node in graph.nodes if node in needed])
+            places = [self._values.setdefault(copies[node], len(self._values)) for node in used]
+            self._derived = self._compute = None
+        last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+        for node in used:
+            with graph.inserting_after(last[0]) if last else graph.inserting_before():
+                stand_in = graph.placeholder(f"derived_{node.name}")
+            node.replace_all_uses_with(stand_in)
+            last = [stand_in]
+        graph.eliminate_dead_code()
+        return places
+
+    def current(self) -> tuple[torch.Tensor, ...]:
+        """The derived values as the weights are now."""
+        derived = self._derived
+        if derived is None or not derived.holds(self._sources):
+            with self._lock:
+                self._compute = self._compute or self._function()
+                derived = self._derived = Derived.compute(self._compute, self._sources)
+        return derived.values
+
+    def refresh(self) -> bool:
+        """Derives everything anew; whether it was out of date."""
+        with self._lock:
+            derived = self._derived
+            if not self._values or derived is None:
+                return False
+            held = derived.holds_in_full(self._sources)
+            self._compute = self._compute or self._function()
+            self._derived = Derived.compute(self._compute, self._sources)
+            return not held
+
+    def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
+        """Derives values from other tensors, which `pairs` puts in the places of some (by their id), from now on."""
+        with self._lock:
+            new = [pairs.get(id(weight), weight) for weight in self._sources]
+            places = {id(weight): self._known.pop(id(weight)) for weight in self._sources}
+            self._known.update({id(now): places[id(old)] for old, now in zip(self._sources, new, strict=True)})
+            self._read = {id(pairs[known]) if known in pairs else known for known in self._read}
+            self._sources, self._derived = new, None
+
+    @property
+    def rounds(self) -> int:
+        """After so many calls, every write to a weight has been seen, however it was made."""
+        return self._derived.patrol.rounds if self._derived else 0
+
+    def nbytes(self) -> int:
+        """The memory of the derived values."""
+        if not self._values:
+            return 0
+        self.current()
+        return self._derived.nbytes() if self._derived else 0
+
+    def note_read(self, weights: list[torch.Tensor]) -> None:
+        """A program reads these in every call, besides what is derived of them."""
+        self._read.update(map(id, weights))
+
+    def spill(self) -> Spilled:
+        """Moves the weights that nothing but derived values is read of to a file. No other thread may be running."""
+        with self._lock:
+            derived, self._derived = self._derived, None
+            if derived is None or not derived.holds_in_full(self._sources):
+                return Spilled()
+            derived.release()
+            with spilled([weight for weight in self._sources if id(weight) not in self._read]) as result:
+                self._derived = Derived.watching(self._sources, derived.values)
+            read = sum(_nbytes(weight) for weight in self._sources if id(weight) in self._read)
+            result.kept.update({"calls read it too": read} if read else {})
+            return result
+
+    def spill_anew(self) -> Spilled:
+        """The same of weights that took the places of those that were spilled."""
+        self.current()
+        return self.spill()
+
+    def _copy(self, module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in nodes:
+            if node.op == "get_attr":
+                copies[node] = self._source(attribute(module, node))
+                continue
+            copy = self._graph.node_copy(node, copies.__getitem__)
+            copies[node] = self._known.setdefault(expression(copy), copy)
+            if copies[node] is not copy:
+                self._graph.erase_node(copy)
+        return copies
+
+    def _source(self, weight: torch.Tensor) -> fx.Node:
+        if id(weight) not in self._known:
+            last = [node for node in self._graph.nodes if node.op == "placeholder"][-1:]
+            with self._graph.inserting_after(last[0]) if last else self._graph.inserting_before():
+                self._known[id(weight)] = self._graph.placeholder(f"weight_{len(self._sources)}")
+            self._sources.append(weight)
+        return self._known[id(weight)]
+
+    def _function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        graph.graph_copy(self._graph, copies)
+        graph.output(tuple(copies[node] for node in self._values))
+        return compile_graph(graph)
+
+
+def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
+    found, waiting = set(nodes), list(nodes)
+    while waiting:
+        sources = [source for source in waiting.pop().all_input_nodes if source not in found]
+        found.update(sources)
+        waiting.extend(sources)
+    return found
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a plain Python function of its placeholders: one line a node, ops bound as globals."""
+    graph.lint()
+    bound: dict[str, Any] = {}
+    last_use = {source: node for node in graph.nodes for source in node.all_input_nodes}
+    parameters = ", ".join(node.name for node in graph.nodes if node.op == "placeholder")
+    lines = [f"def program({parameters}):"]
+    for node in graph.nodes:
+        if node.op == "output":
+            lines.append(f"    return {_source(node.args[0], bound)}")
+        if node.op != "call_function":
+            continue
+        arguments = [_source(value, bound) for value in node.args]
+        arguments += [f"{name}={_source(value, bound)}" for name, value in node.kwargs.items()]
+        lines.append(f"    {node.name} = {_bind(node.target, bound)}({', '.join(arguments)})")
+        done = [n.name for n in node.all_input_nodes if last_use[n] is node and n.op == "call_function"]
+        done += [] if node in last_use else [node.name]
+        lines += [f"    del {', '.join(done)}"] if done else []
+    exec(compile("\n".join(lines), "<fxbt program>", "exec"), bound)
+    return bound["program"]
+
+
+def _bind(value: Any, bound: dict[str, Any]) -> str:
+    name = f"_fxbt{len(bound)}"
+    bound[name] = value._op if isinstance(value, torch._ops.OpOverload) else value  # past one Python frame a call
+    return name
+
+
+def _source(value: Any, bound: dict[str, Any]) -> str:
+    """An argument as Python text; what has no exact text of its own becomes a global."""
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, list):
+        return f"[{', '.join(_source(item, bound) for item in value)}]"
+    if type(value) is tuple:
+        return f"({''.join(_source(item, bound) + ', ' for item in value)})"
+    if value is None or type(value) in (bool, int, str):
+        return repr(value)
+    if isinstance(value, slice):
+        parts = (value.start, value.stop, value.step)
+        return f"slice({', '.join(_source(part, bound) for part in parts)})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {_source(item, bound)}' for key, item in value.items())}}}"
+    return _bind(value, bound)

@@ -1,0 +1,184 @@
+"""From the rewritten graph to a callable: weights bound once, what only depends on weights computed once.
+
+Weights become plain arguments (no attribute chain per call), ATen ops that have a direct torch binding are called
+through it (about 1 us instead of 5), and without gradients every value computed from weights alone (a merged QKV
+weight, say) is kept and refreshed when a source changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..capture.value_branches import assert_now
+from ..graph.blocks import BY_PRODUCTS
+from ..graph.canonical import attribute
+from ..kernels.attention_products import by_products
+from ..kernels.differentiable import attention_with_gradient
+from .cpu.attention import attend_fast
+from .cpu.chain import chained
+from .cpu.heads import attend_projections
+from .cpu.linears import choose_linears
+from .cpu.precision import Precision, narrow_linears
+from .cuda.graphs import Replay, obstacle
+from .derived_weights import Weights, compile_graph, weight_only
+from .memory import peak_bytes
+from .once import look_up_once, make_masks_once, split_heads_once
+from .recompute import recomputing
+
+aten = torch.ops.aten
+
+# The direct binding of an op, where it takes the op's arguments as they stand.
+BINDINGS: dict[Any, Callable[..., Any]] = {
+    aten.linear.default: F.linear,
+    aten.layer_norm.default: torch.layer_norm,
+    aten.embedding.default: torch.embedding,
+    aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
+    aten.gelu.default: F.gelu,
+    aten.silu.default: torch._C._nn.silu,
+    aten.softmax.int: torch.softmax,
+    aten.matmul.default: torch.matmul,
+    aten.bmm.default: torch.bmm,
+    aten.addmm.default: torch.addmm,
+    aten.add.Tensor: torch.add,
+    aten.sub.Tensor: torch.sub,
+    aten.mul.Tensor: torch.mul,
+    aten.div.Tensor: torch.div,
+    aten.tanh.default: torch.tanh,
+    aten.relu.default: torch.relu,
+    aten.rsqrt.default: torch.rsqrt,
+    aten.pow.Tensor_Scalar: torch.pow,
+    aten.reshape.default: torch.reshape,
+    aten.transpose.int: torch.transpose,
+    aten.permute.default: torch.permute,
+    aten.contiguous.default: torch.Tensor.contiguous,
+    aten.unflatten.int: torch.unflatten,
+    aten.unsqueeze.default: torch.unsqueeze,
+    aten.expand.default: torch.Tensor.expand,
+    aten.select.int: torch.select,
+    aten.cat.default: torch.cat,
+    aten.split_with_sizes.default: torch.split_with_sizes,
+    aten.where.self: torch.where,
+    aten.where.ScalarOther: torch.where,
+    aten.sym_size.int: torch.Tensor.size,
+    aten.to.dtype: torch.Tensor.to,
+    aten.to.device: torch.Tensor.to,
+    aten.gather.default: torch.gather,
+    aten.arange.default: torch.arange,
+    aten.__and__.Tensor: torch.bitwise_and,
+    aten.ge.Scalar: torch.ge,
+    aten._assert_async.msg: assert_now,
+    BY_PRODUCTS: by_products,
+}
+
+
+class Program:
+    """A rewritten graph as a thread-safe callable: `program(*tensors) -> tuple of outputs`.
+
+    `assumes` are the constants, by name, on whose content its proofs rest.
+
+    Values derived from weights alone are kept in `weights`, if they are given: the programs of one model that are
+    made with the same object share them. `kernels` says for each shape of a linear which kernel was chosen. With
+    `precision`, linears compute in it. With `cuda_graphs`, calls without gradients go through `replay`.
+
+    Example:
+        >>> weights = Weights()
+        >>> dense, packed = (Program(module, assumes, weights) for module in (module, without_padding))
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        assumes: Mapping[str, torch.Tensor],
+        weights: Weights | None,
+        precision: type[Precision] | None = None,
+        cuda_graphs: bool = False,
+    ):
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(module.graph, {}))
+        self._watched = [(live, live.clone(), name) for name, live in assumes.items()]
+        self.kernels: dict[str, str] = {}
+        self._derived: Weights | None = None
+        count, no_replay = len(graph.find_nodes(op="placeholder")), obstacle(graph)
+        if weights is not None:
+            self._derive(module, graph, weights, precision)
+        self._weights = _bind_weights(module, graph)
+        if weights is not None:
+            weights.note_read(self._weights)
+        for node in graph.nodes:
+            node.target = _binding(node) if node.op == "call_function" else node.target
+        self._graph = graph
+        self._run = compile_graph(recomputing(graph) if weights is None else chained(graph, weights.tuner))
+        self.replay: Replay | None = None
+        if cuda_graphs and weights is not None:
+            self._run = self.replay = Replay(self._run, count, no_replay)
+
+    def _derive(
+        self, module: fx.GraphModule, graph: fx.Graph, weights: Weights, precision: type[Precision] | None
+    ) -> None:
+        """Lower for running without gradients; what only depends on weights goes over to `weights`."""
+        constant = weight_only(module, graph)
+        look_up_once(graph, constant)
+        if precision is None:
+            choose_linears(graph, constant, weights.tuner)
+        else:
+            narrow_linears(precision, graph, constant)
+        attend_fast(graph, weights.tuner)
+        make_masks_once(graph)
+        split_heads_once(graph)
+        attend_projections(graph)
+        self.kernels = weights.tuner.answers
+        self._places = weights.add(module, graph, constant)
+        self._derived = weights if self._places else None
+
+    def __call__(self, *tensors: Any) -> tuple[Any, ...]:
+        for live, assumed, name in self._watched:
+            if not torch.equal(live, assumed):
+                raise RuntimeError(f"{name} changed after the graph was proven on its content")
+        return self._run(*self._arguments(tensors))
+
+    def can_rebind(self, pairs: Mapping[int, torch.Tensor]) -> bool:
+        """Whether what was proven holds with the tensors that `pairs` puts in the places of others (by their id)."""
+        return all(torch.equal(pairs.get(id(live), live), assumed) for live, assumed, _ in self._watched)
+
+    def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
+        """Reads those tensors from now on; its `weights` are rebound apart, as other programs share them."""
+        self._watched = [(pairs.get(id(live), live), assumed, name) for live, assumed, name in self._watched]
+        self._weights = [pairs.get(id(weight), weight) for weight in self._weights]
+        if self.replay is not None:
+            self.replay.forget()
+
+    def peak_bytes(self, *tensors: Any) -> int:
+        """The most memory that values hold at once in such a call, besides inputs and weights."""
+        return peak_bytes(self._graph, self._arguments(tensors))
+
+    def _arguments(self, tensors: tuple[Any, ...]) -> list[Any]:
+        if self._derived is None:
+            return [*tensors, *self._weights]
+        values = self._derived.current()
+        return [*tensors, *[values[place] for place in self._places], *self._weights]
+
+
+def _binding(node: fx.Node) -> Any:
+    is_attention = node.target is aten.scaled_dot_product_attention.default
+    if is_attention and "fxbt_rule" in node.meta and torch.is_grad_enabled():
+        return attention_with_gradient
+    return BINDINGS.get(node.target, node.target)
+
+
+def _bind_weights(module: fx.GraphModule, graph: fx.Graph) -> list[torch.Tensor]:
+    """Turn get_attr nodes into trailing placeholders; returns the tensors that go there."""
+    weights: list[torch.Tensor] = []
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        weights.append(attribute(module, node))
+        with graph.inserting_after(last[0]) if last else graph.inserting_before():
+            argument = graph.placeholder(f"weight_{node.name}")
+        node.replace_all_uses_with(argument)
+        graph.erase_node(node)
+        last = [argument]
+    return weights

@@ -1,0 +1,1 @@
+"""Formulas are found in a graph."""

@@ -1,0 +1,145 @@
+"""A pattern and its replacement tried on small fake tensors, before any model runs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..errors import RuleError
+
+# Shapes that most formulas over activations and weights take: ops broadcast, matmuls are square.
+VALUES = ((2, 4, 4), (2, 2, 4, 4), (4, 4))
+WEIGHTS = ((4, 4), (4,))
+DIFFERENT_WEIGHTS = 3  # a matrix, its bias and a scale may each be of another shape
+NUMBER = 0.5
+
+
+class _TorchOp:
+    """`op` on tensors: the pattern as the torch function that it is."""
+
+    def __init__(self, weight_shapes: tuple[tuple[int, ...], ...], value_shape: tuple[int, ...]):
+        self._weight_shapes, self._value_shape = itertools.cycle(weight_shapes), value_shape
+        self.made: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        for home in (torch, F, torch.ops.aten):
+            if hasattr(home, name):
+                return getattr(home, name)
+        return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+
+    def either(self, *options: Any) -> Any:
+        return options[0]
+
+    def maybe(self, term: Any) -> Any:
+        return term
+
+    def computed_from(self, source: Any) -> Any:
+        return source
+
+    def number(self, name: str, where: Any = None) -> Any:
+        return self.made.setdefault(name, NUMBER)
+
+    def weight(self, name: str, where: Any = None) -> Any:
+        if name not in self.made:
+            self.made[name] = torch.empty(next(self._weight_shapes))
+        return self.made[name]
+
+    def any(self, name: str) -> Any:
+        return self.made.setdefault(name, torch.empty(self._value_shape))
+
+    def attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None) -> Any:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask)
+
+    def linear(self, x: Any, weight: Any = None, bias: Any = None) -> Any:
+        return x if weight is None else F.linear(x, weight, bias)
+
+    def layer_norm(self, x: Any, **options: Any) -> Any:
+        return F.layer_norm(x, x.shape[-1:], **options)
+
+    def rms_norm(self, x: Any, **options: Any) -> Any:
+        return F.rms_norm(x, x.shape[-1:], **options)
+
+    def activation(self, x: Any) -> Any:
+        return x
+
+    normalize = activation
+
+    def mlp(self, x: Any) -> Any:
+        return x
+
+    def rotary(self, x: Any, cos: Any, sin: Any) -> Any:
+        return x * cos * sin
+
+    def residual_norm(self, x: Any, branch: Any) -> Any:
+        return x + branch
+
+
+def check_results(pattern: Callable[..., Any], replace: Callable[..., Any], plain: bool, called: str) -> None:
+    """Raises RuleError where a replacement has another shape or dtype than its pattern, or fails wherever that runs.
+
+    One set of shapes on which both agree is enough. Formulas that take none of the shapes tried here are left to the
+    check at every match.
+    """
+    problem: Exception | None = None
+    for wanted, given in _trials(pattern, plain):
+        try:
+            names = [name for name in inspect.signature(replace).parameters if name in given]
+            _compare(wanted, replace(**{name: given[name] for name in names}), called)
+            return
+        except RuleError as error:
+            problem = error
+        except Exception as error:
+            problem = problem or error
+    if isinstance(problem, RuleError):
+        raise problem
+    if problem is not None:
+        raise RuleError(f"{called}: replace fails where its pattern runs: {problem}") from problem
+
+
+def _trials(pattern: Callable[..., Any], plain: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(results, values by name) of the pattern on each set of shapes that it runs on."""
+    names = list(inspect.signature(pattern).parameters)[0 if plain else 1 :]
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
+        for value_shape, *weight_shapes in itertools.product(VALUES, *[WEIGHTS] * DIFFERENT_WEIGHTS):
+            for kinds in itertools.product((value_shape, weight_shapes[0], None), repeat=len(names)):
+                op = _TorchOp(tuple(weight_shapes), value_shape)
+                values = {n: NUMBER if s is None else torch.empty(s) for n, s in zip(names, kinds, strict=True)}
+                try:
+                    results = pattern(*values.values()) if plain else pattern(op, *values.values())
+                except Exception:
+                    continue  # not shapes for this formula
+                yield results, {**values, **op.made}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs each shape that an op does not take as an error; here they are trials."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _compare(wanted: Any, results: Any, called: str) -> None:
+    wanted, results = (each if isinstance(each, tuple) else (each,) for each in (wanted, results))
+    if len(wanted) != len(results):
+        raise RuleError(f"{called}: replace gives {len(results)} results, the pattern has {len(wanted)} outputs")
+    for old, new in zip(wanted, results, strict=True):
+        if not isinstance(new, torch.Tensor):
+            raise RuleError(f"{called}: replace gives a {type(new).__name__}, expected a tensor")
+        if isinstance(old, torch.Tensor) and (old.shape != new.shape or old.dtype != new.dtype):
+            raise RuleError(
+                f"{called}: for {old.dtype}{list(old.shape)} of the pattern, replace gives "
+                f"{new.dtype}{list(new.shape)}; it must give the same shape and dtype"
+            )

@@ -1,0 +1,1 @@
+"""The graph on valid tokens alone, where that is proven."""

@@ -1,0 +1,179 @@
+"""The same graph without computing on padding: derived by proof, or refused with the reason.
+
+Packed values begin at embeddings and linears over (batch, length) and go on through everything that keeps tokens
+apart (see `transfer`); attention is where tokens meet, under a mask that must be proven to hide padding (see
+`validity`). They end at outputs, and where an op is right whatever stands at padding or a run-time guard says that it
+reads none. What cannot be followed is a `Miss`, and the graph stays as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..analysis.axes import sizes_of
+from ..graph.canonical import with_graph
+from ..graph.miss import Miss, module_path
+from ..kernels import packed
+from .proof import AttentionMask, Validity, attention_masks
+from .tokens import Dense, Packed, Wide, Writer
+from .transfer import SEEDS, transfer
+
+ATTENTIONS = {packed.attention, packed.softcapped_attention, packed.cross_attention, packed.varlen_attention}
+
+
+@dataclass(frozen=True)
+class Output:
+    """How an output shows padding: the mask it was dropped by, the dims it stands in, and what stands there."""
+
+    mask: int  # position among the masks
+    batch: int
+    token: int
+    fill: float
+
+
+@dataclass(frozen=True)
+class Unpadded:
+    """A graph that computes on valid tokens. It takes the dense graph's inputs, then one `Tokens` for each mask."""
+
+    module: fx.GraphModule
+    masks: list[packed.Mask]
+    validities: list[Validity]  # the same, of the dense graph
+    guards: fx.GraphModule  # inputs -> booleans
+    reasons: list[str]  # for each guard, why a call is dense if it does not hold
+    outputs: list[Output | None]  # None: exact everywhere
+    assumes: dict[str, torch.Tensor]
+
+
+def drop_padding(module: fx.GraphModule) -> Unpadded:
+    """The graph of `module` on valid tokens alone; `module` itself is left as it is.
+
+    Raises:
+        Miss: nothing masks padding, or something in the graph would see it.
+    """
+    masks = attention_masks(module.graph)
+    candidates = dict.fromkeys(found for mask in masks.values() for found in mask.validities(module.graph))
+    if not candidates:
+        raise Miss("no attention is masked by an input [batch, length], or an embedding's padding_idx")
+    first: Miss | None = None
+    for validities, seeds in itertools.product(_one_for_each_length(candidates), SEEDS):
+        try:
+            return _packed_from(module, validities, masks, seeds)
+        except Miss as miss:
+            first = first or miss
+    assert first is not None
+    raise first
+
+
+def _one_for_each_length(candidates: Iterable[Validity]) -> list[tuple[Validity, ...]]:
+    """The ways to choose who says which tokens of a length are valid: where both may, the mask before the ids."""
+    by_length: dict[Any, list[Validity]] = {}
+    for validity in sorted(candidates, key=lambda one: one.of_ids):
+        by_length.setdefault(sizes_of(validity.input)[1], []).append(validity)
+    return list(itertools.product(*by_length.values()))
+
+
+def _packed_from(
+    module: fx.GraphModule, validities: tuple[Validity, ...], masks: dict[fx.Node, AttentionMask], seeds: set[Any]
+) -> Unpadded:
+    writer = Writer(module, validities)
+    writer.masks = masks
+    for domain in writer.domains:
+        source = domain.validity.input
+        if domain.validity.relation is None and source.meta["val"].dtype is not torch.bool:
+            writer.guard(f"{source.name} holds values other than 0 and 1", packed.is_zero_or_one, domain.mask)
+    outputs: list[Output | None] = []
+    for node in module.graph.nodes:
+        try:
+            if node.op == "get_attr":
+                writer.values[node] = Dense(writer.copy(node))
+            elif node.op == "call_function":
+                writer.values[node] = transfer(writer, node, seeds)
+            elif node.op == "output":
+                outputs = _write_outputs(writer, node)
+        except Miss as miss:
+            miss.where = module_path(node)
+            raise
+    return _unpadded(module, writer, outputs)
+
+
+def _write_outputs(writer: Writer, node: fx.Node) -> list[Output | None]:
+    results: list[Any] = []
+    contracts: list[Output | None] = []
+    returned: Any = node.args[0]
+    for result in returned:
+        value = writer.values[result] if isinstance(result, fx.Node) else Dense(result)
+        if isinstance(value, Wide):
+            value = writer.values[result] = _packed_again(writer, result, value)
+        contract = _contract(writer, result, value) if isinstance(value, Packed) and value.pad is None else None
+        contracts.append(contract)
+        results.append(
+            value.node if isinstance(value, Dense) else writer.spread(result, contract.fill if contract else 0)
+        )
+    writer.graph.output(tuple(results))
+    return contracts
+
+
+def _packed_again(writer: Writer, node: fx.Node, value: Wide) -> Packed:
+    labels = writer.labels(value)
+    domain = writer.domain_of(labels)
+    if domain is None:
+        raise Miss("an output holds pairs of tokens, padded ones among them", node=node)
+    return Packed(writer.gathered(node, labels, domain), value.axes, domain)
+
+
+def _contract(writer: Writer, node: fx.Node, value: Packed) -> Output:
+    batch, token = writer.places(writer.labels(value), value.domain)
+    dtype = node.meta["val"].dtype
+    scores_positions = token == -1 and batch != token and dtype.is_floating_point
+    fill = torch.finfo(dtype).min if scores_positions else 0
+    return Output(writer.domains.index(value.domain), batch, token, fill)
+
+
+def _unpadded(module: fx.GraphModule, writer: Writer, outputs: list[Output | None]) -> Unpadded:
+    guards = list(writer.guards.values())
+    guard_graph = _guard_graph(writer, [guard.node for guard in guards])
+    writer.graph.eliminate_dead_code()  # the guards, which nothing in it reads, go with it
+    if not any(node.target in ATTENTIONS for node in writer.graph.nodes):
+        raise Miss("no attention is between tokens of the mask's batch and length")
+    return Unpadded(
+        with_graph(module, writer.graph),
+        [_mask(module, domain.validity) for domain in writer.domains],
+        [domain.validity for domain in writer.domains],
+        with_graph(module, guard_graph),
+        [guard.reason for guard in guards],
+        outputs,
+        {name: operator.attrgetter(name)(module) for name in sorted(writer.assumes)},
+    )
+
+
+def _mask(module: fx.GraphModule, validity: Validity) -> packed.Mask:
+    place = [node for node in module.graph.nodes if node.op == "placeholder"].index(validity.input)
+    if validity.relation is None:
+        return packed.Mask(place)
+    return packed.Mask(place, validity.relation.rel_op, validity.number)
+
+
+def _guard_graph(writer: Writer, conditions: list[fx.Node]) -> fx.Graph:
+    """What the conditions are computed from, as a graph of its own that runs before anything else."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    tokens = {domain.tokens for domain in writer.domains}
+    needed = set(conditions)
+    for node in reversed(writer.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    if not tokens.isdisjoint(needed):
+        raise Miss("what is read of padding depends on tokens")
+    for node in writer.graph.nodes:
+        is_input = node.op == "placeholder" and node not in tokens
+        if is_input or (node in needed and node.op != "placeholder"):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[condition] for condition in conditions))
+    return graph

@@ -1,0 +1,1 @@
+"""What was found is replaced, and the numbers are checked."""

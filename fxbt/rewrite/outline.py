@@ -1,0 +1,148 @@
+"""Fused call nodes: a match becomes one node with its graph as a submodule; lowering puts the graph back."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.blocks import FUSED, SDPA
+from ..graph.canonical import argument, attribute, with_graph
+from ..graph.miss import Miss, module_path
+from ..graph.record import Entry, Rewrite
+from ..match.matcher import is_weight
+from ..match.rule import Match, Rule
+from .splice import provenance
+
+
+def outline(module: fx.GraphModule, rule: Rule, match: Match) -> Rewrite:
+    """Make the nodes between `match.inputs` and its output one call node of `rule.outline`; returns the record of it.
+
+    The node's arguments are a submodule with the nodes as its graph, the match's inputs, what else they read (the
+    attention mask first), and the weights.
+
+    Raises:
+        Miss: a value inside is used outside. The graph is then as it was.
+    """
+    graph, (output,) = module.graph, match.outputs
+    region = _region(output, match.inputs)
+    _check_closed(region, output)
+    inputs = [*match.inputs, *_read_from_outside(region, match.inputs)]
+    body, order = fx.Graph(), [node for node in graph.nodes if node in region]
+    copies = {node: _parameter(body, node) for node in inputs}
+    modules = {}
+    for node in order:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source not in copies:
+                copies[source] = body.node_copy(source)
+                modules[str(source.target)] = getattr(module, str(source.target))
+        copies[node] = body.node_copy(node, copies.__getitem__)
+    body.output(copies[output])
+    name = _unused_name(module, rule.outline)
+    module.add_submodule(name, fx.GraphModule(modules, body, "Body"))
+    with graph.inserting_before(output):
+        reference = graph.get_attr(name)
+        call = graph.call_function(FUSED[rule.outline], (reference, *inputs))
+    call.meta = {**provenance(output, output, rule), "nn_module_stack": _common_stack(order)}
+    output.replace_all_uses_with(call)
+    removed = tuple(map(Entry.of, order))
+    for node in reversed(order):
+        graph.erase_node(node)
+    return Rewrite(rule.name, module_path(call), removed, (Entry.of(call),), ((output, call),))
+
+
+def _region(output: fx.Node, inputs: tuple[fx.Node, ...]) -> set[fx.Node]:
+    """What is computed from `inputs` on the way to `output`, with what only serves that: sizes, merged weights."""
+    reached, waiting = {output}, [output]
+    while waiting:
+        sources = [s for s in waiting.pop().all_input_nodes if s not in reached and s not in inputs]
+        calls = [source for source in sources if source.op == "call_function"]
+        reached.update(calls)
+        waiting.extend(calls)
+    ordered = [node for node in output.graph.nodes if node in reached]
+    region: set[fx.Node] = set()
+    for node in ordered:
+        carries = isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
+        if carries and any(source in region or source in inputs for source in node.all_input_nodes):
+            region.add(node)
+    for node in reversed(ordered):
+        serves = node not in region and all(user in region for user in node.users)
+        if serves and (not isinstance(node.meta.get("val"), torch.Tensor) or is_weight(node)):
+            region.add(node)
+    return region
+
+
+def _check_closed(region: set[fx.Node], output: fx.Node) -> None:
+    for node in output.graph.nodes:
+        reader = next((user for user in node.users if user not in region), None)
+        if node in region and node is not output and reader is not None:
+            raise Miss(
+                "a value inside is used outside",
+                node=node,
+                found=(node, "is also used by", reader),
+                expected="one output",
+            )
+
+
+def _read_from_outside(region: set[fx.Node], inputs: tuple[fx.Node, ...]) -> list[fx.Node]:
+    """What the region reads besides its inputs: masks, other tensors and sizes, then weights."""
+    nodes = [node for node in next(iter(region)).graph.nodes if node in region]
+    read = [source for node in nodes for source in node.all_input_nodes if source not in region]
+    masks = {argument(node, "attn_mask") for node in nodes if node.target is SDPA}
+    others = dict.fromkeys(node for node in read if node not in inputs and not _is_body(node))
+    return sorted(others, key=lambda node: (node.op == "get_attr", node not in masks))
+
+
+def _is_body(node: fx.Node) -> bool:
+    """Whether a node is a graph that another node calls: such a graph goes along."""
+    return node.op == "get_attr" and isinstance(attribute(node.graph.owning_module, node), fx.GraphModule)
+
+
+def _common_stack(nodes: list[fx.Node]) -> dict[str, Any]:
+    """The innermost module that all nodes are from, with those around it."""
+    stacks = [list((node.meta.get("nn_module_stack") or {}).items()) for node in nodes]
+    levels = zip(*stacks, strict=False)
+    return dict(level[0] for level in itertools.takewhile(lambda level: len(set(map(str, level))) == 1, levels))
+
+
+def _parameter(body: fx.Graph, node: fx.Node) -> fx.Node:
+    parameter = body.placeholder(node.name)
+    parameter.meta = dict(node.meta)
+    return parameter
+
+
+def _unused_name(module: fx.GraphModule, prefix: str) -> str:
+    return next(name for n in itertools.count() if not hasattr(module, name := f"{prefix}_body_{n}"))
+
+
+def inline(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `module` with the body in the place of every call node of `fxbt.ops`."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        copies[node] = _emit(graph, module, node, copies)
+    return with_graph(module, graph)
+
+
+def _emit(graph: fx.Graph, owner: Any, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
+    """Copy one node into `graph`, a call of a fused op as the nodes of its body; returns what it is there."""
+    is_graph = node.op == "get_attr" and isinstance(attribute(owner, node), fx.GraphModule)
+    if is_graph and all(is_fused(user) for user in node.users):
+        return None  # a body: its nodes come instead
+    if not is_fused(node):
+        return graph.node_copy(node, copies.__getitem__)
+    body = attribute(owner, node.args[0])  # type: ignore[arg-type]
+    given = iter(copies[source] for source in node.args[1:])  # type: ignore[index]
+    inner: dict[fx.Node, Any] = {}
+    for part in body.graph.nodes:
+        if part.op == "output":
+            return inner[part.args[0]]
+        inner[part] = next(given) if part.op == "placeholder" else _emit(graph, body, part, inner)
+    raise AssertionError("a body without an output")
+
+
+def is_fused(node: fx.Node) -> bool:
+    """Whether a node calls one of `fxbt.ops`."""
+    return node.op == "call_function" and node.target in FUSED.values()

@@ -1,0 +1,116 @@
+"""Numeric verification: every rewrite, run on real values beside the nodes it replaces.
+
+The canonical graph runs once on the example and keeps every value; a replacement then computes from the kept values
+of its inputs, and its results must equal the kept values of its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.canonical import argument
+from ..graph.miss import Miss
+from ..graph.record import Rewrite
+from ..match.rule import Match, Rule
+
+# Relative to the largest value compared. A reordered sum moves float32 by some 1e-6; bfloat16 keeps eight bits and
+# eager itself rounds the scores to them (its own error against float64 reaches 9e-2), float16 eleven.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+
+
+class Verifier(fx.Interpreter):
+    """Runs `module` once on `example` and checks rewrites against the values met there.
+
+    Checked are the rewrites of rules that prove nothing themselves, and all of them where `every` is set.
+    """
+
+    def __init__(self, module: fx.GraphModule, example: Sequence[torch.Tensor], every: bool = True):
+        super().__init__(module, garbage_collect_values=False)
+        self.every = every
+        with torch.no_grad():
+            self.run(*example)
+
+    def __call__(self, rule: Rule, match: Match, new_nodes: list[fx.Node], results: list[fx.Node]) -> None:
+        """Raises Miss where a result differs from the value it stands for."""
+        if rule.proven and not self.every:
+            return
+        for node in (*match.outputs, *new_nodes):
+            if _is_random(node):
+                raise Miss("the rewrite draws random numbers, so its values cannot be verified", node=node)
+        with torch.no_grad():
+            for node in new_nodes:
+                self.env[node] = node.target(*self._values(node.args), **self._values(node.kwargs))  # type: ignore[operator]
+        for old, new in zip(match.outputs, results, strict=True):
+            _compare(old, self.env[old], self.env[new], rule.tolerance)
+
+    def follow(self, rewrite: Rewrite) -> None:
+        """Knows the values of a rewrite's nodes from now on: those of what they stand for, the others as computed."""
+        with torch.no_grad():
+            for old, new in rewrite.results:
+                self.env[new] = self.env[old]
+            for entry in rewrite.added:
+                if entry.node not in self.env:
+                    self.env[entry.node] = self.run_node(entry.node)
+
+    def _values(self, arguments: Any) -> Any:
+        return fx.node.map_arg(arguments, lambda node: self.env[node])
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference relative to the largest expected value; NaN matches NaN, equal infinities match."""
+    if actual.numel() == 0:
+        return 0.0
+    wide = torch.promote_types(torch.promote_types(actual.dtype, expected.dtype), torch.float32)
+    actual, expected = actual.detach().to(wide), expected.detach().to(wide)
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    gap = torch.where(same, torch.zeros_like(expected), (actual - expected).abs())
+    finite = expected[expected.isfinite()]
+    magnitude = float(finite.abs().max()) if finite.numel() else 1.0
+    worst = float(gap.max())
+    return worst / max(magnitude, torch.finfo(wide).tiny) if worst == worst else float("inf")
+
+
+def check_outputs(actual: Sequence[Any], expected: Sequence[Any], is_coarse: bool, way: str) -> None:
+    """Compares a graph's outputs, computed another `way`, with those of the whole dense graph.
+
+    Raises:
+        Miss: they differ, so that the proof of that way has a hole.
+    """
+    for new, old in zip(actual, expected, strict=True):
+        if not isinstance(old, torch.Tensor):
+            continue
+        is_precise = not is_coarse and old.dtype in (torch.float32, torch.float64)
+        # of the largest value, as between a graph and its original: kernels sum in another order
+        tolerance = 1e-3 if is_precise and not torch._C._is_any_autocast_enabled() else 0.1
+        worst = difference(new, old)
+        if worst > (tolerance if old.dtype.is_floating_point else 0.0):
+            raise Miss(f"the outputs {way} are not the dense graph's", found=f"a difference of {worst:.3g}")
+
+
+def _compare(node: fx.Node, expected: torch.Tensor, actual: torch.Tensor, tolerance: float | None) -> None:
+    tolerance = TOLERANCE.get(expected.dtype, 0.0) if tolerance is None else tolerance
+    worst = difference(actual, expected)
+    if worst > tolerance:
+        raise Miss(
+            "the rewrite changes the numbers",
+            node=node,
+            expected=f"equal within {tolerance:g} of the largest value",
+            found=f"a difference of {worst:.3g}",
+        )
+
+
+def _is_random(node: fx.Node) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    # Ops with a dropout probability or a training flag draw numbers only where it is on.
+    switches = [argument(node, name) for name in ("dropout_p", "train")]
+    return all(switch is None or bool(switch) for switch in switches)
+
+
+def is_stochastic(graph: fx.Graph) -> bool:
+    """Whether the graph draws random numbers (training dropout)."""
+    return any(_is_random(node) for node in graph.nodes if node.op == "call_function")

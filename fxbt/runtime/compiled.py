@@ -1,0 +1,80 @@
+"""`Compiled`: a graph ready to run, with the record of how it came to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.miss import Miss
+from ..graph.record import Snapshot, StageRecord, hits_of
+from ..lower.cuda.graphs import Replay
+from ..lower.derived_weights import Weights
+from ..lower.program import Program
+from ..lower.spill import Spilled
+from .unpadding import Unpadding
+
+
+@dataclass
+class Compiled:
+    """A graph ready to run, and the record of how it came to be."""
+
+    run: Callable[..., tuple[Any, ...]]
+    dense: Program
+    unpadding: Unpadding | None  # `run`, if it can drop padding
+    module: fx.GraphModule
+    inlined: fx.GraphModule  # what was lowered; misses name its nodes
+    before: Snapshot
+    after: Snapshot
+    stages: list[StageRecord]
+    parts: StageRecord  # of what lets large batches run in parts
+    seconds: float
+    stochastic: bool
+    derived_bytes: int
+    peak_bytes: int | None  # of what the captured call computes, without gradients
+    kernels: dict[str, str]
+    weights: Weights | None  # what the programs derive, without gradients
+    precision: str | None = None  # of linears, if it is not the model's own
+    error: float | None = None  # of the outputs against the original's, in another precision
+    spilled: Spilled | None = None  # what went from memory to a file
+
+    @property
+    def hits(self) -> dict[str, int]:
+        return hits_of(self.stages)
+
+    @property
+    def misses(self) -> list[Miss]:
+        return [miss for stage in self.stages for miss in stage.misses]
+
+    @property
+    def programs(self) -> list[Program]:
+        """All that runs calls."""
+        return [self.dense, *(self.unpadding.programs if self.unpadding else [])]
+
+    def can_rebind(self, pairs: Mapping[int, torch.Tensor]) -> bool:
+        """Whether the graph holds with the tensors that `pairs` puts in the places of its weights (by their id)."""
+        return all(program.can_rebind(pairs) for program in self.programs)
+
+    def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
+        """Computes with those tensors from now on, and lets go of the others."""
+        for program in self.programs:
+            program.rebind(pairs)
+        if self.weights is not None:
+            self.weights.rebind(pairs)
+        for part in (*self.module.modules(), *self.inlined.modules()):
+            for attributes in (vars(part), part._parameters, part._buffers):
+                held: dict[str, Any] = {name: pairs[id(v)] for name, v in attributes.items() if id(v) in pairs}
+                attributes.update(held)
+
+    @property
+    def replays(self) -> list[Replay]:
+        """What records and replays CUDA graphs, where that was asked for."""
+        programs = [self.dense, *([self.unpadding.unmasked] if self.unpadding else [])]
+        return [program.replay for program in programs if program.replay is not None]
+
+    @property
+    def refusals(self) -> list[str]:
+        return [str(miss) for miss in self.misses if miss.refused]

@@ -1,0 +1,154 @@
+"""The gradients of a compiled graph against the original's, on the call that was captured.
+
+Outputs that agree do not say that derivatives do. Both run once more, apart from the caller's own autograd: on copies
+of the inputs, with checkpointed functions run plainly and nothing accumulated into `.grad`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..capture import outputs as forms
+from ..capture.call import Call
+from ..capture.checkpointing import run_plainly
+from ..capture.containers import Arguments
+from ..capture.saved_tensors import hidden
+from ..graph.canonical import parameters
+from ..rewrite.verify import difference
+
+aten = torch.ops.aten
+# Of a gradient's norm. An entry of the graph's own sums in another order; a lost or scaled part shows far above.
+_TOLERANCE, _COARSE = 1e-2, 0.3
+# Of the largest gradient's norm: those that cancel to zero (a bias of attention's keys) are rounding alone.
+_NOISE, _COARSE_NOISE = 3e-5, 5e-2
+_OUTPUTS = {True: 0.1, False: 1e-3}  # of the largest value, whether numbers are coarse
+
+
+def gradient_difference(
+    run: Callable[..., Sequence[Any]], original: nn.Module, call: Call, is_stochastic: bool
+) -> str | None:
+    """What differs between the gradients of a graph and those of the original; None if nothing does.
+
+    Compared are the gradients of a random projection of the outputs, for every input and parameter that
+    requires one. Random numbers that dropout draws (on a CPU) are their mean in both, and outputs are compared too;
+    None where other random numbers are drawn. Gradients of tensors with hooks, which would be called, are left out.
+    """
+    if not torch.is_grad_enabled():
+        return None
+    if is_stochastic and any(tensor.device.type != "cpu" for tensor in (*call.tensors, *original.parameters())):
+        return None
+    parameters = {name: p for name, p in original.named_parameters() if p.requires_grad and not _has_hooks(p)}
+
+    def of(run: Callable[[list[Tensor]], Sequence[Any]]) -> tuple[list[Any], dict[str, Tensor | None]]:
+        tensors = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in call.tensors]
+        inputs = {f"input {name}": t for name, t in zip(call.names, tensors, strict=True) if t.requires_grad}
+        with _MeanOfChance() if is_stochastic else contextlib.nullcontext():
+            found = list(run(tensors))
+        return found, _gradients(found, {**inputs, **parameters})
+
+    def run_original(tensors: list[Tensor]) -> Sequence[Any]:
+        args, kwargs = call.rebuild(tensors)
+        given = Arguments(args, kwargs)
+        return forms.flatten(given.seen_in(original.forward(*args, **kwargs)))[0]
+
+    try:
+        with hidden(), run_plainly(), torch.random.fork_rng(devices=[]):
+            expected_outputs, expected = of(run_original)
+            found_outputs, found = of(lambda tensors: run(*tensors))
+    except _OtherChance:
+        return None
+    is_coarse = _is_coarse([*expected_outputs, *parameters.values()])
+    if is_stochastic and (problem := _outputs_problem(found_outputs, expected_outputs, _OUTPUTS[is_coarse])):
+        return problem
+    return _problem(found, expected, is_coarse)
+
+
+def _has_hooks(tensor: Tensor) -> bool:
+    return bool(tensor._backward_hooks)
+
+
+def _gradients(found: Sequence[Any], inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """The gradients of a fixed random projection of the outputs that require one, with respect to `inputs`."""
+    wanted = {f"output {i}": t for i, t in enumerate(found) if isinstance(t, Tensor) and t.requires_grad}
+    wanted = {name: tensor for name, tensor in wanted.items() if tensor.is_floating_point()}
+    if not wanted:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    projections = [torch.randn(t.shape, generator=generator).to(t) for t in wanted.values()]
+    if not inputs:
+        return {}
+    gradients = torch.autograd.grad(
+        list(wanted.values()), list(inputs.values()), projections, allow_unused=True, retain_graph=False
+    )
+    return dict(zip(inputs, gradients, strict=True))
+
+
+def _is_coarse(tensors: Sequence[Any]) -> bool:
+    floats = [t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+    return torch._C._is_any_autocast_enabled() or any(dtype.itemsize < 4 for dtype in floats)
+
+
+def _outputs_problem(found: Sequence[Any], expected: Sequence[Any], tolerance: float) -> str | None:
+    for i, (new, old) in enumerate(zip(found, expected, strict=True)):
+        if not isinstance(old, Tensor) or not old.is_floating_point():
+            continue
+        old = old.detach()
+        worst = difference(torch.where(old.isnan(), old, new.detach()), old)  # NaN may become a number
+        if worst > tolerance:
+            return f"output {i}, without dropout, is off by up to {worst:.1e} of its largest value"
+    return None
+
+
+def _problem(found: dict[str, Tensor | None], expected: dict[str, Tensor | None], is_coarse: bool) -> str | None:
+    tolerance, noise = (_COARSE, _COARSE_NOISE) if is_coarse else (_TOLERANCE, _NOISE)
+    if found.keys() != expected.keys():
+        return f"gradients are of {', '.join(found.keys() ^ expected.keys())} in one of them only"
+    norms = {name: _norm(old) for name, old in expected.items()}
+    floor = noise * max(norms.values(), default=0.0)
+    for name, old in expected.items():
+        off = _norm(_gap(found[name], old))
+        if off > tolerance * norms[name] + floor:
+            return f"the gradient of {name} is off by {off:.1e} at a norm of {norms[name]:.1e}"
+    return None
+
+
+def _gap(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    """The difference of two gradients, where none is zero, and what the original has no number for counts as equal."""
+    if new is None or old is None:
+        return old if new is None else new
+    return (new - old).masked_fill(old.isnan(), 0.0)
+
+
+def _norm(gradient: Tensor | None) -> float:
+    return 0.0 if gradient is None else float(gradient.detach().nan_to_num(0.0, posinf=None).float().norm())
+
+
+class _OtherChance(Exception):
+    """Random numbers are drawn that are not dropout's."""
+
+
+class _MeanOfChance(TorchDispatchMode):
+    """Dropout draws what it keeps with probability p as p itself, which its scaling by 1/p makes one: nothing drops."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is aten.bernoulli_.float:
+            return args[0].fill_(args[1] if len(args) > 1 else 0.5)
+        if torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args, kwargs or {}):
+            raise _OtherChance(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _drops_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an op that may drop something does not: a fused attention with dropout_p=0."""
+    if "dropout_p" not in (known := parameters(func)):
+        return False
+    place, default = known["dropout_p"]
+    return not kwargs.get("dropout_p", args[place] if place < len(args) else default)

@@ -1,0 +1,177 @@
+"""Graph against original, by paired turns: which of them serves calls of a size, decided on strong evidence alone.
+
+Each pair times both on the same call, in alternating order, so that what slows the machine down for a while slows both.
+The original serves once it was clearly faster in nearly all of a dozen pairs; a pair that lost a processor to another
+program counts for nothing. Everything else leaves the graph serving, and whatever was decided is looked at again later.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..kernels.clock import CLEARLY, CLOCK, TAKEN_PER_CALL, TAKEN_PER_SECOND, Clock, is_steady
+
+logger = logging.getLogger("fxbt")
+
+PAIRS = 12  # of a look; all of them lost by chance, where both are as fast: once in 4,096 looks
+PAIRS_AGAIN = 4  # of a later look that the original won before
+CONTRADICTING = 1  # so many pairs may say otherwise: one turn in a dozen is slow on a quiet machine too
+CAPTURE_SECONDS, LOOK_SECONDS = 0.5, 0.1  # of pairs at a capture, and at a later call; then the next call goes on
+LOOK_AGAIN = 128  # calls later, then twice as many, and so on
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The seconds of a graph and of its original, one right after the other on the same call."""
+
+    graph: float
+    original: float
+
+    @property
+    def is_lost(self) -> bool:
+        return self.original < CLEARLY * self.graph
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a verdict for the original rests on: so many pairs of all, and the median seconds of both.
+
+    Example:
+        >>> str(Evidence(12, 12, graph=0.0031, original=0.0022))
+        '12 of 12 pairs, 3.1 ms against 2.2 ms'
+    """
+
+    lost: int
+    pairs: int
+    graph: float
+    original: float
+
+    def __str__(self) -> str:
+        times = f"{1e3 * self.graph:.2g} ms against {1e3 * self.original:.2g} ms"
+        return f"{self.lost} of {self.pairs} pairs, {times}"
+
+
+def evidence_of(pairs: list[Pair]) -> Evidence | None:
+    """The evidence that the original is faster; None where the pairs do not show it, or contradict each other."""
+    lost = sum(pair.is_lost for pair in pairs)
+    graph, original = [pair.graph for pair in pairs], [pair.original for pair in pairs]
+    if lost < len(pairs) - CONTRADICTING or min(original) >= CLEARLY * min(graph):
+        return None
+    if not (is_steady(graph) and is_steady(original)):
+        return None
+    return Evidence(lost, len(pairs), statistics.median(graph), statistics.median(original))
+
+
+class Race:
+    """Who serves calls of one size: the graph, unless `evidence` says that the original is faster there.
+
+    A look takes pairs until they are enough, or contradict each other, or too many were disturbed. One that takes
+    longer than it may goes on at the next call.
+
+    Example:
+        >>> race = Race()
+        >>> race.look(lambda: graph(x), lambda: model(x), CAPTURE_SECONDS)
+        >>> race.evidence  # None: the graph serves
+    """
+
+    def __init__(self, clock: Clock = CLOCK) -> None:
+        self.evidence: Evidence | None = None
+        self._clock = clock
+        self._pairs: list[Pair] = []
+        self._turns = 0  # of this look, disturbed ones too
+        self._left = 0  # calls until the next look
+        self._pause = LOOK_AGAIN
+        self._looking = threading.Lock()
+
+    def is_due(self) -> bool:
+        """Counts a call, and says whether it is one to look at."""
+        self._left -= 1
+        return self._left < 0
+
+    def look(self, graph: Callable[[], Any], original: Callable[[], Any], seconds: float = LOOK_SECONDS) -> None:
+        """Takes pairs for so many seconds, one at least. What fails in there decides nothing, and nobody sees it."""
+        if not self._looking.acquire(blocking=False):  # another thread looks already
+            return
+        try:
+            self._look(graph, original, seconds)
+        except Exception as error:  # a call that goes another way than the graph, say: the caller's own run has told
+            logger.debug("graph and original are not compared: %s: %s", type(error).__name__, error)
+            self._finish(self.evidence)
+        finally:
+            self._looking.release()
+
+    def _look(self, graph: Callable[[], Any], original: Callable[[], Any], seconds: float) -> None:
+        end = self._clock.now() + seconds
+        wanted = PAIRS_AGAIN if self.evidence else PAIRS
+        while not self._is_decided(wanted):
+            if self._turns and self._clock.now() >= end:  # at the next call it goes on
+                return
+            self._turns += 1
+            if (pair := self._pair(graph, original)) is not None:
+                self._pairs.append(pair)
+
+    def _is_decided(self, wanted: int) -> bool:
+        """Whether the pairs are enough; then the look is over."""
+        if sum(not pair.is_lost for pair in self._pairs) > CONTRADICTING:
+            self._finish(None)
+        elif len(self._pairs) == wanted:
+            self._finish(self.evidence or evidence_of(self._pairs))
+        elif self._turns >= 2 * wanted:  # too many were disturbed
+            self._finish(self.evidence)
+        else:
+            return False
+        return True
+
+    def _pair(self, graph: Callable[[], Any], original: Callable[[], Any]) -> Pair | None:
+        """Both, timed; None where something else had the processors meanwhile."""
+        taken, start = self._clock.taken(), self._clock.now()
+        if self._turns % 2:
+            its, mine = self._seconds(original), self._seconds(graph)
+        else:
+            mine, its = self._seconds(graph), self._seconds(original)
+        allowed = 2 * TAKEN_PER_CALL + TAKEN_PER_SECOND * (self._clock.now() - start)
+        return Pair(mine, its) if self._clock.taken() - taken <= allowed else None
+
+    def _seconds(self, call: Callable[[], Any]) -> float:
+        begin = self._clock.now()
+        call()
+        self._clock.wait()
+        return self._clock.now() - begin
+
+    def _finish(self, evidence: Evidence | None) -> None:
+        is_news = (evidence is None) != (self.evidence is None)
+        self.evidence = evidence
+        self._pairs, self._turns = [], 0
+        self._left, self._pause = (LOOK_AGAIN, 2 * LOOK_AGAIN) if is_news else (self._pause, 2 * self._pause)
+
+
+class Races:
+    """The races of one graph, by the size of calls: those of one size are less than a factor of two apart."""
+
+    def __init__(self, clock: Clock = CLOCK) -> None:
+        self._clock = clock
+        self._by_size: dict[int, Race] = {}
+
+    def of(self, elements: int) -> Race:
+        """The race for calls with so many elements."""
+        size = elements.bit_length()
+        return self._by_size.get(size) or self._by_size.setdefault(size, Race(self._clock))
+
+    def lost(self) -> dict[str, str]:
+        """For which sizes of calls the original serves, and on what evidence.
+
+        Example:
+            >>> races.lost()
+            {'64 to 127 elements': '12 of 12 pairs, 3.1 ms against 2.2 ms'}
+        """
+        races = sorted(self._by_size.items())
+        return {_range(size): str(race.evidence) for size, race in races if race.evidence is not None}
+
+
+def _range(size: int) -> str:
+    return f"{1 << size >> 1} to {(1 << size) - 1} elements"

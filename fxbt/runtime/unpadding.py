@@ -1,0 +1,154 @@
+"""A dense program, its packed twin and the one without masks as one callable, which decides call by call."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.forks import FORKS
+from ..kernels.packed import Tokens
+from ..lower.cpu.precision import Precision
+from ..lower.derived_weights import Weights
+from ..lower.program import Program
+from ..padding.drop import Output, Unpadded
+from ..padding.without_masks import Unmasked
+from ..rewrite.verify import check_outputs
+
+# Share of padded positions from which dropping them pays: MiniLM on 2x8 to 32x128 tokens was up to 10 % slower packed
+# below 1/16 (indices and one attention call for each length), and faster from 1/9 on.
+WORTH_DROPPING = 1 / 16
+PACKED, DENSE, LITTLE, EMPTY = "packed", "dense", "hardly any padding", "no token in the whole batch"
+
+Run = Callable[..., tuple[Any, ...]]
+
+
+class Unpadding:
+    """`program(*tensors)`: on valid tokens alone if there is padding and all guards hold, else on the dense graph.
+
+    Where the masks are 1 throughout, the dense graph runs without them. `in_parts` makes of each of these ways one that
+    may run it on parts of the batch.
+    `calls` counts how they went: "packed", "dense" (no padding), or why a padded call ran dense.
+    """
+
+    def __init__(
+        self,
+        dense: Program,
+        unpadded: Unpadded,
+        unmasked: Unmasked,
+        weights: Weights,
+        precision: type[Precision] | None = None,
+        cuda_graphs: bool = False,
+        in_parts: Callable[[Run], Run] = lambda run: run,
+    ):
+        self.dense = dense
+        self.unmasked = Program(unmasked.module, unmasked.assumes, weights, precision, cuda_graphs)
+        # Not recorded: the number of valid tokens, which is hardly ever the same twice, is a shape in it.
+        self.packed = Program(unpadded.module, unpadded.assumes, weights, precision)
+        self.calls: Counter[str] = Counter()
+        self.original_blanks = False  # padding by itself, as nn.TransformerEncoder's nested tensors do
+        self._masks = unpadded.masks
+        self._is_coarse = precision is not None
+        self._guards = Program(unpadded.guards, {}, weights)
+        self._reasons = unpadded.reasons
+        self._outputs = unpadded.outputs
+        self._run_dense, self._run_unmasked = in_parts(dense), in_parts(self.unmasked)
+        self._run_packed = in_parts(self._on_tokens)
+        self._counting = FORKS.lock()
+
+    @property
+    def programs(self) -> list[Program]:
+        """All that it runs besides the dense one."""
+        return [self.unmasked, self.packed, self._guards]
+
+    def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
+        run, verdict = self._decide(tensors)
+        with self._counting:
+            self.calls[verdict] += 1
+        return run(*tensors)
+
+    def uncounted(self, *tensors: Tensor) -> tuple[Any, ...]:
+        """A call of fxbt's own."""
+        return self._decide(tensors)[0](*tensors)
+
+    def _decide(self, tensors: Sequence[Tensor], worth: float = WORTH_DROPPING) -> tuple[Run, str]:
+        """What a call runs, and how to count it."""
+        masks = [mask.of(tensors) for mask in self._masks]
+        if all((mask == 1).all() for mask in masks):
+            return self._run_unmasked, DENSE
+        size = sum(mask.numel() for mask in masks)
+        padded = size - sum(int(mask.count_nonzero()) for mask in masks)
+        if not padded:
+            return self._run_dense, DENSE
+        run_dense = self._dense_and_blanked if self.original_blanks else self._run_dense
+        if padded < worth * size:
+            return run_dense, LITTLE
+        for holds, reason in zip(self._guards(*tensors), self._reasons, strict=True):
+            if not holds:
+                return run_dense, reason
+        if not all(mask.any() for mask in masks):
+            return run_dense, EMPTY
+        return self._run_packed, PACKED
+
+    def _dense_and_blanked(self, *tensors: Tensor) -> tuple[Any, ...]:
+        return tuple(self.blanked(self._run_dense(*tensors), tensors))
+
+    def _on_tokens(self, *tensors: Tensor) -> tuple[Any, ...]:
+        masks = [mask.of(tensors) for mask in self._masks]
+        if not all(mask.any() for mask in masks):  # of a part of the batch
+            return tuple(self.blanked(self.dense(*tensors), tensors))
+        return self.packed(*tensors, *map(Tokens.of, masks))
+
+    def verdicts(self) -> dict[str, int]:
+        """How calls can go, and how many did: `calls`, with the zeros."""
+        return {**dict.fromkeys((PACKED, DENSE, LITTLE, *self._reasons), 0), **self.calls}
+
+    def as_returned(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+        """A call's dense outputs as this program returns them: padding blanked, if it drops it."""
+        drops = self._decide(tensors)[1] == PACKED
+        return self.blanked(outputs, tensors) if drops or self.original_blanks else list(outputs)
+
+    def blanked(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+        """Outputs of a call as they are where its padding is dropped."""
+        return [
+            value if contract is None else _blanked(value, contract, self._masks[contract.mask].of(tensors))
+            for value, contract in zip(outputs, self._outputs, strict=True)
+        ]
+
+    def padded(self, example: Sequence[Tensor], positions: slice) -> list[Tensor]:
+        """A call like the example, whose first sequence has padding at these positions and all others none."""
+        tensors = list(example)
+        for mask in self._masks:
+            is_padding = torch.zeros_like(example[mask.place], dtype=torch.bool)
+            is_padding[0, positions] = True
+            tensors[mask.place] = mask.example(example[mask.place], is_padding)
+        return tensors
+
+    def check(self, example: Sequence[Tensor]) -> None:
+        """Compares the programs with the dense one on the example, unpadded, padded right and left.
+
+        Raises:
+            Miss: they differ, so that the proof has a hole.
+        """
+        for padded in (slice(0), slice(-1, None), slice(0, 1)):
+            tensors = self.padded(example, padded)
+            run, verdict = self._decide(tensors, worth=0.0)
+            expected: Sequence[Any] = self.dense(*tensors)
+            if verdict == PACKED:
+                expected = self.blanked(expected, tensors)
+            check_outputs(run(*tensors), expected, self._is_coarse, "without padding")
+
+
+def _blanked(value: Tensor, contract: Output, mask: Tensor) -> Tensor:
+    padding = mask == 0
+    if contract.batch == contract.token:
+        padding = padding.flatten()
+    elif contract.batch > contract.token:
+        padding = padding.t()
+    shape = [1] * value.dim()
+    for dim, size in zip(sorted({contract.batch, contract.token}), padding.shape, strict=True):
+        shape[dim] = size
+    return value.masked_fill(padding.reshape(shape), contract.fill)
