@@ -20,7 +20,10 @@ BENCH_ARGS ?=
 export PYTHONDONTWRITEBYTECODE :=
 PIP = $(@D)/bin/pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: demo test test-wheel test-hf4 zoo fuzz bench clean
+.PHONY: help demo test test-wheel test-hf4 zoo fuzz bench clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
 
 demo: .venv/demo.done
 	.venv/bin/python examples/embed_sentences.py

@@ -7,6 +7,8 @@ Example::
     print(fast.report)
 """
 
+from importlib.metadata import version
+
 from . import testing
 from .analysis import axes, masks
 from .errors import CaptureError, ExampleError, FxbtWarning, NotOptimizedError, RuleError
@@ -17,6 +19,8 @@ from .match.matcher import Found, is_float_cast, op_of
 from .match.rule import Match, Rule, rule
 from .optimize import optimize, refresh, restore
 from .pipeline import default_rules
+
+__version__ = version("fxbt")
 
 __all__ = [
     "CaptureError",

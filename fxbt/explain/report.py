@@ -19,8 +19,11 @@ from ..capture.outputs import paths
 from ..graph.miss import Miss, description, module_path, short_type, source_line
 from ..graph.record import Snapshot, StageRecord, hits_of
 from . import show
+from .as_networkx import as_networkx
 
 if TYPE_CHECKING:
+    import networkx
+
     from ..capture.export import Captured
     from ..lower.cuda.graphs import Replay
     from ..lower.derived_weights import Weights
@@ -153,6 +156,21 @@ class GraphReport:
         """
         rewrites = [rewrite for stage in self.stages for rewrite in stage.rewrites]
         return show.blocks(rewrites, dict(self._printers[1].symbols))
+
+    def networkx(self) -> networkx.DiGraph:
+        """The graph as it runs, for the tools of https://networkx.org: a node for each operation, input and weight.
+
+        A node has `op` ("sdpa", "placeholder", ...), `module` (the path of the module it comes from), `rule` (the one
+        that made it, or ""), `shape` (a tuple of numbers and symbols; None for what is no tensor) and `dtype`. An edge
+        goes from a value to what reads it; `arguments` are the places there.
+
+        Example::
+
+            graph = fast.report.latest.networkx()
+            attentions = [name for name, node in graph.nodes(data=True) if node["op"] == "sdpa"]
+            networkx.ancestors(graph, attentions[0])  # all that it is computed from
+        """
+        return as_networkx(self.module.graph)
 
     def why(self, rule: str, at: str | None = None) -> str:
         """Why `rule` did not fire in this graph: see `Report.why`."""

@@ -254,7 +254,7 @@ class Printer:
         return description(self.name(node), type, self.path(module_path(node)), source_line(node))
 
     def op(self, node: fx.Node) -> str:
-        return _op_name(self.targets.get(node, node.target))
+        return op_name(self.targets.get(node, node.target))
 
     def name(self, node: fx.Node) -> str:
         if node not in self.names:
@@ -358,7 +358,7 @@ def _is_body(arg: Any) -> bool:
     return isinstance(attribute(arg.graph.owning_module, arg), fx.GraphModule)
 
 
-def _op_name(target: Any) -> str:
+def op_name(target: Any) -> str:
     """The short name of what a node calls: `linear`, `sdpa`, `layer_norm`."""
     if isinstance(target, str):
         return target

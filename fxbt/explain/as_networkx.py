@@ -1,0 +1,56 @@
+"""An FX graph as a networkx graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import networkx
+import torch
+from torch import fx
+
+from ..graph.miss import module_path
+from .show import RULE_KEY, op_name
+
+
+def as_networkx(graph: fx.Graph) -> networkx.DiGraph:
+    """The nodes and edges of a graph, each node with what it computes: see `GraphReport.networkx`.
+
+    Example:
+        >>> sorted(as_networkx(graph).predecessors("linear"))
+        ['bias', 'weight', 'x']
+    """
+    result = networkx.DiGraph()
+    for node in graph.nodes:
+        result.add_node(node.name, **_description(node))
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            result.add_edge(source.name, node.name, arguments=_places(node, source))
+    return result
+
+
+def _description(node: fx.Node) -> dict[str, Any]:
+    value = node.meta.get("val")
+    is_tensor = isinstance(value, torch.Tensor)
+    return {
+        "op": op_name(node.target) if node.op == "call_function" else node.op,
+        "module": module_path(node),
+        "rule": node.meta.get(RULE_KEY, ""),
+        "shape": tuple(_size(size) for size in value.shape) if is_tensor else None,
+        "dtype": value.dtype if is_tensor else None,
+    }
+
+
+def _size(size: Any) -> int | str:
+    return size if isinstance(size, int) else str(size)
+
+
+def _places(node: fx.Node, source: fx.Node) -> list[int | str]:
+    """The arguments of `node` that `source` is, or is a part of, by number or by name."""
+    given: dict[int | str, Any] = {**dict(enumerate(node.args)), **node.kwargs}
+    return [place for place, argument in given.items() if source in _nodes_in(argument)]
+
+
+def _nodes_in(argument: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(argument, found.append)
+    return found

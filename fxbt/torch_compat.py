@@ -1,0 +1,174 @@
+"""All of torch's private names that fxbt uses: whatever moves in torch is mended here, and nowhere else.
+
+Each has the reason why no public name serves. `tests/test_torch_compat.py` fails when torch moves one. Where torch 2.11
+to 2.14 differ, the difference is made up for here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._dynamo.config as dynamo_config
+import torch.export._trace as export_trace  # torch.export itself loads it at its first call, in 0.5 s
+import torch.fx._symbolic_trace as fx_trace
+import torch.fx.experimental._config as fx_config
+from torch import Tensor
+
+# Versions and kinds of dicts and tensors, as dynamo's guards compare them: some 30 ns each.
+from torch._C._dynamo.guards import TensorGuards, dict_version
+
+# Functions that torch decomposes by Python, which are stood in for while a model is traced.
+from torch._decomp import decompositions
+
+# Marks of scopes (autocast, no_grad) that torch.export leaves in a graph.
+from torch._functorch import predispatch
+
+# The type of aten ops: `torch.ops.aten.add.Tensor` is one.
+from torch._ops import OpOverload
+
+# Tensors of known kind and unknown values, in which torch.export and make_fx compute.
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+# The class below `torch.autograd.Function`, whose `apply` a trace watches.
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+
+# Symbolic sizes: what is known of them without a guard, and the errors where a guard would be needed.
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_unbacked_symbols,
+    statically_known_true,
+)
+from torch.nn.attention.varlen import varlen_attn
+
+# Flattening of arguments and outputs: torch.utils.pytree has no register_dataclass, nor `LeafSpec` of all versions.
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+# What sizes are computed with, beside sympy's own.
+from torch.utils._sympy.functions import FloorDiv, Max, Min
+from torch.utils._sympy.printers import PythonPrinter
+
+# Raised through autograd to end a recomputation early: none of our failures.
+from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
+
+SIZES_LOG = "torch.fx.experimental.symbolic_shapes"  # torch's logger of guards
+FAKES_LOG = "torch._subclasses.fake_tensor"
+
+# In place, past Python: `F.silu(x, inplace=True)` is two Python frames more a call.
+silu, silu_, gelu_ = torch._C._nn.silu, torch._C._nn.silu_, torch._C._nn.gelu_  # type: ignore[attr-defined]
+
+# Raises on a device later, without waiting for it: torch has no public assertion of a tensor's value in a graph.
+assert_async = torch._assert_async
+
+# Whether any device's autocast is on: `torch.is_autocast_enabled` asks of one device.
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+# What the processor has: `torch.backends.cpu.get_cpu_capability()` knows neither.
+is_avx512_supported: Callable[[], bool] = torch.cpu._is_avx512_supported
+is_vnni_supported: Callable[[], bool] = torch.cpu._is_vnni_supported
+is_amx_tile_supported: Callable[[], bool] = torch.cpu._is_amx_tile_supported
+
+# The places that a trace patches, as (owner, name).
+RUN_BACKWARD = (torch.autograd, "_engine_run_backward")
+CHECKPOINT = (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator")
+IS_COMPILING = (torch.compiler, "_is_compiling_flag")
+IS_EXPORTING = (torch.compiler, "_is_exporting_flag")
+EXPORTS_FLAGS = (export_trace, "_compiling_state_context")
+NEW_PATCHER = (fx_trace, "_new_patcher")
+
+
+def past_python(op: OpOverload) -> Callable[..., Any]:
+    """An aten op without the Python frame in front of it."""
+    return op._op
+
+
+def storage_uses(storage: torch.UntypedStorage) -> int:
+    """How many tensors share a storage."""
+    return torch._C._storage_Use_Count(storage._cdata)
+
+
+def saved_tensors_hooks_now() -> tuple[Any, ...]:
+    """The pack and unpack hooks of the innermost `torch.autograd.graph.saved_tensors_hooks`; () outside of any."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) or ()
+
+
+def is_under_functorch() -> bool:
+    """Whether a transform (`torch.func.grad`, `vmap`, ...) is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_looked_through() -> bool:
+    """Whether someone sees each operation as it runs: compilers, tracers, modes, transforms, forward gradients."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or is_under_functorch()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+class NeedsGuard(RuntimeError):
+    """An operation asked for a guard on sizes where none may be made."""
+
+
+@contextlib.contextmanager
+def without_new_guards(shape_env: ShapeEnv) -> Iterator[None]:
+    """Refuses guards on sizes in this block (`ShapeEnv.error_on_new_guards` is newer than torch 2.11).
+
+    Raises:
+        NeedsGuard: one was asked for.
+    """
+
+    def refuse(expression: Any, value: Any) -> None:
+        raise NeedsGuard(f"{expression} would have to be {value}")
+
+    with _frozen(shape_env, refuse):
+        yield
+
+
+@contextlib.contextmanager
+def guards_ignored(shape_env: ShapeEnv) -> Iterator[None]:
+    """Makes no guards in this block, and refuses none, inside of `without_new_guards` too."""
+    with _frozen(shape_env, lambda expression, value: None), shape_env.suppress_guards():
+        yield
+
+
+@contextlib.contextmanager
+def _frozen(shape_env: ShapeEnv, check: Callable[[Any, Any], None]) -> Iterator[None]:
+    environment: Any = shape_env
+    frozen, before = environment.frozen, vars(environment).get("_check_frozen")
+    environment.frozen, environment._check_frozen = True, check
+    try:
+        yield
+    finally:
+        environment.frozen = frozen
+        del environment._check_frozen
+        vars(environment).update({"_check_frozen": before} if before else {})
+
+
+_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, enable_gqa: bool = False, **options: Any
+) -> Any:
+    """`torch.nn.attention.varlen.varlen_attn`, with fewer heads of keys than of queries on torch 2.11 too.
+
+    Shapes: query (tokens, heads, head_dim), key and value (tokens, key_heads, head_dim); as the result, query's.
+    """
+    if _TAKES_GROUPS:
+        return varlen_attn(query, key, value, *args, enable_gqa=enable_gqa, **options)
+    groups = query.shape[1] // key.shape[1] if enable_gqa else 1
+    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
+    return varlen_attn(query, key, value, *args, **options)
