@@ -46,8 +46,8 @@ def _size(size: Any) -> int | str:
 
 def _places(node: fx.Node, source: fx.Node) -> list[int | str]:
     """The arguments of `node` that `source` is, or is a part of, by number or by name."""
-    given: dict[int | str, Any] = {**dict(enumerate(node.args)), **node.kwargs}
-    return [place for place, argument in given.items() if source in _nodes_in(argument)]
+    given: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
+    return [place for place, argument in given if source in _nodes_in(argument)]
 
 
 def _nodes_in(argument: Any) -> list[fx.Node]:
