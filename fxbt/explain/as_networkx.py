@@ -30,13 +30,13 @@ def as_networkx(graph: fx.Graph) -> networkx.DiGraph:
 
 def _description(node: fx.Node) -> dict[str, Any]:
     value = node.meta.get("val")
-    is_tensor = isinstance(value, torch.Tensor)
+    tensor = value if isinstance(value, torch.Tensor) else None
     return {
         "op": op_name(node.target) if node.op == "call_function" else node.op,
         "module": module_path(node),
         "rule": node.meta.get(RULE_KEY, ""),
-        "shape": tuple(_size(size) for size in value.shape) if is_tensor else None,
-        "dtype": value.dtype if is_tensor else None,
+        "shape": None if tensor is None else tuple(map(_size, tensor.shape)),
+        "dtype": None if tensor is None else tensor.dtype,
     }
 
 
