@@ -534,7 +534,7 @@ class Dispatcher:
 
     def _compare_padded(self, compiled: Compiled, unpadding: Unpadding, call: Call) -> str | None:
         """What differs where a sequence ends in padding; finds out whether the original blanks padding by itself."""
-        tensors = unpadding.padded(call.tensors, slice(-1, None))
+        tensors = unpadding.padded_at_an_end(call.tensors)
         args, kwargs = call.rebuild(tensors)
         given = Arguments(args, kwargs)
         expected, _ = outputs.flatten(given.seen_in(self.original.forward(*args, **kwargs)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxbt
 from fxbt.graph.canonical import argument
-from fxbt.padding.proof import Validity
+from fxbt.padding.validity_sources import Validity
 from fxbt.padding.without_masks import SDPA, unmask
 from fxbt.rewrite.outline import inline
 

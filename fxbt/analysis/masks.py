@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch import fx
@@ -97,7 +98,7 @@ def is_causal(value: Any, query: sympy.Symbol, key: sympy.Symbol) -> bool:
     """Whether an evaluated boolean mask (True = attend) is exactly key <= query."""
     if not isinstance(value, Truth):
         return False
-    terms = [_slack(term) for term in sympy.And.make_args(value)]
+    terms = [slack_of(term) for term in sympy.And.make_args(value)]
     open_terms = [slack for slack in terms if slack is None or not slack.is_nonnegative]
     return bool(open_terms) and all(
         slack is not None and sympy.expand(slack - (query - key)) == 0 for slack in open_terms
@@ -108,11 +109,11 @@ def implies_causal(value: Any, query: sympy.Symbol, key: sympy.Symbol) -> bool:
     """Whether an evaluated boolean mask (True = attend) lets no query see a later key."""
     if not isinstance(value, Truth):
         return False
-    slacks = [_slack(term) for term in sympy.And.make_args(value)]
+    slacks = [slack_of(term) for term in sympy.And.make_args(value)]
     return any(slack is not None and (query - key - slack).is_nonnegative for slack in slacks)
 
 
-def _slack(term: Any) -> Any | None:
+def slack_of(term: Any) -> Any | None:
     """The integer expression that is >= 0 exactly where the comparison `term` holds."""
     if not isinstance(term, Relational):
         return None
@@ -209,7 +210,23 @@ def _pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _relational(relation: Any) -> Callable[..., Any]:
-    return _pointwise(lambda lhs, rhs: _compare(relation, lhs, rhs))
+    def run(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+        return _compare(relation, *(_compared(arg, _operand(node, arg, index), constants) for arg in node.args))
+
+    return run
+
+
+def _compared(operand: Any, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    """An operand of a comparison. Numbers along one axis that may be rounded are data: another way rounds otherwise."""
+    value = evaluate(operand, index, constants)
+    if not isinstance(operand, fx.Node) or not isinstance(operand.meta["val"], torch.Tensor):
+        return value
+    is_along_one_axis = sum(not _is_one(size) for size in operand.meta["val"].shape) == 1
+    if not is_along_one_axis or isinstance(value, AppliedUndef | Truth | sympy.Piecewise) or value.is_number:
+        return value
+    is_exact = operand.meta["val"].dtype in EXACT_FOR_POSITIONS
+    is_rounded = not is_exact or any(not data.is_integer for data in value.atoms(AppliedUndef))
+    return _data(operand, index) if is_rounded else value
 
 
 def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
@@ -268,6 +285,13 @@ def _expand(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor])
     return evaluate(node.args[0], _operand(node, node.args[0], index), constants)
 
 
+def _repeat(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
+    source: Any = node.args[0]
+    kept = sizes_of(node)[-len(sizes_of(source)) :]
+    is_broadcast = all(size in (1, whole) for size, whole in zip(sizes_of(source), kept, strict=True))
+    return _expand(node, index, constants) if is_broadcast else _data(node, index)
+
+
 def _permute(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
     inner: list[Any] = [0] * len(index)
     for output_dim, input_dim in enumerate(permutation(node)):
@@ -317,7 +341,11 @@ def _cast(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -
         return truth(value)
     if isinstance(value, Truth):
         return _as_number(value)
-    return _converted(value, node.args[0].meta["val"].dtype, dtype)
+    source = node.args[0].meta["val"].dtype
+    is_known = value.is_number or value.is_integer or isinstance(value, sympy.Piecewise)
+    if source.is_floating_point and not dtype.is_floating_point and not is_known:
+        return _data(node, index)  # whatever it rounds to
+    return _converted(value, source, dtype)
 
 
 def _converted(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
@@ -441,6 +469,7 @@ EVALUATORS = _table(
         ((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), _filled_with(0)),
         (tuple(IDENTITIES), _identity),
         ((aten.expand.default, aten.expand_as.default), _expand),
+        ((aten.repeat.default,), _repeat),
         (tuple(PERMUTES), _permute),
         (tuple(VIEWS), _unit_dims),
         ((aten.slice.Tensor,), _slice),

@@ -8,7 +8,7 @@ merges both has size T). `Tokens` says where they come from; it is made once a c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from .attention_products import by_products
 
+EXACT = 2**20  # float32 and int32 hold sums of whole numbers up to that as they are
 BOUND = 1e4  # a bias or a score of an attention is smaller than that; what blocks a key is far larger
 
 
@@ -249,8 +250,6 @@ def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
     return x.as_strided((count, heads, length, dim), strides, x.storage_offset() + start * per_token)
 
 
-# --- what a call says -----------------------------------------------------------------------------------------
-
 COMPARISONS: dict[str, Callable[..., Tensor]] = {
     "==": torch.eq,
     "!=": torch.ne,
@@ -261,43 +260,25 @@ COMPARISONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class Mask:
-    """Where the tokens of a call are: the input at `place`, or where it compares with a number."""
-
-    place: int
-    comparison: str | None = None
-    number: float = 1
-
-    def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """[batch, length], not 0 where tokens are."""
-        given = tensors[self.place]
-        return given if self.comparison is None else COMPARISONS[self.comparison](given, self.number)
-
-    def example(self, given: Tensor, padded: Tensor) -> Tensor:
-        """A tensor like the one given, of tokens wherever `padded` does not hold.
-
-        Raises:
-            ValueError: no value is known that stands for one of the two.
-        """
-        if self.comparison is None:
-            return (~padded).to(given.dtype)
-        near = torch.tensor([self.number, self.number - 1, self.number + 1]).to(given.dtype)
-        values = torch.cat([given.flatten(), near[near >= 0].to(given.device)])
-        is_token = COMPARISONS[self.comparison](values, self.number)
-        if is_token.all() or not is_token.any():
-            raise ValueError(f"nothing is {self.comparison} {self.number} and nothing else")
-        token, padding = values[is_token][0], values[~is_token][-1]
-        tokens = torch.where(is_token[: given.numel()].view_as(given), given, token)
-        return torch.where(padded, padding, tokens)
-
-
 # --- what must hold of a call -----------------------------------------------------------------------------------
 
 
 def is_zero_or_one(mask: Tensor) -> Tensor:
     """Whether a mask holds nothing but 0 and 1."""
     return ((mask == 0) | (mask == 1)).all()
+
+
+def is_exact(lengths: Tensor) -> Tensor:
+    """Whether all lengths are so small that every type computes the same with them."""
+    return (lengths.long().abs() <= EXACT).all()
+
+
+def has_tokens_of(mask: Tensor, lengths: Tensor) -> Tensor:
+    """Whether every row has the tokens that lengths say: numbers of tokens, or parts of all where none is above 1."""
+    said = lengths.flatten().to(torch.float64)
+    if lengths.is_floating_point():
+        said = torch.where((said <= 1).all(), (said * mask.shape[1]).floor(), said)
+    return (mask.bool().sum(1) >= said.clamp(max=mask.shape[1])).all()
 
 
 def is_valid_between(mask: Tensor, start: int, end: int | None) -> Tensor:

@@ -21,9 +21,11 @@ from ..analysis.axes import sizes_of
 from ..graph.canonical import with_graph
 from ..graph.miss import Miss, module_path
 from ..kernels import packed
-from .proof import AttentionMask, Validity, attention_masks
-from .tokens import Dense, Packed, Wide, Writer
+from .padded_calls import GivenLengths, GivenMask
+from .proof import AttentionMask, attention_masks
+from .tokens import Dense, Domain, Packed, Wide, Writer
 from .transfer import SEEDS, transfer
+from .validity_sources import Validity
 
 ATTENTIONS = {packed.attention, packed.softcapped_attention, packed.cross_attention, packed.varlen_attention}
 
@@ -43,7 +45,8 @@ class Unpadded:
     """A graph that computes on valid tokens. It takes the dense graph's inputs, then one `Tokens` for each mask."""
 
     module: fx.GraphModule
-    masks: list[packed.Mask]
+    masks: fx.GraphModule  # inputs -> for each, [batch, length], not 0 where tokens are
+    given: list[GivenMask | GivenLengths]  # what each comes from
     validities: list[Validity]  # the same, of the dense graph
     guards: fx.GraphModule  # inputs -> booleans
     reasons: list[str]  # for each guard, why a call is dense if it does not hold
@@ -60,7 +63,7 @@ def drop_padding(module: fx.GraphModule) -> Unpadded:
     masks = attention_masks(module.graph)
     candidates = dict.fromkeys(found for mask in masks.values() for found in mask.validities(module.graph))
     if not candidates:
-        raise Miss("no attention is masked by an input [batch, length], or an embedding's padding_idx")
+        raise Miss("no attention is masked by an input [batch, length], or an embedding's padding_idx, or lengths")
     first: Miss | None = None
     for validities, seeds in itertools.product(_one_for_each_length(candidates), SEEDS):
         try:
@@ -72,10 +75,10 @@ def drop_padding(module: fx.GraphModule) -> Unpadded:
 
 
 def _one_for_each_length(candidates: Iterable[Validity]) -> list[tuple[Validity, ...]]:
-    """The ways to choose who says which tokens of a length are valid: where both may, the mask before the ids."""
+    """The ways to choose who says which tokens of a length are valid: a mask, before lengths, before the ids."""
     by_length: dict[Any, list[Validity]] = {}
-    for validity in sorted(candidates, key=lambda one: one.of_ids):
-        by_length.setdefault(sizes_of(validity.input)[1], []).append(validity)
+    for validity in sorted(candidates, key=lambda one: (one.of_ids, one.condition is not None)):
+        by_length.setdefault(validity.sizes[1], []).append(validity)
     return list(itertools.product(*by_length.values()))
 
 
@@ -85,12 +88,12 @@ def _packed_from(
     writer = Writer(module, validities)
     writer.masks = masks
     for domain in writer.domains:
-        source = domain.validity.input
-        if domain.validity.relation is None and source.meta["val"].dtype is not torch.bool:
-            writer.guard(f"{source.name} holds values other than 0 and 1", packed.is_zero_or_one, domain.mask)
+        _guard_source(writer, domain)
     outputs: list[Output | None] = []
     for node in module.graph.nodes:
         try:
+            if node in writer.values:  # where tokens are is computed from it
+                continue
             if node.op == "get_attr":
                 writer.values[node] = Dense(writer.copy(node))
             elif node.op == "call_function":
@@ -101,6 +104,23 @@ def _packed_from(
             miss.where = module_path(node)
             raise
     return _unpadded(module, writer, outputs)
+
+
+def _guard_source(writer: Writer, domain: Domain) -> None:
+    """What must hold of the values that say where tokens are."""
+    validity, source = domain.validity, domain.validity.source
+    if validity.condition is None:
+        if validity.relation is None and source.meta["val"].dtype is not torch.bool:
+            writer.guard(f"{source.name} holds values other than 0 and 1", packed.is_zero_or_one, domain.mask)
+        return
+    lengths = validity.lengths
+    for counted in validity.counted():
+        reason = f"{lengths.name} holds values above {packed.EXACT}"
+        writer.guard(reason, packed.is_exact, writer.values[counted].node)
+    inputs = [node for node in source.graph.nodes if node.op == "placeholder"]
+    if any(validity.sizes[1] in sizes_of(node) for node in inputs):  # else of other tokens than the call's
+        reason = f"a row has fewer tokens than {lengths.name} says"
+        writer.guard(reason, packed.has_tokens_of, domain.mask, writer.values[lengths].node)
 
 
 def _write_outputs(writer: Writer, node: fx.Node) -> list[Output | None]:
@@ -138,13 +158,15 @@ def _contract(writer: Writer, node: fx.Node, value: Packed) -> Output:
 
 def _unpadded(module: fx.GraphModule, writer: Writer, outputs: list[Output | None]) -> Unpadded:
     guards = list(writer.guards.values())
-    guard_graph = _guard_graph(writer, [guard.node for guard in guards])
-    writer.graph.eliminate_dead_code()  # the guards, which nothing in it reads, go with it
+    guard_graph = _input_graph(writer, [guard.node for guard in guards])
+    mask_graph = _input_graph(writer, [domain.mask for domain in writer.domains])
+    writer.graph.eliminate_dead_code()  # guards and masks, which nothing in it reads, go with it
     if not any(node.target in ATTENTIONS for node in writer.graph.nodes):
         raise Miss("no attention is between tokens of the mask's batch and length")
     return Unpadded(
         with_graph(module, writer.graph),
-        [_mask(module, domain.validity) for domain in writer.domains],
+        with_graph(module, mask_graph),
+        [_given(module, domain.validity) for domain in writer.domains],
         [domain.validity for domain in writer.domains],
         with_graph(module, guard_graph),
         [guard.reason for guard in guards],
@@ -153,19 +175,22 @@ def _unpadded(module: fx.GraphModule, writer: Writer, outputs: list[Output | Non
     )
 
 
-def _mask(module: fx.GraphModule, validity: Validity) -> packed.Mask:
-    place = [node for node in module.graph.nodes if node.op == "placeholder"].index(validity.input)
+def _given(module: fx.GraphModule, validity: Validity) -> GivenMask | GivenLengths:
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    if validity.condition is not None:
+        return GivenLengths(inputs.index(validity.lengths))
+    place = inputs.index(validity.source)
     if validity.relation is None:
-        return packed.Mask(place)
-    return packed.Mask(place, validity.relation.rel_op, validity.number)
+        return GivenMask(place)
+    return GivenMask(place, validity.relation.rel_op, validity.number)
 
 
-def _guard_graph(writer: Writer, conditions: list[fx.Node]) -> fx.Graph:
-    """What the conditions are computed from, as a graph of its own that runs before anything else."""
+def _input_graph(writer: Writer, results: list[fx.Node]) -> fx.Graph:
+    """What is computed from the inputs alone, as a graph of its own that runs before anything else."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     tokens = {domain.tokens for domain in writer.domains}
-    needed = set(conditions)
+    needed = set(results)
     for node in reversed(writer.graph.nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
@@ -175,5 +200,5 @@ def _guard_graph(writer: Writer, conditions: list[fx.Node]) -> fx.Graph:
         is_input = node.op == "placeholder" and node not in tokens
         if is_input or (node in needed and node.op != "placeholder"):
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[condition] for condition in conditions))
+    graph.output(tuple(copies[result] for result in results))
     return graph

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
@@ -37,6 +37,7 @@ from ..graph.blocks import ATTENTIONS, mask_of
 from ..graph.canonical import CASTS, argument
 from ..graph.miss import Miss
 from ..kernels.packed import BOUND
+from .validity_sources import Validity, computed
 
 EMBEDDING = torch.ops.aten.embedding.default
 # An additive mask counts as blocking below this: exp of it is 0 beside any score that a model computes. -10000 is not
@@ -51,39 +52,6 @@ class Residue(enum.Enum):
     NOTHING = "nothing"
     CAUSAL = "causal"
     BLOCK = "block"
-
-
-@dataclass(frozen=True)
-class Validity:
-    """Which tokens are valid: those where an input [batch, length] is 1 and not 0, or `relation(input, number)` holds.
-
-    The second is how masks are made of ids, and of boolean masks that are True at padding.
-    """
-
-    input: fx.Node
-    relation: type[Relational] | None = None
-    number: float = 1
-
-    @property
-    def of_ids(self) -> bool:
-        return self.relation is not None and self.input.meta["val"].dtype is not torch.bool
-
-    def assume(self, value: Any, at: Index, is_valid: bool) -> Any:
-        """An evaluated expression where the token at (row, position) is valid, or is padding."""
-        for data in value.atoms(AppliedUndef):
-            if _name(data) == self.input.name and data.args == at:
-                value = self._assume(value, data, is_valid)
-        return value
-
-    def _assume(self, value: Any, data: Any, is_valid: bool) -> Any:
-        if self.relation is None:
-            return value.subs(data, int(is_valid))
-        number = sympy.sympify(self.number)
-        condition = self.relation(data, number)
-        given = {condition: sympy.sympify(is_valid), sympy.Not(condition): sympy.sympify(not is_valid)}
-        value = value.xreplace(given | {known.reversed: truth for known, truth in given.items()})
-        is_number = self.relation is (sympy.Eq if is_valid else sympy.Ne)
-        return value.subs(data, number) if is_number else value
 
 
 class AttentionMask:
@@ -112,11 +80,14 @@ class AttentionMask:
         self.limit = BLOCKING if dtype is not torch.float16 else torch.finfo(dtype).min / 2
 
     def validities(self, graph: fx.Graph) -> list[Validity]:
-        """What may say which keys are valid: the graph's inputs [batch, length] that the mask reads at (batch, key)."""
+        """What may say which keys are valid: inputs [batch, length] that the mask reads at (batch, key), and booleans
+        computed from lengths.
+        """
         batch, _, _, key = self.index
         read = {_name(f): f for f in self.value.atoms(AppliedUndef) if f.args == (batch, key)}
         inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name in read and n.meta["val"].dim() == 2]
-        return [found for node in inputs for found in self._validities(node, read[node.name])]
+        given = [found for node in inputs for found in self._validities(node, read[node.name])]
+        return [*given, *self._that_block(computed(self.node, self.index))]
 
     def _validities(self, node: fx.Node, data: Any) -> list[Validity]:
         """An input is a mask of 0 and 1, a boolean one may say where padding is, and of ids an embedding knows one."""
@@ -129,9 +100,12 @@ class AttentionMask:
             found = [Validity(node, type(c), int(c.rhs)) for c in conditions if any(_spares(c, data, p) for p in pads)]
         else:
             return [Validity(node)]
+        return self._that_block(found)
+
+    def _that_block(self, found: Iterable[Validity]) -> list[Validity]:
+        """Those whose padding the mask blocks."""
         batch, _, _, key = self.index
-        blocked = [self._range(one.assume(self.value, (batch, key), False))[1] <= self.limit for one in found]
-        return [one for one, is_blocked in zip(found, blocked, strict=True) if is_blocked]
+        return [one for one in found if self._range(one.assume(self.value, (batch, key), False))[1] <= self.limit]
 
     def self_attention(self, tokens: Validity) -> Residue:
         """What is left among the valid tokens, which are both the queries and the keys.
@@ -154,10 +128,11 @@ class AttentionMask:
 
     def without_padding(self, validities: list[Validity]) -> Residue:
         """What the mask says where all tokens are valid."""
+        batch, _, query, key = self.index
         value = self.value
-        for data in self.value.atoms(AppliedUndef):
-            for tokens in validities:
-                value = tokens.assume(value, data.args, True)
+        places = {(batch, query), (batch, key), *(data.args for data in self.value.atoms(AppliedUndef))}
+        for tokens, at in itertools.product(validities, sorted(places, key=str)):
+            value = tokens.assume(value, at, True) if len(at) == 2 else value
         return self._residue(value)
 
     def is_padding_alone(self, tokens: Validity, keys: Validity) -> bool:

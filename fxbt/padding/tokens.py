@@ -19,14 +19,15 @@ from torch import fx
 from ..analysis.axes import Atom, Axes, fresh, sizes_of
 from ..graph.miss import Miss
 from ..kernels import packed
-from .proof import AttentionMask, Validity, value_at_padding
+from .proof import AttentionMask, value_at_padding
+from .validity_sources import Validity, ancestors
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Domain:
-    """The valid tokens of one input."""
+    """The valid tokens of one source."""
 
     validity: Validity  # of the dense graph
     mask: fx.Node  # in the packed graph: [batch, length], not 0 where tokens are valid
@@ -100,22 +101,29 @@ class Writer:
         self._positions = {domain.position for domain in self.domains}
         self._special = self._positions | {domain.batch for domain in self.domains}
         for domain in self.domains:
-            source = self.values[domain.validity.input].node
             for dim, atom in enumerate((domain.batch, domain.position)):
-                self._sizes[atom.size] = self.cached(aten.sym_size.int, source, dim)
+                self._sizes[atom.size] = self.cached(aten.sym_size.int, domain.mask, dim)
 
     def _domain(self, validity: Validity, tokens: fx.Node) -> Domain:
-        source = validity.input
-        batch, length = sizes_of(source)
+        source = validity.source
+        batch, length = validity.sizes
         if batch.is_Integer or length.is_Integer:
             raise Miss("the mask has a fixed size", node=source)
         shared = [domain.batch for domain in self.domains if domain.batch.size == batch]
         count = source.meta["val"].fake_mode.shape_env.create_unbacked_symint()
         torch._check(count >= 0)
-        mask = self.values[source].node
+        mask = self._source(source)
         if validity.relation is not None:
             mask = self.cached(packed.COMPARISONS[validity.relation.rel_op], mask, validity.number)
         return Domain(validity, mask, tokens, shared[0] if shared else Atom(batch), Atom(length), count)
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        """What says where tokens are, [batch, length]: an input, or computed before anything else."""
+        for earlier in ancestors(node):
+            if earlier not in self.values:
+                self.values[earlier] = self.dense(earlier) if earlier.op != "get_attr" else Dense(self.copy(earlier))
+        made: fx.Node = self.values[node].node
+        return made if node.meta["val"].dim() == 2 else self.cached(aten.flatten.using_ints, made, 1)
 
     # --- reading ---
 

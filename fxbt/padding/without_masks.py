@@ -15,7 +15,8 @@ from torch import fx
 
 from ..graph.blocks import ATTENTIONS, SDPA, mask_of
 from ..graph.canonical import parameters, with_graph
-from .proof import Residue, Validity, attention_masks
+from .proof import Residue, attention_masks
+from .validity_sources import Validity
 
 
 @dataclass(frozen=True)

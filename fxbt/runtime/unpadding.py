@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from ..lower.cpu.precision import Precision
 from ..lower.derived_weights import Weights
 from ..lower.program import Program
 from ..padding.drop import Output, Unpadded
+from ..padding.padded_calls import GivenLengths
 from ..padding.without_masks import Unmasked
 from ..rewrite.verify import check_outputs
 
@@ -50,7 +52,8 @@ class Unpadding:
         self.packed = Program(unpadded.module, unpadded.assumes, weights, precision)
         self.calls: Counter[str] = Counter()
         self.original_blanks = False  # padding by itself, as nn.TransformerEncoder's nested tensors do
-        self._masks = unpadded.masks
+        self._masks = Program(unpadded.masks, {}, weights)
+        self._given = unpadded.given
         self._is_coarse = precision is not None
         self._guards = Program(unpadded.guards, {}, weights)
         self._reasons = unpadded.reasons
@@ -62,7 +65,7 @@ class Unpadding:
     @property
     def programs(self) -> list[Program]:
         """All that it runs besides the dense one."""
-        return [self.unmasked, self.packed, self._guards]
+        return [self.unmasked, self.packed, self._masks, self._guards]
 
     def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
         run, verdict = self._decide(tensors)
@@ -76,7 +79,7 @@ class Unpadding:
 
     def _decide(self, tensors: Sequence[Tensor], worth: float = WORTH_DROPPING) -> tuple[Run, str]:
         """What a call runs, and how to count it."""
-        masks = [mask.of(tensors) for mask in self._masks]
+        masks = self._masks(*tensors)
         if all((mask == 1).all() for mask in masks):
             return self._run_unmasked, DENSE
         size = sum(mask.numel() for mask in masks)
@@ -97,7 +100,7 @@ class Unpadding:
         return tuple(self.blanked(self._run_dense(*tensors), tensors))
 
     def _on_tokens(self, *tensors: Tensor) -> tuple[Any, ...]:
-        masks = [mask.of(tensors) for mask in self._masks]
+        masks = self._masks(*tensors)
         if not all(mask.any() for mask in masks):  # of a part of the batch
             return tuple(self.blanked(self.dense(*tensors), tensors))
         return self.packed(*tensors, *map(Tokens.of, masks))
@@ -113,19 +116,35 @@ class Unpadding:
 
     def blanked(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
         """Outputs of a call as they are where its padding is dropped."""
+        masks = self._masks(*tensors)
         return [
-            value if contract is None else _blanked(value, contract, self._masks[contract.mask].of(tensors))
+            value if contract is None else _blanked(value, contract, masks[contract.mask])
             for value, contract in zip(outputs, self._outputs, strict=True)
         ]
 
     def padded(self, example: Sequence[Tensor], positions: slice) -> list[Tensor]:
-        """A call like the example, whose first sequence has padding at these positions and all others none."""
+        """A call like the example, whose first sequence has padding at these positions and all others none.
+
+        Raises:
+            ValueError: no call can have padding there: what is said by lengths stands at one end.
+        """
         tensors = list(example)
-        for mask in self._masks:
-            is_padding = torch.zeros_like(example[mask.place], dtype=torch.bool)
+        for place, given in enumerate(self._given):
+            is_padding = torch.zeros_like(self._masks(*tensors)[place], dtype=torch.bool)
             is_padding[0, positions] = True
-            tensors[mask.place] = mask.example(example[mask.place], is_padding)
+            tensors[given.place] = given.example(tensors, is_padding, functools.partial(self._valid, place))
         return tensors
+
+    def _valid(self, place: int, tensors: Sequence[Tensor]) -> Tensor:
+        valid: Tensor = self._masks(*tensors)[place]
+        return valid
+
+    def padded_at_an_end(self, example: Sequence[Tensor]) -> list[Tensor]:
+        """A call like the example, whose first sequence ends in padding, or begins with it where none can end so."""
+        try:
+            return self.padded(example, slice(-1, None))
+        except ValueError:  # tokens stand at the right
+            return self.padded(example, slice(0, 1))
 
     def check(self, example: Sequence[Tensor]) -> None:
         """Compares the programs with the dense one on the example, unpadded, padded right and left.
@@ -133,8 +152,10 @@ class Unpadding:
         Raises:
             Miss: they differ, so that the proof has a hole.
         """
-        for padded in (slice(0), slice(-1, None), slice(0, 1)):
-            tensors = self.padded(example, padded)
+        calls = [self.padded(example, slice(0)), self.padded_at_an_end(example)]
+        if not any(isinstance(given, GivenLengths) for given in self._given):
+            calls.append(self.padded(example, slice(0, 1)))
+        for tensors in calls:
             run, verdict = self._decide(tensors, worth=0.0)
             expected: Sequence[Any] = self.dense(*tensors)
             if verdict == PACKED:

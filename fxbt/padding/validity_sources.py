@@ -1,0 +1,181 @@
+"""Where a call says which of its tokens are valid: an input [batch, length], or what forward computes from lengths.
+
+The second is a boolean of the graph that depends on one number a row and on sizes alone, such as
+`arange(length) < lengths[:, None]`: a run computes it, and with it where the tokens are, before anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
+from torch import fx
+
+from ..analysis.axes import sizes_of
+from ..analysis.masks import Index, Opaque, evaluate, read_constants, slack_of
+
+ROW, POSITION = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("row", "position"))
+aten = torch.ops.aten
+SIZE = aten.sym_size.int
+SIZES_OF: dict[Any, int] = {  # the argument that gives an op no more than sizes and a type
+    **dict.fromkeys((aten.ones_like.default, aten.zeros_like.default, aten.full_like.default), 0),
+    **dict.fromkeys((aten.new_ones.default, aten.new_zeros.default, aten.new_full.default), 0),
+    **dict.fromkeys((aten.expand_as.default, aten.view_as.default, aten.reshape_as.default), 1),
+}
+
+
+@dataclass(frozen=True)
+class Validity:
+    """Which tokens are valid: those where `source` [batch, length] is 1 and not 0, or `relation(source, number)` holds.
+
+    The second is how masks are made of ids, and of boolean masks that are True at padding. A `source` that is no input
+    may have dims of one between the two, and `condition` is what it says at (ROW, POSITION).
+    """
+
+    source: fx.Node
+    relation: type[Relational] | None = None
+    number: float = 1
+    condition: Relational | None = None
+
+    @property
+    def of_ids(self) -> bool:
+        return self.relation is not None and self.source.meta["val"].dtype is not torch.bool
+
+    @property
+    def sizes(self) -> tuple[Any, Any]:
+        """Batch and length."""
+        sizes = sizes_of(self.source)
+        return sizes[0], sizes[-1]
+
+    @property
+    def lengths(self) -> fx.Node:
+        """The input that a computed source depends on."""
+        return next(node for node in _computed_from(self.source) if node.op == "placeholder")
+
+    def counted(self) -> list[fx.Node]:
+        """The values of a condition on whole numbers: exact in every type, and so compared by meaning, if small."""
+        if self.condition is None or slack_of(self.condition) is None:
+            return []
+        names = {data.func.__name__ for data in self.condition.atoms(AppliedUndef)}
+        return [node for node in _computed_from(self.source) if node.name in names]
+
+    def assume(self, value: Any, at: Index, is_valid: bool) -> Any:
+        """An evaluated expression where the token at (row, position) is valid, or is padding."""
+        if self.condition is not None:
+            condition = self.condition.xreplace({ROW: at[0], POSITION: at[1]})
+            return _settled(value, condition, is_valid == (self.relation is None))
+        for data in value.atoms(AppliedUndef):
+            if data.func.__name__ == self.source.name and data.args == at:
+                value = self._assume(value, data, is_valid)
+        return value
+
+    def _assume(self, value: Any, data: Any, is_valid: bool) -> Any:
+        if self.relation is None:
+            return value.subs(data, int(is_valid))
+        number = sympy.sympify(self.number)
+        condition = self.relation(data, number)
+        given = {condition: sympy.sympify(is_valid), sympy.Not(condition): sympy.sympify(not is_valid)}
+        value = value.xreplace(given | {known.reversed: truth for known, truth in given.items()})
+        is_number = self.relation is (sympy.Eq if is_valid else sympy.Ne)
+        return value.subs(data, number) if is_number else value
+
+
+def computed(mask: fx.Node, index: Index) -> Iterator[Validity]:
+    """What a mask reads that may say which tokens are valid and is computed from lengths, true at tokens or at padding.
+
+    `index` is (row, ..., position) of the mask.
+    """
+    at = {index[0]: ROW, index[-1]: POSITION}
+    found: set[Any] = set()
+    for node in ancestors(mask):
+        value = _condition(node, index)
+        condition = None if value is None else value.xreplace(at)
+        if condition is None or found & {condition, condition.negated}:
+            continue
+        found.add(condition)
+        yield Validity(node, condition=condition)
+        yield Validity(node, sympy.Eq, 0, condition)
+
+
+def _condition(node: fx.Node, index: Index) -> Relational | None:
+    """What a boolean [batch, 1, ..., length] says at a position, if that depends on one number a row."""
+    val = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(val, torch.Tensor) or val.dtype is not torch.bool or val.dim() < 2:
+        return None
+    batch, *between, length = sizes_of(node)
+    inputs = [source for source in _computed_from(node) if source.op == "placeholder"]
+    if batch == 1 or length == 1 or any(size != 1 for size in between) or len(inputs) != 1:
+        return None
+    if not _is_one_a_row(inputs[0], batch):
+        return None
+    try:
+        value = evaluate(node, (index[0], *[sympy.Integer(0)] * len(between), index[-1]), read_constants(node))
+    except Opaque:  # such a boolean says nothing that could be compared with others
+        return None
+    is_plain = isinstance(value, Relational) and bool(value.atoms(AppliedUndef))
+    return value if is_plain and _has_small_factors(value) else None
+
+
+def _is_one_a_row(given: fx.Node, batch: Any) -> bool:
+    """Whether an input is a number for each row, as lengths are."""
+    dtype = given.meta["val"].dtype
+    return sizes_of(given) in ([batch], [batch, 1]) and dtype is not torch.bool and not dtype.is_complex
+
+
+def _has_small_factors(condition: Relational) -> bool:
+    """Whether whole numbers of a condition stay small where its data does."""
+    slack = slack_of(condition)
+    terms = [] if slack is None else [term for term in sympy.Add.make_args(slack) if term.atoms(AppliedUndef)]
+    return all(term.as_coeff_Mul()[1].is_Function and abs(term.as_coeff_Mul()[0]) == 1 for term in terms)
+
+
+def _computed_from(node: fx.Node) -> list[fx.Node]:
+    """What the content of a tensor is computed from, itself included; not what only gives its sizes."""
+    return _reached(node, _contents)
+
+
+def ancestors(node: fx.Node) -> list[fx.Node]:
+    """A node and all that it is computed from, sizes included, in the order of the graph."""
+    return _reached(node, lambda reached: reached.all_input_nodes)
+
+
+def _reached(node: fx.Node, sources: Callable[[fx.Node], list[fx.Node]]) -> list[fx.Node]:
+    seen, waiting = {node}, [node]
+    while waiting:
+        found = [source for source in sources(waiting.pop()) if source not in seen]
+        waiting += found
+        seen.update(found)
+    return sorted(seen)
+
+
+def _contents(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a node whose content it reads, not the sizes alone."""
+    if node.target is SIZE:
+        return []
+    position = SIZES_OF.get(node.target)
+    like = None if position is None else node.args[position]
+    is_given = isinstance(like, fx.Node) and like.op == "placeholder"  # of others, computing the sizes costs too much
+    return [source for source in node.all_input_nodes if not (is_given and source is like)]
+
+
+def _settled(value: Any, condition: Relational, holds: bool) -> Any:
+    """An expression in which all comparisons that say the same as `condition`, or its opposite, are settled."""
+    known = {}
+    for other in value.atoms(Relational):
+        if _is_same(other, condition):
+            known[other] = sympy.sympify(holds)
+        elif _is_same(other, condition.negated):
+            known[other] = sympy.sympify(not holds)
+    return value.xreplace(known)
+
+
+def _is_same(one: Relational, other: Relational) -> bool:
+    if one in (other, other.reversed):
+        return True
+    slack, another = slack_of(one), slack_of(other)
+    return slack is not None and another is not None and sympy.expand(slack - another) == 0
