@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from . import pipeline
 from .capture import outputs
@@ -42,6 +41,7 @@ from .runtime.compiled import Compiled
 from .runtime.gradients import gradient_difference
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
 from .runtime.unpadding import Unpadding
+from .torch_compat import is_any_autocast_enabled, is_looked_through, pytree
 
 logger = logging.getLogger("fxbt")
 
@@ -641,15 +641,7 @@ def _varied(shapes: list[torch.Size], known: list[list[torch.Size]]) -> frozense
 
 def _is_traced() -> bool:
     """Whether someone looks through this call at its operations, so that it must be the original's own."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or is_recording()
-    )
+    return is_looked_through() or is_recording()
 
 
 def _values_difference(found: Sequence[Any], expected: Sequence[Any], is_precise: bool) -> str | None:
@@ -675,7 +667,7 @@ def _value_difference(new: Any, old: Any, is_precise: bool) -> str | None:
     new, old = (t.detach()[~old.isnan()].double() for t in (new, old))
     magnitude = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
     is_precise = is_precise and kinds[0][0] in (torch.float32, torch.float64, torch.complex64, torch.complex128)
-    tolerance = (1e-3 if is_precise and not torch._C._is_any_autocast_enabled() else 0.1) * max(magnitude, 1e-6)
+    tolerance = (1e-3 if is_precise and not is_any_autocast_enabled() else 0.1) * max(magnitude, 1e-6)
     if torch.allclose(new, old, rtol=0.0, atol=tolerance):
         return None
     return f"is off by up to {(new - old).abs().max().item():.1e} at a magnitude of {magnitude:.1e}"

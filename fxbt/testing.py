@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from .explain.report import Report
 from .match.rule import Rule
 from .optimize import optimize
 from .pipeline import default_rules
 from .rewrite.verify import TOLERANCE, difference
+from .torch_compat import pytree
 
 Inputs = Mapping[str, Any] | Sequence[Any]
 

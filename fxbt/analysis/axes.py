@@ -18,12 +18,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._sympy.functions import FloorDiv, Min
 
 from ..graph.canonical import CASTS as CASTS
 from ..graph.canonical import argument as argument
 from ..graph.miss import Miss
+from ..torch_compat import FloorDiv, Min, statically_known_true
 
 aten = torch.ops.aten
 

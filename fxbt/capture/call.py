@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NotCapturable
+from ..torch_compat import is_any_autocast_enabled
 from .containers import Attribute, Unread, children, named_leaves, place_of, rebuilt
 from .number_inputs import Number, Numbers, as_tensor
 
@@ -198,7 +199,7 @@ def _not_capturable(value: Any, place: str) -> NotCapturable:
 
 def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    if not torch._C._is_any_autocast_enabled():
+    if not is_any_autocast_enabled():
         return modes
     kinds = sorted({"cpu", *(tensor.device.type for tensor in tensors)})
     return (*modes, *[(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)])

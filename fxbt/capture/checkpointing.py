@@ -17,10 +17,9 @@ from unittest import mock
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, fx
-from torch.autograd.function import _SingleLevelFunction
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..errors import CaptureError
+from ..torch_compat import CHECKPOINT, SingleLevelFunction, get_proxy_mode
 
 REGIONS = "fxbt_recomputed"
 _NUMBERS = itertools.count()
@@ -48,7 +47,7 @@ def run_plainly() -> Iterator[None]:
     Raises `CaptureError` for a checkpoint that decides by itself what is kept (`context_fn`), or whose gradients would
     depend on which tensors require them.
     """
-    generator = torch_checkpoint._checkpoint_without_reentrant_generator
+    generator = getattr(*CHECKPOINT)
     apply = function_apply()
     thread = threading.get_ident()  # stand-ins are in the places of functions of the whole process
 
@@ -61,8 +60,8 @@ def run_plainly() -> Iterator[None]:
         return apply(cls, *args, **kwargs)
 
     with (
-        mock.patch.object(torch_checkpoint, "_checkpoint_without_reentrant_generator", without_reentrance),
-        mock.patch.object(_SingleLevelFunction, "apply", classmethod(applied)),
+        mock.patch.object(*CHECKPOINT, without_reentrance),
+        mock.patch.object(SingleLevelFunction, "apply", classmethod(applied)),
     ):
         yield
 
@@ -104,12 +103,12 @@ def function_apply() -> Callable[..., Any]:
     Example:
         >>> function_apply()(MyFunction, x)  # MyFunction.apply(x)
     """
-    stand_in = vars(_SingleLevelFunction).get("apply")
+    stand_in = vars(SingleLevelFunction).get("apply")
     return stand_in.__func__ if stand_in else _apply
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
+    return super(SingleLevelFunction, cls).apply(*args, **kwargs)
 
 
 @contextlib.contextmanager

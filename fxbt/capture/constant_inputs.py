@@ -9,11 +9,9 @@ from unittest import mock
 
 import torch
 from torch import SymInt, Tensor
-from torch._subclasses import fake_tensor
-from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ..torch_compat import _disable_current_modes, fake_tensor, proxy_tensor, pytree
 
 _MANY = 2**16  # elements of a tensor that follows from constants: positions of patches
 _MAKES = ("arange", "zeros", "ones", "full", "eye", "linspace")

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
+from ..torch_compat import pytree
 
 
 class Attribute(str):

@@ -19,18 +19,23 @@ from unittest import mock
 
 import sympy
 import torch
-import torch._dynamo.config as dynamo_config
-import torch.export._trace  # torch.export itself loads it at its first call, in 0.5 s
-import torch.fx.experimental._config as fx_config
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
-from torch._subclasses import fake_tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
-from torch.utils import _pytree as pytree
-from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import CaptureError, line_at
+from ..torch_compat import (
+    SIZES_LOG,
+    GuardOnDataDependentSymNode,
+    PythonPrinter,
+    ShapeEnv,
+    dynamo_config,
+    export_trace,
+    fake_tensor,
+    free_unbacked_symbols,
+    fx_config,
+    pytree,
+)
 from . import outputs as forms
 from . import own_autograd
 from .call import Call
@@ -336,10 +341,10 @@ def _quiet() -> Iterator[None]:
     def is_wanted(record: logging.LogRecord) -> bool:
         return "Unable to find user code" not in str(record.msg)
 
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    log = logging.getLogger(SIZES_LOG)
     log.addFilter(is_wanted)
     try:
-        with mock.patch("torch.export._trace.print", lambda *_, **__: None, create=True):
+        with mock.patch.object(export_trace, "print", lambda *_, **__: None, create=True):
             yield
     finally:
         log.removeFilter(is_wanted)

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch import predispatch
-from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..graph.canonical import argument, drop_inactive_dropout, writes
+from ..torch_compat import OpOverload, predispatch, pytree
 
 aten = torch.ops.aten
 

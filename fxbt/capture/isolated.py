@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import torch
-import torch.export._trace
-from torch.fx import _symbolic_trace as fx_trace
+from ..torch_compat import EXPORTS_FLAGS, IS_COMPILING, IS_EXPORTING, NEW_PATCHER, fx_trace
 
 
 class _Here:
@@ -122,8 +120,8 @@ def _own_patcher() -> Iterator[fx_trace._Patcher]:
 @contextlib.contextmanager
 def _own_flags() -> Iterator[None]:
     with (
-        mock.patch.object(torch.compiler, "_is_compiling_flag", _Here()),
-        mock.patch.object(torch.compiler, "_is_exporting_flag", _Here()),
+        mock.patch.object(*IS_COMPILING, _Here()),
+        mock.patch.object(*IS_EXPORTING, _Here()),
     ):
         yield
 
@@ -137,7 +135,7 @@ def isolated() -> Iterator[None]:
         ...     torch.export.export(model, (x,), strict=False)
     """
     with (
-        mock.patch.object(fx_trace, "_new_patcher", _own_patcher),
-        mock.patch.object(torch.export._trace, "_compiling_state_context", _own_flags),
+        mock.patch.object(*NEW_PATCHER, _own_patcher),
+        mock.patch.object(*EXPORTS_FLAGS, _own_flags),
     ):
         yield

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ..torch_compat import pytree
 from .containers import Changed, is_record, put_back
 
 # Numbers are values, not part of the spec: while tracing, those that follow from shapes are symbols.

@@ -14,12 +14,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import saved_tensors_hooks
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, line_at
+from ..torch_compat import RUN_BACKWARD, SingleLevelFunction, get_proxy_mode, is_under_functorch
 from .checkpointing import function_apply, run_plainly
 
 # What it does to gradients, by the name of the method of a tensor.
@@ -52,7 +51,7 @@ def refused(
 def _no_functions(is_model_code: Callable[[str], bool]) -> Iterator[None]:
     """What is called by functions and classes of torch, under whatever name the model has them."""
     apply, enter = function_apply(), saved_tensors_hooks.__enter__
-    run_engine = torch.autograd._engine_run_backward
+    run_engine = getattr(*RUN_BACKWARD)
 
     def refuse(what: str) -> None:
         if _is_traced_here():
@@ -73,9 +72,9 @@ def _no_functions(is_model_code: Callable[[str], bool]) -> Iterator[None]:
         return run_engine(*args, **kwargs)
 
     with (
-        mock.patch.object(_SingleLevelFunction, "apply", classmethod(applied)),
+        mock.patch.object(SingleLevelFunction, "apply", classmethod(applied)),
         mock.patch.object(saved_tensors_hooks, "__enter__", entered),
-        mock.patch.object(torch.autograd, "_engine_run_backward", run),
+        mock.patch.object(*RUN_BACKWARD, run),
     ):
         yield
 
@@ -86,7 +85,7 @@ def _is_checkpoint(function: type) -> bool:
 
 def _is_traced_here() -> bool:
     """Whether this thread is the one that traces, and not inside torch.func, whose gradients become operations."""
-    return get_proxy_mode() is not None and torch._C._functorch.peek_interpreter_stack() is None
+    return get_proxy_mode() is not None and not is_under_functorch()
 
 
 class _Methods(TorchFunctionMode):

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import _StopRecomputationError
+
+from ..torch_compat import StopRecomputation, saved_tensors_hooks_now
 
 
 def active_hooks() -> tuple[Any, ...]:
@@ -24,7 +25,7 @@ def active_hooks() -> tuple[Any, ...]:
         ...     len(active_hooks())
         2
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) or ()
+    return saved_tensors_hooks_now()
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def hidden() -> Iterator[None]:
 
 def comes_from_hook(error: BaseException) -> bool:
     """Whether an exception is the caller's hook's own, so that it is no failure of what was computed."""
-    if isinstance(error, _StopRecomputationError):
+    if isinstance(error, StopRecomputation):
         return True
     codes = {
         getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None) for hook in active_hooks()

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from ..torch_compat import FakeTensor, _disable_current_modes, pytree
 
 _ROUNDINGS = 4  # at most, on the way from a division to the integer made of its result
 
@@ -134,7 +134,7 @@ class Scalars(TorchFunctionMode):
         if id(value) not in self._constants or value.dtype is not torch.int64:
             return None
         name, original = self._constants[id(value)]
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             constant = Constant(name, original, int(original.item()))
         if all(read.name != name for read in self.read):
             self.read.append(constant)

@@ -16,12 +16,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._decomp import decompositions
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError
+from ..torch_compat import (
+    FakeTensor,
+    FakeTensorMode,
+    _disable_current_modes,
+    assert_async,
+    decompositions,
+    get_proxy_mode,
+)
 from .isolated import here_only
 from .scan import selective_scan
 
@@ -42,7 +46,7 @@ def _padding_mask(input_ids: Tensor, padding_idx: int = 1) -> Tensor:
 
 def _complete_images(self: Any, pixel_values: Tensor, pixel_mask: Tensor, max_image_length: int = 200) -> Any:
     """Embeds images of which every pixel counts: all have the same patches, shuffled for each image anew."""
-    torch._assert_async(pixel_mask.all(), "an image is padded; every pixel must count")
+    assert_async(pixel_mask.all(), "an image is padded; every pixel must count")
     x = self.patch_embeddings(pixel_values)
     batch, channels, height, width = x.shape
     count = height * width

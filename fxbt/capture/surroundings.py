@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.guards import dict_version
 
+from ..torch_compat import dict_version
 from . import places
 from .codes import Facts, imported, is_model_code, is_torchs
 from .model_state import HOOKS, ModelState

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+
+from ..torch_compat import FakeTensor, assert_async
 
 GOES_ANOTHER_WAY = "the call goes another way than the captured one"
 _LOOP = 16  # answers in a row to one line: a loop that asks at every step whether to go on, for another number of steps
@@ -88,7 +89,7 @@ class Followed(TorchFunctionMode):
         truth = args[0].reshape(()) != 0
         holds = truth if answer.value else truth.logical_not()
         file, line = answer.place
-        torch._assert_async(holds, f"{GOES_ANOTHER_WAY} at {file}:{line}, which found {answer.value} there")
+        assert_async(holds, f"{GOES_ANOTHER_WAY} at {file}:{line}, which found {answer.value} there")
         return answer.value
 
     def _next(self, place: Place) -> Answer | None:

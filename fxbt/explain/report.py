@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from ..capture.outputs import paths
 from ..graph.miss import Miss, description, module_path, short_type, source_line
 from ..graph.record import Snapshot, StageRecord, hits_of
+from ..torch_compat import pytree
 from . import show
 from .as_networkx import as_networkx
 

@@ -15,6 +15,7 @@ from torch import fx
 from ..graph.canonical import attribute
 from ..graph.miss import description, module_path, short_dtype, short_type, source_line
 from ..graph.record import Entry, Rewrite, Snapshot
+from ..torch_compat import OpOverload
 from .fold import Line, Repeat, repeats
 
 RULE_KEY = "fxbt_rule"  # node.meta entry: the name of the rule that made the node
@@ -362,7 +363,7 @@ def op_name(target: Any) -> str:
     """The short name of what a node calls: `linear`, `sdpa`, `layer_norm`."""
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         name = target._schema.name.split("::")[-1].strip("_")
     else:
         name = target.__name__.strip("_")

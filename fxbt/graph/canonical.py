@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils import _pytree as pytree
+
+from ..torch_compat import pytree, statically_known_true
 
 aten = torch.ops.aten
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
+from ..torch_compat import varlen_attention as varlen_attention_by_torch
 from .attention_products import by_products
 
 EXACT = 2**20  # float32 and int32 hold sums of whole numbers up to that as they are
@@ -211,7 +211,7 @@ def varlen_attention(
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     bounds, longest = tokens.bounds, tokens.longest
     window = (-1, 0 if is_causal else -1)
-    output: Any = varlen_attn(
+    output: Any = varlen_attention_by_torch(
         q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=enable_gqa
     )
     return output.transpose(0, 1).unsqueeze(0)

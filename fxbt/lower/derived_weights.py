@@ -18,6 +18,7 @@ from torch import fx
 from ..graph.canonical import attribute, expression, is_pure, reaches_output
 from ..kernels.autotune import Tuner
 from ..kernels.forks import FORKS
+from ..torch_compat import OpOverload, past_python
 from .patrol import Patrol
 from .spill import Spilled, spilled
 
@@ -291,7 +292,7 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
 
 def _bind(value: Any, bound: dict[str, Any]) -> str:
     name = f"_fxbt{len(bound)}"
-    bound[name] = value._op if isinstance(value, torch._ops.OpOverload) else value  # past one Python frame a call
+    bound[name] = past_python(value) if isinstance(value, OpOverload) else value  # past one Python frame a call
     return name
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+
+from ..torch_compat import pytree
 
 
 def peak_bytes(graph: fx.Graph, arguments: Sequence[Any]) -> int:

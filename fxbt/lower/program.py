@@ -19,6 +19,7 @@ from ..graph.blocks import BY_PRODUCTS
 from ..graph.canonical import attribute
 from ..kernels.attention_products import by_products
 from ..kernels.differentiable import attention_with_gradient
+from ..torch_compat import silu
 from .cpu.attention import attend_fast
 from .cpu.chain import chained
 from .cpu.heads import attend_projections
@@ -39,7 +40,7 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.embedding.default: torch.embedding,
     aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
     aten.gelu.default: F.gelu,
-    aten.silu.default: torch._C._nn.silu,
+    aten.silu.default: silu,
     aten.softmax.int: torch.softmax,
     aten.matmul.default: torch.matmul,
     aten.bmm.default: torch.bmm,

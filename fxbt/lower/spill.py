@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..torch_compat import storage_uses
+
 SMALLEST = 16 * mmap.PAGESIZE  # below that, looking for changes would bring all of it back
 IN_MEMORY = ("tmpfs", "ramfs")  # file systems
 _FILES: list[tuple[weakref.ref[mmap.mmap], range]] = []  # that weights were moved to, and the addresses they are at
@@ -109,7 +111,7 @@ def _reason_to_keep(weight: Tensor) -> str | None:
     if storage.nbytes() != weight.nbytes:
         return "a part of other memory"
     alone = torch.empty(0)
-    if torch._C._storage_Use_Count(storage._cdata) > torch._C._storage_Use_Count(alone.untyped_storage()._cdata):
+    if storage_uses(storage) > storage_uses(alone.untyped_storage()):
         return "another tensor shares its memory"
     return None
 

@@ -21,6 +21,7 @@ from ..analysis import axes
 from ..graph.blocks import ATTENTIONS, FUSED
 from ..graph.canonical import CASTS, argument, is_pure, parameters
 from ..graph.miss import Miss
+from ..torch_compat import OpOverload
 from .terms import (
     ALIASES,
     Call,
@@ -72,14 +73,14 @@ def op_of(node: Any) -> str:
     """
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return ""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return _name_of(node.target)
     name = getattr(node.target, "__name__", "")
     return name if name == "getitem" or FUSED.get(name) is node.target else ""
 
 
 @functools.cache
-def _name_of(op: torch._ops.OpOverload) -> str:
+def _name_of(op: OpOverload) -> str:
     if op in ATTENTIONS:
         return "attention"
     if op._schema.is_mutable:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import RuleError
+from ..torch_compat import FAKES_LOG, FakeTensorMode
 
 # Shapes that most formulas over activations and weights take: ops broadcast, matmuls are square.
 VALUES = ((2, 4, 4), (2, 2, 4, 4), (4, 4))
@@ -122,7 +122,7 @@ def _trials(pattern: Callable[..., Any], plain: bool) -> Iterator[tuple[Any, dic
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Torch logs each shape that an op does not take as an error; here they are trials."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log = logging.getLogger(FAKES_LOG)
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:

@@ -18,7 +18,6 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from torch import fx
-from torch.utils._sympy.functions import Max, Min
 
 from ..analysis.axes import IDENTITIES, RESHAPES, UNIT_DIMS, sizes_of
 from ..analysis.masks import (
@@ -37,6 +36,7 @@ from ..graph.blocks import ATTENTIONS, mask_of
 from ..graph.canonical import CASTS, argument
 from ..graph.miss import Miss
 from ..kernels.packed import BOUND
+from ..torch_compat import Max, Min
 from .validity_sources import Validity, computed
 
 EMBEDDING = torch.ops.aten.embedding.default

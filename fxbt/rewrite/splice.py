@@ -6,20 +6,10 @@ import contextlib
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.fx.experimental._config as fx_config
 import torch.nn.functional as F
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import (
-    GuardOnDataDependentSymNode,
-    _ShapeEnvGuardError,
-    free_unbacked_symbols,
-    statically_known_true,
-)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -28,6 +18,19 @@ from ..graph.canonical import drop_same_dtype_cast, size_of_another, writes
 from ..graph.miss import Miss, module_path
 from ..graph.record import Entry, Rewrite
 from ..match.rule import Match, Rule
+from ..torch_compat import (
+    SIZES_LOG,
+    FakeTensor,
+    FakeTensorMode,
+    GuardOnDataDependentSymNode,
+    NeedsGuard,
+    free_unbacked_symbols,
+    fx_config,
+    guards_ignored,
+    make_fx,
+    statically_known_true,
+    without_new_guards,
+)
 from .layout import ORDER, order_of
 from .trace_key import match_key
 
@@ -98,14 +101,14 @@ def _without_new_guards(mode: FakeTensorMode) -> Iterator[None]:
     if shape_env is None:
         yield
         return
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    log = logging.getLogger(SIZES_LOG)
     level, cached = log.level, mode.cache_enabled
     log.setLevel(logging.ERROR)  # torch warns of the refusal that is reported as a Miss here
     mode.cache_enabled = False  # filling the fake tensors' cache asks for guards of its own
     try:
-        with shape_env.error_on_new_guards():
+        with without_new_guards(shape_env):
             yield
-    except (_ShapeEnvGuardError, GuardOnDataDependentSymNode) as error:
+    except (NeedsGuard, GuardOnDataDependentSymNode) as error:
         raise _NeedsGuard("the replacement needs a guard on sizes", found=str(error).splitlines()[0]) from error
     finally:
         log.setLevel(level)
@@ -127,8 +130,7 @@ class _KernelByExample(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         with (
             sdpa_kernel(SDPBackend.MATH),
-            mock.patch.object(self._shape_env, "_error_on_new_guards", False),
-            self._shape_env.suppress_guards(),
+            guards_ignored(self._shape_env),
         ):
             return func(*args, **(kwargs or {}))
 
@@ -146,14 +148,14 @@ def _trace_once(rule: Rule, match: Match, traces: Traces) -> fx.GraphModule:
 
 def _trace(rule: Rule, match: Match) -> fx.GraphModule:
     fakes = [node.meta["val"] for node in match.inputs]
-    mode = next((fake.fake_mode for fake in fakes if isinstance(fake, torch._subclasses.FakeTensor)), None)
+    mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
     if mode is None:
         raise Miss("the match has no tensor input", node=match.anchor)
 
     def replacement(*tensors: torch.Tensor) -> Any:
         try:
             return rule.results(match, tensors)
-        except (_ShapeEnvGuardError, GuardOnDataDependentSymNode, Miss):
+        except (NeedsGuard, GuardOnDataDependentSymNode, Miss):
             raise
         except Exception as error:
             raise Miss(f"replace raises {type(error).__name__}: {error}", node=match.anchor) from error

@@ -16,6 +16,7 @@ from ..graph.canonical import argument
 from ..graph.miss import Miss
 from ..graph.record import Rewrite
 from ..match.rule import Match, Rule
+from ..torch_compat import is_any_autocast_enabled
 
 # Relative to the largest value compared. A reordered sum moves float32 by some 1e-6; bfloat16 keeps eight bits and
 # eager itself rounds the scores to them (its own error against float64 reaches 9e-2), float16 eleven.
@@ -85,7 +86,7 @@ def check_outputs(actual: Sequence[Any], expected: Sequence[Any], is_coarse: boo
             continue
         is_precise = not is_coarse and old.dtype in (torch.float32, torch.float64)
         # of the largest value, as between a graph and its original: kernels sum in another order
-        tolerance = 1e-3 if is_precise and not torch._C._is_any_autocast_enabled() else 0.1
+        tolerance = 1e-3 if is_precise and not is_any_autocast_enabled() else 0.1
         worst = difference(new, old)
         if worst > (tolerance if old.dtype.is_floating_point else 0.0):
             raise Miss(f"the outputs {way} are not the dense graph's", found=f"a difference of {worst:.3g}")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..capture import outputs as forms
 from ..capture.call import Call
@@ -21,6 +20,7 @@ from ..capture.containers import Arguments
 from ..capture.saved_tensors import hidden
 from ..graph.canonical import parameters
 from ..rewrite.verify import difference
+from ..torch_compat import TorchDispatchMode, is_any_autocast_enabled
 
 aten = torch.ops.aten
 # Of a gradient's norm. An entry of the graph's own sums in another order; a lost or scaled part shows far above.
@@ -91,7 +91,7 @@ def _gradients(found: Sequence[Any], inputs: dict[str, Tensor]) -> dict[str, Ten
 
 def _is_coarse(tensors: Sequence[Any]) -> bool:
     floats = [t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
-    return torch._C._is_any_autocast_enabled() or any(dtype.itemsize < 4 for dtype in floats)
+    return is_any_autocast_enabled() or any(dtype.itemsize < 4 for dtype in floats)
 
 
 def _outputs_problem(found: Sequence[Any], expected: Sequence[Any], tolerance: float) -> str | None:

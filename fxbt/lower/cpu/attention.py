@@ -26,6 +26,7 @@ from ...kernels import native, packed
 from ...kernels.attention_products import by_products, products
 from ...kernels.autotune import Calls, Contest, Tuner, bucket_of
 from ...kernels.forks import FORKS
+from ...torch_compat import is_amx_tile_supported
 from ..once import additive
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a sequence that are measured
@@ -232,7 +233,7 @@ def products_by_onednn(
 @functools.cache
 def onednn_is_exact() -> bool:
     """Whether oneDNN computes products in float32 here though bfloat16 is allowed: not with AMX. Tried, too."""
-    if platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported():
+    if platform.machine() not in ("x86_64", "AMD64") or is_amx_tile_supported():
         return False
     if not torch.backends.mkldnn.is_available():
         return False

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ...graph.canonical import argument, only_user, same_shape
+from ...torch_compat import gelu_, silu_
 
 aten = torch.ops.aten
 
@@ -36,12 +37,12 @@ class Activation:
 ACTIVATIONS: dict[Any, Callable[[fx.Node], Activation]] = {
     aten.gelu.default: lambda node: _gelu(argument(node, "approximate")),
     aten.relu.default: lambda node: Activation("relu", "", torch.relu_),
-    aten.silu.default: lambda node: Activation("swish", "", torch._C._nn.silu_),
+    aten.silu.default: lambda node: Activation("swish", "", silu_),
 }
 
 
 def _gelu(approximate: str) -> Activation:
-    write = functools.partial(torch._C._nn.gelu_, approximate=approximate)  # type: ignore[attr-defined]
+    write = functools.partial(gelu_, approximate=approximate)
     return Activation("gelu", approximate, write)
 
 

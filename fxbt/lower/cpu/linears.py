@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from ...graph.canonical import argument
 from ...kernels import native
 from ...kernels.autotune import Calls, Contest, Tuner, bucket_of
+from ...torch_compat import is_avx512_supported
 from .epilogue import Activation, Epilogue, Norm, fused_in
 
 aten = torch.ops.aten
@@ -146,7 +147,7 @@ def linears(n: int, k: int, activation: Activation | None = None) -> Contest:
 def _by_rule(elements: int, kernels: dict[str, Kernel]) -> str:
     if native.comes_first():
         return "native"
-    if elements < PACKED_FROM_ELEMENTS or not torch.cpu._is_avx512_supported():
+    if elements < PACKED_FROM_ELEMENTS or not is_avx512_supported():
         return "F.linear"
     return "fused" if "fused" in kernels else "packed"
 

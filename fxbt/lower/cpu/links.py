@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...kernels import native
+from ...torch_compat import statically_known_true
 from .heads import Heads, PackedProjection, Projection
 from .linears import UP_TO, LinearByRows
 

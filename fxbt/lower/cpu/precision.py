@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ...graph.canonical import argument
+from ...torch_compat import is_vnni_supported
 from .epilogue import activation_after, fused_in
 from .linears import can_be_packed, can_pack_here, pack_for_onednn
 
@@ -60,7 +61,7 @@ def precision_of(dtype: torch.dtype | None, quantize: str | None) -> type[Precis
 
 def can_quantize_here() -> bool:
     """Whether this machine sums products of 8-bit numbers without saturation."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    return torch.backends.mkldnn.is_available() and is_vnni_supported()
 
 
 def narrow_linears(precision: type[Precision], graph: fx.Graph, constant: set[fx.Node]) -> None:
