@@ -93,7 +93,7 @@ def test_casting_the_model_is_followed():
 def always_packed(torchs_kernels, monkeypatch):
     """Packs every linear, however small: which ones pay is for test_tune.py."""
     monkeypatch.setattr(fxbt.lower.cpu.linears, "PACKED_FROM_ELEMENTS", 0)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(fxbt.lower.cpu.linears, "is_avx512_supported", lambda: True)
 
 
 packed_here = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")

@@ -140,7 +140,7 @@ def test_other_values_are_refused():
 
 
 def test_a_cpu_without_the_instructions_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(fxbt.lower.cpu.precision, "is_vnni_supported", lambda: False)
     with pytest.raises(ValueError, match="needs a CPU with AVX512-VNNI"):
         fxbt.optimize(Block(), quantize="int8")
 

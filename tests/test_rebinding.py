@@ -23,7 +23,7 @@ X = torch.randn(2, 3, SIZE)
 @pytest.fixture(autouse=True)
 def packed(torchs_kernels, monkeypatch):
     monkeypatch.setattr(fxbt.lower.cpu.linears, "PACKED_FROM_ELEMENTS", 0)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(fxbt.lower.cpu.linears, "is_avx512_supported", lambda: True)
     with torch.no_grad():
         yield
 

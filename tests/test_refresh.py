@@ -22,7 +22,7 @@ X = torch.randn(2, SIZE)
 def packed(torchs_kernels, monkeypatch):
     """Linears read packed copies of their weights, and a patrol takes many rounds."""
     monkeypatch.setattr(fxbt.lower.cpu.linears, "PACKED_FROM_ELEMENTS", 0)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(fxbt.lower.cpu.linears, "is_avx512_supported", lambda: True)
     monkeypatch.setattr(patrol, "SMALLEST_PART", 2048)
     with torch.no_grad():
         yield

@@ -32,7 +32,7 @@ SIZE = 160  # a weight of 100 KiB: more than SMALLEST
 @pytest.fixture(autouse=True)
 def every_linear_is_packed(torchs_kernels, monkeypatch):
     monkeypatch.setattr(fxbt.lower.cpu.linears, "PACKED_FROM_ELEMENTS", 0)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(fxbt.lower.cpu.linears, "is_avx512_supported", lambda: True)
 
 
 class Block(nn.Module):

@@ -129,7 +129,7 @@ def test_by_rule_our_own_kernels_come_first_on_avx2(monkeypatch):
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 def test_by_rule_large_linears_are_packed_on_avx512(capability, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: capability == "AVX512")
+    monkeypatch.setattr(linears, "is_avx512_supported", lambda: capability == "AVX512")
     if capability == "AVX2":
         monkeypatch.setattr(native, "library", lambda: None)
     is_packed = capability == "AVX512"
