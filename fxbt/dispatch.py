@@ -19,6 +19,7 @@ from . import pipeline
 from .capture import outputs
 from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
 from .capture.containers import Arguments
+from .capture.effects import Buffer, Effects, check_buffers, memory_of
 from .capture.export import Captured, capture
 from .capture.isolated import isolated
 from .capture.locks import LOCK
@@ -76,8 +77,13 @@ class _Graph:
     compiled: Compiled | None = None
     reported: GraphReport | None = None
 
+    @property
+    def effects(self) -> Effects:
+        assert self.captured
+        return self.captured.effects
+
     def applies(self, tensors: Sequence[Tensor]) -> bool:
-        return _accepts(self.guards, tensors) and self._holds()
+        return _accepts(self.guards, tensors) and self._holds() and not self.effects.hold(tensors)
 
     def rebind(self, model: nn.Module) -> bool:
         """Takes over the tensors that stand in the places of others now; whether the graph holds with them."""
@@ -87,6 +93,7 @@ class _Graph:
             return False
         self.state, pairs = found
         self.compiled.rebind(pairs)
+        self.captured.effects.rebind(pairs)
         for constant in self.captured.read:
             constant.tensor = pairs.get(id(constant.tensor), constant.tensor)
         return self._holds()
@@ -276,8 +283,11 @@ class Dispatcher:
             FORKS.say()
         if graph.races is not None and self._original_is_faster(graph, graph.races.of(_elements(call.tensors)), call):
             return None
+        if graph.effects and active_hooks():  # which may end a recomputation, and what it writes, half-way
+            self.fall_back(f"forward changes {graph.effects.names[0]} in the model, under hooks on saved tensors")
+            return None
         try:
-            output = graph.rebuild(graph.run(*call.tensors), call.args, call.kwargs)
+            output = self._output(graph, call)
         except Exception as error:
             if comes_from_hook(error):
                 raise _ModelError(error) from error
@@ -294,6 +304,15 @@ class Dispatcher:
             self._remember_failure(call, graph.around)
         self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
         return _Served(output)
+
+    def _output(self, graph: _Graph, call: Call) -> Any:
+        effects = graph.effects
+        if not effects:
+            return graph.rebuild(graph.run(*call.tensors), call.args, call.kwargs)
+        values = graph.run(*call.tensors, *effects.inputs())
+        output = graph.rebuild(effects.outputs(values), call.args, call.kwargs)
+        effects.put(values)  # last: what may fail has not
+        return output
 
     def _original_is_faster(self, graph: _Graph, contest: race.Race, call: Call) -> bool:
         """Whether the original serves calls of this size; looks at it now and then."""
@@ -358,15 +377,16 @@ class Dispatcher:
     def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         """Runs the original, then captures the call. The caller sees the model's own errors only.
 
-        Returns the original's output if there is no graph, or if it draws random numbers, as the original's are the
-        ones to see then. Under hooks on saved tensors, which must see one way of computing throughout, it is None.
+        Returns the original's output if there is no graph, or if it draws random numbers or changes the model, as
+        what the original did is to be seen then. Under hooks on saved tensors, which must see one way of computing
+        throughout, it is None.
         """
         if hook := foreign_hook(self.original):
             self.fall_back(hook)
             return _Served(self._original_output(args, kwargs))
         is_watched = bool(active_hooks())
         drawn = torch.random.fork_rng(devices=_cuda_devices(call)) if is_watched else contextlib.nullcontext()
-        with hidden(), drawn:
+        with hidden(), drawn, preserved(self.original) if is_watched else contextlib.nullcontext():
             state = ModelState(self.original)
             watched = [*state.tensors, *call.tensors]
             before = versions(watched)
@@ -375,12 +395,16 @@ class Dispatcher:
                 output = self._original_output(args, kwargs)
             if hook := foreign_hook(self.original):
                 self.fall_back(hook)
+                if is_watched:
+                    state.restore()
                 return None if is_watched else _Served(output)
             self._graphs.note_capture()
             around, expected = recording.surroundings(), outputs.flatten(given.seen_in(output))
             rehearse = recording.wrote or not state.holds()
             graph = self._try_capture(call, expected, around, rehearse, (watched, before))
-        is_graphs = is_watched or (graph is not None and not graph.stochastic)
+            if is_watched and graph is None:
+                state.restore()  # it runs again
+        is_graphs = is_watched or (graph is not None and not graph.stochastic and not graph.effects)
         return None if is_graphs else _Served(output)
 
     def _try_capture(
@@ -393,11 +417,11 @@ class Dispatcher:
     ) -> _Graph | None:
         """The graph for a call; None, and why in the report, where there can be none."""
         try:
-            self._refuse_writes(*versions_before, call)
+            written = self._written(*versions_before, call)
             if isinstance(around, str):
                 raise CaptureError(around)
             with preserved(self.original), _collecting_rarely(), isolated():
-                return self._capture(call, expected, around, rehearse=rehearse)
+                return self._capture(call, expected, around, written, rehearse=rehearse)
         except CaptureError as error:
             if call.numbers:  # once more, with them as constants
                 call = self._with_constants(call, error)
@@ -413,16 +437,42 @@ class Dispatcher:
         self._drop_all([graph for graph in self._graphs if graph.numbers & call.numbers.keys()])
         return self._binder.call(call.args, call.kwargs)
 
-    def _refuse_writes(self, watched: list[Tensor], before: list[int], call: Call) -> None:
+    def _written(self, watched: list[Tensor], before: list[int], call: Call) -> list[tuple[str, Tensor]]:
+        """The buffers that the original wrote to in place, by name. Raises CaptureError for all else."""
         written = [tensor for tensor, old, new in zip(watched, before, versions(watched), strict=True) if old != new]
-        if not written:
-            return
-        names = {id(t): name for name, t in (*self.original.named_buffers(), *self.original.named_parameters())}
-        names.update({id(t): f"its argument {name}" for t, name in zip(call.tensors, call.names, strict=True)})
-        raise CaptureError(f"forward writes in place to {', '.join(names.get(id(t), 'a tensor') for t in written)}")
+        buffers = {id(tensor): name for name, tensor in self.original.named_buffers()}
+        arguments = {memory_of(t): f"its argument {name}" for t, name in zip(call.tensors, call.names, strict=True)}
+        parameters = {id(parameter): name for name, parameter in self.original.named_parameters()}
+        others = [t for t in written if id(t) not in buffers or memory_of(t) in arguments]
+        if others:
+            named = [arguments.get(memory_of(t), parameters.get(id(t), "a tensor")) for t in others]
+            raise CaptureError(f"forward writes in place to {', '.join(named)}")
+        check_buffers(self.original, [Buffer(buffers[id(tensor)], tensor) for tensor in written])
+        return [(buffers[id(tensor)], tensor) for tensor in written]
+
+    def _again(self, call: Call, effects: Effects) -> tuple[list[Any], pytree.TreeSpec]:
+        """What the original returns and leaves for a call, which it then has not made.
+
+        Raises:
+            CaptureError: it writes to other buffers than `effects` says, or returns the memory of one that it writes.
+        """
+        with preserved(self.original), effects.attributes_kept():
+            tensors = ModelState(self.original).writable()
+            before, counted = [tensor.detach().clone() for tensor in tensors], versions(tensors)
+            args, kwargs = call.rebuild(call.tensors)
+            given = Arguments(args, kwargs)
+            values, spec = outputs.flatten(given.seen_in(self.original.forward(*args, **kwargs)))
+            effects.note(tensors, before, counted)
+            effects.check_apart(values)
+            return [*values, *effects.current()], spec
 
     def _capture(
-        self, call: Call, expected: tuple[list[Any], pytree.TreeSpec], around: Surroundings, rehearse: bool
+        self,
+        call: Call,
+        expected: tuple[list[Any], pytree.TreeSpec],
+        around: Surroundings,
+        written: list[tuple[str, Tensor]],
+        rehearse: bool,
     ) -> _Graph:
         FORKS.uses_threads = True
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
@@ -430,6 +480,9 @@ class Dispatcher:
         known = [graph.shapes for graph in self._graphs.of(self._key(call))]
         varied = _varied([tensor.shape for tensor in call.tensors], known)
         captured = capture(self.original, call, self._tracer, rehearse=rehearse, varied=varied, around=around)
+        effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
+        if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
+            raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")
         self._check_pinned(pinned := _pinned(captured, call), call)
         try:
             compiled = pipeline.compile(
@@ -440,9 +493,10 @@ class Dispatcher:
                 precision=self._precision,
                 cuda_graphs=self._cuda_graphs,
             )
-            problem = None if compiled.stochastic else self._compare(compiled, captured.out_spec, call, *expected)
+            again = self._again(call, effects) if effects else expected  # what it changed, it reads
+            problem = None if compiled.stochastic else self._compare(compiled, captured, call, *again)
             problem = problem or self._compare_earlier(compiled, captured, call)
-            problem = problem or gradient_difference(compiled.dense, self.original, call, compiled.stochastic)
+            problem = problem or self._compare_gradients(compiled, effects, call)
         except RuleError as error:
             raise CaptureError(str(error)) from error
         except CaptureError:
@@ -456,11 +510,11 @@ class Dispatcher:
         graph = _Graph(
             compiled.run,
             captured.guards,
-            ModelState(self.original),
+            ModelState(self.original, effects.slots),
             around,
             outputs.Rebuild(captured.out_spec),
             [tensor.shape for tensor in call.tensors],
-            self._races(compiled),
+            self._races(compiled, effects),
             compiled.unpadding.uncounted if compiled.unpadding else compiled.run,
             compiled.stochastic,
             captured=captured,
@@ -479,7 +533,7 @@ class Dispatcher:
         assert graph.captured and graph.compiled
         signature = f"{call}{' training' if self.original.training else ''}"
         graph.reported = self.report.add_graph(signature, graph.captured, graph.compiled, graph.races)
-        tensors = set(map(id, graph.state.tensors))
+        tensors = set(map(id, (ModelState(self.original) if graph.effects.slots else graph.state).tensors))
         # What one reads is no longer the model's, or calls have an input where it has a constant.
         self._drop_all([g for g in self._graphs if not tensors.issuperset(map(id, g.state.tensors))])
         self._drop_all([g for g in self._graphs if g.constants & graph.numbers])
@@ -504,20 +558,27 @@ class Dispatcher:
                 stacklevel=_callers_level(),
             )
 
+    def _compare_gradients(self, compiled: Compiled, effects: Effects, call: Call) -> str | None:
+        def run(*tensors: Tensor) -> Sequence[Any]:
+            return compiled.dense(*tensors, *effects.inputs())
+
+        with effects.attributes_kept():
+            return gradient_difference(run, self.original, call, compiled.stochastic, effects.current)
+
     def _compare(
         self,
         compiled: Compiled,
-        spec: pytree.TreeSpec,
+        captured: Captured,
         call: Call,
         expected: list[Any],
         original_spec: pytree.TreeSpec,
     ) -> str | None:
         """What differs between the graph's outputs and the original's on the same call; None if nothing does."""
-        if spec != original_spec:
-            return f"their structure is {spec}, not {original_spec}"
+        if captured.out_spec != original_spec:
+            return f"their structure is {captured.out_spec}, not {original_spec}"
         is_precise = compiled.precision is None
         dense = compiled.run if compiled.unpadding is None else compiled.dense
-        found: Sequence[Any] = dense(*call.tensors)
+        found: Sequence[Any] = dense(*call.tensors, *captured.effects.inputs())
         if compiled.unpadding is not None and (problem := self._compare_padded(compiled, compiled.unpadding, call)):
             return problem
         if compiled.unpadding is not None and compiled.unpadding.original_blanks:
@@ -567,13 +628,14 @@ class Dispatcher:
             return None
         args, kwargs = call.rebuild(tensors)
         earlier_call = replace(call, args=args, kwargs=kwargs, tensors=tuple(tensors))
-        given = Arguments(args, kwargs)
-        expected = outputs.flatten(given.seen_in(self.original.forward(*args, **kwargs)))
-        return self._compare(compiled, captured.out_spec, earlier_call, *expected)
+        return self._compare(compiled, captured, earlier_call, *self._again(earlier_call, captured.effects))
 
-    def _races(self, compiled: Compiled) -> race.Races | None:
-        """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file."""
-        may_not = torch.is_grad_enabled() or compiled.stochastic or not self._keep_original
+    def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
+        """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file.
+
+        And without effects, which a call has once.
+        """
+        may_not = torch.is_grad_enabled() or compiled.stochastic or not self._keep_original or effects
         return race.Races() if autotune.is_enabled() and not may_not else None
 
     def _remember_failure(self, call: Call, around: Surroundings | None) -> None:

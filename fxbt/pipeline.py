@@ -111,7 +111,7 @@ def _compile(
     parts, in_parts = _parts(flat, program, weights, captured, precision)
     unpadding = None
     if padding == "drop":
-        record, unpadding = _drop_padding(flat, program, weights, captured.example, precision, cuda_graphs, in_parts)
+        record, unpadding = _drop_padding(flat, program, weights, captured, precision, cuda_graphs, in_parts)
         stages.append(record)
     return Compiled(
         run=unpadding or in_parts(program),
@@ -143,7 +143,7 @@ def _drop_padding(
     module: fx.GraphModule,
     dense: Program,
     weights: Weights | None,
-    example: Sequence[torch.Tensor],
+    captured: Captured,
     precision: type[Precision] | None,
     cuda_graphs: bool,
     in_parts: Callable[[Run], Run],
@@ -152,13 +152,14 @@ def _drop_padding(
     unpadding = None
     with _recorded("padding", module) as record:
         weights = _at_inference(module, weights, "padding is dropped")
-        devices = {tensor.device for tensor in example}
+        _check_effects(captured, "padding is kept")
+        devices = {tensor.device for tensor in captured.example}
         if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
             raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))
         unpadded = drop_padding(module)
         unmasked = unmask(module, unpadded.validities)
         made = Unpadding(dense, unpadded, unmasked, weights, precision, cuda_graphs, in_parts)
-        made.check(example)
+        made.check(captured.example)
         unpadding = made
     return record, unpadding
 
@@ -174,6 +175,7 @@ def _parts(
     in_parts: Callable[[Run], Run] = _whole
     with _recorded("parts", module) as record:
         _at_inference(module, weights, "batches are parted")
+        _check_effects(captured, "batches stay whole")
         if any(tensor.device.type != "cpu" for tensor in captured.example):
             raise Miss("batches are parted on a CPU only")
         made = functools.partial(InParts, batch=batch_of(module.graph), guards=captured.guards)
@@ -192,6 +194,11 @@ def _at_inference(module: fx.GraphModule, weights: Weights | None, what: str) ->
     if is_stochastic(module.graph):
         raise Miss(f"the graph draws random numbers; {what} at inference only")
     return weights
+
+
+def _check_effects(captured: Captured, what: str) -> None:
+    if captured.effects:
+        raise Miss(f"forward changes {', '.join(captured.effects.names[:3])} in the model; {what}")
 
 
 @contextlib.contextmanager

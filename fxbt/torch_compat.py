@@ -69,6 +69,10 @@ silu, silu_, gelu_ = torch._C._nn.silu, torch._C._nn.silu_, torch._C._nn.gelu_  
 # Raises on a device later, without waiting for it: torch has no public assertion of a tensor's value in a graph.
 assert_async = torch._assert_async
 
+# Writes to a tensor that count as none for autograd: those that a capture takes back.
+preserving_version = torch.autograd._unsafe_preserve_version_counter
+set_versions: Callable[[tuple[Tensor, ...], tuple[int, ...]], None] = torch._C._autograd._unsafe_set_version_counter
+
 # Whether any device's autocast is on: `torch.is_autocast_enabled` asks of one device.
 is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 

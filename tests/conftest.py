@@ -78,7 +78,6 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 # Faults that issue 21 still has open; each is a line in its closing note.
 OPEN = {
     "nobody_can_tell[seed_set_inside": "a seed set inside forward is not set by a graph: wrong, silently",
-    "nobody_can_tell[old_weight_norm": "old-style weight_norm gets no graph yet",
     "nobody_can_tell[nested_buffer": "the gate itself cannot copy such a buffer",
     "nobody_can_tell[subclass_as_a_buffer": "refused, by another reason than the gate expects",
     "nobody_can_tell[script_module_inside-training": "gradients of eager's TorchScript copy differ in the gate",

@@ -169,7 +169,7 @@ def count(self, x):
 
 
 def cache(self, x):
-    self.cached = x * 2
+    self.cached = x * 2 if self.cached is None else self.cached + x.sum()
     return self.cached
 
 
@@ -191,7 +191,7 @@ def raising(self, x):
 
 REFUSED = {
     "counter": (made(count, calls=0), (), r"changes attributes of the model \(model: calls\)"),
-    "kept tensor": (made(cache, cached=None), (), r"changes attributes of the model \(model: cached\)"),
+    "kept tensor": (made(cache, cached=None), (), "reads what an earlier call left .* cached"),
     "input written": (made(lambda self, x: x.add_(1)), (), "writes in place to its argument x"),
     "generator returned": (made(lambda self, x: (x, {"kv": iter(())})), (), r"output\[1\]\['kv'\] holds a tuple_iter"),
     "object returned": (made(lambda self, x: object()), (), "output holds a object, which a graph cannot return"),
@@ -208,13 +208,19 @@ def test_refusals_say_what_and_leave_the_model(case):
     assert vars(model) == before
 
 
-def test_written_buffers_are_refused():
-    model = nn.Sequential(nn.BatchNorm1d(3))
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(CaptureError, match="writes in place to .*0.num_batches_tracked"):
-        capture(model, make_call(model, torch.randn(4, 3)))
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name]), name
+def test_written_buffers_are_inputs_and_outputs_and_stay_as_they_are():
+    model, reference = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
+    x = torch.randn(4, 3)
+    captured = capture(model, make_call(model, x))
+    torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=0, atol=0)
+    names = ["0.running_mean", "0.running_var", "0.num_batches_tracked"]
+    assert captured.effects.names == names and not any(
+        node.op == "get_attr" and node.target in names for node in captured.module.graph.nodes
+    )
+    values = captured.module(x, *captured.effects.inputs())
+    torch.testing.assert_close(captured.effects.outputs(values), (reference(x),))
+    captured.effects.put(values)
+    torch.testing.assert_close(model.state_dict(), reference.state_dict())
 
 
 def test_no_fake_tensor_is_left_after_a_failure():
@@ -511,7 +517,7 @@ def converted(self, x):
 
 
 @pytest.mark.parametrize(
-    "forward, words", [(assigned, "writes in place to table"), (converted, "converts weight of a")]
+    "forward, words", [(assigned, "puts another tensor in the place of table"), (converted, "converts weight of a")]
 )
 def test_conversions_that_change_something_are_refused(forward, words):
     model = made(forward, linear=nn.Linear(4, 4))
@@ -593,8 +599,25 @@ def test_a_tensor_that_is_counted_up_is_no_constant():
 
     model = made(forward)
     model.register_buffer("seen", torch.tensor(1))
-    with pytest.raises(CaptureError, match="writes in place to seen"):
-        capture(model, make_call(model, x=torch.randn(2, 8)))
+    x = torch.randn(2, 8)
+    captured = capture(model, make_call(model, x))
+    assert not captured.read and aten.item.default in targets(captured)
+    for seen in (2, 3, 4):
+        values = captured.module(x, *captured.effects.inputs())
+        captured.effects.put(values)
+        assert torch.equal(values[0], x[:, :seen]) and model.seen == seen
+
+
+def test_a_value_that_decides_and_is_written_is_refused():
+    def forward(self, x):
+        y = x[:, : self.seen]
+        self.seen.add_(1)
+        return y
+
+    model = made(forward)
+    model.register_buffer("seen", torch.tensor(1))
+    with pytest.raises(CaptureError, match="goes by the value of seen, which it writes"):
+        capture(model, make_call(model, torch.randn(2, 8)))
 
 
 def branching(self, x, mask):

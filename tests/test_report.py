@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxbt
+from fxbt.capture.effects import Effects
 from fxbt.explain.report import Report
 from fxbt.graph.miss import Miss
 from fxbt.graph.record import Rewrite, Snapshot, StageRecord
@@ -68,7 +69,7 @@ def add(report: Report, misses: list[Miss], fired: tuple[str, ...] = (), signatu
         parts=StageRecord("parts", [""]),
     )
     report.add_graph(
-        signature, SimpleNamespace(weights=None, seconds=1.25, out_spec=pytree.tree_structure((0,))), compiled
+        signature, SimpleNamespace(effects=Effects(), seconds=1.25, out_spec=pytree.tree_structure((0,))), compiled
     )  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -43,8 +43,9 @@ from .checkpointing import mark_blocks
 from .codes import is_model_code
 from .constant_inputs import Constants, constant, knowing
 from .containers import Arguments, Given, named_leaves
+from .effects import Buffer, Effects, buffer_metas, check_buffers, make_inputs, unread, written_names
 from .functional import functional
-from .model_state import HOOKS, ModelState, preserved
+from .model_state import HOOKS, ModelState, Slot, preserved
 from .regions import inline_regions
 from .size_scalars import Constant, Scalars
 from .stand_ins import patched
@@ -74,14 +75,18 @@ _MANY_SIZES = 256  # of a call, at most, are compared at every call
 
 @dataclass
 class Captured:
-    """A captured graph. Its placeholders are the call's tensors in order; its output is a flat tuple of values."""
+    """A captured graph. Its placeholders are the call's tensors in order; its output is a flat tuple of values.
+
+    Those of its `effects` on the model come after both.
+    """
 
     module: fx.GraphModule
     out_spec: pytree.TreeSpec
     guards: Callable[..., None]  # guards(*tensors) raises AssertionError naming the condition that does not hold
-    example: tuple[Tensor, ...]
+    example: tuple[Tensor, ...]  # of all placeholders
     read: list[Constant] = field(default_factory=list)  # tensors of the model whose values the guards compare
     seconds: float = 0.0
+    effects: Effects = field(default_factory=Effects)
 
 
 @dataclass
@@ -92,6 +97,7 @@ class _Outputs:
     constants: dict[int, Any] = field(default_factory=dict)  # position among the leaves -> value
     originals: dict[str, Tensor] = field(default_factory=dict)  # the model's buffers
     read: list[Constant] = field(default_factory=list)  # those whose value is part of the graph
+    replaced: set[str] = field(default_factory=set)  # those in whose places other tensors stand after it
 
 
 def capture(
@@ -120,11 +126,10 @@ def capture(
     _refuse_scripted(model)
     with _plain_modes(), preserved(model), contextlib.nullcontext() if around is None else around.kept():
         example = tuple(_fresh(tensor) for tensor in call.tensors)
-        if rehearse:
-            _rehearse(model, call, example, around)
+        slots = _rehearse(model, call, example, around) if rehearse else []
         state = ModelState(model)
         try:
-            captured = _capture(model, call, example, tracer, varied)
+            captured = _capture(model, call, example, tracer, varied, slots)
         except CaptureError:
             raise
         except Exception as error:
@@ -159,19 +164,28 @@ def share(model: nn.Module, kind: type) -> Any:
     return other
 
 
-def _capture(model: nn.Module, call: Call, example: tuple[Tensor, ...], tracer: str, varied: Axes) -> Captured:
+def _capture(
+    model: nn.Module, call: Call, example: tuple[Tensor, ...], tracer: str, varied: Axes, slots: list[Slot]
+) -> Captured:
     if tracer == "hf-fx":
+        if slots:
+            raise CaptureError(f"forward changes attributes of the model ({slots[0].name}); a graph would not")
         return _capture_hf_fx(model, call, example)
-    return _capture_export(model, call, example, type(model).forward, varied)
+    return _capture_export(model, call, example, type(model).forward, varied, slots)
 
 
 def _capture_export(
-    model: nn.Module, call: Call, example: tuple[Tensor, ...], run: Callable[..., Any], varied: Axes = frozenset()
+    model: nn.Module,
+    call: Call,
+    example: tuple[Tensor, ...],
+    run: Callable[..., Any],
+    varied: Axes = frozenset(),
+    slots: Sequence[Slot] = (),
 ) -> Captured:
     errors: list[Exception] = []
     for attempt in _attempts(model, call, example, varied, errors):
         try:
-            captured = _export(model, call, attempt, run)
+            captured = _export(model, call, attempt, run, slots)
             captured.guards(*example)
             return captured
         except CaptureError:
@@ -271,23 +285,42 @@ def _accepts(model: nn.Module, call: Call, tensors: tuple[Tensor, ...]) -> bool:
     return True
 
 
-def _rehearse(model: nn.Module, call: Call, example: tuple[Tensor, ...], around: Surroundings | None) -> None:
-    """Runs the model until it is at rest: the second call at the latest must leave its attributes alone.
+def _rehearse(model: nn.Module, call: Call, example: tuple[Tensor, ...], around: Surroundings | None) -> list[Slot]:
+    """Runs the model until it is at rest; returns the attributes that it sets to another tensor each time.
 
-    What is beside them, the call before this one has seen already, so that the first one must leave it alone.
+    They hold what they held. What is beside the model's attributes, the call before this one has seen already, so that
+    the first run must leave it alone.
     """
     first = ModelState(model)
-    _run(model, call, example)
-    if around is not None and (written := around.changed()):
-        raise CaptureError(f"forward writes to {', '.join(written[:3])} beside its attributes; a graph would not")
-    if first.holds():
-        return
-    second = ModelState(model)
-    _run(model, call, example)
-    if not second.holds():
-        changed = "; ".join(second.changed()[:3])
+    try:
+        _run(model, call, _anew(example))
+        if around is not None and (written := around.changed()):
+            raise CaptureError(f"forward writes to {', '.join(written[:3])} beside its attributes; a graph would not")
+        slots = [] if first.holds() else _slots(model, call, example)
+    except Exception:
         first.restore()
-        raise CaptureError(f"forward changes attributes of the model ({changed}); a graph would not")
+        raise
+    first.put_back(slots)
+    return slots
+
+
+def _slots(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> list[Slot]:
+    """The attributes that the second run and those after it set to another tensor; nothing else may change then."""
+    second = ModelState(model)
+    _run(model, call, _anew(example))
+    if second.holds():
+        return []
+    third = ModelState(model, slots := second.replaced())
+    _run(model, call, _anew(example))
+    if third.holds():
+        return slots
+    changed = "; ".join(third.changed()[:3])
+    raise CaptureError(f"forward changes attributes of the model ({changed}); a graph would not")
+
+
+def _anew(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same in other tensors, as each call has its own: a model that keeps its input keeps another one each time."""
+    return tuple(map(_fresh, example))
 
 
 def _run(model: nn.Module, call: Call, tensors: Sequence[Tensor]) -> Any:
@@ -295,16 +328,20 @@ def _run(model: nn.Module, call: Call, tensors: Sequence[Tensor]) -> Any:
     return model.forward(*args, **kwargs)
 
 
-def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., Any]) -> Captured:
+def _export(
+    model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., Any], slots: Sequence[Slot]
+) -> Captured:
     outputs = _Outputs(originals=dict(model.named_buffers()))
     tensors = attempt.tensors
     fixed = {i: tensors[i] for i in attempt.fixed}
     # A GraphModule's class is made for its own graph, and torch.export asks such modules for it.
     kind = nn.Module if isinstance(model, fx.GraphModule) else type(model)
-    forward = _flat_forward(call, outputs, run, ModelState(model), fixed, attempt.answers)
-    flat = object.__new__(_subclass(kind, {"forward": forward}))
     # Hooks on the model itself are called around its forward as ever, graph or not.
-    object.__setattr__(flat, "__dict__", {**vars(model), **{kind: OrderedDict() for kind in HOOKS}})
+    attributes = {**vars(model), **{kind: OrderedDict() for kind in HOOKS}}
+    traced = [replace(slot, attributes=attributes) if slot.attributes is vars(model) else slot for slot in slots]
+    forward = _flat_forward(call, outputs, run, ModelState(model), fixed, attempt.answers, traced)
+    flat = object.__new__(_subclass(kind, {"forward": forward}))
+    object.__setattr__(flat, "__dict__", attributes)
     numbers = _indices(call)
     dims = [
         {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] != 1 and attempt.frees(i, axis)}
@@ -326,12 +363,25 @@ def _export(model: nn.Module, call: Call, attempt: _Attempt, run: Callable[..., 
         warnings.simplefilter("ignore")
         program = torch.export.export(flat, tensors, strict=False, dynamic_shapes=(tuple(dims),) if dims else None)
         program = functional(program, call.names)
-    module = _flat_module(program, model, call, outputs)
+    effects, metas = _effects(program, outputs, slots), buffer_metas(program)
+    module = _flat_module(program, model, call, outputs, effects)
     assert outputs.spec is not None
     guards = _guards(module, call.names, fixed)
     if outputs.read:
         guards = _also(guards, outputs.read)
-    return Captured(module, outputs.spec, guards, tensors, outputs.read)
+    check_buffers(model, effects.buffers)
+    make_inputs(module, [buffer.name for buffer in effects.buffers], metas)
+    return Captured(module, outputs.spec, guards, (*tensors, *effects.inputs()), outputs.read, effects=effects)
+
+
+def _effects(program: ExportedProgram, outputs: _Outputs, slots: Sequence[Slot]) -> Effects:
+    """What a program without in-place writes changes in the model."""
+    written = written_names(program)
+    if replaced := [name for name in written if name in outputs.replaced]:
+        raise CaptureError(f"forward puts another tensor in the place of {', '.join(replaced)}; a graph would not")
+    if decides := [constant.name for constant in outputs.read if constant.name in written]:
+        raise CaptureError(f"forward goes by the value of {', '.join(decides)}, which it writes in place to")
+    return Effects([Buffer(name, outputs.originals[name]) for name in written], list(slots))
 
 
 @contextlib.contextmanager
@@ -357,6 +407,7 @@ def _flat_forward(
     state: ModelState,
     fixed: dict[int, Tensor],
     answers: tuple[Answer, ...],
+    slots: Sequence[Slot],
 ) -> Callable[..., tuple[Any, ...]]:
     numbers = _indices(call)
 
@@ -371,15 +422,19 @@ def _flat_forward(
             Constants() if fixed else contextlib.nullcontext(),
             Followed(answers, _is_user_code),
             Scalars(self, outputs.originals) as scalars,
+            unread(slots) as values_left,
         ):
+            buffers = dict(self.named_buffers())
             result = arguments.seen_in(run(self, *args, **kwargs))
+            left = values_left()
         outputs.read = scalars.read
+        outputs.replaced = {name for name, value in self.named_buffers() if value is not buffers.get(name)}
         flat, outputs.spec = forms.flatten(result)
         _check_outputs(result, flat)
         if kept := [type(value).__name__ for value in forms.plain_objects(result) if state.knows(value)]:
             raise CaptureError(f"forward returns a {kept[0]} that the model keeps; a graph would return another")
         outputs.constants = {i: leaf for i, leaf in enumerate(flat) if isinstance(leaf, _CONSTANTS)}
-        return tuple(leaf for leaf in flat if not isinstance(leaf, _CONSTANTS))
+        return *(leaf for leaf in flat if not isinstance(leaf, _CONSTANTS)), *left
 
     return forward
 
@@ -406,7 +461,9 @@ def _check_outputs(result: Any, flat: list[Any]) -> None:
     )
 
 
-def _flat_module(program: ExportedProgram, model: nn.Module, call: Call, outputs: _Outputs) -> fx.GraphModule:
+def _flat_module(
+    program: ExportedProgram, model: nn.Module, call: Call, outputs: _Outputs, effects: Effects
+) -> fx.GraphModule:
     inline_regions(program.graph_module)
     mark_blocks(program.graph_module)
     graph = program.graph
@@ -429,7 +486,7 @@ def _flat_module(program: ExportedProgram, model: nn.Module, call: Call, outputs
     for node in [node for node in graph.nodes if node.op == "placeholder"]:
         node.target = re.sub(r"\W+", "_", next(names)).strip("_")
         node._rename(node.target)
-    _set_outputs(graph, outputs.constants)
+    _set_outputs(graph, outputs.constants, effects)
     module = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
     module.meta["fxbt_asserted"] = _erase_asserts(graph)
     graph.eliminate_dead_code()
@@ -445,11 +502,15 @@ def _attribute(model: nn.Module, path: str, program: ExportedProgram) -> Tensor:
     return value if isinstance(value, Tensor) else program.constants[path]
 
 
-def _set_outputs(graph: fx.Graph, constants: dict[int, Any]) -> None:
+def _set_outputs(graph: fx.Graph, constants: dict[int, Any], effects: Effects) -> None:
+    """Puts constants in their places, and what goes to buffers, which comes first, behind what forward returns."""
     output = graph.output_node()
-    values = iter(output.args[0])  # type: ignore[arg-type]
-    count = len(output.args[0]) + len(constants)  # type: ignore[arg-type]
-    output.args = (tuple(constants[i] if i in constants else next(values) for i in range(count)),)
+    returned: Any = output.args[0]
+    written, returned = returned[: len(effects.buffers)], returned[len(effects.buffers) :]
+    count = len(returned) - len(effects.slots)
+    values = iter(returned[:count])
+    result = [constants[i] if i in constants else next(values) for i in range(count + len(constants))]
+    output.args = ((*result, *written, *returned[count:]),)
 
 
 def _erase_asserts(graph: fx.Graph) -> list[sympy.Basic]:

@@ -1,7 +1,8 @@
-"""An exported program -> the same without in-place writes; refuses one whose writes can be seen from outside.
+"""An exported program -> the same without in-place writes; refuses one whose writes show in arguments or parameters.
 
 Most writes are to a value that nothing else holds, as in `scores = query @ key.mT; scores += bias`, and become the op
-that returns a new one. For all others torch functionalises the program, which takes as long as the export itself.
+that returns a new one. For all others torch functionalises the program, which takes as long as the export itself; new
+values of the model's buffers are outputs then.
 """
 
 from __future__ import annotations
@@ -17,17 +18,27 @@ from torch.export import ExportedProgram
 from ..errors import CaptureError
 from ..graph.canonical import argument, drop_inactive_dropout, writes
 from ..torch_compat import OpOverload, predispatch, pytree
+from .checkpointing import regions_of
+from .regions import inline_regions
 
 aten = torch.ops.aten
 
 _CONVERSIONS = tuple(getattr(aten.to, name) for name in ("device", "dtype", "dtype_layout", "other"))
+# Ops that write to their running statistics, and the argument that says so.
+_STATISTICS = {
+    aten.batch_norm.default: "training",
+    aten.native_batch_norm.default: "training",
+    aten.cudnn_batch_norm.default: "training",
+    aten.instance_norm.default: "use_input_stats",
+}
 
 
 def functional(program: ExportedProgram, names: list[str]) -> ExportedProgram:
-    """The program without in-place writes.
+    """The program without in-place writes; what it writes to buffers are its first outputs.
 
-    Raises `CaptureError` if it writes to the model's tensors, to its arguments, which have these `names`, or to a value
-    that shows in another one through an op that does not say so.
+    Raises `CaptureError` if it writes to the model's parameters, to its arguments, which have these `names`, to a value
+    that shows in another one through an op that does not say so, or to a buffer inside a checkpoint, which writes again
+    in the backward.
     """
     for node in program.graph.nodes:
         if node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
@@ -39,10 +50,17 @@ def functional(program: ExportedProgram, names: list[str]) -> ExportedProgram:
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
     for graph in graphs:
         _return_instead(graph)
-    if any(writes(node) or _is_of_vmap(node) for graph in graphs for node in graph.nodes):
+    nodes = [node for graph in graphs for node in graph.nodes]
+    if any(writes(node) or _writes_statistics(node) or _is_of_vmap(node) for node in nodes):
+        is_checkpointed = any(map(regions_of, nodes))
+        inline_regions(program.graph_module, may_write=True)
         program = program.run_decompositions({})
+        if is_checkpointed and (mutated := list(program.graph_signature.buffers_to_mutate.values())):
+            raise CaptureError(f"forward writes in place to {', '.join(mutated)} and uses checkpoints, which may again")
+        if left := [str(node.target) for node in program.graph.nodes if _writes_statistics(node)]:
+            raise CaptureError(f"forward writes in place to the statistics of {left[0].removeprefix('aten.')}")
     signature = program.graph_signature
-    if mutated := [*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()]:
+    if mutated := list(signature.parameters_to_mutate.values()):
         raise CaptureError(f"forward writes in place to {', '.join(mutated)}; a graph would not")
     if mutated := list(signature.user_inputs_to_mutate.values()):
         inputs = dict(zip(signature.user_inputs, names, strict=True))
@@ -151,6 +169,12 @@ def _is_unconverted(value: Any, tensor: fx.Node) -> bool:
         if (converted.dtype, converted.device, converted.stride()) != (kept.dtype, kept.device, kept.stride()):
             return False
     return True
+
+
+def _writes_statistics(node: fx.Node) -> bool:
+    """Whether it is a normalization in training that keeps its statistics, of which its schema says nothing."""
+    switch = _STATISTICS.get(node.target) if isinstance(node.target, OpOverload) else None
+    return switch is not None and bool(argument(node, switch)) and argument(node, "running_mean") is not None
 
 
 def _is_of_vmap(node: fx.Node) -> bool:

@@ -6,14 +6,15 @@ import contextlib
 import inspect
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..torch_compat import TensorGuards, dict_version
+from ..torch_compat import TensorGuards, dict_version, set_versions
 
 _OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, types.BuiltinFunctionType, partial)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -26,14 +27,34 @@ NOT_READ = {
 _OBJECT_DEPTH = 3  # a config inside a config inside a module: deeper than that is not the model's own state
 
 
+@dataclass(eq=False)
+class Slot:
+    """An attribute of a module that each forward sets to another tensor."""
+
+    attributes: dict[str, Any]  # of the module
+    key: str
+    name: str  # in the model
+
+    @property
+    def value(self) -> Any:
+        """What the attribute holds now; None where there is none."""
+        return self.attributes.get(self.key)
+
+    @value.setter
+    def value(self, new: Any) -> None:
+        self.attributes[self.key] = new
+
+
 class ModelState:
     """Every `__dict__`, dict, list and set reachable from a model as it is now, and the tensors in them.
 
     Values of tensors are no part of it (graphs share the tensors); which tensors they are, their dtype, device, shape
-    and strides are.
+    and strides are. The attributes in `unread` are no part of it either: forward sets them before it reads them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, unread: Sequence[Slot] = ()) -> None:
+        self.unread = tuple(unread)
+        self._left_out = {(id(slot.attributes), slot.key) for slot in unread}
         self._live: list[Any] = []
         self._places: list[str] = []
         self._single: list[tuple[Any, Any, Tensor]] = []  # of one element: these compare equal by value, so by identity
@@ -41,6 +62,7 @@ class ModelState:
         self._classes: list[type[nn.Module]] = []
         self._seen: set[int] = set()
         self._visit_object(model, "", 0)
+        self._live = [self._without_unread(container) for container in self._live]
         self._copies = [_copy(container) for container in self._live]
         self._kinds = list(map(_kind, self.tensors))
         self._untouched: _Untouched | None = None
@@ -72,7 +94,7 @@ class ModelState:
 
     def shares_with(self, other: ModelState) -> bool:
         """Whether a module, a tensor, or anything else that can change is part of both models."""
-        mine, its = ({id(part) for part in (*state._live, *state.tensors)} for state in (self, other))
+        mine, its = ({id(part) for part in (*map(_whole, state._live), *state.tensors)} for state in (self, other))
         return not mine.isdisjoint(its)
 
     def is_of_same_classes(self, other: ModelState) -> bool:
@@ -91,6 +113,19 @@ class ModelState:
             self._untouched = untouched if self._equals() else None  # another thread may have edited meanwhile
         return True
 
+    def writable(self) -> list[Tensor]:
+        """The tensors that forward may write to, but for parameters: a forward that writes those is refused."""
+        return [t for t in self.tensors if not isinstance(t, nn.Parameter) and _can_be_copied(t)]
+
+    def replaced(self) -> list[Slot]:
+        """The attributes of modules that held a tensor and hold another one now."""
+        found = []
+        for live, copy, place in zip(self._live, self._copies, self._places, strict=True):
+            keys = _differing(live, copy) if isinstance(live, dict) and "_parameters" in live else []
+            names = {key: f"{place}.{key}".removeprefix(".") for key in keys}
+            found += [Slot(live, k, name) for k, name in names.items() if _are_tensors(live.get(k), copy.get(k))]
+        return found
+
     def changed(self) -> list[str]:
         """The places that differ now, as `path: key, key`."""
         differing = []
@@ -100,13 +135,24 @@ class ModelState:
                 differing.append(f"{place or 'model'}: {', '.join(keys)}")
         return differing
 
+    def put_back(self, slots: Sequence[Slot]) -> None:
+        """Gives these attributes what they held."""
+        held = {id(live): copy for live, copy in zip(self._live, self._copies, strict=True)}
+        for slot in slots:
+            slot.value = held[id(slot.attributes)][slot.key]
+
     def restore(self) -> None:
         """Puts every container back, in place."""
         for live, copy in zip(self._live, self._copies, strict=True):
             if not _differing(live, copy):
                 continue
-            live.clear()
-            live.extend(copy) if isinstance(live, list) else live.update(copy)
+            kept = {slot.key: slot.value for slot in self.unread if slot.attributes is _whole(live)}
+            _whole(live).clear()
+            live.extend(copy) if isinstance(live, list) else _whole(live).update({**copy, **kept})
+
+    def _without_unread(self, container: Any) -> Any:
+        keys = {slot.key for slot in self.unread if slot.attributes is container}
+        return _Partly(container, keys) if keys else container
 
     def _visit_object(self, value: Any, place: str, depth: int) -> None:
         if isinstance(value, nn.Module) and type(value) not in self._classes:
@@ -125,7 +171,7 @@ class ModelState:
             self._visit_value(container, key, value, place, depth)
 
     def _visit_value(self, container: Any, key: Any, value: Any, place: str, depth: int) -> None:
-        if key in NOT_READ:
+        if key in NOT_READ or (id(container), key) in self._left_out:
             return
         inner = place if key in ("_modules", "_parameters", "_buffers") else f"{place}.{key}".removeprefix(".")
         if isinstance(value, Tensor):
@@ -145,6 +191,30 @@ class ModelState:
             self._single.append((container, key, tensor))
 
 
+class _Partly:
+    """A dict without some of its keys, as it is whenever it is asked."""
+
+    def __init__(self, whole: dict[str, Any], left_out: set[str]) -> None:
+        self.whole = whole
+        self._left_out = left_out
+
+    def now(self) -> dict[str, Any]:
+        return {key: value for key, value in self.whole.items() if key not in self._left_out}
+
+    def __eq__(self, other: object) -> bool:
+        return self.now() == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _whole(container: Any) -> Any:
+    return container.whole if isinstance(container, _Partly) else container
+
+
+def _are_tensors(*values: Any) -> bool:
+    return all(type(value) is Tensor for value in values)
+
+
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.is_nested:  # their sizes are no one shape
         return tensor.dtype, tensor.device, tensor.layout, id(tensor)
@@ -154,6 +224,8 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 
 def _copy(container: Any) -> Any:
     """A plain copy with the same items: a container's own `copy` may do anything."""
+    if isinstance(container, _Partly):
+        return container.now()
     if isinstance(container, dict):
         return dict(container)
     return set(container) if isinstance(container, set) else list(container)
@@ -198,27 +270,32 @@ class _Untouched:
         )
 
 
-def versions(tensors: list[Tensor]) -> list[int]:
+def versions(tensors: Sequence[Tensor]) -> list[int]:
     """The in-place write counters; inference tensors have none."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Runs a block after which the random state and the values of the model's buffers are as before."""
+    """Runs a block after which the random state and the values of the model's buffers are as before.
+
+    So are their versions: what the caller's autograd kept of a buffer is what it kept.
+    """
     state = ModelState(model)
-    # Parameters are not copied: a forward that writes those is refused, not rehearsed.
-    kept = [(t, t.detach().clone()) for t in state.tensors if not isinstance(t, nn.Parameter) and _can_be_copied(t)]
+    tensors = state.writable()
+    kept = [(t, t.detach().clone(), version) for t, version in zip(tensors, versions(tensors), strict=True)]
     devices = {t.device for t in state.tensors if t.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         with torch.no_grad():
-            for tensor, value in kept:
+            for tensor, value, version in kept:
                 # By value, as batch norm writes its statistics without counting a version; NaN is copied needlessly.
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
+                if versions([tensor]) != [version]:
+                    set_versions((tensor,), (version,))
 
 
 def _can_be_copied(tensor: Tensor) -> bool:
@@ -281,6 +358,7 @@ def _package(path: str | None) -> str | None:
 
 
 def _differing(live: Any, copy: Any) -> list[str]:
+    live = live.now() if isinstance(live, _Partly) else live
     if isinstance(live, list):
         live, copy = dict(enumerate(live)), dict(enumerate(copy))
     if isinstance(live, set):

@@ -30,7 +30,7 @@ def rebound(old: ModelState, model: nn.Module) -> tuple[ModelState, Pairs] | Non
         >>> model.load_state_dict(checkpoint, assign=True)
         >>> state, pairs = rebound(state, model)
     """
-    new = ModelState(model)
+    new = ModelState(model, old.unread)
     if not old.is_of_same_classes(new):
         return None
     comparison = _Comparison(old, new)

@@ -17,17 +17,18 @@ NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
-def inline_regions(module: fx.GraphModule) -> None:
+def inline_regions(module: fx.GraphModule, may_write: bool = False) -> None:
     """Puts the body of each block that changes nothing but gradients in place of its call.
 
-    Blocks without gradients detach what they return. Kept as calls: blocks with gradients inside code without, and
-    autocast that is on, or that switches off the caller's own.
+    Blocks without gradients detach what they return, or, where they may write in place, what they are given: the
+    writes then go to the same memory, and are without gradients too. Kept as calls: blocks with gradients inside code
+    without, and autocast that is on, or that switches off the caller's own.
     """
     waiting = list(module.graph.nodes)
     for node in waiting:
         body = _body(module, node)
         if body is not None:
-            waiting.extend(_inline(module, node, body))
+            waiting.extend(_inline(module, node, body, may_write))
 
 
 def _body(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -41,13 +42,16 @@ def _body(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _inline(module: fx.GraphModule, call: fx.Node, body: fx.Node) -> list[fx.Node]:
+def _inline(module: fx.GraphModule, call: fx.Node, body: fx.Node, may_write: bool) -> list[fx.Node]:
     """The nodes that stand for `call` now."""
     region: Any = getattr(module, str(body.target))
-    given = iter(call.args[2 if call.target is NO_GRAD else 5 :])
+    given: Any = call.args[2 if call.target is NO_GRAD else 5 :]
     copies: dict[fx.Node, Any] = {}
     graph = module.graph
     with graph.inserting_before(call):
+        if call.target is NO_GRAD and may_write:
+            given = [_detached(graph, value) if isinstance(value, fx.Node) else value for value in given]
+        given = iter(given)
         for node in region.graph.nodes:
             if node.op == "placeholder":
                 copies[node] = next(given)
@@ -57,7 +61,7 @@ def _inline(module: fx.GraphModule, call: fx.Node, body: fx.Node) -> list[fx.Nod
                 copies[node].target = name = f"{body.target}_{node.target}".replace(".", "_")
                 setattr(module, name, operator.attrgetter(str(node.target))(region))
         results = [copies[node] for node in region.graph.output_node().args[0]]
-        if call.target is NO_GRAD:
+        if call.target is NO_GRAD and not may_write:
             results = [_detached(graph, result) for result in results]
     for user in list(call.users):
         user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]

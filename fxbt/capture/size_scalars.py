@@ -81,7 +81,9 @@ class Scalars(TorchFunctionMode):
         super().__init__()
         self._known: dict[int, tuple[Tensor, int, _Number]] = {}  # id -> tensor, its version, its value
         self._constants = {
-            id(buffer): (name, originals[name]) for name, buffer in traced.named_buffers() if name in originals
+            id(buffer): (name, originals[name], buffer._version)
+            for name, buffer in traced.named_buffers()
+            if name in originals
         }
         self.read: list[Constant] = []
 
@@ -133,7 +135,9 @@ class Scalars(TorchFunctionMode):
     def _constant(self, value: Tensor) -> _Number | None:
         if id(value) not in self._constants or value.dtype is not torch.int64:
             return None
-        name, original = self._constants[id(value)]
+        name, original, version = self._constants[id(value)]
+        if value._version != version:
+            return None
         with _disable_current_modes():
             constant = Constant(name, original, int(original.item()))
         if all(read.name != name for read in self.read):

@@ -63,6 +63,7 @@ class GraphReport:
     module: fx.GraphModule
     stages: list[StageRecord]
     out_spec: pytree.TreeSpec
+    left: list[str]  # what its calls change in the model
     capture_seconds: float
     rewrite_seconds: float
     derived_bytes: int
@@ -235,7 +236,7 @@ class GraphReport:
 
     def _outputs_of(self, nodes: Sequence[fx.Node]) -> list[str]:
         """The names of the model's outputs that are among `nodes`: `hidden_states[3]`."""
-        names = map(_key_text, paths(self.out_spec))
+        names = [*map(_key_text, paths(self.out_spec)), *self.left]
         returned = self.rewritten.entries[-1].args[0]
         return [name for name, value in zip(names, returned, strict=True) if value in nodes]
 
@@ -348,6 +349,7 @@ class Report:
             module=compiled.module,
             stages=compiled.stages,
             out_spec=captured.out_spec,
+            left=captured.effects.names,
             capture_seconds=captured.seconds,
             rewrite_seconds=compiled.seconds,
             derived_bytes=compiled.derived_bytes,

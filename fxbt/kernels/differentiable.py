@@ -6,6 +6,7 @@ is taken of the formula that the kernel stands for.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,8 +42,10 @@ def attention_with_gradient(
     return _Twice.apply(output, query, key, value, attn_mask, is_causal, options)
 
 
-def _formula(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-    return aten._scaled_dot_product_attention_math(query, key, value, *args, **options)[0]
+def _formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **options: Any) -> Tensor:
+    if mask is not None and mask.dtype is torch.bool:  # the operation takes what SDPA made of it, and would add ones
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
+    return aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
 
 
 class _Twice(torch.autograd.Function):

@@ -17,6 +17,7 @@ from ..capture import outputs as forms
 from ..capture.call import Call
 from ..capture.checkpointing import run_plainly
 from ..capture.containers import Arguments
+from ..capture.model_state import preserved
 from ..capture.saved_tensors import hidden
 from ..graph.canonical import parameters
 from ..rewrite.verify import difference
@@ -31,13 +32,18 @@ _OUTPUTS = {True: 0.1, False: 1e-3}  # of the largest value, whether numbers are
 
 
 def gradient_difference(
-    run: Callable[..., Sequence[Any]], original: nn.Module, call: Call, is_stochastic: bool
+    run: Callable[..., Sequence[Any]],
+    original: nn.Module,
+    call: Call,
+    is_stochastic: bool,
+    left: Callable[[], list[Any]] = list,
 ) -> str | None:
     """What differs between the gradients of a graph and those of the original; None if nothing does.
 
     Compared are the gradients of a random projection of the outputs, for every input and parameter that
     requires one. Random numbers that dropout draws (on a CPU) are their mean in both, and outputs are compared too;
-    None where other random numbers are drawn. Gradients of tensors with hooks, which would be called, are left out.
+    None where other random numbers are drawn. After the original, `left` gives what else there is to compare with the
+    last values of `run`. Gradients of tensors with hooks, which would be called, are left out.
     """
     if not torch.is_grad_enabled():
         return None
@@ -55,11 +61,12 @@ def gradient_difference(
     def run_original(tensors: list[Tensor]) -> Sequence[Any]:
         args, kwargs = call.rebuild(tensors)
         given = Arguments(args, kwargs)
-        return forms.flatten(given.seen_in(original.forward(*args, **kwargs)))[0]
+        return [*forms.flatten(given.seen_in(original.forward(*args, **kwargs)))[0], *left()]
 
     try:
         with hidden(), run_plainly(), torch.random.fork_rng(devices=[]):
-            expected_outputs, expected = of(run_original)
+            with preserved(original):
+                expected_outputs, expected = of(run_original)
             found_outputs, found = of(lambda tensors: run(*tensors))
     except _OtherChance:
         return None
