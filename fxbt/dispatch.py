@@ -51,6 +51,10 @@ _LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _OWN_FORWARD = "the model object has its own attribute `forward`, which comes before any class's"
 _NOT_THE_CALLERS = (str(Path(__file__).parent), str(Path(nn.__file__).parent))
 OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own number is 700
+_NESTED = (
+    "forward computes on nested tensors, after which padding is 0, and a graph could not drop padding ({why}); "
+    "nn.TransformerEncoder(..., enable_nested_tensor=False) does not"
+)
 _OTHER_NUMBERS = (1, 2, 5, 64)  # beside one that a graph was captured with: does it take one of these?
 
 
@@ -493,6 +497,9 @@ class Dispatcher:
                 precision=self._precision,
                 cuda_graphs=self._cuda_graphs,
             )
+            if around.nests and compiled.unpadding is None:
+                why = next((str(miss) for miss in compiled.misses if miss.rule == "padding"), 'padding="keep"')
+                raise CaptureError(_NESTED.format(why=why))
             again = self._again(call, effects) if effects else expected  # what it changed, it reads
             problem = None if compiled.stochastic else self._compare(compiled, captured, call, *again)
             problem = problem or self._compare_earlier(compiled, captured, call)

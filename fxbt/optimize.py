@@ -165,33 +165,37 @@ class Forward:
 
     The optimised model and its original share one `__dict__`, so that both have one state. A wrapper that libraries set
     as `model.forward` (Accelerate, Trainer) belongs to one of them: as a data descriptor this keeps it out of there.
-    It stands in the class only while there is a wrapper, as dynamo takes what it returns for `model.forward` again.
+    It stands in the class only while there is a wrapper, as dynamo takes a plain function there at less cost.
     """
 
     def __init__(self, function: Callable[..., Any], dispatcher: Dispatcher) -> None:
         self.function = function
         self._dispatcher = dispatcher
         self.wrapper: Any = None
+        self._wrapped: Any = None  # the object that the wrapper was set on
 
     def __get__(self, model: Any, kind: type | None = None) -> Any:
         if model is None:
             return self.function
+        if model is self._wrapped:  # all that dynamo can follow: it has no `vars(model) is vars(other)`
+            return self.wrapper
         wrapper = self.wrapper if self._dispatcher.stands_for(model) else vars(model).get("forward")
         return MethodType(self.function, model) if wrapper is None else wrapper
 
     def __set__(self, model: Any, wrapper: Any) -> None:
         is_own = isinstance(wrapper, MethodType) and wrapper.__func__ is self.function and wrapper.__self__ is model
         if self._dispatcher.stands_for(model):
-            self.wrapper = None if is_own else wrapper
+            self.wrapper, self._wrapped = (None, None) if is_own else (wrapper, model)
         else:
             vars(model)["forward"] = wrapper
 
     def __delete__(self, model: Any) -> None:
         if not self._dispatcher.stands_for(model):
             del vars(model)["forward"]
-        elif self.wrapper is None:
+            return
+        if self.wrapper is None:
             raise AttributeError("forward")
-        self.wrapper = None
+        self.wrapper = self._wrapped = None
 
 
 def _optimized(model: Any, options: dict[str, Any]) -> Any:

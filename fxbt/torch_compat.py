@@ -35,6 +35,9 @@ from torch._ops import OpOverload
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+# What `torch.set_printoptions` sets, which nothing returns.
+from torch._tensor_str import PRINT_OPTS
+
 # The class below `torch.autograd.Function`, whose `apply` a trace watches.
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 

@@ -6,6 +6,7 @@ before the third call. `played` calls it three times and notes what can be seen;
 
 from __future__ import annotations
 
+import array
 import collections
 import contextlib
 import contextvars
@@ -13,14 +14,18 @@ import copy
 import dataclasses
 import functools
 import io
+import logging
 import os
 import pickle
 import random
 import sys
+import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -122,6 +127,7 @@ class Case:
     tolerance: float = 1e-4
     graphs: int = 2
     attention: bool = True  # whether a graph is to find it
+    copies: bool = True  # whether a deep copy of the module is like it: one of TorchScript's loses its gradients
 
 
 @dataclass
@@ -300,6 +306,8 @@ def _equal(new: Any, old: Any) -> bool:
 
 
 def _tensor_difference(new: Tensor, old: Tensor, tolerance: float, place: str) -> str | None:
+    if new.is_nested and old.is_nested:  # their sizes are no one shape
+        new, old = new.to_padded_tensor(0.0), old.to_padded_tensor(0.0)
     kinds = [(t.dtype, tuple(t.shape), t.device, t.layout) for t in (new, old)]
     if kinds[0] != kinds[1]:
         return f"{place} is {kinds[0]}, not {kinds[1]}"
@@ -307,8 +315,6 @@ def _tensor_difference(new: Tensor, old: Tensor, tolerance: float, place: str) -
         return None
     if old.layout is not torch.strided:
         new, old = new.to_dense(), old.to_dense()
-    if old.is_nested:
-        new, old = new.to_padded_tensor(0.0), old.to_padded_tensor(0.0)
     if old.is_quantized:
         new, old = new.dequantize(), old.dequantize()
     largest = float(old.abs().max()) if old.numel() else 0.0
@@ -2110,12 +2116,35 @@ def subclass_as_an_argument():
     return Case(Net(), call=lambda net, x: net(x.as_subclass(Mine)))
 
 
-@around(("Mine", "subclass"), ("Mine", "subclass"))
+@around(("Mine", "subclass", "LOG"), ("Mine", "subclass", "LOG"))
 def subclass_as_a_buffer():
     def before(net):
         net.register_buffer("shift", torch.ones(WIDTH).as_subclass(Mine))
 
     return taking(lambda self, x: base(self, x) + self.shift, before=before)
+
+
+class Scaled(Tensor):
+    """A subclass whose arithmetic is its own."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return result * GAIN if function.__name__ == "add" else result
+
+
+@around((GRAPH, "fake tensor"), (GRAPH, "fake tensor"))
+def subclass_that_computes_in_its_own_way():
+    def before(net):
+        net.register_buffer("shift", torch.ones(WIDTH).as_subclass(Scaled))
+
+    def world(stack):
+        stack.enter_context(mock.patch.object(THIS, "GAIN", 3.0))
+
+    def forward(self, x):
+        return (base(self, x) + self.shift).as_subclass(Tensor)
+
+    return taking(forward, before=before, world=world)
 
 
 @around()
@@ -2294,7 +2323,7 @@ def script_module_inside():
         def forward(self, x):
             return self.head(super().forward(x))
 
-    return Model()
+    return Case(Model(), copies=False)
 
 
 # Exceptions -----------------------------------------------------------------------------------------------------------
@@ -2445,3 +2474,209 @@ def seed_set_inside():
         return base(self, x) + torch.rand(WIDTH)
 
     return taking(forward)
+
+
+@around((*RANDOM, "Generator"), (*RANDOM, "Generator"))
+def generator_seeded_inside():
+    class Model(Net):
+        def __init__(self):
+            super().__init__()
+            self.source = torch.Generator()
+
+        def forward(self, x):
+            self.source.manual_seed(7)
+            return super().forward(x) + torch.rand(WIDTH, generator=self.source)
+
+    return Model()
+
+
+@around(RANDOM, RANDOM)
+def generators_put_back_inside():
+    def forward(self, x):
+        with torch.random.fork_rng(devices=[]):
+            return base(self, x) + torch.rand(WIDTH)
+
+    return taking(forward)
+
+
+@around(RANDOM, RANDOM)
+def generator_put_back_by_hand():
+    def forward(self, x):
+        state = torch.get_rng_state()
+        y = base(self, x) + torch.rand(WIDTH)
+        torch.set_rng_state(state)
+        return y
+
+    return taking(forward)
+
+
+@around(RANDOM, RANDOM)
+def seed_that_is_read():
+    return taking(lambda self, x: base(self, x) * (torch.initial_seed() + 1))
+
+
+@around((*RANDOM, "seed"), (*RANDOM, "seed"))
+def seeds_of_python_and_numpy():
+    def forward(self, x):
+        random.seed(3)
+        np.random.seed(3)
+        return base(self, x)
+
+    return taking(forward)
+
+
+# Settings of the process ----------------------------------------------------------------------------------------------
+
+
+@around(("set_num_threads",), ("set_num_threads",))
+def threads_set_inside():
+    def forward(self, x):
+        torch.set_num_threads(1)
+        return base(self, x)
+
+    return taking(forward)
+
+
+@around(("deterministic",), ("deterministic",))
+def determinism_set_inside():
+    def forward(self, x):
+        torch.use_deterministic_algorithms(False)
+        return base(self, x)
+
+    return taking(forward)
+
+
+@around()
+def determinism_that_is_read():
+    def world(stack):
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        torch.use_deterministic_algorithms(True)
+
+    return taking(
+        lambda self, x: base(self, x) * (2 if torch.are_deterministic_algorithms_enabled() else 1), world=world
+    )
+
+
+@around(("dtype",), ("dtype",))
+def default_dtype_set_inside():
+    def forward(self, x):
+        torch.set_default_dtype(torch.float32)
+        return base(self, x)
+
+    return taking(forward)
+
+
+@around((GRAPH, "is_grad_enabled"), ("is_grad_enabled",))
+def gradients_switched_off_for_good():
+    def forward(self, x):
+        torch.set_grad_enabled(False)
+        return base(self, x)
+
+    return taking(forward)
+
+
+@around()
+def kernels_of_attention_chosen_inside():
+    def forward(self, x):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return base(self, x)
+
+    return taking(forward)
+
+
+@around(("open",), ("open",))
+def file_read_by_its_path(tmp="/proc/self/stat"):
+    return taking(lambda self, x: base(self, x) * len(Path(tmp).read_text()) ** 0)
+
+
+@around(("exists",), ("exists",))
+def file_that_is_there_or_not():
+    return taking(lambda self, x: base(self, x) * (2 if os.path.exists("/proc/self/stat") else 1))
+
+
+# What else Python can hold --------------------------------------------------------------------------------------------
+
+
+class Others:
+    gain = 1.0
+
+
+OTHERS = Others()
+CHAIN = collections.ChainMap({}, {"gain": 1.0})
+NUMBERS = array.array("d", [1.0])
+ALL = weakref.WeakSet()  # type: ignore[var-annotated]
+READY = threading.Event()
+LOGGER = logging.getLogger("around")
+
+
+@functools.cache
+def cached_gain(factor):
+    return GAIN * factor
+
+
+def gained(change: Callable[[], Any], back: Callable[[], Any]) -> Callable[[contextlib.ExitStack], None]:
+    """A change of the world, and how it is taken back."""
+
+    def world(stack: contextlib.ExitStack) -> None:
+        stack.callback(back)
+        change()
+
+    return world
+
+
+@around()
+def object_behind_a_weak_reference():
+    class Model(Net):
+        def __init__(self):
+            super().__init__()
+            self.settings = weakref.ref(OTHERS)
+
+        def forward(self, x):
+            return super().forward(x) * self.settings().gain
+
+    return Case(Model(), world=gained(lambda: setattr(OTHERS, "gain", 3.0), lambda: setattr(OTHERS, "gain", 1.0)))
+
+
+@around()
+def function_whose_results_are_kept():
+    def change():
+        globals()["GAIN"] = 3.0
+        cached_gain.cache_clear()
+
+    def back():
+        globals()["GAIN"] = 1.0
+        cached_gain.cache_clear()
+
+    def start(stack):
+        cached_gain(2.0)  # so that its code does not run in the first calls
+
+    return taking(lambda self, x: base(self, x) * cached_gain(2.0), start=start, world=gained(change, back))
+
+
+@around()
+def map_of_maps():
+    world = gained(lambda: CHAIN.maps[1].update(gain=3.0), lambda: CHAIN.maps[1].update(gain=1.0))
+    return taking(lambda self, x: base(self, x) * CHAIN["gain"], world=world)
+
+
+@around()
+def set_of_weak_references():
+    world = gained(lambda: ALL.add(Net), ALL.clear)
+    return taking(lambda self, x: base(self, x) * (1 + len(ALL)), world=world)
+
+
+@around()
+def event_between_threads():
+    return taking(lambda self, x: base(self, x) * (2 if READY.is_set() else 1), world=gained(READY.set, READY.clear))
+
+
+@around()
+def level_of_a_logger():
+    world = gained(lambda: LOGGER.setLevel(logging.DEBUG), lambda: LOGGER.setLevel(logging.NOTSET))
+    return taking(lambda self, x: base(self, x) * (2 if LOGGER.isEnabledFor(logging.DEBUG) else 1), world=world)
+
+
+@around(("array",), ("array",))
+def numbers_in_an_array_of_python():
+    world = gained(lambda: NUMBERS.__setitem__(0, 3.0), lambda: NUMBERS.__setitem__(0, 1.0))
+    return taking(lambda self, x: base(self, x) * NUMBERS[0], world=world)

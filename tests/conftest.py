@@ -73,21 +73,3 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     original = fxbt.lower.program.compile_graph
     monkeypatch.setattr(fxbt.lower.program, "compile_graph", spy)
     return targets
-
-
-# Faults that issue 21 still has open; each is a line in its closing note.
-OPEN = {
-    "nobody_can_tell[seed_set_inside": "a seed set inside forward is not set by a graph: wrong, silently",
-    "nobody_can_tell[nested_buffer": "the gate itself cannot copy such a buffer",
-    "nobody_can_tell[subclass_as_a_buffer": "refused, by another reason than the gate expects",
-    "nobody_can_tell[script_module_inside-training": "gradients of eager's TorchScript copy differ in the gate",
-    "nobody_can_tell[meta_model": "meta tensors run the original without a reason",
-    "a_model_that_nobody_holds_is_freed": "an optimised model is kept after its user let it go",
-}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for name, reason in OPEN.items():
-            if f"test_{name}" in item.nodeid:
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=False))

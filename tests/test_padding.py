@@ -351,3 +351,21 @@ def test_random_heads_are_never_wrong(links: list[str], end: str, spelling: str,
             dropped = [mask.bool()] if end in FULL_OF_TOKENS else []
             compare(fast(**inputs), model(**inputs), atol_of_magnitude=1e-4, dropped=dropped)
     assert not fast.report.fallbacks
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", [0, 2], ids=["unpadded first", "padded first"])
+@pytest.mark.parametrize("kind", ["keep", "float mask"])
+def test_zeros_of_nested_tensors_come_where_no_padding_is_dropped(kind: str, first: int) -> None:
+    """nn.TransformerEncoder's fast path leaves 0 at padding, which the first call need not show."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    fast = fxbt.optimize(model, padding="keep" if kind == "keep" else "drop")
+    with torch.no_grad():
+        for count in (first, 0, 2, 3, 1, 0):
+            x, mask = torch.randn(3, 6, 16), torch.zeros(3, 6, dtype=torch.bool)
+            mask[0, 6 - count :] = True
+            padding = mask if kind == "keep" else torch.zeros(3, 6).masked_fill(mask, float("-inf"))
+            expected = model(x, src_key_padding_mask=padding)
+            torch.testing.assert_close(fast(x, src_key_padding_mask=padding), expected, rtol=1e-4, atol=1e-4)
+    assert "nested tensors" in fast.report.fallbacks[0]

@@ -214,3 +214,34 @@ def test_autocast_as_accelerate_sets_it(inplace: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
     assert not torch.is_autocast_enabled("cpu")
     assert served(fast), fast.report.fallbacks
+
+
+@BOTH
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=lambda wrap: wrap.__name__)
+def test_dynamo_goes_through_a_wrapper_once(wrap: Any, fullgraph: bool, inplace: bool) -> None:
+    """It inlines what `model.forward` gives, and asks for it again where wrappers change."""
+    if fullgraph and wrap is by_class:
+        pytest.skip("dynamo takes the descriptor itself for `type(model).forward`, and says that it cannot call it")
+
+    def doubling(model: Any) -> None:
+        inner = model.forward
+        model.forward = lambda *args, **kwargs: 2 * inner(*args, **kwargs)
+
+    torch._dynamo.reset()
+    fast, eager = optimized(inplace)
+    own = fast.forward
+    with torch.no_grad():
+        compiled = torch.compile(fast, backend="eager", fullgraph=fullgraph)
+        torch.testing.assert_close(compiled(X), eager(X))
+        wrap(fast, [])
+        doubling(fast)
+        torch.testing.assert_close(compiled(X), 2 * eager(X))
+        doubling(fast)
+        again = torch.compile(fast, backend="eager", fullgraph=fullgraph)
+        torch.testing.assert_close(again(X), 4 * eager(X))
+        torch.testing.assert_close(fast(X), 4 * eager(X))
+        fast.forward = own
+        torch.testing.assert_close(again(X), eager(X))
+        torch.testing.assert_close(compiled(X), eager(X))
+    assert served(fast)

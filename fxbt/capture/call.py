@@ -173,7 +173,7 @@ class _Reader:
                 f"argument {place} has attributes of its own ({', '.join(tensor.__dict__)}), which forward may read"
             )
         if tensor.is_meta:
-            raise NotCapturable(f"argument {place} is a meta tensor: there is nothing to compute", silent=True)
+            raise NotCapturable(f"argument {place} is a meta tensor: there is nothing to compute")
         self.tensors.append(tensor)
         return (tensor.dtype, tensor.device, tensor.ndim, tensor.requires_grad)
 

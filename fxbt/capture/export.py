@@ -47,6 +47,7 @@ from .effects import Buffer, Effects, buffer_metas, check_buffers, make_inputs, 
 from .functional import functional
 from .model_state import HOOKS, ModelState, Slot, preserved
 from .regions import inline_regions
+from .settings import numpy_unmoved
 from .size_scalars import Constant, Scalars
 from .stand_ins import patched
 from .surroundings import Surroundings
@@ -124,7 +125,8 @@ def capture(
     """
     start = time.perf_counter()
     _refuse_scripted(model)
-    with _plain_modes(), preserved(model), contextlib.nullcontext() if around is None else around.kept():
+    kept = contextlib.nullcontext() if around is None else around.kept()
+    with _plain_modes(), preserved(model), numpy_unmoved(), kept:
         example = tuple(_fresh(tensor) for tensor in call.tensors)
         slots = _rehearse(model, call, example, around) if rehearse else []
         state = ModelState(model)
@@ -344,7 +346,7 @@ def _export(
     object.__setattr__(flat, "__dict__", attributes)
     numbers = _indices(call)
     dims = [
-        {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] != 1 and attempt.frees(i, axis)}
+        {axis: Dim.AUTO for axis in range(t.ndim) if t.shape[axis] > 1 and attempt.frees(i, axis)}
         if i not in fixed
         else {}
         for i, t in enumerate(tensors)
@@ -558,6 +560,8 @@ def _guards(module: fx.GraphModule, names: list[str], fixed: dict[int, Tensor]) 
         written = [_print(expression, {s: size_of[s][way] for s in expression.free_symbols}) for way in (0, 1)]
         return written[0], written[1]
 
+    for code, text in size_of.values():
+        conditions.append((f"{code} >= 1", f"{text} >= 1"))  # a trace takes for granted that no size is 0
     for code, text, expression in unsettled:
         conditions.append((f"{code} == {printed(expression)[0]}", f"{text} == {printed(expression)[1]}"))
     for expression in _assumptions(module, environment, set(size_of)):

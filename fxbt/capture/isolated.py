@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from ..torch_compat import EXPORTS_FLAGS, IS_COMPILING, IS_EXPORTING, NEW_PATCHER, fx_trace
+from ..torch_compat import EXPORTS_FLAGS, IS_COMPILING, IS_EXPORTING, NEW_PATCHER, fx_trace, proxy_tensor
 
 
 class _Here:
@@ -128,7 +128,9 @@ def _own_flags() -> Iterator[None]:
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Runs a block whose traces other threads see nothing of. One thread at a time: see `locks`.
+    """Runs a block whose traces other threads see nothing of, and that nothing of torch's holds after it.
+
+    One thread at a time: see `locks`.
 
     Example:
         >>> with isolated():
@@ -137,5 +139,7 @@ def isolated() -> Iterator[None]:
     with (
         mock.patch.object(*NEW_PATCHER, _own_patcher),
         mock.patch.object(*EXPORTS_FLAGS, _own_flags),
+        # torch keeps the nodes of the last trace in it until the next one, and with them the model's weights
+        mock.patch.object(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}),
     ):
         yield

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_compat import TensorGuards, dict_version, set_versions
+from .settings import generators_kept
 
 _OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, types.BuiltinFunctionType, partial)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -277,16 +278,16 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Runs a block after which the random state and the values of the model's buffers are as before.
+    """Runs a block after which the random states and the values of the model's buffers are as before.
 
-    So are their versions: what the caller's autograd kept of a buffer is what it kept.
+    So are the buffers' versions: what the caller's autograd kept of a buffer is what it kept.
     """
     state = ModelState(model)
     tensors = state.writable()
     kept = [(t, t.detach().clone(), version) for t, version in zip(tensors, versions(tensors), strict=True)]
     devices = {t.device for t in state.tensors if t.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        with generators_kept(list(devices)):
             yield
     finally:
         with torch.no_grad():

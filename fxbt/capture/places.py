@@ -196,6 +196,17 @@ class Local(Place):
             self.owner.set(self.kept)
 
 
+class Level(Place):
+    """From which level on a logger lets messages through; its own cache of that is nobody's business."""
+
+    def read(self) -> tuple[int, bool, int]:
+        logger = self.owner
+        return logger.getEffectiveLevel(), logger.disabled, logger.manager.disable
+
+    def restore(self) -> None:
+        self.renew()  # it may be another logger's level, and decides no value of a graph that is refused anyway
+
+
 class Values(Place):
     """The values of a tensor: which it is, the count of writes to it, and all of them where they are few."""
 

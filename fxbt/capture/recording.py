@@ -14,22 +14,31 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from pathlib import Path
+from sysconfig import get_paths
 from typing import Any
 
 from torch import nn
 
-from .codes import Facts, functions_of, is_model_code
+from .codes import Facts, functions_of, is_model_code, is_torchs
 from .model_state import ModelState
+from .settings import Settings, foreign_to_graphs, foreign_to_graphs_in_c, is_asked, is_asked_of_c
 from .surroundings import Surroundings
 
 _here = threading.local()
 _DIFFERENT_EACH_TIME = frozenset(
     [
         *(getattr(time, name) for name in dir(time) if name.endswith(("time", "_ns", "monotonic", "perf_counter"))),
-        *(os.urandom, input, open, io.open),
+        *(os.urandom, input, open, io.open, os.stat, os.listdir, os.scandir, os.access, os.readlink, os.getpid),
     ]
 )
+_NESTING = ("_nested_tensor_from_mask", "_nested_tensor_from_mask_left_aligned")
+_STDLIB = get_paths()["stdlib"]
 _NOW = ("now", "utcnow", "today")
+_OPENERS = frozenset([os.urandom, open, io.open, os.stat, os.listdir, os.scandir, os.access, os.readlink])
+_THROUGH = frozenset(["contextlib"])  # modules of Python's, whose callers are asked
+_FILES = {"pathlib", "uuid", "secrets", "random", "codecs", "fileinput", "shelve", "genericpath"}
+_OPENING = _THROUGH | _FILES
 
 
 def is_recording() -> bool:
@@ -57,6 +66,9 @@ class Recording:
         self._before: Surroundings | None = None
         self._previous: Any = None
         self._numpy = ""
+        self._settings: Settings | None = None
+        self._asks_settings = False
+        self._nests = False
 
     def ran(self, function: Any) -> bool:
         """Whether this Python function ran in the block."""
@@ -72,7 +84,7 @@ class Recording:
         except Exception as error:  # objects of anyone's making are read; a profiler may have no way to be paused
             self._obstacle = f"what it reads cannot be told ({type(error).__name__}: {error})"
             return self
-        self._numpy = _random_numbers_of_numpy()
+        self._numpy, self._settings = _random_numbers_of_numpy(), Settings()
         _here.is_recording = True
         sys.setprofile(self._event)
         return self
@@ -88,6 +100,8 @@ class Recording:
             self._previous.enable()
         if self._numpy != _random_numbers_of_numpy():
             self._refuse("numpy's random numbers")
+        if self._settings is not None and (changed := self._settings.changed()):
+            self._obstacle = self._obstacle or f"forward changes {changed[0]} of the whole process; a graph would not"
 
     def surroundings(self) -> Surroundings | str:
         """What the code of the block reads, as it is after it; or why that cannot be told."""
@@ -113,6 +127,8 @@ class Recording:
         for function in functions:
             around.reach_function(function)
         self.wrote |= around.contents() > known
+        around.settings = self._settings if self._asks_settings else None
+        around.nests = self._nests
         return around.obstacle or around.ready()
 
     # Events
@@ -136,18 +152,36 @@ class Recording:
         if code.co_argcount and code.co_varnames[0] in ("self", "cls"):
             first = frame.f_locals.get(code.co_varnames[0])
             self._see_class(first if isinstance(first, type) else type(first))
+        self._see_process(frame)
         key = (id(code), id(frame.f_globals))
         if key in self._codes:
             return
         self._codes[key] = (code, frame.f_globals)
         self._is_models[id(code)] = is_model_code(code.co_filename)
-        if code.co_filename == random.__file__ and self._is_called_by_model(frame):
-            self._refuse("random." + code.co_name)
         assert self._before is not None
         self._before.reach(code, frame.f_globals)
 
-    def _is_called_by_model(self, frame: types.FrameType) -> bool:
-        return frame.f_back is not None and is_model_code(frame.f_back.f_code.co_filename)
+    def _see_process(self, frame: types.FrameType) -> None:
+        """Whether the model asks for, or changes, what the whole process has."""
+        code = frame.f_code
+        is_random = code.co_filename == random.__file__
+        if not is_random and not is_torchs(code.co_filename):
+            return
+        foreign, asks = foreign_to_graphs(code), is_asked(code)
+        if not (is_random or foreign or asks) or not self._is_called_by_model(frame):
+            return
+        self._asks_settings |= asks
+        if is_random:
+            self._refuse("random." + code.co_name)
+        if foreign:
+            self._refuse_change(foreign)
+
+    def _is_called_by_model(self, frame: types.FrameType, through: frozenset[str] = _THROUGH) -> bool:
+        """Whether the model's code called this function, or entered a block of it."""
+        caller = frame.f_back
+        while caller is not None and _module_of_pythons(caller) in through:
+            caller = caller.f_back
+        return caller is not None and is_model_code(caller.f_code.co_filename)
 
     def _see_class(self, kind: type) -> None:
         if kind in self._kinds:
@@ -157,8 +191,16 @@ class Recording:
         self._before.reach_class(kind)
 
     def _call_of_c(self, frame: types.FrameType, function: Any) -> None:
-        if not self._is_models.get(id(frame.f_code), False):
+        self._nests |= getattr(function, "__name__", "") in _NESTING and _would_nest(frame, function)
+        is_models = self._is_models.get(id(frame.f_code), False)
+        if foreign := foreign_to_graphs_in_c(function, is_models):
+            self._refuse_change(foreign)
+        module = _module_of_pythons(frame) if function in _OPENERS else ""
+        if module in _OPENING and self._is_called_by_model(frame, _OPENING):
+            self._refuse(f"{module}.{frame.f_code.co_name}")
+        if not is_models:
             return
+        self._asks_settings |= is_asked_of_c(function)
         owner = getattr(function, "__self__", None)
         name = getattr(function, "__name__", "")
         is_now = name in _NOW and isinstance(owner, type) and issubclass(owner, datetime.date)
@@ -168,6 +210,26 @@ class Recording:
 
     def _refuse(self, name: str) -> None:
         self._obstacle = self._obstacle or f"forward uses {name}, which gives something else each time"
+
+    def _refuse_change(self, name: str) -> None:
+        self._obstacle = self._obstacle or f"forward calls {name}, which no graph does"
+
+
+def _would_nest(frame: types.FrameType, function: Any) -> bool:
+    """Whether nn.TransformerEncoder makes nested tensors, or only asks and is told that this mask does not allow it."""
+    if function.__name__ == "_nested_tensor_from_mask":
+        return True
+    mask = frame.f_locals["src_key_padding_mask"]
+    return not function(frame.f_locals["src"], mask.logical_not())
+
+
+def _module_of_pythons(frame: types.FrameType) -> str:
+    """The module of Python's own library that a frame's code is in; "" for other code."""
+    name = frame.f_code.co_filename
+    if name.startswith("<frozen "):
+        return name.removeprefix("<frozen ").removesuffix(">")
+    file = Path(name)
+    return file.stem if str(file.parent) == _STDLIB else ""
 
 
 def _random_numbers_of_numpy() -> str:

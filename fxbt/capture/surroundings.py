@@ -7,19 +7,23 @@ own count of the writes to a dict tells whether anything changed since.
 
 from __future__ import annotations
 
+import array
 import builtins
 import collections
 import contextlib
 import contextvars
+import ctypes
 import functools
 import gc
 import io
 import itertools
+import logging
 import operator
 import os
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,15 +35,19 @@ from . import places
 from .codes import Facts, imported, is_model_code, is_torchs
 from .model_state import HOOKS, ModelState
 from .places import ABSENT, HEAP, PLAIN, Place
+from .settings import Settings
 
 _DEPTH = 4  # a list inside a config inside a dict inside a module: deeper than that nothing is looked at
 _LARGE = 1 << 16  # elements of an array: more take too long to compare at every call
-_OPAQUE = ("logging", "threading", "weakref", "_weakref", "_thread", "re", "typing", "importlib", "_frozen_importlib")
+_OPAQUE = ("logging", "_thread", "re", "typing", "importlib", "_frozen_importlib")
 _POSITIONS: tuple[Any, ...] = (
     *(types.GeneratorType, io.IOBase, enumerate, zip, map, filter, reversed),
     *map(type, map(iter, ([], (), {}, set(), "", range(0)))),
     *(kind for kind in vars(itertools).values() if isinstance(kind, type)),
 )
+_UNWATCHED = (array.array, memoryview, ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
+_ASKED_OF_LOGGERS = ("isEnabledFor", "getEffectiveLevel", "level", "disabled")
+_CACHED = type(functools.lru_cache(len))
 _OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS)
 _CODE = operator.attrgetter("__code__")
 _DEFAULTS = operator.attrgetter("__defaults__")
@@ -64,6 +72,8 @@ class Surroundings:
     def __init__(self, model: nn.Module, state: ModelState) -> None:
         self.obstacle: str | None = None
         self.tensors: list[Tensor] = []
+        self.settings: Settings | None = None  # of the process, if code asks for some
+        self.nests = False  # whether code makes, or would make, nested tensors of what is not padding
         self._state = state
         self._seen: set[int] = set()
         self._alive: list[Any] = []  # what `_seen` has the ids of
@@ -144,7 +154,8 @@ class Surroundings:
     def ready(self) -> Surroundings:
         """To be called when all is reached: from now on this is compared."""
         self._state = ModelState(nn.Module())  # asked while walking; it would keep weights that are replaced later
-        self._quick = _Quick(self._counted, self._others, self._functions, self._cells, self._modules)
+        places = self._counted, self._others
+        self._quick = _Quick(*places, self._functions, self._cells, self._modules, self.settings)
         return self
 
     def changed(self) -> list[str]:
@@ -211,7 +222,7 @@ class Surroundings:
             self._visit_environment()
         elif not self._is_machinery and not place.is_machinery:
             self._visit(value, f"{place.name}.{name}", 0)
-        elif self._is_machinery and isinstance(value, (dict, list, set)):
+        elif isinstance(value, (dict, list, set)) and value is not sys.modules:
             self._visit(value, f"{place.name}.{name}", _DEPTH)
 
     def _reach_chain(self, chain: tuple[str, ...], namespace: dict[str, Any]) -> None:
@@ -269,8 +280,14 @@ class Surroundings:
             return
         elif isinstance(value, type):
             self.reach_class(value)
-        elif isinstance(value, _POSITIONS):
+        elif isinstance(value, (*_POSITIONS, *_UNWATCHED)):
             self._refuse(value, place)
+        elif isinstance(value, logging.Logger):
+            self._visit_logger(value, place, depth)
+        elif isinstance(value, weakref.ReferenceType):
+            self._visit(value(), place, depth)
+        elif isinstance(value, _CACHED):
+            self._visit_cached(value, place, depth)
         elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
             self._visit(getattr(value, "__self__", None), place, depth)
         elif isinstance(value, functools.partial):
@@ -335,11 +352,31 @@ class Surroundings:
         self._mark(namespace)
         if not self._state.covers(namespace):
             self._add(self._counted, places.Dict(namespace, place, "."))
+        is_pythons = kind.__module__.partition(".")[0] in sys.stdlib_module_names  # its code's names are not known
         for name, inner in list(namespace.items()):
-            if isinstance(value, nn.Module) and name in _OF_MODULES:
+            if is_pythons or (isinstance(value, nn.Module) and name in _OF_MODULES):
                 self._visit(inner, place, depth)
             else:
                 self._later(name, inner, f"{place}.{name}", depth + 1)
+
+    def _visit_cached(self, value: Any, place: str, depth: int) -> None:
+        """A function whose results are kept: one that did not run now may run again."""
+        self._mark(value)
+        function = value.__wrapped__
+        if isinstance(function, types.FunctionType):
+            self.reach_function(function)
+            self.reach(function.__code__, function.__globals__)
+        else:
+            self._visit(function, place, depth)
+
+    def _visit_logger(self, value: logging.Logger, place: str, depth: int) -> None:
+        """What a logger lets through, if code asks for it."""
+        if self._read.isdisjoint(_ASKED_OF_LOGGERS):
+            for name in _ASKED_OF_LOGGERS:
+                self._pending[name].append((value, place, depth))
+            return
+        self._mark(value)
+        self._add(self._others, places.Level(value, place))
 
     def _visit_environment(self) -> None:
         self._visit_dict(vars(os.environ)["_data"], "os.environ", 0)
@@ -372,6 +409,7 @@ class Surroundings:
 
     def _refuse(self, value: Any, place: str) -> None:
         why = "is too large to compare at each call" if _is_array(value) else "goes on with each use"
+        why = "cannot be compared at each call" if isinstance(value, _UNWATCHED) else why
         self.obstacle = self.obstacle or f"forward reads {place}, a {type(value).__name__}, which {why}"
 
 
@@ -388,7 +426,13 @@ class _Quick:
     """That nothing changed since, at some 30 ns for each place."""
 
     def __init__(
-        self, counted: list[Place], others: list[Place], functions: list[Any], cells: list[Place], modules: list[Any]
+        self,
+        counted: list[Place],
+        others: list[Place],
+        functions: list[Any],
+        cells: list[Place],
+        modules: list[Any],
+        settings: Settings | None,
     ) -> None:
         self._counted = counted
         self._dicts = [place.counted for place in counted]
@@ -410,6 +454,7 @@ class _Quick:
         ]
         self._others += [place for place in cells if place.kept is ABSENT]
         self._dtype = torch.get_default_dtype()
+        self._settings = settings
 
     def holds(self, during_a_trace: bool) -> bool:
         versions = list(map(dict_version, self._dicts))
@@ -421,7 +466,9 @@ class _Quick:
         for one in self._identical:
             if not all(map(operator.is_, map(one.read, one.owners), one.values)):
                 return all(place.holds() for place in (*self._by_attribute, *self._others))
-        return torch.get_default_dtype() is self._dtype and all(place.holds() for place in self._others)
+        if torch.get_default_dtype() is not self._dtype or (self._settings and not self._settings.holds()):
+            return False
+        return all(place.holds() for place in self._others)
 
     def _holds_anew(self, versions: list[int], during_a_trace: bool) -> bool:
         known = self._versions or [-1] * len(versions)

@@ -1,0 +1,160 @@
+"""Settings and generators of the whole process that a forward may ask for or change, and that a graph does not.
+
+A seed, a dtype by default, a number of threads: what Python sets while a forward runs is not set by its graph. What
+stays changed shows by comparison; what is set to the value that it has already, by whom the forward calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CaptureError
+from ..torch_compat import PRINT_OPTS
+
+_TORCH = Path(torch.__file__).parent
+_MAIN = str(_TORCH / "__init__.py")
+_BACKENDS = str(_TORCH / "backends")
+_GENERATORS = str(_TORCH / "random.py"), *(str(_TORCH / kind / "random.py") for kind in ("cuda", "xpu", "mtia"))
+_PRINTING = str(_TORCH / "_tensor_str.py")
+_FILES = str(_TORCH / "serialization.py")
+_SETTERS = ("set_", "use_deterministic", "enable_", "__set__")
+
+_GETTERS: dict[str, Callable[[], Any]] = {
+    "torch.get_num_threads()": torch.get_num_threads,
+    "torch.get_num_interop_threads()": torch.get_num_interop_threads,
+    "torch.get_default_dtype()": torch.get_default_dtype,
+    "torch.is_grad_enabled()": torch.is_grad_enabled,
+    "torch.is_inference_mode_enabled()": torch.is_inference_mode_enabled,
+    "torch.is_autocast_enabled('cpu')": lambda: torch.is_autocast_enabled("cpu"),
+    "torch.get_autocast_dtype('cpu')": lambda: torch.get_autocast_dtype("cpu"),
+    "torch.is_autocast_enabled('cuda')": lambda: torch.is_autocast_enabled("cuda"),
+    "torch.get_autocast_dtype('cuda')": lambda: torch.get_autocast_dtype("cuda"),
+    "torch.is_autocast_cache_enabled()": torch.is_autocast_cache_enabled,
+    "torch.is_anomaly_enabled()": torch.is_anomaly_enabled,
+    "torch.is_warn_always_enabled()": torch.is_warn_always_enabled,
+    "torch.get_deterministic_debug_mode()": torch.get_deterministic_debug_mode,
+    "torch.get_float32_matmul_precision()": torch._C._get_float32_matmul_precision,
+    "torch.backends.cudnn.enabled": torch._C._get_cudnn_enabled,
+    "torch.backends.cudnn.benchmark": torch._C._get_cudnn_benchmark,
+    "torch.backends.cudnn.deterministic": torch._C._get_cudnn_deterministic,
+    "torch.backends.cudnn.allow_tf32": torch._C._get_cudnn_allow_tf32,
+    "torch.backends.cuda.flash_sdp_enabled()": torch._C._get_flash_sdp_enabled,
+    "torch.backends.cuda.mem_efficient_sdp_enabled()": torch._C._get_mem_efficient_sdp_enabled,
+    "torch.backends.cuda.math_sdp_enabled()": torch._C._get_math_sdp_enabled,
+    "torch's modes (a default device is one)": torch._C._len_torch_function_stack,
+    "torch.set_printoptions": lambda: dict(vars(PRINT_OPTS)),
+    "numpy.geterr()": lambda: _numpy("numpy", "geterr"),
+    "gc.isenabled()": gc.isenabled,
+    "sys.getrecursionlimit()": sys.getrecursionlimit,
+    "os.getcwd()": lambda: os.getcwd() if os.path.exists(".") else None,
+}
+_ASKED_OF_C = frozenset(
+    [
+        *(torch.get_num_threads, torch.get_num_interop_threads, torch.is_anomaly_enabled),
+        *(torch.is_autocast_cache_enabled, gc.isenabled, sys.getrecursionlimit, os.getcwd),
+    ]
+)
+_SET_IN_C = frozenset([torch.set_num_threads, torch.set_num_interop_threads, torch.set_flush_denormal])
+_GENERATORS_READ = ("get_state", "graphsafe_get_state", "initial_seed", "get_offset")
+
+
+class Settings:
+    """All settings as they are now.
+
+    Example:
+        >>> settings = Settings()
+        >>> torch.set_num_threads(3)
+        >>> settings.changed()
+        ['torch.get_num_threads()']
+    """
+
+    def __init__(self) -> None:
+        self._values = {name: get() for name, get in _GETTERS.items()}
+        self._filters = list(warnings.filters)
+        self._modules = len(sys.modules)
+
+    def changed(self) -> list[str]:
+        """The names of those that differ now. A module that was imported since may have warning filters of its own."""
+        differing = [name for name, get in _GETTERS.items() if get() != self._values[name]]
+        if len(sys.modules) == self._modules and list(warnings.filters) != self._filters:
+            differing.append("warnings.filters")
+        return differing
+
+    def holds(self) -> bool:
+        """Whether all are as they were; the filters of warnings are no part of it."""
+        return all(get() == self._values[name] for name, get in _GETTERS.items())
+
+
+def foreign_to_graphs(code: types.CodeType) -> str | None:
+    """What a forward calls by this function of torch's, if a graph would not do it: generators, settings, files."""
+    file, name = code.co_filename, code.co_name
+    if file in _GENERATORS:
+        return f"torch.random.{name}"
+    if file == _FILES:
+        return f"torch.{name}"
+    is_setting = file in (_MAIN, _PRINTING) or file.startswith(_BACKENDS)
+    return f"torch's {code.co_qualname}" if is_setting and name.startswith(_SETTERS) else None
+
+
+def foreign_to_graphs_in_c(function: Any, is_called_by_model: bool) -> str | None:
+    """The same of a function in C: what sets a generator is one whoever calls it."""
+    owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+    if isinstance(owner, torch.Generator) and (is_called_by_model or name not in _GENERATORS_READ):
+        return f"torch.Generator.{name}"
+    return f"torch.{name}" if is_called_by_model and function in _SET_IN_C else None
+
+
+def is_asked(code: types.CodeType) -> bool:
+    """Whether a forward that calls this function of torch's asks for a setting."""
+    file, name = code.co_filename, code.co_name
+    if file == _MAIN:
+        return name.startswith(("get_", "are_", "is_")) and name not in ("is_tensor", "is_storage")
+    return file.startswith(_BACKENDS)
+
+
+def is_asked_of_c(function: Any) -> bool:
+    """The same of a function in C."""
+    return function in _ASKED_OF_C
+
+
+@contextlib.contextmanager
+def numpy_unmoved() -> Iterator[None]:
+    """Runs a block that must not draw of numpy's own generator or seed it, which profilers do not see.
+
+    Raises:
+        CaptureError: it did. One draw ahead, seeding it with the number that it was seeded with shows too.
+    """
+    _numpy("numpy.random", "random_sample")
+    before = str(_numpy("numpy.random", "get_state"))
+    yield
+    if str(_numpy("numpy.random", "get_state")) != before:
+        raise CaptureError("forward draws numpy's random numbers, or seeds them; a graph would not")
+
+
+@contextlib.contextmanager
+def generators_kept(devices: list[torch.device]) -> Iterator[None]:
+    """Runs a block that leaves the generators of torch, Python and numpy as they are."""
+    python, numpy = random.getstate(), _numpy("numpy.random", "get_state")
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            sys.modules["numpy.random"].set_state(numpy)
+
+
+def _numpy(module: str, name: str) -> Any:
+    """What a function of numpy gives, if the process has loaded it."""
+    return getattr(sys.modules[module], name)() if module in sys.modules else None
