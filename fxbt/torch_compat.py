@@ -92,6 +92,9 @@ IS_EXPORTING = (torch.compiler, "_is_exporting_flag")
 EXPORTS_FLAGS = (export_trace, "_compiling_state_context")
 NEW_PATCHER = (fx_trace, "_new_patcher")
 
+# How many `TorchFunctionMode`s are on; a default device is one.
+count_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+
 
 def past_python(op: OpOverload) -> Callable[..., Any]:
     """An aten op without the Python frame in front of it."""
@@ -119,7 +122,7 @@ def is_looked_through() -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or count_of_function_modes()
         or is_under_functorch()
         or torch.autograd.forward_ad._current_level >= 0
     )

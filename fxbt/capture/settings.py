@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import CaptureError
-from ..torch_compat import PRINT_OPTS
+from ..torch_compat import PRINT_OPTS, count_of_function_modes
 
 _TORCH = Path(torch.__file__).parent
 _MAIN = str(_TORCH / "__init__.py")
@@ -44,15 +44,15 @@ _GETTERS: dict[str, Callable[[], Any]] = {
     "torch.is_anomaly_enabled()": torch.is_anomaly_enabled,
     "torch.is_warn_always_enabled()": torch.is_warn_always_enabled,
     "torch.get_deterministic_debug_mode()": torch.get_deterministic_debug_mode,
-    "torch.get_float32_matmul_precision()": torch._C._get_float32_matmul_precision,
-    "torch.backends.cudnn.enabled": torch._C._get_cudnn_enabled,
-    "torch.backends.cudnn.benchmark": torch._C._get_cudnn_benchmark,
-    "torch.backends.cudnn.deterministic": torch._C._get_cudnn_deterministic,
-    "torch.backends.cudnn.allow_tf32": torch._C._get_cudnn_allow_tf32,
-    "torch.backends.cuda.flash_sdp_enabled()": torch._C._get_flash_sdp_enabled,
-    "torch.backends.cuda.mem_efficient_sdp_enabled()": torch._C._get_mem_efficient_sdp_enabled,
-    "torch.backends.cuda.math_sdp_enabled()": torch._C._get_math_sdp_enabled,
-    "torch's modes (a default device is one)": torch._C._len_torch_function_stack,
+    "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision,
+    "torch.backends.cudnn.enabled": lambda: torch.backends.cudnn.enabled,
+    "torch.backends.cudnn.benchmark": lambda: torch.backends.cudnn.benchmark,
+    "torch.backends.cudnn.deterministic": lambda: torch.backends.cudnn.deterministic,
+    "torch.backends.cudnn.allow_tf32": lambda: torch.backends.cudnn.allow_tf32,
+    "torch.backends.cuda.flash_sdp_enabled()": torch.backends.cuda.flash_sdp_enabled,
+    "torch.backends.cuda.mem_efficient_sdp_enabled()": torch.backends.cuda.mem_efficient_sdp_enabled,
+    "torch.backends.cuda.math_sdp_enabled()": torch.backends.cuda.math_sdp_enabled,
+    "torch's modes (a default device is one)": count_of_function_modes,
     "torch.set_printoptions": lambda: dict(vars(PRINT_OPTS)),
     "numpy.geterr()": lambda: _numpy("numpy", "geterr"),
     "gc.isenabled()": gc.isenabled,
