@@ -8,9 +8,10 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +21,27 @@ from .capture import outputs
 from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
 from .capture.containers import Arguments
 from .capture.effects import Buffer, Effects, check_buffers, memory_of
-from .capture.export import Captured, capture
+from .capture.export import capture
 from .capture.isolated import isolated
 from .capture.locks import LOCK
 from .capture.model_state import ModelState, foreign_hook, preserved, versions
-from .capture.number_inputs import Numbers, as_tensor
-from .capture.rebinding import rebound
+from .capture.number_inputs import Numbers
 from .capture.recording import Recording, is_recording
 from .capture.saved_tensors import active_hooks, comes_from_hook, hidden
 from .capture.surroundings import Surroundings
-from .capture.value_branches import GOES_ANOTHER_WAY
+from .capture.value_branches import goes_another_way
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
 from .explain.report import GraphReport, Report
 from .kernels import autotune, native
 from .kernels.forks import FORKS
-from .lower.cpu.precision import Precision
-from .match.rule import Rule
-from .rewrite.verify import difference
+from .options import Options
 from .runtime import race
+from .runtime.compare import Comparison
 from .runtime.compiled import Compiled
-from .runtime.gradients import gradient_difference
+from .runtime.failures import Failures
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
-from .runtime.unpadding import Unpadding
-from .torch_compat import is_any_autocast_enabled, is_looked_through, pytree
+from .runtime.guarded_graph import GuardedGraph, pinned_numbers, varied_axes
+from .torch_compat import is_looked_through, pytree
 
 logger = logging.getLogger("fxbt")
 
@@ -55,55 +54,6 @@ _NESTED = (
     "forward computes on nested tensors, after which padding is 0, and a graph could not drop padding ({why}); "
     "nn.TransformerEncoder(..., enable_nested_tensor=False) does not"
 )
-_OTHER_NUMBERS = (1, 2, 5, 64)  # beside one that a graph was captured with: does it take one of these?
-
-
-@dataclass
-class _Graph:
-    """A compiled graph and all that must hold for it to stand for a call of its key."""
-
-    run: Callable[..., tuple[Any, ...]]
-    guards: Callable[..., None]
-    state: ModelState
-    around: Surroundings
-    rebuild: outputs.Rebuild
-    shapes: list[torch.Size]  # of the inputs it was captured with
-    races: race.Races | None  # against the original, by the size of calls; None where it serves all that it may
-    uncounted: Callable[..., tuple[Any, ...]]  # `run`, for a call of fxbt's own
-    stochastic: bool
-    served: int = 0
-    refused: int = 0  # calls that go another way, which only running the graph shows
-    used: int = 0  # when, last
-    numbers: frozenset[str] = frozenset()  # places of the call's numbers that are inputs
-    pinned: frozenset[str] = frozenset()  # of those that have one value only
-    constants: frozenset[str] = frozenset()  # of those that are not
-    captured: Captured | None = None
-    compiled: Compiled | None = None
-    reported: GraphReport | None = None
-
-    @property
-    def effects(self) -> Effects:
-        assert self.captured
-        return self.captured.effects
-
-    def applies(self, tensors: Sequence[Tensor]) -> bool:
-        return _accepts(self.guards, tensors) and self._holds() and not self.effects.hold(tensors)
-
-    def rebind(self, model: nn.Module) -> bool:
-        """Takes over the tensors that stand in the places of others now; whether the graph holds with them."""
-        assert self.captured and self.compiled
-        found = rebound(self.state, model)
-        if found is None or not self.compiled.can_rebind(found[1]):
-            return False
-        self.state, pairs = found
-        self.compiled.rebind(pairs)
-        self.captured.effects.rebind(pairs)
-        for constant in self.captured.read:
-            constant.tensor = pairs.get(id(constant.tensor), constant.tensor)
-        return self._holds()
-
-    def _holds(self) -> bool:
-        return self.state.holds() and self.around.holds(LOCK.captures_elsewhere())
 
 
 class _ModelError(Exception):
@@ -128,36 +78,20 @@ class Dispatcher:
     Everything else runs the original forward; `report` says why.
     """
 
-    def __init__(
-        self,
-        original: nn.Module,
-        rules: Sequence[Rule] = (),
-        verify: bool = False,
-        tracer: str = "auto",
-        padding: str = "drop",
-        precision: type[Precision] | None = None,
-        keep_original: bool = True,
-        cuda_graphs: bool = False,
-        max_captures: int = 8,
-    ):
+    def __init__(self, original: nn.Module, options: Options) -> None:
         self.original = original
-        self._precision = precision
-        self._keep_original = keep_original
-        self._cuda_graphs = cuda_graphs
         self.report = Report()
-        self._rules = tuple(rules)
-        self._verify = verify
-        self._tracer = tracer
-        self._padding = padding
+        self._options = options
+        self._rules = pipeline.in_order(options.rules)
         self._numbers = Numbers()
-        self._binder = Binder(original.forward, None if tracer == "hf-fx" else self._numbers)
-        self._graphs: Graphs[_Graph] = Graphs(max_captures)
-        self._failed: dict[Hashable, tuple[ModelState, Surroundings | None]] = {}
-        self._given_up: set[Hashable] = set()
+        self._binder = Binder(original.forward, None if options.tracer == "hf-fx" else self._numbers)
+        self._graphs: Graphs[GuardedGraph] = Graphs(options.max_captures)
+        self._reports: WeakKeyDictionary[GuardedGraph, GraphReport] = WeakKeyDictionary()
+        self._failures = Failures(original)
         self._unlike: ModelState | None = None  # in which no graph could be rebound
         self._faults = 0
         self._warned = False
-        self._user_rules = {rule.name for rule in rules} - {rule.name for rule in pipeline.default_rules()}
+        self._user_rules = {rule.name for rule in self._rules} - {rule.name for rule in pipeline.default_rules()}
         self._told: set[str] = set()  # names of rules
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -234,7 +168,7 @@ class Dispatcher:
 
     def refresh(self) -> bool:
         """Derives anew what graphs keep of weights; whether some of it was out of date."""
-        graphs = [graph.compiled.weights for graph in self._graphs if graph.compiled and graph.compiled.weights]
+        graphs = [graph.compiled.weights for graph in self._graphs if graph.compiled.weights]
         outdated = [weights.refresh() for weights in graphs]  # all of them, whatever the first says
         return any(outdated)
 
@@ -254,19 +188,19 @@ class Dispatcher:
     def _key(self, call: Call) -> Hashable:
         return (self.original.training, call.key)
 
-    def _find(self, call: Call) -> _Graph | None:
+    def _find(self, call: Call) -> GuardedGraph | None:
         return self._graphs.find(self._key(call), call.tensors)
 
     def _may_rebind(self, call: Call) -> bool:
         return bool(self._graphs.of(self._key(call))) and not (self._unlike and self._unlike.holds())
 
-    def _rebound(self, call: Call) -> _Graph | None:
+    def _rebound(self, call: Call) -> GuardedGraph | None:
         """The graph for a call of a model that other tensors of the same kinds were put into."""
         if not self._may_rebind(call):
             return None
         rebound = [graph for graph in self._graphs if graph.rebind(self.original)]
         for graph in rebound:
-            if graph.compiled and graph.compiled.spilled and graph.compiled.weights:
+            if graph.compiled.spilled and graph.compiled.weights:
                 graph.compiled.spilled = graph.compiled.weights.spill_anew()
         self._unlike = None if rebound else ModelState(self.original)
         return self._find(call)
@@ -282,7 +216,9 @@ class Dispatcher:
         except Exception as error:
             raise _ModelError(error) from error
 
-    def _run_graph(self, graph: _Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
+    def _run_graph(
+        self, graph: GuardedGraph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Served | None:
         if FORKS.is_unsaid:
             FORKS.say()
         if graph.races is not None and self._original_is_faster(graph, graph.races.of(_elements(call.tensors)), call):
@@ -291,41 +227,32 @@ class Dispatcher:
             self.fall_back(f"forward changes {graph.effects.names[0]} in the model, under hooks on saved tensors")
             return None
         try:
-            output = self._output(graph, call)
+            output = graph.output(call)
         except Exception as error:
             if comes_from_hook(error):
                 raise _ModelError(error) from error
-            problem, is_lack_of_memory = f"{type(error).__name__}: {error}", isinstance(error, _LACKS_MEMORY)
+            problem = error
         else:
             graph.served += 1
             return _Served(output)
         output = self._original_output(args, kwargs)  # if the call is wrong, the model's own error is the one to see
-        if GOES_ANOTHER_WAY in problem:
+        if goes_another_way(problem):
             self._refused(graph, call, problem)
             return _Served(output)
-        if not is_lack_of_memory:  # a smaller call may have enough
-            self._drop(graph)
-            self._remember_failure(call, graph.around)
-        self.fall_back(f"the graph for {call} failed where the original does not ({problem})")
+        if not isinstance(problem, _LACKS_MEMORY):  # a smaller call may have enough
+            self._graphs.drop(graph)
+            self._failures.remember(self._key(call), graph.around)
+        self.fall_back(f"the graph for {call} failed where the original does not ({type(problem).__name__}: {problem})")
         return _Served(output)
 
-    def _output(self, graph: _Graph, call: Call) -> Any:
-        effects = graph.effects
-        if not effects:
-            return graph.rebuild(graph.run(*call.tensors), call.args, call.kwargs)
-        values = graph.run(*call.tensors, *effects.inputs())
-        output = graph.rebuild(effects.outputs(values), call.args, call.kwargs)
-        effects.put(values)  # last: what may fail has not
-        return output
-
-    def _original_is_faster(self, graph: _Graph, contest: race.Race, call: Call) -> bool:
+    def _original_is_faster(self, graph: GuardedGraph, contest: race.Race, call: Call) -> bool:
         """Whether the original serves calls of this size; looks at it now and then."""
         if contest.is_due():
             with LOCK.running(self.original):
                 self._look(graph, contest, call.copied(), race.LOOK_SECONDS)
         return contest.evidence is not None
 
-    def _look(self, graph: _Graph, contest: race.Race, call: Call, seconds: float) -> None:
+    def _look(self, graph: GuardedGraph, contest: race.Race, call: Call, seconds: float) -> None:
         before = contest.evidence
 
         def run_original() -> Any:
@@ -337,19 +264,16 @@ class Dispatcher:
             shapes = _shapes(call.args, call.kwargs)
             self.fall_back(f"calls like {shapes} run faster without a graph: {contest.evidence}")
 
-    def _refused(self, graph: _Graph, call: Call, problem: str) -> None:
+    def _refused(self, graph: GuardedGraph, call: Call, problem: Exception) -> None:
         """Keeps a graph that does not go a call's way for those that do, as long as they are the most."""
         graph.refused += 1
         if graph.refused > graph.served:
-            self._drop(graph)  # the next such call is captured
-        self.fall_back(f"the graph for {call} was not used: {problem.removeprefix('RuntimeError: ')}")
-
-    def _drop(self, graph: _Graph) -> None:
-        self._graphs.drop(graph)
+            self._graphs.drop(graph)  # the next such call is captured
+        self.fall_back(f"the graph for {call} was not used: {problem}")
 
     def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         # Inside the first call of a model that this one is a part of: that one is captured whole.
-        if LOCK.captures_here() or self._has_failed(call):
+        if LOCK.captures_here() or self._failures.have(self._key(call)):
             return None
         if LOCK.runs_here():
             self.fall_back("called from within the original forward of another optimised model")
@@ -357,9 +281,9 @@ class Dispatcher:
         if not self._may_rebind(call) and not self._may_capture():
             return None
         served = None
-        with LOCK.capturing(self.original, is_alone=self._tracer == "hf-fx"):
+        with LOCK.capturing(self.original, is_alone=self._options.tracer == "hf-fx"):
             graph = self._find(call) or self._rebound(call)  # another thread may have captured it meanwhile
-            if graph is None and not self._has_failed(call) and self._may_capture():
+            if graph is None and not self._failures.have(self._key(call)) and self._may_capture():
                 served = self._run_and_capture(call, args, kwargs)
         if served is not None:
             return served
@@ -408,7 +332,7 @@ class Dispatcher:
             graph = self._try_capture(call, expected, around, rehearse, (watched, before))
             if is_watched and graph is None:
                 state.restore()  # it runs again
-        is_graphs = is_watched or (graph is not None and not graph.stochastic and not graph.effects)
+        is_graphs = is_watched or (graph is not None and not graph.compiled.stochastic and not graph.effects)
         return None if is_graphs else _Served(output)
 
     def _try_capture(
@@ -418,7 +342,7 @@ class Dispatcher:
         around: Surroundings | str,
         rehearse: bool,
         versions_before: tuple[list[Tensor], list[int]],
-    ) -> _Graph | None:
+    ) -> GuardedGraph | None:
         """The graph for a call; None, and why in the report, where there can be none."""
         try:
             written = self._written(*versions_before, call)
@@ -430,7 +354,7 @@ class Dispatcher:
             if call.numbers:  # once more, with them as constants
                 call = self._with_constants(call, error)
                 return self._try_capture(call, expected, around, rehearse, versions_before)
-            self._remember_failure(call, None if isinstance(around, str) else around)
+            self._failures.remember(self._key(call), None if isinstance(around, str) else around)
             self.fall_back(f"{call} cannot be captured: {error}")
             return None
 
@@ -454,22 +378,6 @@ class Dispatcher:
         check_buffers(self.original, [Buffer(buffers[id(tensor)], tensor) for tensor in written])
         return [(buffers[id(tensor)], tensor) for tensor in written]
 
-    def _again(self, call: Call, effects: Effects) -> tuple[list[Any], pytree.TreeSpec]:
-        """What the original returns and leaves for a call, which it then has not made.
-
-        Raises:
-            CaptureError: it writes to other buffers than `effects` says, or returns the memory of one that it writes.
-        """
-        with preserved(self.original), effects.attributes_kept():
-            tensors = ModelState(self.original).writable()
-            before, counted = [tensor.detach().clone() for tensor in tensors], versions(tensors)
-            args, kwargs = call.rebuild(call.tensors)
-            given = Arguments(args, kwargs)
-            values, spec = outputs.flatten(given.seen_in(self.original.forward(*args, **kwargs)))
-            effects.note(tensors, before, counted)
-            effects.check_apart(values)
-            return [*values, *effects.current()], spec
-
     def _capture(
         self,
         call: Call,
@@ -477,33 +385,23 @@ class Dispatcher:
         around: Surroundings,
         written: list[tuple[str, Tensor]],
         rehearse: bool,
-    ) -> _Graph:
+    ) -> GuardedGraph:
         FORKS.uses_threads = True
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
         known = [graph.shapes for graph in self._graphs.of(self._key(call))]
-        varied = _varied([tensor.shape for tensor in call.tensors], known)
-        captured = capture(self.original, call, self._tracer, rehearse=rehearse, varied=varied, around=around)
+        varied = varied_axes([tensor.shape for tensor in call.tensors], known)
+        captured = capture(self.original, call, self._options.tracer, rehearse=rehearse, varied=varied, around=around)
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
             raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")
-        self._check_pinned(pinned := _pinned(captured, call), call)
+        self._check_pinned(pinned := pinned_numbers(captured, call), call)
         try:
-            compiled = pipeline.compile(
-                captured,
-                self._rules,
-                verify=self._verify,
-                padding=self._padding,
-                precision=self._precision,
-                cuda_graphs=self._cuda_graphs,
-            )
+            compiled = pipeline.compile(captured, self._rules, self._options)
             if around.nests and compiled.unpadding is None:
                 why = next((str(miss) for miss in compiled.misses if miss.rule == "padding"), 'padding="keep"')
                 raise CaptureError(_NESTED.format(why=why))
-            again = self._again(call, effects) if effects else expected  # what it changed, it reads
-            problem = None if compiled.stochastic else self._compare(compiled, captured, call, *again)
-            problem = problem or self._compare_earlier(compiled, captured, call)
-            problem = problem or self._compare_gradients(compiled, effects, call)
+            problem = Comparison(self.original, captured, compiled).all(call, expected, self._numbers)
         except RuleError as error:
             raise CaptureError(str(error)) from error
         except CaptureError:
@@ -512,22 +410,17 @@ class Dispatcher:
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
         if problem is not None:
             raise CaptureError(f"the graph's outputs are not the original's: {problem}")
-        if compiled.weights is not None and not self._keep_original:
+        if compiled.weights is not None and not self._options.keep_original:
             compiled.spilled = compiled.weights.spill()
-        graph = _Graph(
-            compiled.run,
-            captured.guards,
+        graph = GuardedGraph(
+            captured,
+            compiled,
             ModelState(self.original, effects.slots),
             around,
-            outputs.Rebuild(captured.out_spec),
-            [tensor.shape for tensor in call.tensors],
             self._races(compiled, effects),
-            compiled.unpadding.uncounted if compiled.unpadding else compiled.run,
-            compiled.stochastic,
-            captured=captured,
-            compiled=compiled,
+            [tensor.shape for tensor in call.tensors],
             numbers=frozenset(call.numbers),
-            pinned=frozenset(pinned),
+            pinned=pinned,
             constants=frozenset(call.constants),
         )
         self._keep(graph, call)
@@ -536,22 +429,21 @@ class Dispatcher:
         self._tell_refusals(compiled)
         return graph
 
-    def _keep(self, graph: _Graph, call: Call) -> None:
-        assert graph.captured and graph.compiled
+    def _keep(self, graph: GuardedGraph, call: Call) -> None:
         signature = f"{call}{' training' if self.original.training else ''}"
-        graph.reported = self.report.add_graph(signature, graph.captured, graph.compiled, graph.races)
+        self._reports[graph] = self.report.add_graph(signature, graph.captured, graph.compiled, graph.races)
         tensors = set(map(id, (ModelState(self.original) if graph.effects.slots else graph.state).tensors))
         # What one reads is no longer the model's, or calls have an input where it has a constant.
         self._drop_all([g for g in self._graphs if not tensors.issuperset(map(id, g.state.tensors))])
         self._drop_all([g for g in self._graphs if g.constants & graph.numbers])
         self._drop_all(self._graphs.add(self._key(call), graph))
 
-    def _drop_all(self, graphs: Sequence[_Graph]) -> None:
+    def _drop_all(self, graphs: Sequence[GuardedGraph]) -> None:
         """Forgets graphs that no call will come back to, in the report too."""
         for graph in graphs:
             self._graphs.drop(graph)
-            if graph.reported is not None:
-                self.report.drop_graph(graph.reported)
+            if graph in self._reports:
+                self.report.drop_graph(self._reports.pop(graph))
 
     def _tell_refusals(self, compiled: Compiled) -> None:
         """Says once where a rewrite by a rule of the user's changed the numbers, so that it was not done."""
@@ -565,103 +457,20 @@ class Dispatcher:
                 stacklevel=_callers_level(),
             )
 
-    def _compare_gradients(self, compiled: Compiled, effects: Effects, call: Call) -> str | None:
-        def run(*tensors: Tensor) -> Sequence[Any]:
-            return compiled.dense(*tensors, *effects.inputs())
-
-        with effects.attributes_kept():
-            return gradient_difference(run, self.original, call, compiled.stochastic, effects.current)
-
-    def _compare(
-        self,
-        compiled: Compiled,
-        captured: Captured,
-        call: Call,
-        expected: list[Any],
-        original_spec: pytree.TreeSpec,
-    ) -> str | None:
-        """What differs between the graph's outputs and the original's on the same call; None if nothing does."""
-        if captured.out_spec != original_spec:
-            return f"their structure is {captured.out_spec}, not {original_spec}"
-        is_precise = compiled.precision is None
-        dense = compiled.run if compiled.unpadding is None else compiled.dense
-        found: Sequence[Any] = dense(*call.tensors, *captured.effects.inputs())
-        if compiled.unpadding is not None and (problem := self._compare_padded(compiled, compiled.unpadding, call)):
-            return problem
-        if compiled.unpadding is not None and compiled.unpadding.original_blanks:
-            found = compiled.unpadding.blanked(found, call.tensors)
-        if problem := _values_difference(found, expected, is_precise):
-            return problem
-        if not is_precise:
-            pairs = zip(found, expected, strict=True)
-            compiled.error = max((difference(new, old) for new, old in pairs if isinstance(old, Tensor)), default=0.0)
-        if compiled.unpadding is None:
-            return None
-        expected = compiled.unpadding.as_returned(expected, call.tensors)
-        return _values_difference(compiled.unpadding.uncounted(*call.tensors), expected, is_precise)
-
-    def _compare_padded(self, compiled: Compiled, unpadding: Unpadding, call: Call) -> str | None:
-        """What differs where a sequence ends in padding; finds out whether the original blanks padding by itself."""
-        tensors = unpadding.padded_at_an_end(call.tensors)
-        args, kwargs = call.rebuild(tensors)
-        given = Arguments(args, kwargs)
-        expected, _ = outputs.flatten(given.seen_in(self.original.forward(*args, **kwargs)))
-        found = compiled.dense(*tensors)
-        is_precise = compiled.precision is None
-        if _values_difference(found, expected, is_precise) is None:
-            return None
-        unpadding.original_blanks = True
-        blanked = [unpadding.blanked(values, tensors) for values in (found, expected)]
-        problem = _values_difference(blanked[0], blanked[1], is_precise)
-        return problem and f"where a sequence ends in padding, {problem}"
-
-    def _check_pinned(self, pinned: set[str], call: Call) -> None:
+    def _check_pinned(self, pinned: frozenset[str], call: Call) -> None:
         """Raises CaptureError where graph after graph is for one value of a number: as a constant it is no worse."""
         others = self._graphs.of(self._key(call))
         for place in pinned:
             if others and all(place in other.pinned for other in others):
                 raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
 
-    def _compare_earlier(self, compiled: Compiled, captured: Captured, call: Call) -> str | None:
-        """The same with the values that the call's numbers had before: Python may tell a symbol from a number."""
-        if not call.numbers or compiled.stochastic:
-            return None
-        tensors = list(call.tensors)
-        for place, number in call.numbers.items():
-            earlier = self._numbers.first(place, number.kind)
-            if (earlier < 0) == number.is_negative:
-                tensors[number.index] = as_tensor(earlier)
-        if not _accepts(captured.guards, tensors):  # another way through the model
-            return None
-        args, kwargs = call.rebuild(tensors)
-        earlier_call = replace(call, args=args, kwargs=kwargs, tensors=tuple(tensors))
-        return self._compare(compiled, captured, earlier_call, *self._again(earlier_call, captured.effects))
-
     def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
         """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file.
 
         And without effects, which a call has once.
         """
-        may_not = torch.is_grad_enabled() or compiled.stochastic or not self._keep_original or effects
+        may_not = torch.is_grad_enabled() or compiled.stochastic or not self._options.keep_original or effects
         return race.Races() if autotune.is_enabled() and not may_not else None
-
-    def _remember_failure(self, call: Call, around: Surroundings | None) -> None:
-        key = self._key(call)
-        if key in self._failed:  # after an edit of the model: enough, whatever becomes of it
-            self._given_up.add(key)
-            del self._failed[key]  # it holds the weights that the model has now
-        if key not in self._given_up:
-            self._failed[key] = (ModelState(self.original), around)
-
-    def _has_failed(self, call: Call) -> bool:
-        key = self._key(call)
-        if key in self._given_up or key not in self._failed:
-            return key in self._given_up
-        state, around = self._failed[key]
-        if not state.holds() and (found := rebound(state, self.original)):
-            state = found[0]  # other weights make no difference
-            self._failed[key] = (state, around)
-        return state.holds() and (around is None or around.holds(LOCK.captures_elsewhere()))
 
 
 @contextlib.contextmanager
@@ -675,71 +484,13 @@ def _collecting_rarely() -> Iterator[None]:
         gc.set_threshold(first, *others)
 
 
-def _pinned(captured: Captured, call: Call) -> set[str]:
-    """The numbers that a graph is for one value of, though they are inputs: its guards take no other near it."""
-    pinned = set()
-    for place, number in call.numbers.items():
-        value = number.of(call.tensors)
-        tensors = list(call.tensors)
-        for other in _OTHER_NUMBERS:
-            tensors[number.index] = as_tensor(value + (other if value >= 0 else -other))
-            if _accepts(captured.guards, tensors):
-                break
-        else:
-            pinned.add(place)
-    return pinned
-
-
-def _accepts(guards: Callable[..., None], tensors: Sequence[Tensor]) -> bool:
-    try:
-        guards(*tensors)
-    except Exception:  # an assertion, or a size it cannot compute with: not proven either way
-        return False
-    return True
-
-
 def _elements(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
-
-
-def _varied(shapes: list[torch.Size], known: list[list[torch.Size]]) -> frozenset[tuple[int, int]]:
-    """The axes past the second, as (input, axis), whose sizes are not those that graphs were captured with."""
-    pairs = [(i, *pair) for earlier in known for i, pair in enumerate(zip(shapes, earlier, strict=True))]
-    return frozenset((i, axis) for i, new, old in pairs for axis in range(2, len(new)) if new[axis] != old[axis])
 
 
 def _is_traced() -> bool:
     """Whether someone looks through this call at its operations, so that it must be the original's own."""
     return is_looked_through() or is_recording()
-
-
-def _values_difference(found: Sequence[Any], expected: Sequence[Any], is_precise: bool) -> str | None:
-    for i, (new, old) in enumerate(zip(found, expected, strict=True)):
-        if problem := _value_difference(new, old, is_precise):
-            return f"output {i} {problem}"
-    return None
-
-
-def _value_difference(new: Any, old: Any, is_precise: bool) -> str | None:
-    if not isinstance(old, Tensor):
-        return None if type(new) is type(old) and new == old else f"is {new!r}, not {old!r}"
-    if not isinstance(new, Tensor):
-        return f"is a {type(new).__name__}, not a tensor"
-    kinds = [(t.dtype, tuple(t.shape), t.device, t.requires_grad) for t in (new, old)]
-    if kinds[0] != kinds[1]:
-        return f"is {kinds[0]}, not {kinds[1]} (dtype, shape, device, requires_grad)"
-    if old.is_complex():
-        new, old = torch.view_as_real(new.resolve_conj()), torch.view_as_real(old.resolve_conj())
-    if not old.is_floating_point():
-        return None if torch.equal(new, old) else "differs in its (not floating-point) values"
-    # A row of scores masked with -inf throughout is NaN in eager attention only: NaN may become a number.
-    new, old = (t.detach()[~old.isnan()].double() for t in (new, old))
-    magnitude = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
-    is_precise = is_precise and kinds[0][0] in (torch.float32, torch.float64, torch.complex64, torch.complex128)
-    tolerance = (1e-3 if is_precise and not is_any_autocast_enabled() else 0.1) * max(magnitude, 1e-6)
-    if torch.allclose(new, old, rtol=0.0, atol=tolerance):
-        return None
-    return f"is off by up to {(new - old).abs().max().item():.1e} at a magnitude of {magnitude:.1e}"
 
 
 def _cuda_devices(call: Call) -> list[torch.device]:

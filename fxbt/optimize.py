@@ -11,14 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .capture.export import TRACERS, hf_fx_missing, share, twin
+from .capture.export import share, twin
 from .dispatch import Dispatcher
 from .errors import NotOptimizedError
 from .explain.report import Report
-from .lower.cpu.precision import precision_of
-from .lower.spill import check_can_spill
-from .match.rule import Rule, check_rules
-from .pipeline import in_order
+from .match.rule import Rule
+from .options import Options
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -86,26 +84,19 @@ def optimize(
         >>> print(fast.report)
     """
     _check_model(model)
-    _check_tracer(tracer)
-    _check_padding(padding)
-    precision_of(dtype, quantize)
-    _check_limit(max_captures)
-    if not keep_original:
-        check_can_spill()
-    rules = check_rules(rules)
+    options = Options(
+        rules=rules,
+        verify=verify,
+        tracer=tracer,
+        padding=padding,
+        inplace=inplace,
+        dtype=dtype,
+        quantize=quantize,
+        keep_original=keep_original,
+        cuda_graphs=cuda_graphs,
+        max_captures=max_captures,
+    )
     args, kwargs = _example_call(example_inputs)
-    options = {
-        "rules": rules,
-        "verify": verify,
-        "tracer": tracer,
-        "padding": padding,
-        "inplace": inplace,
-        "dtype": dtype,
-        "quantize": quantize,
-        "keep_original": keep_original,
-        "cuda_graphs": cuda_graphs,
-        "max_captures": max_captures,
-    }
     if _dispatcher_of(model) is not None:
         model = restore(model)
     fast = _optimized(model, options)
@@ -128,7 +119,7 @@ def restore(model: Model) -> Model:
         raise NotOptimizedError(
             f"restore() was given a {type(model).__name__} that is not optimised; pass what optimize() returned"
         )
-    if not type(model)._fxbt_options["inplace"]:  # type: ignore[attr-defined]
+    if not type(model)._fxbt_options.inplace:  # type: ignore[attr-defined]
         return dispatcher.original  # type: ignore[return-value]
     object.__setattr__(model, "__class__", type(dispatcher.original))
     return model
@@ -198,28 +189,17 @@ class Forward:
         self.wrapper = self._wrapped = None
 
 
-def _optimized(model: Any, options: dict[str, Any]) -> Any:
-    inplace = options["inplace"]
-    original = share(model, type(model)) if inplace else model
-    dispatcher = Dispatcher(
-        original,
-        in_order(options["rules"]),
-        options["verify"],
-        options["tracer"],
-        options["padding"],
-        precision_of(options["dtype"], options["quantize"]),
-        options["keep_original"],
-        options["cuda_graphs"],
-        options["max_captures"],
-    )
+def _optimized(model: Any, options: Options) -> Any:
+    original = share(model, type(model)) if options.inplace else model
+    dispatcher = Dispatcher(original, options)
     fast = twin(model, _namespace(type(model), dispatcher, options))
-    if not inplace:
+    if not options.inplace:
         return fast
     object.__setattr__(model, "__class__", type(fast))
     return model
 
 
-def _namespace(base: Any, dispatcher: Dispatcher, options: dict[str, Any]) -> dict[str, Any]:
+def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str, Any]:
     """What the optimised class has of its own."""
 
     @functools.wraps(base.forward)
@@ -287,14 +267,14 @@ def _class_with(dispatcher: Dispatcher, model: nn.Module) -> Any:
     return next(kind for kind in type(model).__mro__ if vars(kind).get("_fxbt_dispatcher") is dispatcher)
 
 
-def _reoptimize(original: nn.Module, options: dict[str, Any], wrapper: Any = None) -> Any:
-    fast = optimize(original, **options)
+def _reoptimize(original: nn.Module, options: Options, wrapper: Any = None) -> Any:
+    fast = _optimized(original, options)
     if wrapper is not None:
         fast.forward = wrapper
     return fast
 
 
-def _deepcopied(original: Any, fast: Any, options: dict[str, Any], memo: dict[int, Any]) -> Any:
+def _deepcopied(original: Any, fast: Any, options: Options, memo: dict[int, Any]) -> Any:
     """A deep copy of an optimised model, which the model's own attributes (methods bound to it) may refer to."""
     if hasattr(original, "__deepcopy__"):
         memo[id(fast)] = _reoptimize(copy.deepcopy(original, memo), options)
@@ -320,24 +300,6 @@ def _check_model(model: Any) -> None:
     lazy = [name for name, p in model.named_parameters() if torch.nn.parameter.is_lazy(p)]
     if lazy:
         raise ValueError(f"parameter {lazy[0]} is not initialised yet; call the model once before optimize()")
-
-
-def _check_tracer(tracer: str) -> None:
-    if tracer not in TRACERS:
-        known = ", ".join(map(repr, TRACERS))
-        raise ValueError(f"unknown tracer {tracer!r}; the known ones are {known}")
-    if tracer == "hf-fx" and (missing := hf_fx_missing()):
-        raise ValueError(missing)
-
-
-def _check_padding(padding: str) -> None:
-    if padding not in ("drop", "keep"):
-        raise ValueError(f"padding is {padding!r}; it can be 'drop' (compute on valid tokens alone) or 'keep'")
-
-
-def _check_limit(max_captures: Any) -> None:
-    if type(max_captures) is not int or max_captures < 1:
-        raise ValueError(f"max_captures is {max_captures!r}; it can be 1 or more: how many graphs are kept at once")
 
 
 def _example_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

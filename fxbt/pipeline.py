@@ -15,10 +15,10 @@ from .explain import log
 from .graph.canonical import canonicalize
 from .graph.miss import Miss
 from .graph.record import Snapshot, StageRecord
-from .lower.cpu.precision import Precision
 from .lower.derived_weights import Weights
 from .lower.program import Program
 from .match.rule import Rule, check_rules, installed_rules
+from .options import Options
 from .padding.drop import drop_padding
 from .padding.sequences import batch_of
 from .padding.without_masks import unmask
@@ -70,35 +70,20 @@ def in_order(given: Sequence[Rule]) -> tuple[Rule, ...]:
     return tuple(ordered)
 
 
-def compile(
-    captured: Captured,
-    rules: Sequence[Rule],
-    *,
-    verify: bool = False,
-    padding: str = "drop",
-    precision: type[Precision] | None = None,
-    cuda_graphs: bool = False,
-) -> Compiled:
+def compile(captured: Captured, rules: Sequence[Rule], options: Options) -> Compiled:
     """Canonicalize `captured.module`, run `rules` over it in order, drop padding, and lower it to a callable."""
     with log.listening():
-        return _compile(captured, rules, verify, padding, precision, cuda_graphs)
+        return _compile(captured, rules, options)
 
 
-def _compile(
-    captured: Captured,
-    rules: Sequence[Rule],
-    verify: bool,
-    padding: str,
-    precision: type[Precision] | None,
-    cuda_graphs: bool,
-) -> Compiled:
+def _compile(captured: Captured, rules: Sequence[Rule], options: Options) -> Compiled:
     start = time.perf_counter()
     module = captured.module
     before, orders = Snapshot(module.graph), returned_orders(module.graph)
     canonicalize(module)
     log.graph("canonical", module)
-    is_needed = verify or not all(rule.proven or rule.outline for rule in rules)
-    verifier = Verifier(module, captured.example, every=verify) if is_needed else None
+    is_needed = options.verify or not all(rule.proven or rule.outline for rule in rules)
+    verifier = Verifier(module, captured.example, every=options.verify) if is_needed else None
     assumes: dict[str, torch.Tensor] = {}
     stages = [_logged(run_stage(module, rule, verifier, assumes), module) for rule in rules]
     canonicalize(module)
@@ -107,11 +92,11 @@ def _compile(
     after = Snapshot(module.graph)
     flat = inline(module)
     weights = None if torch.is_grad_enabled() else Weights()
-    program = Program(flat, assumes, weights, precision, cuda_graphs)
-    parts, in_parts = _parts(flat, program, weights, captured, precision)
+    program = Program(flat, assumes, weights, options.precision, options.cuda_graphs)
+    parts, in_parts = _parts(flat, program, weights, captured, options)
     unpadding = None
-    if padding == "drop":
-        record, unpadding = _drop_padding(flat, program, weights, captured, precision, cuda_graphs, in_parts)
+    if options.padding == "drop":
+        record, unpadding = _drop_padding(flat, program, weights, captured, options, in_parts)
         stages.append(record)
     return Compiled(
         run=unpadding or in_parts(program),
@@ -129,7 +114,7 @@ def _compile(
         peak_bytes=program.peak_bytes(*captured.example) if weights else None,
         kernels=program.kernels,
         weights=weights,
-        precision=precision.name if precision and weights else None,
+        precision=options.precision.name if options.precision and weights else None,
     )
 
 
@@ -144,8 +129,7 @@ def _drop_padding(
     dense: Program,
     weights: Weights | None,
     captured: Captured,
-    precision: type[Precision] | None,
-    cuda_graphs: bool,
+    options: Options,
     in_parts: Callable[[Run], Run],
 ) -> tuple[StageRecord, Unpadding | None]:
     """The graph without padding beside the dense one, where that is proven."""
@@ -158,7 +142,7 @@ def _drop_padding(
             raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))
         unpadded = drop_padding(module)
         unmasked = unmask(module, unpadded.validities)
-        made = Unpadding(dense, unpadded, unmasked, weights, precision, cuda_graphs, in_parts)
+        made = Unpadding(dense, unpadded, unmasked, weights, options.precision, options.cuda_graphs, in_parts)
         made.check(captured.example)
         unpadding = made
     return record, unpadding
@@ -169,7 +153,7 @@ def _parts(
     program: Program,
     weights: Weights | None,
     captured: Captured,
-    precision: type[Precision] | None,
+    options: Options,
 ) -> tuple[StageRecord, Callable[[Run], Run]]:
     """What makes programs of the graph run on parts of a large batch, where that is proven to be the same."""
     in_parts: Callable[[Run], Run] = _whole
@@ -179,7 +163,7 @@ def _parts(
         if any(tensor.device.type != "cpu" for tensor in captured.example):
             raise Miss("batches are parted on a CPU only")
         made = functools.partial(InParts, batch=batch_of(module.graph), guards=captured.guards)
-        made(program).check(captured.example, precision is not None)
+        made(program).check(captured.example, options.precision is not None)
         in_parts = made
     return record, in_parts
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import fxbt
-from fxbt.dispatch import Dispatcher
+from fxbt.runtime.guarded_graph import GuardedGraph
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHAPES = ((2, 5), (2, 5), (3, 4), (1, 7))
@@ -24,14 +24,14 @@ SHAPES = ((2, 5), (2, 5), (3, 4), (1, 7))
 def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each call that a graph served."""
     calls: list[int] = []
-    run = Dispatcher._output
+    run = GuardedGraph.output
 
-    def counted(self: Dispatcher, *given: Any) -> Any:
+    def counted(self: GuardedGraph, *given: Any) -> Any:
         output = run(self, *given)
         calls.append(1)
         return output
 
-    monkeypatch.setattr(Dispatcher, "_output", counted)
+    monkeypatch.setattr(GuardedGraph, "output", counted)
     return calls
 
 

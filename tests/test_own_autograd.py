@@ -334,7 +334,7 @@ def test_other_gradients_than_the_originals_refuse_the_graph(dropout: float, mon
 
         return gradients.gradient_difference(detached, *rest)
 
-    monkeypatch.setattr("fxbt.dispatch.gradient_difference", spoiled)
+    monkeypatch.setattr("fxbt.runtime.compare.gradient_difference", spoiled)
     net = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True).train()
     fast = fxbt.optimize(net)
     fast(inputs()[0])
@@ -350,7 +350,7 @@ def test_dropout_is_compared_at_its_mean(monkeypatch: pytest.MonkeyPatch) -> Non
     fast = fxbt.optimize(net)
     fast(inputs()[0])
     assert fast.report.hits["attention"] == 1  # the numbers agree without what dropout draws
-    monkeypatch.setattr("fxbt.dispatch.gradient_difference", spoiled)
+    monkeypatch.setattr("fxbt.runtime.compare.gradient_difference", spoiled)
     fast = fxbt.optimize(net)
     fast(inputs()[0])
     assert "without dropout" in fast.report.fallbacks[0]

@@ -26,6 +26,7 @@ ROOMS = [
     "lower",
     "runtime",
     "explain",
+    "options",
     "pipeline",
     "dispatch",
     "optimize",

@@ -18,10 +18,15 @@ from torch.overrides import TorchFunctionMode
 
 from ..torch_compat import FakeTensor, assert_async
 
-GOES_ANOTHER_WAY = "the call goes another way than the captured one"
+_ANOTHER_WAY = "the call goes another way than the captured one"
 _LOOP = 16  # answers in a row to one line: a loop that asks at every step whether to go on, for another number of steps
 
 Place = tuple[str, int]
+
+
+def goes_another_way(error: Exception) -> bool:
+    """Whether a graph stopped because a value took the model another way: torch's assertions have no type of ours."""
+    return isinstance(error, RuntimeError) and _ANOTHER_WAY in str(error)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Followed(TorchFunctionMode):
         truth = args[0].reshape(()) != 0
         holds = truth if answer.value else truth.logical_not()
         file, line = answer.place
-        assert_async(holds, f"{GOES_ANOTHER_WAY} at {file}:{line}, which found {answer.value} there")
+        assert_async(holds, f"{_ANOTHER_WAY} at {file}:{line}, which found {answer.value} there")
         return answer.value
 
     def _next(self, place: Place) -> Answer | None:

@@ -1,0 +1,65 @@
+"""`Options`: what `optimize` was asked for, checked once and handed down whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .capture.export import TRACERS, hf_fx_missing
+from .lower.cpu.precision import Precision, precision_of
+from .lower.spill import check_can_spill
+from .match.rule import Rule, check_rules
+
+PADDINGS = ("drop", "keep")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `fxbt.optimize`, which says what each is.
+
+    Attributes:
+        precision: how linears compute, as `dtype` and `quantize` say; None is the model's own.
+
+    Raises:
+        TypeError: a rule is no `Rule` instance.
+        ValueError: an option has no such value, or cannot be had here.
+
+    Example:
+        >>> Options(padding="keep").padding
+        'keep'
+    """
+
+    rules: Sequence[Rule] = ()
+    verify: bool = False
+    tracer: str = "auto"
+    padding: str = "drop"
+    inplace: bool = False
+    dtype: torch.dtype | None = None
+    quantize: str | None = None
+    keep_original: bool = True
+    cuda_graphs: bool = False
+    max_captures: int = 8
+    precision: type[Precision] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        _check_tracer(self.tracer)
+        if self.padding not in PADDINGS:
+            raise ValueError(f"padding is {self.padding!r}; it can be 'drop' (compute on valid tokens alone) or 'keep'")
+        object.__setattr__(self, "precision", precision_of(self.dtype, self.quantize))
+        if type(self.max_captures) is not int or self.max_captures < 1:
+            raise ValueError(
+                f"max_captures is {self.max_captures!r}; it can be 1 or more: how many graphs are kept at once"
+            )
+        if not self.keep_original:
+            check_can_spill()
+        object.__setattr__(self, "rules", check_rules(self.rules))
+
+
+def _check_tracer(tracer: str) -> None:
+    if tracer not in TRACERS:
+        known = ", ".join(map(repr, TRACERS))
+        raise ValueError(f"unknown tracer {tracer!r}; the known ones are {known}")
+    if tracer == "hf-fx" and (missing := hf_fx_missing()):
+        raise ValueError(missing)
