@@ -19,7 +19,7 @@ assert shutil.which("cc") is None and shutil.which("gcc") is None, "there is a c
 assert capability in ("AVX2", "AVX512"), f"wheels have no kernels for a processor that torch takes for {capability}"
 library = native.library()
 assert library is not None, f"no kernels: {native.obstacle()}"
-assert library.path.parent == package, f"the kernels come from {library.path}"
+assert library.path.parent == package / "kernels", f"the kernels come from {library.path}"
 
 model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)).eval()
 x = torch.randn(5, 64)

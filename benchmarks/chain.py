@@ -1,4 +1,4 @@
-"""Kernels of fxbt's own in one call (fxbt/lower/cpu/chain.py) against the same kernels one by one, in turns in one process.
+"""Kernels of fxbt's own in one call (fxbt/lower/cpu/chain.py) against the same one by one, in turns in one process.
 
     python benchmarks/chain.py MiniLM BERT-base
 

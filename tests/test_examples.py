@@ -59,3 +59,8 @@ def test_a_rule_in_thirty_lines(name: str) -> None:
 def test_rules_are_installed_inside_fxbt_only(tmp_path: Path) -> None:
     assert run("-c", "import fxbt.patterns", cwd=tmp_path).returncode == 0
     assert "No module named 'patterns'" in run("-c", "import patterns", cwd=tmp_path).stderr
+
+
+def test_importing_it_warns_of_nothing() -> None:
+    done = run("-W", "error", "-c", "import fxbt, sys; print(fxbt.__version__)")
+    assert done.returncode == 0 and done.stderr == "" and re.fullmatch(r"\d+\.\d+\.\d+\n", done.stdout), done.stderr
