@@ -1,8 +1,8 @@
 """Each kernel that fxbt chooses from, for the linears and attentions of MiniLM and BERT-base: microseconds a call.
 
 `python benchmarks/cpu_kernels.py` runs the contests of fxbt/lower/cpu/linears.py and attention.py for longer than a
-model's warmup does, in turns in one process, each call on weights that the caches have not just seen. "native / best" is fxbt's
-own kernel (fxbt/kernels/native.c) against the fastest other one; below 1 it is faster.
+model's warmup does, in turns in one process, each call on weights that the caches have not just seen. "native / best"
+is fxbt's own kernel (fxbt/kernels/native.c) against the fastest other one; below 1 it is faster.
 
 A file kernels.py here would be imported by transformers, which takes it for the package of that name.
 """
