@@ -1,7 +1,7 @@
 """Softcapped scores (Gemma 2), c * tanh(S / c): the plain chain of ops, fxbt's blocks and torch's flex_attention.
 
 `python benchmarks/softcap.py [--compile]` prints milliseconds for each length, side by side in one process. SDPA cannot
-express a softcap; fxbt writes the scores out in place, some queries at a time (kernels/attention_products.py). `--compile` adds
+express a softcap; fxbt writes the scores out in place, some queries at a time. `--compile` adds
 flex_attention compiled by Inductor, which needs a C++ compiler and compiles anew for other shapes.
 """
 
