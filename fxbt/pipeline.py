@@ -18,6 +18,7 @@ from .graph.record import Snapshot, StageRecord
 from .lower.cpu.precision import Precision
 from .lower.derived_weights import Weights
 from .lower.program import Program
+from .match.one_of import OneOf
 from .match.rule import Rule, check_rules, installed_rules
 from .padding.drop import drop_padding
 from .padding.sequences import batch_of
@@ -44,7 +45,13 @@ def default_rules() -> tuple[Rule, ...]:
         patterns.Activation(),
         patterns.LayerNorm(),
         patterns.RMSNorm(),
-        patterns.Attention(),
+        OneOf(
+            "attention",
+            patterns.Attention(),
+            patterns.SinkAttention(),
+            patterns.WrittenOutAttention(),
+            patterns.CalledAttention(),
+        ),
         patterns.MergeQKV(),
         patterns.Rotary(),
         patterns.MLP(),

@@ -1,17 +1,20 @@
 """The built-in rule library: one subject a file, plain data, no import effects."""
 
 from fxbt.patterns.activation import Activation
-from fxbt.patterns.attention import Attention
+from fxbt.patterns.attention import Attention, CalledAttention
 from fxbt.patterns.encoder_layer import DecoderLayer, EncoderLayer
 from fxbt.patterns.mlp import MLP
 from fxbt.patterns.norm import LayerNorm, ResidualNorm, RMSNorm
 from fxbt.patterns.qkv import MergeQKV
 from fxbt.patterns.rotary import Rotary
+from fxbt.patterns.sinks import SinkAttention
+from fxbt.patterns.written_out import WrittenOutAttention
 
 __all__ = [
     "MLP",
     "Activation",
     "Attention",
+    "CalledAttention",
     "DecoderLayer",
     "EncoderLayer",
     "LayerNorm",
@@ -19,4 +22,6 @@ __all__ = [
     "RMSNorm",
     "ResidualNorm",
     "Rotary",
+    "SinkAttention",
+    "WrittenOutAttention",
 ]

@@ -1,626 +1,189 @@
 """softmax(scale * Q K^T + bias) V, however it is written, as one scaled_dot_product_attention (SDPA).
 
-Anchored at a softmax, found by meaning: backward through an affine chain on the scores to a contraction in which
-exactly one operand (the key) holds the softmax axis; forward to a contraction over that same axis (with the value).
-The roles of all axes follow by set algebra over `fxbt.axes`. Models that call SDPA already are found too, and
-improved where the mask proves to be causal or to mask nothing, or key/value heads were expanded for nothing.
+What stands in the graph is read by `fxbt.attentions`, whatever its layout; here is what takes its place. Rules for
+what SDPA has no argument for build on this one: `sinks`, `written_out`. Models that call SDPA already are improved
+where the mask proves to be causal or to mask nothing, or key/value heads were expanded for nothing.
 
-Scores:   S = Q K^T, then any of: c * S, S * t (t constant along keys), S + bias, where(mask, S, fill), casts.
 Fully masked rows: a finite fill keeps its uniform average; an -inf fill gives 0 where the model gave NaN. SDPA adds
-masks, so that a fill becomes a number in which a score is lost; where it shows which one it was, as with a fill of -100
-that scores reach, the scores are written out instead (`written_out`).
+masks, so that a fill becomes a number in which a score is lost.
 
 Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.1; torch's SDPA documentation.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxbt import Match, Miss, Rule, axes, ops
-from fxbt.patterns import sinks
-from fxbt.patterns.scores import (
-    DIVIDE,
-    MASKED_FILL,
-    MULTIPLY,
-    WHERE,
-    Add,
-    Fill,
-    Floor,
-    Operand,
-    Scale,
-    ScaleBy,
-    Step,
-    Unmasked,
-    bias_of,
-    check_gradient,
-    check_not_coarser,
-    fill_operands,
-    has_finite_fill,
-    is_mask,
-    kept_by,
-    lowered,
-    may_mask,
-    proves_unmasked,
-    query_and_key,
-    same_mask,
-    scale_of,
-    scores_dtype,
-    times,
-    unexpanded,
-    unwind,
-    zeroing_mask,
-)
-from fxbt.patterns.written_out import WrittenOut, written_out
+from fxbt import Match, Miss, Operands, Rule, attentions, axes, ops, scores
+from fxbt.patterns.bias import bias_of, kept_by, times
 
-aten = torch.ops.aten
-
-SAFE_SOFTMAX = aten._safe_softmax.default  # 0, not NaN, where all scores are -inf: what SDPA gives there
-SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default, SAFE_SOFTMAX}
-SDPA = ops.SDPA
-
-
-@dataclass
-class Description:
-    """An attention as found: operands, their axes, and what happens to the scores (innermost step first)."""
-
-    query: fx.Node
-    query_axes: axes.Axes
-    key: fx.Node
-    key_axes: axes.Axes
-    value: fx.Node
-    value_axes: axes.Axes
-    head_dim: tuple[axes.Atom, ...]
-    score_axes: axes.Axes
-    keys: tuple[axes.Atom, ...]
-    steps: list[Step]
-    output: fx.Node
-    output_axes: axes.Axes
-    scale: float = 1.0
-    dropout: float = 0.0
-    zeroed: Fill | None = None
-    zeroes_nan: bool = False  # the weights of rows that -inf masks entirely
-    after: list[ScaleBy | Scale] = field(default_factory=list)
-    causal: bool = False
-    sink: Add | None = None  # one more score for each query, of a key without a value
-    written: WrittenOut | None = None  # scores that SDPA cannot express
-    dtype: torch.dtype = torch.float32  # of the scores in the softmax
-
-    @property
-    def masking(self) -> list[Step]:
-        """The steps that may mask: what a softcap is put on masks nothing."""
-        return self.written.after if self.written else self.steps
-
-
-@dataclass
-class Layout:
-    """SDPA's axes: query (batch, heads, seq, head_dim), key and value (batch, key_heads, keys, dim)."""
-
-    batch: tuple[axes.Atom, ...]
-    key_heads: tuple[axes.Atom, ...]
-    groups: tuple[axes.Atom, ...]
-    seq: tuple[axes.Atom, ...]
-    keys: tuple[axes.Atom, ...]
-    head_dim: tuple[axes.Atom, ...]
-    value_dim: tuple[axes.Atom, ...]
-
-    @property
-    def heads(self) -> tuple[axes.Atom, ...]:
-        return self.key_heads + self.groups
+QUERY, KEY, VALUE = "batch heads seq head_dim", "batch key_heads keys head_dim", "batch key_heads keys value_dim"
+SCORES, PER_QUERY, RESULT = "batch heads seq keys", "batch heads seq 1", "batch heads seq value_dim"
 
 
 @dataclass
 class Plan:
     """What `replace` needs: everything static; tensors come in the order of `Match.inputs`."""
 
-    description: Description
-    layout: Layout
-    operand_axes: list[axes.Axes]
+    found: attentions.Attention
+    layout: attentions.Layout
+    written: Any  # how scores are written out that SDPA cannot express, else None
+    unmasked: scores.Unmasked | None
+    known: list[axes.Axes]
     position: dict[fx.Node, int]
-    unmasked: Unmasked | None
 
     @property
     def is_causal(self) -> bool:
-        return self.description.causal or bool(self.unmasked and self.unmasked.causal)
+        return self.found.causal or bool(self.unmasked and self.unmasked.causal)
 
 
-class Attention(Rule):
-    """softmax(scale * Q K^T + bias) V  ->  scaled_dot_product_attention(Q, K, V, bias, scale)"""
+class AttentionRule(Rule):
+    """What all attentions share: operands laid out as SDPA takes them, factors on queries and on the result."""
 
     name = "attention"
     proven = True
     makes = frozenset({"attention"})
-    targets = frozenset(SOFTMAX | {SDPA})
+    targets = attentions.SOFTMAX
 
-    def find(self, anchor: fx.Node) -> Match:
-        attentions = _from_sdpa(anchor) if anchor.target is SDPA else _from_softmax(anchor)
-        if not attentions:
-            return Match(anchor, replaces=False)
-        found, layouts = attentions[0], _layouts(attentions)
-        layout = layouts[0]
-        unmasked = None if found.sink else proves_unmasked(found.masking, layout.seq, layout.keys, found.dtype)
-        if anchor.target is SDPA and not layouts[0].groups and unmasked is None:
-            return Match(anchor, replaces=False)
-        return _match(anchor, attentions, layouts, unmasked)
+    def kernel(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> Tensor:
+        """The attention itself: tensors as SDPA's to a result (batch, heads, seq, value_dim)."""
+        raise NotImplementedError
 
     def replace(self, plans: list[Plan], *tensors: Tensor) -> list[Tensor]:
         return [self._attend(plan, tensors) for plan in plans]
 
     def _attend(self, plan: Plan, tensors: tuple[Tensor, ...]) -> Tensor:
-        found, layout = plan.description, plan.layout
-        sizes = axes.sizes_from(axes.size_table(plan.operand_axes), tensors)
-
-        def operand(node: fx.Node, source: axes.Axes, target: axes.Axes, expand: bool = True) -> Tensor:
-            tensor = tensors[plan.position[node]]
-            is_tensor = isinstance(tensor, Tensor)  # else a number computed from sizes
-            return axes.arrange(tensor, source, target, sizes, expand) if is_tensor else tensor
-
-        query = operand(found.query, found.query_axes, (layout.batch, layout.heads, layout.seq, layout.head_dim))
-        key = operand(found.key, found.key_axes, (layout.batch, layout.key_heads, layout.keys, layout.head_dim))
-        value = operand(found.value, found.value_axes, (layout.batch, layout.key_heads, layout.keys, layout.value_dim))
-        per_query = (layout.batch, layout.heads, layout.seq, ())
-        scores_axes = (layout.batch, layout.heads, layout.seq, layout.keys)
-
-        def scores_operand(node: fx.Node, source: axes.Axes) -> Tensor:
-            return operand(node, source, scores_axes, expand=False)
-
+        found = plan.found
+        operands = Operands(tensors, plan.position, plan.known, plan.layout.named)
+        query = operands(found.query, found.query_axes, QUERY)
+        key = operands(found.key, found.key_axes, KEY)
+        value = operands(found.value, found.value_axes, VALUE)
         for step in found.steps:
-            if isinstance(step, ScaleBy):
-                query = times(query, operand(step.node, step.axes, per_query, expand=False), step.divide)
-        if found.written is not None:
-            result = _by_products(plan, found.written, query, key, value, scores_operand)
-        else:
-            sink = None
-            if found.sink is not None and isinstance(found.sink.node, fx.Node):
-                sink = operand(found.sink.node, found.sink.axes, per_query, expand=False)
-            result = _sdpa(plan, query, key, value, sink, scores_operand)
+            if isinstance(step, scores.ScaleBy):
+                query = times(query, operands(step.node, step.axes, PER_QUERY, expand=False), step.divide)
+        result = self.kernel(plan, query, key, value, operands)
         for after in found.after:
-            if isinstance(after, Scale):
+            if isinstance(after, scores.Scale):
                 result = result * after.number
             else:
-                result = times(result, operand(after.node, after.axes, per_query, expand=False), after.divide)
-        result = result.to(found.output.meta["val"].dtype)
-        return axes.arrange(
-            result, (layout.batch, layout.heads, layout.seq, layout.value_dim), found.output_axes, sizes
-        )
+                result = times(result, operands(after.node, after.axes, PER_QUERY, expand=False), after.divide)
+        return operands.back(result.to(found.output.meta["val"].dtype), RESULT, found.output_axes)
 
 
-def _sdpa(plan: Plan, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, operand: Operand) -> Tensor:
-    found, bias = plan.description, None
-    if not plan.unmasked:
-        bias = bias_of(lowered(found.steps, found.dtype), operand, found.dtype)
-        query, bias = _even_in_masked_rows(query, bias, found, operand)
-    if sink is not None:
-        key, value, bias = sinks.with_sink(query, key, value, bias, sink)
+class Attention(AttentionRule):
+    """softmax(scale * Q K^T + bias) V  ->  scaled_dot_product_attention(Q, K, V, bias, scale)"""
+
+    def find(self, anchor: fx.Node) -> Match:
+        found = attentions.from_softmax(anchor)
+        if found[0].sink or scores.beyond_sdpa(found[0].steps, found[0].dtype):
+            raise another_rules(anchor)
+        return match_of(anchor, found)
+
+    def kernel(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> Tensor:
+        query, bias = query_and_bias(plan, query, operands)
+        return sdpa(plan, query, key, value, bias)
+
+
+class CalledAttention(Attention):
+    """SDPA with a mask that is causal or masks nothing, or with expanded heads  ->  SDPA without them"""
+
+    targets = frozenset({ops.SDPA})
+
+    def find(self, anchor: fx.Node) -> Match:
+        found = attentions.from_sdpa(anchor)
+        if not found:
+            return Match(anchor, replaces=False)
+        layouts = attentions.layouts_of(found)
+        unmasked = attentions.proven_mask(found[0], layouts[0], found[0].steps)
+        if not layouts[0].groups and unmasked is None:
+            return Match(anchor, replaces=False)
+        return planned(anchor, found, layouts, unmasked)
+
+
+def another_rules(anchor: fx.Node) -> Miss:
+    """A softmax that another of the attention rules speaks of."""
+    return Miss("another kind of attention", node=anchor, total=1)
+
+
+def match_of(softmax: fx.Node, found: list[attentions.Attention], written: Any = None) -> Match:
+    """The match of attentions that were read at a softmax; `written`: how their scores are written out.
+
+    Raises:
+        Miss: something else reads the scores, or an operand has an axis that SDPA has no place for.
+    """
+    scores.check_gradient(found[0].steps)
+    attentions.check_closed(found, softmax)
+    for each in found:
+        each.scale *= written.scale if written else scores.scale_of(each.steps)
+    layouts = attentions.layouts_of(found)
+    masking = written.after if written else found[0].steps
+    return planned(softmax, found, layouts, attentions.proven_mask(found[0], layouts[0], masking), written)
+
+
+def planned(
+    anchor: fx.Node,
+    found: list[attentions.Attention],
+    layouts: list[attentions.Layout],
+    unmasked: scores.Unmasked | None,
+    written: Any = None,
+) -> Match:
+    """A match whose plans drop the mask where it is proven to mask nothing but later keys."""
+    masking = written.after if written else found[0].steps
+    dropped = [step for step in masking if isinstance(step, scores.Add | scores.Fill)] if unmasked else []
+    operands: dict[fx.Node, axes.Axes] = {}
+    for each in found:
+        for node, labels in each.operands(dropped):
+            operands.setdefault(node, labels)
+    position = {node: place for place, node in enumerate(operands)}
+    known = [axes.resolve(labels) for labels in operands.values()]
+    plans = [Plan(*pair, written, unmasked, known, position) for pair in zip(found, layouts, strict=True)]
+    outputs = tuple(each.output for each in found)
+    return Match(anchor, tuple(operands), outputs, plans, assumes=unmasked.assumes if unmasked else ())
+
+
+def query_and_bias(plan: Plan, query: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
+    """The query, and what SDPA adds to its scaled product with the key: (batch | 1, heads | 1, seq | 1, keys | 1)."""
+    if plan.unmasked:
+        return query, None
+    found = plan.found
+    on_scores = scores_operand(operands)
+    bias = bias_of(scores.lowered(found.steps, found.dtype), on_scores, found.dtype)
+    is_narrow = found.dtype is torch.float16
+    if bias is None or not scores.has_finite_fill(found.steps) or not (torch.is_grad_enabled() or is_narrow):
+        return query, bias
+    # Rows that finite fills mask everywhere have equal scores. With gradients, none must pass from such rows to the
+    # scores; float16 has no number that absorbs a score.
+    is_open = kept_by(found.steps, on_scores).any(-1, keepdim=True)
+    if is_narrow:
+        bias = bias.logical_or(~is_open) if bias.dtype is torch.bool else torch.where(is_open, bias, 0.0)
+    return query * is_open, bias
+
+
+def scores_operand(operands: Operands) -> Any:
+    """A step's tensor as it meets the scores: (batch | 1, heads | 1, seq | 1, keys | 1)."""
+    return lambda node, labels: operands(node, labels, SCORES, expand=False)
+
+
+def sdpa(plan: Plan, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """SDPA as a plan says: causal or not, with dropout, with grouped heads."""
     if bias is not None:
         bias = _with_batch_and_keys(bias, query, key)
-    query, key, value, bias = _same_dtype(query, key, value, bias)
+    query, key, value, bias = same_dtype(query, key, value, bias)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=bias,
-        dropout_p=found.dropout,
+        dropout_p=plan.found.dropout,
         is_causal=plan.is_causal,
-        scale=found.scale,
+        scale=plan.found.scale,
         enable_gqa=bool(plan.layout.groups),
     )
-
-
-def _by_products(
-    plan: Plan, written: WrittenOut, query: Tensor, key: Tensor, value: Tensor, operand: Operand
-) -> Tensor:
-    before, after = written.biases(operand, is_masked=not plan.unmasked)
-    kept = written.kept(operand, is_masked=not plan.unmasked)
-    like = query.new_empty((), dtype=written.dtype)
-    query, key, value, _, *biases = _same_dtype(query, key, value, like, *before, *after)
-    before, after = biases[: len(before)], biases[len(before) :]
-    scale, softcap = plan.description.scale, written.softcap
-    return ops.attention_by_products(query, key, value, before, after, scale, softcap, plan.is_causal, kept)
-
-
-# --- finding ----------------------------------------------------------------------------------------------------
-
-
-def _from_softmax(softmax: fx.Node) -> list[Description]:
-    """One attention, or several of the same weights with other values."""
-    scores: Any = softmax.args[0]
-    dim: Any = softmax.args[1]
-    score_axes = axes.fresh(softmax)
-    weights, sink = softmax, None
-    if scores.target is aten.cat.default:
-        weights = _only_user(softmax)
-        scores, score_axes, sink = sinks.cut_off(softmax, weights, score_axes)
-    keys = score_axes[dim]
-    if not keys:
-        raise Miss("the softmax runs over an axis of size one", node=softmax)
-    steps: list[Step] = []
-    product = unwind(scores, score_axes, keys, steps)
-    check_not_coarser(softmax, softmax.meta["val"].dtype, product.lhs.meta["val"].dtype)
-    steps.reverse()
-    if product.addend is not None:
-        steps.insert(0, Add(product.addend, axes.broadcast_axes(product.addend, product.axes), product.addend_factor))
-    query, key = query_and_key(product, keys)
-    found, *others = _values_of(weights, score_axes, keys)
-    if sink is None and not others and sinks.normalizer_of(scores):
-        found.output, found.output_axes, sink = sinks.multiplied_on(
-            found.output, found.output_axes, softmax, score_axes
-        )
-    found.dtype = scores_dtype(softmax)
-    if found.zeroed is not None:
-        _mask_by_zeroing(steps, found.zeroed, found.dtype)
-    found.written, found.sink = written_out(steps, softmax), sink
-    found.head_dim = product.contracted
-    found.steps = steps
-    found.scale = product.factor * (found.written.scale if found.written else scale_of(steps))
-    found.query, found.query_axes, query_scale = _peel_scaled(*query)
-    found.key, found.key_axes, key_scale = _peel_scaled(*key)
-    found.scale *= query_scale * key_scale
-    attentions = [_with_value_of(found, other) for other in (found, *others)]
-    check_gradient(steps)
-    if found.written and (found.dropout or found.sink or found.zeroed or found.zeroes_nan):
-        raise Miss("the scores need writing out, with a dropout, a sink or zeroed weights on top", node=softmax)
-    if found.written and softmax.target is SAFE_SOFTMAX:
-        raise Miss("the scores need writing out, and rows without any key are 0 in this softmax", node=softmax)
-    operands = [node for each in attentions for node, _ in _operands(each, is_masked=True)]
-    _check_nothing_else_reads([each.output for each in attentions], (product.node, softmax), operands)
-    return attentions
-
-
-def _with_value_of(found: Description, other: Description) -> Description:
-    value, value_axes = axes.peel(other.value, other.value_axes)
-    return dataclasses.replace(
-        found,
-        value=value,
-        value_axes=value_axes,
-        output=other.output,
-        output_axes=other.output_axes,
-        after=other.after,
-    )
-
-
-def _peel_scaled(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, float]:
-    """Back through layout ops and constant factors."""
-    scale = 1.0
-    while True:
-        node, labels = axes.peel(node, labels)
-        if node.op != "call_function" or node.target not in MULTIPLY | DIVIDE or node.kwargs:
-            return node, labels, scale
-        factor = node.args[1]
-        if not isinstance(factor, int | float) or not isinstance(node.args[0], fx.Node):
-            return node, labels, scale
-        scale *= 1 / factor if node.target in DIVIDE else factor
-        node = node.args[0]
-
-
-def _values_of(weights: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...]) -> list[Description]:
-    """What the weights are multiplied with: a value, or several at once, as in two equal attentions."""
-    products = [axes.contraction_with(user, weights, labels) for user in weights.users]
-    if len(products) > 1 and all(products):
-        return [_with_value(product, weights, keys, labels, []) for product in products if product]
-    return [_follow(weights, labels, keys)]
-
-
-def _follow(softmax: fx.Node, score_axes: axes.Axes, keys: tuple[axes.Atom, ...]) -> Description:
-    """Forward from the softmax, through what does not mix keys, to the contraction with the value."""
-    node, labels = softmax, score_axes
-    dtypes: list[torch.dtype] = []
-    after: list[ScaleBy | Scale] = []
-    dropout, zeroed, zeroes_nan = 0.0, None, False
-    while True:
-        user = _without_nan(node) or _only_user(node)
-        product = axes.contraction_with(user, node, labels) or _multiplied_and_summed(user, node, labels)
-        if product is not None:
-            found = _with_value(product, node, keys, score_axes, after)
-            found.dropout, found.zeroed, found.zeroes_nan = dropout, zeroed, zeroes_nan
-            for dtype in dtypes:
-                check_not_coarser(product.node, dtype, found.value.meta["val"].dtype)
-            return found
-        forward = axes.step_forward(node, labels, user)
-        if forward is None and _zeroes_nan(user, node):
-            zeroes_nan, forward = True, labels
-        mask = _multiplied_mask(user, node, labels, keys) if forward is None and zeroed is None else None
-        if mask is not None:
-            zeroed, forward = mask, labels
-        if forward is None and user.target in MULTIPLY | DIVIDE:
-            after.append(_weight_factor(user, node, labels, keys))
-            forward = labels
-        if forward is None and user.target is aten.dropout.default:
-            if dropout:
-                raise Miss("the attention weights pass two dropouts", node=user)
-            dropout, forward = float(user.args[1]), labels  # type: ignore[arg-type]
-        if forward is None and user.target in WHERE | MASKED_FILL:
-            if zeroed is not None:
-                raise Miss("the attention weights are masked twice", node=user)
-            zeroed, forward = _zeroing(user, node, labels), labels
-        if forward is None and user.target in axes.CASTS:
-            dtypes.append(user.meta["val"].dtype)
-            forward = labels
-        if forward is None:
-            raise Miss(
-                "the attention weights go into an op other than their product with the value",
-                node=user,
-                expected="dropout, cast, a factor per query, then a contraction over the keys",
-            )
-        node, labels = user, forward
-
-
-def _multiplied_and_summed(user: fx.Node, weights: fx.Node, labels: axes.Axes) -> axes.Contraction | None:
-    """(weights * value).sum(keys) as a contraction."""
-    if user.target not in MULTIPLY or len(user.users) != 1:
-        return None
-    return axes.contraction_with(next(iter(user.users)), weights, labels)
-
-
-def _without_nan(weights: fx.Node) -> fx.Node | None:
-    """where(isnan(weights), 0, weights), if that and nothing else reads the weights."""
-    users = list(weights.users)
-    fills = [user for user in users if user.target in WHERE | MASKED_FILL]
-    if len(users) != 2 or len(fills) != 1:
-        return None
-    (asked,) = (user for user in users if user is not fills[0])
-    values, mask, fill, keep = fill_operands(fills[0])
-    is_nan = asked.target is aten.isnan.default or (asked.target is aten.ne.Tensor and len(asked.all_input_nodes) == 1)
-    is_zeroed = (values, mask, fill, keep) == (weights, asked, 0, False)
-    return fills[0] if is_nan and is_zeroed and len(asked.users) == 1 else None
-
-
-def _zeroes_nan(user: fx.Node, weights: fx.Node) -> bool:
-    """Whether weights are made zero where they are NaN, in rows that -inf masks entirely: which is what SDPA gives."""
-    if user.target is aten.nan_to_num.default:
-        if axes.argument(user, "nan") not in (None, 0):
-            raise Miss("NaN of the attention weights becomes another number", node=user, expected="nan_to_num(0.0)")
-        return True
-    return user is _without_nan(weights)
-
-
-def _multiplied_mask(user: fx.Node, weights: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...]) -> Fill | None:
-    """The mask that weights are multiplied with along the keys, if it is 0 or 1 for sure."""
-    if user.target not in MULTIPLY or not all(isinstance(arg, fx.Node) for arg in user.args[:2]):
-        return None
-    factor: Any = user.args[1] if user.args[0] is weights else user.args[0]
-    factor_axes = axes.broadcast_axes(factor, labels)
-    is_along = set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys))
-    return zeroing_mask(factor, factor_axes) if is_along else None
-
-
-def _zeroing(user: fx.Node, weights: fx.Node, labels: axes.Axes) -> Fill:
-    scores, mask, fill, keep = fill_operands(user)
-    if scores is not weights or fill != 0 or not isinstance(mask, fx.Node):
-        raise Miss("the attention weights are replaced by other values", node=user, expected="a fill of 0")
-    return Fill(*unexpanded(mask, axes.broadcast_axes(mask, labels)), 0.0, keep)
-
-
-def _mask_by_zeroing(steps: list[Step], zeroed: Fill, dtype: torch.dtype) -> None:
-    """Weights zeroed where the scores were filled last: a fully masked row gives 0, which is what SDPA's -inf means."""
-    fills = [step for step in steps if isinstance(step, Fill | Floor)]
-    last: Any = fills[-1] if fills else None
-    if not isinstance(last, Fill) or not same_mask(last, zeroed):
-        raise Miss("attention weights are zeroed where the scores were not masked", node=zeroed.node)
-    if not is_mask(last, steps, dtype):
-        raise Miss(f"attention weights are zeroed where the scores became {last.fill:g}, no mask for every score")
-    last.fill = -math.inf
-    if has_finite_fill(steps) or any(isinstance(step, Add) and may_mask(step) for step in steps):
-        raise Miss("attention weights are zeroed by one of several masks", node=zeroed.node)
-
-
-def _only_user(node: fx.Node) -> fx.Node:
-    users = list(node.users)
-    if len(users) != 1 or users[0].op != "call_function":
-        extra = users[-1] if users else node
-        raise Miss(
-            "the attention weights are used elsewhere too",
-            node=node,
-            expected="one use: the value product",
-            found=(node, "is also used by", extra),
-        )
-    return users[0]
-
-
-def _weight_factor(user: fx.Node, node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...]) -> Scale | ScaleBy:
-    divide = user.target in DIVIDE
-    position = 0 if user.args[0] is node else 1
-    factor: Any = user.args[1 - position]
-    if divide and (position == 1 or user.kwargs):
-        raise Miss("something is divided by the attention weights", node=user)
-    if not isinstance(factor, fx.Node):
-        return Scale(1 / factor if divide else factor)
-    factor_axes = axes.broadcast_axes(factor, labels)
-    if set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys)):
-        raise Miss("the attention weights are multiplied by a tensor that varies along the keys", node=user)
-    return ScaleBy(factor, factor_axes, divide)
-
-
-def _with_value(
-    product: axes.Contraction,
-    weights: fx.Node,
-    keys: tuple[axes.Atom, ...],
-    score_axes: axes.Axes,
-    after: list[ScaleBy | Scale],
-) -> Description:
-    value, value_axes = (product.rhs, product.rhs_axes)
-    if product.rhs is weights:
-        value, value_axes = product.lhs, product.lhs_axes
-    if set(axes.leaves(product.contracted)) != set(axes.leaves(keys)):
-        raise Miss("the product with the value does not sum over exactly the softmax axis", node=product.node)
-    if product.addend is not None:
-        raise Miss("the product with the value adds a third term", node=product.node)
-    if product.factor != 1:
-        after = [*after, Scale(product.factor)]
-    unknown: Any = None
-    return Description(
-        query=unknown,
-        query_axes=(),
-        key=unknown,
-        key_axes=(),
-        value=value,
-        value_axes=value_axes,
-        head_dim=(),
-        score_axes=score_axes,
-        keys=keys,
-        steps=[],
-        output=product.node,
-        output_axes=product.axes,
-        after=after,
-    )
-
-
-def _check_nothing_else_reads(outputs: list[fx.Node], interior: tuple[fx.Node, ...], operands: list[fx.Node]) -> None:
-    """The chain from product to output must die with the rewrite, else it would be computed twice.
-
-    What the replacement itself reads lives on: a bias computed from the scores keeps them.
-    """
-    dying = set(outputs)
-    waiting = [node for output in outputs for node in output.all_input_nodes]
-    while waiting:
-        node = waiting.pop()
-        if (
-            node.op != "call_function"
-            or node in dying
-            or node in operands
-            or not all(user in dying for user in node.users)
-        ):
-            continue
-        dying.add(node)
-        waiting.extend(node.all_input_nodes)
-    for node in interior:
-        if node not in dying:
-            raise Miss("the scores are used elsewhere too", node=node, expected="one use: the softmax")
-
-
-def _from_sdpa(node: fx.Node) -> list[Description]:
-    """A call to SDPA, its axes named as if it were spelled out; nothing where there is nothing to improve."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    query, key, value, mask = (given.get(name) for name in names[:4])
-    rank = query.meta["val"].dim()
-    if given.get("enable_gqa") or any(operand.meta["val"].dim() != rank for operand in (key, value)):
-        return []
-    output_axes = axes.fresh(node)
-    query_axes = (*output_axes[:-1], axes.fresh(query)[-1])  # type: ignore[arg-type]
-    keys = axes.fresh(key)[-2]  # type: ignore[arg-type]
-    key_axes = axes.broadcast_axes(key, (*output_axes[:-2], keys, query_axes[-1]))  # type: ignore[arg-type]
-    value_axes = axes.broadcast_axes(value, (*output_axes[:-2], keys, output_axes[-1]))  # type: ignore[arg-type]
-    score_axes = (*output_axes[:-1], keys)
-    steps: list[Step] = []
-    if isinstance(mask, fx.Node):
-        mask_axes = axes.broadcast_axes(mask, score_axes)
-        is_boolean = mask.meta["val"].dtype is torch.bool
-        steps.append(Fill(mask, mask_axes, -math.inf, True) if is_boolean else Add(mask, mask_axes, 1))
-    scale = given.get("scale")
-    head_size = query.meta["val"].shape[-1]
-    if scale is None and not isinstance(head_size, int):
-        return []
-    key, key_axes = axes.peel(key, key_axes)  # type: ignore[arg-type]
-    value, value_axes = axes.peel(value, value_axes)  # type: ignore[arg-type]
-    found = Description(
-        query=query,  # type: ignore[arg-type]
-        query_axes=query_axes,
-        key=key,
-        key_axes=key_axes,
-        value=value,
-        value_axes=value_axes,
-        head_dim=query_axes[-1],
-        score_axes=score_axes,
-        keys=keys,
-        steps=steps,
-        output=node,
-        output_axes=output_axes,
-        scale=scale if scale is not None else 1 / math.sqrt(head_size),  # type: ignore[arg-type]
-        dropout=float(given.get("dropout_p") or 0),  # type: ignore[arg-type]
-        causal=bool(given.get("is_causal")),
-    )
-    return [found]
-
-
-# --- roles ------------------------------------------------------------------------------------------------------
-
-
-def _layouts(attentions: list[Description]) -> list[Layout]:
-    layouts = [_layout(found) for found in attentions]
-    for layout, found in zip(layouts, attentions, strict=True):
-        if dataclasses.replace(layout, value_dim=()) != dataclasses.replace(layouts[0], value_dim=()):
-            raise Miss("the attention weights meet values of different axes", node=found.value)
-    return layouts
-
-
-def _layout(found: Description) -> Layout:
-    """Which axis is batch, head, sequence: by which operands hold it.
-
-    Axes of key or value (or of neither operand) are batch; axes of the query alone are its sequence, and, between a
-    batch axis and the sequence, the groups of heads that share a key head.
-    """
-    query, key, value = (set(axes.atoms_of(labels)) for labels in (found.query_axes, found.key_axes, found.value_axes))
-    keys, head_dim = axes.leaves(found.keys), axes.leaves(found.head_dim)
-    scores = [atom for atom in axes.atoms_of(found.score_axes) if atom not in keys]
-    value_dim = tuple(atom for atom in axes.atoms_of(found.value_axes) if atom not in {*keys, *scores})
-    if not set(keys) <= value or set(head_dim) & {*scores, *value_dim}:
-        raise Miss("the value does not hold the softmax axis", node=found.value)
-    unshared = [atom for atom in scores if atom in key and atom not in value]
-    if unshared:
-        raise Miss("the key varies along an axis that the value does not", node=found.key)
-    if extra := query - {*scores, *head_dim}:
-        raise Miss(f"the query has axes {extra} that are not in the scores", node=found.query)
-    shared = [atom for atom in scores if atom in key or atom in value or atom not in query]
-    own = [atom for atom in scores if atom not in shared]
-    groups = _groups(scores, own)
-    seq = tuple(atom for atom in own if atom not in groups)
-    head = _head_axes(scores, shared, groups)
-    batch = tuple(atom for atom in shared if atom not in head)
-    return Layout(batch, head, groups, seq, keys, head_dim, value_dim)
-
-
-def _groups(scores: list[axes.Atom], own: list[axes.Atom]) -> tuple[axes.Atom, ...]:
-    """Query heads that share a key head: the query's own axes of known size that stand before its sequence."""
-    groups = []
-    for atom in own[:-1]:
-        if atom.size.is_Integer and scores.index(atom) < scores.index(own[-1]):
-            groups.append(atom)
-    return tuple(groups)
-
-
-def _head_axes(
-    scores: list[axes.Atom], shared: list[axes.Atom], groups: tuple[axes.Atom, ...]
-) -> tuple[axes.Atom, ...]:
-    """The last shared axis: the heads; with groups, a neighbour of theirs of known size: inside or outside of it."""
-    if groups:
-        places = (scores.index(groups[0]) - 1, scores.index(groups[-1]) + 1)
-        beside = [scores[place] for place in places if 0 <= place < len(scores)]
-        heads = [atom for atom in beside if atom in shared and atom.size.is_Integer]
-        return (heads[-1],) if heads and len(shared) > 1 else ()
-    return (shared[-1],) if len(shared) > 1 else ()
-
-
-def _match(anchor: fx.Node, attentions: list[Description], layouts: list[Layout], unmasked: Unmasked | None) -> Match:
-    operands: dict[fx.Node, axes.Axes] = {}
-    for found in attentions:
-        for node, labels in _operands(found, is_masked=unmasked is None):
-            operands.setdefault(node, labels)
-    position = {node: place for place, node in enumerate(operands)}
-    operand_axes = [axes.resolve(labels) for labels in operands.values()]
-    plans = [Plan(*each, operand_axes, position, unmasked) for each in zip(attentions, layouts, strict=True)]
-    outputs = tuple(found.output for found in attentions)
-    return Match(anchor, tuple(operands), outputs, plans, assumes=unmasked.assumes if unmasked else ())
-
-
-def _operands(found: Description, is_masked: bool) -> list[tuple[fx.Node, axes.Axes]]:
-    operands = [
-        (found.query, found.query_axes),
-        (found.key, found.key_axes),
-        (found.value, found.value_axes),
-    ]
-    dropped = [] if is_masked else [step for step in found.masking if isinstance(step, Add | Fill)]
-    steps: list[Any] = [step for step in found.steps if step not in dropped]
-    tensors = [step for step in (*steps, *found.after, found.sink) if isinstance(step, ScaleBy | Add | Fill)]
-    operands += [(step.node, step.axes) for step in tensors if isinstance(step.node, fx.Node)]
-    return operands
 
 
 def _with_batch_and_keys(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -632,23 +195,7 @@ def _with_batch_and_keys(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return bias if shape == [-1] * 4 else bias.expand(shape)
 
 
-def _even_in_masked_rows(
-    query: Tensor, bias: Tensor | None, found: Description, operand: Operand
-) -> tuple[Tensor, Tensor | None]:
-    """(query, bias) where rows that finite fills mask everywhere have equal scores, if the bias alone is not enough.
-
-    With gradients, none must pass from such rows to the scores; float16 has no number that absorbs a score.
-    """
-    is_narrow = found.dtype is torch.float16
-    if bias is None or not has_finite_fill(found.steps) or not (torch.is_grad_enabled() or is_narrow):
-        return query, bias
-    is_open = kept_by(found.steps, operand).any(-1, keepdim=True)
-    if is_narrow:
-        bias = bias.logical_or(~is_open) if bias.dtype is torch.bool else torch.where(is_open, bias, 0.0)
-    return query * is_open, bias
-
-
-def _same_dtype(*tensors: Any) -> list[Any]:
+def same_dtype(*tensors: Any) -> list[Any]:
     """Operands of different float dtypes promoted to the widest, as SDPA takes one dtype."""
     floats = [tensor for tensor in tensors if tensor is not None and tensor.is_floating_point()]
     widest = floats[0].dtype
