@@ -241,8 +241,7 @@ def _multiplied_mask(user: fx.Node, weights: fx.Node, labels: axes.Axes, keys: t
         return None
     factor: Any = user.args[1] if user.args[0] is weights else user.args[0]
     factor_axes = axes.broadcast_axes(factor, labels)
-    is_along = set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys))
-    return zeroing_mask(factor, factor_axes) if is_along else None
+    return None if axes.is_constant_along(factor_axes, keys) else zeroing_mask(factor, factor_axes)
 
 
 def _zeroing(user: fx.Node, weights: fx.Node, labels: axes.Axes) -> Fill:
@@ -287,7 +286,7 @@ def _weight_factor(user: fx.Node, node: fx.Node, labels: axes.Axes, keys: tuple[
     if not isinstance(factor, fx.Node):
         return Scale(1 / factor if divide else factor)
     factor_axes = axes.broadcast_axes(factor, labels)
-    if set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys)):
+    if not axes.is_constant_along(factor_axes, keys):
         raise Miss("the attention weights are multiplied by a tensor that varies along the keys", node=user)
     return ScaleBy(factor, factor_axes, divide)
 

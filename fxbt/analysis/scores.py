@@ -177,7 +177,7 @@ def _unwind_scale(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...],
         return _extend(steps, inner, product)
     is_tensor = isinstance(factor.meta["val"], torch.Tensor)  # else a number computed from sizes
     factor_axes = axes.broadcast_axes(factor, labels) if is_tensor else ()
-    if set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys)):
+    if not axes.is_constant_along(factor_axes, keys):
         mask = None if divide else zeroing_mask(factor, factor_axes)
         if mask is None:
             raise Miss("the scores are multiplied by a tensor that varies along the keys", node=node)
