@@ -18,7 +18,6 @@ from .graph.record import Snapshot, StageRecord
 from .lower.cpu.precision import Precision
 from .lower.derived_weights import Weights
 from .lower.program import Program
-from .match.one_of import OneOf
 from .match.rule import Rule, check_rules, installed_rules
 from .padding.drop import drop_padding
 from .padding.sequences import batch_of
@@ -45,13 +44,7 @@ def default_rules() -> tuple[Rule, ...]:
         patterns.Activation(),
         patterns.LayerNorm(),
         patterns.RMSNorm(),
-        OneOf(
-            "attention",
-            patterns.Attention(),
-            patterns.SinkAttention(),
-            patterns.WrittenOutAttention(),
-            patterns.CalledAttention(),
-        ),
+        patterns.Attention(),
         patterns.MergeQKV(),
         patterns.Rotary(),
         patterns.MLP(),

@@ -1,12 +1,13 @@
 """The built-in rule library: one subject a file, plain data, no import effects."""
 
 from fxbt.patterns.activation import Activation
-from fxbt.patterns.attention import Attention, CalledAttention
+from fxbt.patterns.attention import Attention
 from fxbt.patterns.encoder_layer import DecoderLayer, EncoderLayer
 from fxbt.patterns.mlp import MLP
 from fxbt.patterns.norm import LayerNorm, ResidualNorm, RMSNorm
 from fxbt.patterns.qkv import MergeQKV
 from fxbt.patterns.rotary import Rotary
+from fxbt.patterns.sdpa import CalledAttention, SoftmaxAttention
 from fxbt.patterns.sinks import SinkAttention
 from fxbt.patterns.written_out import WrittenOutAttention
 
@@ -23,5 +24,6 @@ __all__ = [
     "ResidualNorm",
     "Rotary",
     "SinkAttention",
+    "SoftmaxAttention",
     "WrittenOutAttention",
 ]

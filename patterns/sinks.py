@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxbt import Match, Operands, attentions, scores
-from fxbt.patterns.attention import PER_QUERY, AttentionRule, Plan, another_rules, match_of, query_and_bias, sdpa
+from fxbt.patterns.sdpa import PER_QUERY, AttentionRule, Plan, another_rules, match_of, query_and_bias, sdpa
 
 
 class SinkAttention(AttentionRule):

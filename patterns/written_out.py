@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from fxbt import Match, Miss, Operands, attentions, ops, scores
-from fxbt.patterns.attention import AttentionRule, Plan, another_rules, match_of, same_dtype, scores_operand
 from fxbt.patterns.bias import Operand, bias_of, kept_by
+from fxbt.patterns.sdpa import AttentionRule, Plan, another_rules, match_of, same_dtype, scores_operand
 
 
 @dataclass

@@ -34,11 +34,10 @@ def regions(end: Any) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
     """The pointwise regions that end at a node and have one input, with it, the smallest first."""
     if op_of(end) not in ENDS:
         return
-    positions = {node: place for place, node in enumerate(end.graph.nodes)}
     frontier: set[fx.Node] = {end}
     region: list[fx.Node] = []
     while frontier and len(region) < LARGEST:
-        latest = max(frontier, key=positions.__getitem__)
+        latest = max(frontier)
         if not _is_pointwise(latest):
             return
         frontier.remove(latest)
