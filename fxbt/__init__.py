@@ -8,12 +8,17 @@ Example::
 """
 
 from . import testing
-from .analysis import axes, masks
+from .analysis import attentions, axes, masks, scores
+from .analysis.causality import is_causal
+from .analysis.operands import Operands
+from .analysis.sources import nearest_sources
 from .errors import CaptureError, ExampleError, FxbtWarning, NotOptimizedError, RuleError
 from .graph import blocks as ops
 from .graph.canonical import argument
 from .graph.miss import Miss
-from .match.matcher import Found, is_float_cast, op_of
+from .match.matcher import Found
+from .match.naming import is_float_cast, op_of
+from .match.one_of import OneOf
 from .match.rule import Match, Rule, rule
 from .optimize import optimize, refresh, restore
 from .pipeline import default_rules
@@ -28,18 +33,24 @@ __all__ = [
     "Match",
     "Miss",
     "NotOptimizedError",
+    "OneOf",
+    "Operands",
     "Rule",
     "RuleError",
     "argument",
+    "attentions",
     "axes",
     "default_rules",
+    "is_causal",
     "is_float_cast",
     "masks",
+    "nearest_sources",
     "op_of",
     "ops",
     "optimize",
     "refresh",
     "restore",
     "rule",
+    "scores",
     "testing",
 ]

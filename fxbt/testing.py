@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .explain.report import Report
+from .match.one_of import OneOf
 from .match.rule import Rule
 from .optimize import optimize
 from .pipeline import default_rules
@@ -74,13 +75,18 @@ def assert_untouched(rule: Rule, model: nn.Module, inputs: Inputs, *, reason: st
 
 
 def _optimized(rule: Rule, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Report]:
-    is_built_in = any(type(rule) is type(known) for known in default_rules())
+    built_in = {type(member) for known in default_rules() for member in _members(known)}
+    is_built_in = all(type(member) in built_in for member in _members(rule))
     fast = optimize(model, rules=[] if is_built_in else [rule])
     with torch.no_grad():
         _call(fast, inputs)
     report: Report = fast.report  # type: ignore[assignment]
     assert not report.fallbacks, f"the model was not captured: {report.fallbacks[0]}"
     return fast, report
+
+
+def _members(rule: Rule) -> tuple[Rule, ...]:
+    return rule.rules if isinstance(rule, OneOf) else (rule,)
 
 
 def _call(model: nn.Module, inputs: Inputs) -> Any:

@@ -7,11 +7,15 @@ from fxbt.patterns.mlp import MLP
 from fxbt.patterns.norm import LayerNorm, ResidualNorm, RMSNorm
 from fxbt.patterns.qkv import MergeQKV
 from fxbt.patterns.rotary import Rotary
+from fxbt.patterns.sdpa import CalledAttention, SoftmaxAttention
+from fxbt.patterns.sinks import SinkAttention
+from fxbt.patterns.written_out import WrittenOutAttention
 
 __all__ = [
     "MLP",
     "Activation",
     "Attention",
+    "CalledAttention",
     "DecoderLayer",
     "EncoderLayer",
     "LayerNorm",
@@ -19,4 +23,7 @@ __all__ = [
     "RMSNorm",
     "ResidualNorm",
     "Rotary",
+    "SinkAttention",
+    "SoftmaxAttention",
+    "WrittenOutAttention",
 ]

@@ -13,13 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import fx
-
 import fxbt
-from fxbt.patterns.scores import LARGEST_FILL
-
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def branch(op: Any, block: Any) -> Any:
@@ -58,35 +52,6 @@ def parallel(op: Any, x: Any) -> Any:
     return x + attention(op, op.normalize(x)) + mlp(op, op.normalize(x))
 
 
-def blocks_the_future(attention: fx.Node) -> bool:
-    """Whether an SDPA lets no query see a later key; a mask that cannot be read proves nothing."""
-    if fxbt.argument(attention, "is_causal"):
-        return True
-    mask = fxbt.argument(attention, "attn_mask")
-    return mask is not None and any(map(_masks_the_future, _addends(mask)))
-
-
-def _addends(bias: fx.Node) -> list[fx.Node]:
-    """What a bias is the sum of: one mask among positions and other biases is enough."""
-    if bias.target is not torch.ops.aten.add.Tensor or bias.kwargs:
-        return [bias]
-    return [addend for arg in bias.args if isinstance(arg, fx.Node) for addend in _addends(arg)]
-
-
-def _masks_the_future(mask: fx.Node) -> bool:
-    rank = mask.meta["val"].dim()
-    if rank < 2:
-        return False
-    index = fxbt.masks.index_symbols(rank)
-    try:
-        value = fxbt.masks.evaluate(mask, index, fxbt.masks.read_constants(mask))
-    except (fxbt.masks.Opaque, TypeError):  # sympy raises TypeError on NaN
-        return False
-    is_boolean = mask.meta["val"].dtype is torch.bool
-    attend = fxbt.masks.truth(value) if is_boolean else fxbt.masks.zero_else_below(value, LARGEST_FILL)
-    return attend is not None and fxbt.masks.implies_causal(attend, index[-2], index[-1])
-
-
 class DecoderLayer(fxbt.Rule):
     """A causal layer, or one with cross-attention, as one node"""
 
@@ -103,8 +68,8 @@ class DecoderLayer(fxbt.Rule):
         )
 
     def check(self, m: fxbt.Found) -> None:
-        attentions = [node for node in m.interior if node.target is SDPA]
-        is_causal = any(blocks_the_future(attention) for attention in attentions)
+        attentions = [node for node in m.interior if node.target is fxbt.ops.SDPA]
+        is_causal = any(map(fxbt.is_causal, attentions))
         m.need(len(attentions) > 1 or is_causal, "no cross-attention, and the mask is not proven causal")
 
 

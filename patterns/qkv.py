@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxbt import Match, Miss, Rule, ops
+from fxbt import Match, Miss, Rule, argument, nearest_sources, ops
 
 aten = torch.ops.aten
 
@@ -38,11 +38,11 @@ class MergeQKV(Rule):
     targets = ops.ATTENTIONS
 
     def find(self, anchor: fx.Node) -> Match:
-        sources = [_projection(operand) for operand in anchor.args[:3]]
-        linears = _sharing_an_input([source for source in sources if source is not None])
+        operands = (argument(anchor, name) for name in ("query", "key", "value"))
+        linears = _sharing_an_input([source for operand in operands if (source := _projection(operand))])
         linears.sort()
-        weights = [linear.args[1] for linear in linears]
-        biases = [linear.args[2] if len(linear.args) > 2 else None for linear in linears]
+        weights = [argument(linear, "weight") for linear in linears]
+        biases = [argument(linear, "bias") for linear in linears]
         for weight in weights:
             if not isinstance(weight, fx.Node) or weight.op != "get_attr":
                 raise Miss("a projection's weight is computed, not a parameter", node=linears[0])
@@ -50,8 +50,8 @@ class MergeQKV(Rule):
             [int(weight.meta["val"].shape[0]) for weight in weights],
             [bias is not None for bias in biases],
         )
-        inputs = (linears[0].args[0], *weights, *(bias for bias in biases if bias is not None))
-        return Match(anchor, inputs, tuple(linears), facts)  # type: ignore[arg-type]
+        inputs = (argument(linears[0], "input"), *weights, *(bias for bias in biases if bias is not None))
+        return Match(anchor, inputs, tuple(linears), facts)
 
     def replace(self, facts: Projections, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         matrices, given = weights[: len(facts.sizes)], iter(weights[len(facts.sizes) :])
@@ -68,16 +68,7 @@ class MergeQKV(Rule):
 
 def _projection(operand: object) -> fx.Node | None:
     """The one linear an attention operand comes from, or None where it comes from none or from several."""
-    waiting, seen, linears = [operand], set(), []
-    while waiting:
-        node = waiting.pop()
-        if not isinstance(node, fx.Node) or node in seen or node.op != "call_function":
-            continue
-        seen.add(node)
-        if node.target is LINEAR:
-            linears.append(node)
-        elif node.target not in BARRIERS:
-            waiting.extend(node.all_input_nodes)
+    linears = nearest_sources(operand, {LINEAR}, BARRIERS)
     return linears[0] if len(linears) == 1 else None
 
 
@@ -89,7 +80,7 @@ def _sharing_an_input(linears: list[fx.Node]) -> list[fx.Node]:
     """
     groups: dict[fx.Node, list[fx.Node]] = {}
     for linear in linears:
-        group = groups.setdefault(linear.args[0], [])  # type: ignore[arg-type]
+        group = groups.setdefault(argument(linear, "input"), [])
         if linear not in group:
             group.append(linear)
     if not groups:

@@ -12,48 +12,33 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from fxbt import Miss
-from fxbt.patterns.scores import (
-    Add,
-    Fill,
-    Floor,
-    Operand,
-    ScaleBy,
-    Step,
-    Tanh,
-    bias_of,
-    has_finite_fill,
-    kept_by,
-    lowered,
-    rounding_bias,
-    scale_of,
-    scores_dtype,
-    shows,
-)
+from fxbt import Match, Miss, Operands, attentions, ops, scores
+from fxbt.patterns.bias import Operand, bias_of, kept_by
+from fxbt.patterns.sdpa import AttentionRule, Plan, another_rules, match_of, same_dtype, scores_operand
 
 
 @dataclass
 class WrittenOut:
     """The steps before and after the tanh, and what the scores are computed in; without a softcap all are after."""
 
-    before: list[Step]
+    before: list[scores.Step]
     softcap: float | None
-    after: list[Step]
+    after: list[scores.Step]
     dtype: torch.dtype
     replaces: bool = False  # a fill stands in the place of scores, whatever they are
 
     @property
     def scale(self) -> float:
         """Of the product itself."""
-        return scale_of(self.after if self.softcap is None else self.before)
+        return scores.scale_of(self.after if self.softcap is None else self.before)
 
     def biases(self, operand: Operand, is_masked: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What is added before the tanh, and after it: one by one where one rounds the others."""
         before = bias_of(self.before, operand, self.dtype)
-        steps = self.after if self.replaces else lowered(self.after, self.dtype)
-        parts = [[step] for step in steps] if rounding_bias(steps) else [steps]
+        steps = self.after if self.replaces else scores.lowered(self.after, self.dtype)
+        parts = [[step] for step in steps] if scores.rounding_bias(steps) else [steps]
         after = [bias_of(part, operand, self.dtype) for part in parts] if is_masked else []
         return [] if before is None else [before], [_as_addend(bias) for bias in after if bias is not None]
 
@@ -62,30 +47,57 @@ class WrittenOut:
         return kept_by(self.after, operand) if self.replaces and is_masked else None
 
 
-def written_out(steps: list[Step], softmax: fx.Node) -> WrittenOut | None:
-    """How scores are to be written out that take these steps, innermost first; None where SDPA expresses them.
+class WrittenOutAttention(AttentionRule):
+    """softmax(c * tanh(scale * Q K^T + before) + after) V  ->  fxbt.ops.attention_by_products"""
+
+    def find(self, anchor: fx.Node) -> Match:
+        found = attentions.from_softmax(anchor)
+        first = found[0]
+        reason = scores.beyond_sdpa(first.steps, first.dtype)
+        if reason is None:
+            raise another_rules(anchor)
+        written = written_out(first.steps, anchor, reason)
+        if first.dropout or first.sink or first.zeroed or first.zeroes_nan:
+            raise Miss("the scores need writing out, with a dropout, a sink or zeroed weights on top", node=anchor)
+        if anchor.target is attentions.SAFE_SOFTMAX:
+            raise Miss("the scores need writing out, and rows without any key are 0 in this softmax", node=anchor)
+        return match_of(anchor, found, written)
+
+    def kernel(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> Tensor:
+        written: WrittenOut = plan.written
+        on_scores, is_masked = scores_operand(operands), not plan.unmasked
+        before, after = written.biases(on_scores, is_masked)
+        kept = written.kept(on_scores, is_masked)
+        like = query.new_empty((), dtype=written.dtype)
+        query, key, value, _, *biases = same_dtype(query, key, value, like, *before, *after)
+        before, after = biases[: len(before)], biases[len(before) :]
+        softcap = written.softcap
+        return ops.attention_by_products(
+            query, key, value, before, after, plan.found.scale, softcap, plan.is_causal, kept
+        )
+
+
+def written_out(steps: list[scores.Step], softmax: fx.Node, reason: str) -> WrittenOut:
+    """How scores are to be written out that take these steps, innermost first, for the `reason` that SDPA cannot.
 
     Raises:
         Miss: they cannot be written out either, or not here.
     """
-    places = [place for place, step in enumerate(steps) if isinstance(step, Tanh)]
-    dtype = scores_dtype(softmax)
-    reason, is_rounding = shows(steps, dtype), rounding_bias(steps) is not None
-    if not places and not is_rounding and reason is None:
-        return None
-    what = "the scores are softcapped" if places else reason or "a mask rounds the biases it is added to"
-    _check_can_be_here(softmax, what)
+    places = [place for place, step in enumerate(steps) if isinstance(step, scores.Tanh)]
+    dtype = scores.scores_dtype(softmax)
+    is_rounding = scores.rounding_bias(steps) is not None
+    _check_can_be_here(softmax, reason)
     # float16 has no number so low that it absorbs a score
-    replaces = reason is not None or (dtype is torch.float16 and has_finite_fill(steps))
+    replaces = scores.shows(steps, dtype) is not None or (dtype is torch.float16 and scores.has_finite_fill(steps))
     if replaces and is_rounding:
-        raise Miss(f"{what}, and a mask rounds the biases it is added to", node=softmax)
+        raise Miss(f"{reason}, and a mask rounds the biases it is added to", node=softmax)
     if not places:
         if is_rounding:
             _check_order_is_kept(steps)
         return WrittenOut([], None, steps, dtype, replaces)
     before, after = steps[: places[0]], steps[places[0] + 1 :]
     _check_softcap(before, after, softmax)
-    return WrittenOut(before, scale_of(after), after, dtype, replaces)
+    return WrittenOut(before, scores.scale_of(after), after, dtype, replaces)
 
 
 def _check_can_be_here(softmax: fx.Node, what: str) -> None:
@@ -95,19 +107,19 @@ def _check_can_be_here(softmax: fx.Node, what: str) -> None:
         raise Miss(f"{what}, which SDPA cannot express, and what can does not see autocast", node=softmax)
 
 
-def _check_softcap(before: list[Step], after: list[Step], softmax: fx.Node) -> None:
-    if any(isinstance(step, Tanh) for step in after):
+def _check_softcap(before: list[scores.Step], after: list[scores.Step], softmax: fx.Node) -> None:
+    if any(isinstance(step, scores.Tanh) for step in after):
         raise Miss("the scores are softcapped twice", node=softmax)
-    if any(isinstance(step, Fill | Floor) for step in before):
+    if any(isinstance(step, scores.Fill | scores.Floor) for step in before):
         raise Miss("masked scores are softcapped afterwards", node=softmax, expected="a mask after the softcap")
-    if any(isinstance(step, ScaleBy) for step in after):
+    if any(isinstance(step, scores.ScaleBy) for step in after):
         raise Miss("softcapped scores are scaled by a tensor", node=softmax, expected="a number")
 
 
-def _check_order_is_kept(steps: list[Step]) -> None:
-    first = next(place for place, step in enumerate(steps) if isinstance(step, Add | Fill))
+def _check_order_is_kept(steps: list[scores.Step]) -> None:
+    first = next(place for place, step in enumerate(steps) if isinstance(step, scores.Add | scores.Fill))
     for step in steps[first:]:
-        if not isinstance(step, Add | Fill):
+        if not isinstance(step, scores.Add | scores.Fill):
             raise Miss("a mask that rounds other biases is scaled with them", expected="a mask added last")
 
 

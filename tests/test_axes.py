@@ -171,3 +171,12 @@ def test_sums_of_minima_that_a_guard_proves_are_sizes():
     (cut,) = [node for node in module.graph.nodes if node.target is aten.cat.default and len(axes.sizes_of(node)) == 1]
     assert cut.meta["val"].shape[0].node.expr != 2 * length
     assert axes.sizes_of(cut) == [2 * length]
+
+
+def test_constant_along_an_axis_is_what_holds_no_part_of_it():
+    hidden, seq = Atom(32), Atom(5)
+    heads, head_dim = axes.regroup([hidden], sizes(4, 8))
+    assert axes.is_constant_along(((seq,), ()), [hidden])
+    assert not axes.is_constant_along((head_dim,), [hidden]), "a part of it"
+    assert axes.is_constant_along((heads,), head_dim)
+    assert not axes.is_constant_along(((hidden,),), head_dim), "the whole of which it is a part"

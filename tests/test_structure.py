@@ -107,6 +107,15 @@ def test_rules_use_only_the_public_face(path: Path) -> None:
         assert not private, f"{path.name} imports {name}, which is not in fxbt.__all__"
 
 
+@pytest.mark.parametrize("path", PATTERNS, ids=name_of)
+def test_rules_are_formulas(path: Path) -> None:
+    """A rule walks no graph: no node's arguments or users, no worklist. That is for fxbt/analysis and fxbt/match."""
+    for node in ast.walk(tree_of(path)):
+        assert not isinstance(node, ast.While), f"{path.name}:{node.lineno} loops until something is done"
+        is_walk = isinstance(node, ast.Attribute) and node.attr in {"args", "kwargs", "users", "all_input_nodes"}
+        assert not is_walk, f"{path.name}:{getattr(node, 'lineno', 0)} reads a graph op by op"
+
+
 def test_importing_a_rule_file_has_no_effect() -> None:
     """Rule files hold definitions and constants: no call stands alone at the top of a module."""
     for path in PATTERNS:

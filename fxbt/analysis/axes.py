@@ -60,6 +60,16 @@ def atoms_of(axes: Axes) -> tuple[Atom, ...]:
     return tuple(atom for label in axes for atom in leaves(label))
 
 
+def is_constant_along(axes: Axes, axis: Iterable[Atom]) -> bool:
+    """Whether a value with the labels `axes` is the same all along `axis`, of which it then holds no part.
+
+    Example::
+
+        fxbt.axes.is_constant_along(factor_axes, keys)  # a factor for each query
+    """
+    return not set(atoms_of(axes)) & set(leaves(axis))
+
+
 def size_of(value: torch.Tensor, dim: int) -> Any:
     """The size of a dim as a sympy expression, reduced by what the shape environment knows."""
     return reduced(value.shape[dim])

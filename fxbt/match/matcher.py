@@ -7,7 +7,6 @@ terms or of three, a division a power of -1, a mean a sum with a coefficient. It
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,12 +17,11 @@ import torch
 from torch import fx
 
 from ..analysis import axes
-from ..graph.blocks import ATTENTIONS, FUSED
-from ..graph.canonical import CASTS, argument, is_pure, parameters
+from ..graph.canonical import argument, is_pure, parameters
 from ..graph.miss import Miss
-from ..torch_compat import OpOverload
+from . import pointwise
+from .naming import is_float_cast, op_of
 from .terms import (
-    ALIASES,
     Call,
     ComputedFrom,
     Either,
@@ -31,6 +29,7 @@ from .terms import (
     Maybe,
     NumberVariable,
     Part,
+    Pointwise,
     Product,
     Slice,
     Sum,
@@ -62,31 +61,6 @@ CLOSE = 1e-6  # relative: constants in model code are written with seven digits 
 
 def is_close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=CLOSE, abs_tol=1e-30)
-
-
-def op_of(node: Any) -> str:
-    """The op a node calls, by the name patterns use; "" for what is no op.
-
-    Example::
-
-        fxbt.op_of(node) == "linear"
-    """
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return ""
-    if isinstance(node.target, OpOverload):
-        return _name_of(node.target)
-    name = getattr(node.target, "__name__", "")
-    return name if name == "getitem" or FUSED.get(name) is node.target else ""
-
-
-@functools.cache
-def _name_of(op: OpOverload) -> str:
-    if op in ATTENTIONS:
-        return "attention"
-    if op._schema.is_mutable:
-        return ""  # what it writes to is another value after it
-    name = op._schema.name.split("::")[-1].strip("_")
-    return ALIASES.get(name, name)
 
 
 # --- graph values as sums and products --------------------------------------------------------------------------
@@ -131,18 +105,6 @@ def reduced_dims(node: fx.Node) -> list[int]:
     rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
     dims = range(rank) if dims is None or dims == [] else dims if isinstance(dims, list | tuple) else [dims]
     return sorted(dim % rank for dim in dims)
-
-
-def is_float_cast(node: Any) -> bool:
-    """Whether a node only changes the precision of a floating-point value.
-
-    Example::
-
-        source = node.args[0] if fxbt.is_float_cast(node) else node
-    """
-    if not isinstance(node, fx.Node) or node.target not in CASTS:
-        return False
-    return bool(node.meta["val"].is_floating_point() and node.args[0].meta["val"].is_floating_point())  # type: ignore[union-attr]
 
 
 def product_cuts(value: Any, limit: int) -> Iterator[Powers]:
@@ -310,6 +272,7 @@ class Found:
         self.outputs = anchors
         self.interior = state.interior
         self.facts: dict[str, Any] = {}
+        self.is_kept = False
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._values:
@@ -331,6 +294,10 @@ class Found:
         """Refuses the match, with `reason` in the report, unless `condition` holds."""
         if not condition:
             raise Miss(reason, node=self._node, expected=expected, hint=hint)
+
+    def keep(self) -> None:
+        """Leaves the match as it is, in its best form already: it counts in `report.hits` and is not replaced."""
+        self.is_kept = True
 
     def shape(self, name: str, dims: str) -> dict[str, Any]:
         """Refuses the match unless `name` has as many dims as the string names; equal names must be equal sizes.
@@ -411,10 +378,10 @@ class Matcher:
                 return False
         return True
 
-    def _miss_escape(self, node: fx.Node, reader: fx.Node, state: State) -> None:
+    def _miss_escape(self, node: fx.Node, reader: fx.Node, state: State, reason: str = "") -> None:
         self._keep(
             Miss(
-                "a value inside the pattern is used elsewhere too",
+                reason or "a value inside the pattern is used elsewhere too",
                 node=node,
                 found=(node, "is also used by", reader),
                 expected=f"{op_of(node)} used only inside the pattern",
@@ -477,6 +444,8 @@ class Matcher:
                 yield from self._match_slice(term, value, state)
             case ComputedFrom():
                 yield from self._match_computed_from(term, _plain(value), state)
+            case Pointwise():
+                yield from self._match_pointwise(term, _plain(value), state)
             case Call():
                 yield from self._match_call(term, _plain(value), state)
             case _:
@@ -737,7 +706,19 @@ class Matcher:
         unknown = sorted(set(written) - PRECISION - SIZES)
         return pairs, f"no {unknown[0]}" if unknown else ""
 
-    # --- slices and ancestry
+    # --- regions, slices and ancestry
+
+    def _match_pointwise(self, term: Pointwise, value: Any, state: State) -> Iterator[State]:
+        for source, region in pointwise.regions(value):
+            name = pointwise.computed(term.functions, value, source, region)
+            if name is None:
+                continue
+            inner = state.enter(region, term)
+            if (escape := pointwise.escape(region)) is not None:
+                self._miss_escape(*escape, inner, f"a value inside {name} is used elsewhere too")
+                continue
+            yield from self._match(term.source, source, inner.bind(term.bound, name) if term.bound else inner)
+        self._fail(term, value, state)
 
     def _match_slice(self, term: Part | Slice, value: Any, state: State) -> Iterator[State]:
         node = _plain(value)
@@ -790,6 +771,8 @@ def _always_bound(terms: Iterable[Any]) -> set[str]:
         match term:
             case Variable() | NumberVariable() | WeightVariable():
                 bound.add(term.name)
+            case Pointwise():
+                bound |= _always_bound(children(term)) | ({term.bound} - {""})
             case Maybe():
                 continue
             case Either():

@@ -15,7 +15,9 @@ from torch import fx
 from ..errors import RuleError
 from ..graph.blocks import FUSED
 from ..graph.miss import Miss
-from .matcher import PERMUTATIONS, SHAPES, Found, Matcher, is_float_cast, op_of
+from .matcher import PERMUTATIONS, SHAPES, Found, Matcher
+from .naming import is_float_cast, op_of
+from .pointwise import ENDS
 from .terms import (
     Call,
     Either,
@@ -23,6 +25,7 @@ from .terms import (
     Maybe,
     NumberVariable,
     Op,
+    Pointwise,
     Product,
     Sum,
     Term,
@@ -177,7 +180,7 @@ class Rule:
         static = {name: value for name, value in found.values.items() if name not in tensors}
         casts = any(is_float_cast(node) for node in found.interior)
         facts = Arguments(tuple(tensors), static, casts)
-        return Match(found.outputs[0], tuple(tensors.values()), found.outputs, facts)
+        return Match(found.outputs[0], tuple(tensors.values()), found.outputs, facts, replaces=not found.is_kept)
 
     def results(self, match: Match, tensors: tuple[torch.Tensor, ...]) -> Any:
         """What `replace` gives for a match, its inputs being `tensors`."""
@@ -304,6 +307,8 @@ PRODUCT_OPS = {"mul", "div", "neg", "pow", "sqrt", "rsqrt", "reciprocal", "squar
 def _heads(term: Any) -> set[str]:
     """The ops that a match of the term can end with."""
     match term:
+        case Pointwise():
+            return set(ENDS)
         case Either():
             return set().union(*(_heads(option) for option in term.options))
         case Sum() | Product():

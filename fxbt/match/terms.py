@@ -215,6 +215,15 @@ class Maybe(Term):
 
 
 @_term
+class Pointwise(Term):
+    """Whatever computes one of `functions` of `source`, pointwise; `bound` is the name that its name is bound to."""
+
+    functions: tuple[tuple[str, Callable[[torch.Tensor], torch.Tensor]], ...]
+    source: Term
+    bound: str = ""
+
+
+@_term
 class ComputedFrom(Term):
     """Any value that is computed from `source`; each is one of its own."""
 
@@ -566,6 +575,25 @@ class Op:
         """Any value on whose way from the weights and inputs `source` stands."""
         return ComputedFrom(source, next(_serial))
 
+    def pointwise(self, function: Any, x: Term, name: str = "") -> Term:
+        """Whatever computes `function` of x elementwise, to seven digits, by sums, products, powers and smooth curves.
+
+        Of several functions, given by name, whichever it is: `name` is then bound to its name, for `check` and
+        `replace`.
+
+        Example::
+
+            op.pointwise(F.gelu, x)                                    # x/2 (1 + erf(x / sqrt(2))) in any spelling
+            op.pointwise({"gelu": F.gelu, "silu": F.silu}, x, "kind")  # replace(self, x, kind)
+
+        Raises:
+            RuleError: a function is no callable.
+        """
+        functions = function if isinstance(function, dict) else {getattr(function, "__name__", "it"): function}
+        if not all(callable(each) for each in functions.values()):
+            raise RuleError(f"op.pointwise takes a function of one tensor, or several by name, not {function!r}")
+        return Pointwise(tuple(functions.items()), x, name)
+
     def attention(self, *args: Any, **kwargs: Any) -> Term:
         """SDPA, or what the attention rule turned into it: query, key, value (batch, heads, seq, head_dim), mask."""
         return self._block("attention", args, kwargs)
@@ -622,7 +650,7 @@ def children(term: Any) -> tuple[Any, ...]:
             return term.options
         case Maybe():
             return (term.term,)
-        case Part() | Slice() | ComputedFrom() | Size():
+        case Part() | Slice() | ComputedFrom() | Size() | Pointwise():
             return (term.source,)
     return ()
 
@@ -656,7 +684,8 @@ def shared(term: Any) -> set[Term]:
 def names(term: Term) -> frozenset[str]:
     """The names of all variables, numbers and weights of a term."""
     leaves = (Variable, NumberVariable, WeightVariable)
-    return frozenset(found.name for found in walk(term) if isinstance(found, leaves))
+    bound = {found.bound for found in walk(term) if isinstance(found, Pointwise)} - {""}
+    return frozenset(found.name for found in walk(term) if isinstance(found, leaves)) | bound
 
 
 def size(term: Any) -> int:
@@ -728,6 +757,8 @@ def _text(term: Any, depth: int) -> str:
             return " or ".join(dict.fromkeys(_text(option, depth) for option in term.options))
         case Maybe():
             return f"[{_text(term.term, depth)}]"
+        case Pointwise():
+            return f"{' or '.join(name for name, _ in term.functions)} of {_text(term.source, depth - 1)}"
         case ComputedFrom():
             return f"from {_text(term.source, depth)}"
         case tuple():

@@ -44,6 +44,13 @@ class _TorchOp:
     def computed_from(self, source: Any) -> Any:
         return source
 
+    def pointwise(self, function: Any, x: Any, name: str = "") -> Any:
+        functions = function if isinstance(function, dict) else {"": function}
+        first, compute = next(iter(functions.items()))
+        if name:
+            self.made[name] = first
+        return compute(x)
+
     def number(self, name: str, where: Any = None) -> Any:
         return self.made.setdefault(name, NUMBER)
 

@@ -1,14 +1,20 @@
 """What happens to attention scores between the query-key product and the softmax: a chain of steps, read backward.
 
-S = Q K^T, then any of: c * S, S * t (t constant along the keys), S + bias, where(mask, S, fill), casts, tanh(S). But
-for the tanh they are affine, and the same steps, run on nothing, give the bias that SDPA adds to its scaled product.
+S = Q K^T, then any of: c * S, S * t (t constant along the keys), S + bias, where(mask, S, fill), casts, tanh(S).
+`unwind` reads them off a graph; the rest says what such a chain masks, rounds and lets pass. Nothing is changed.
+
+Example::
+
+    steps: list[Step] = []
+    product = unwind(softmax.args[0], labels, keys, steps)  # steps: outermost first
+    steps.reverse()
+    proves_unmasked(steps, seq, keys, scores_dtype(softmax))  # Unmasked(causal=True, assumes=())
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +22,8 @@ import sympy
 import torch
 from torch import fx
 
-from fxbt import Miss, axes, masks
+from ..graph.miss import Miss
+from . import axes, masks
 
 aten = torch.ops.aten
 
@@ -89,7 +96,6 @@ class Tanh:
 
 
 Step = Scale | ScaleBy | Add | Fill | Floor | Tanh
-Operand = Callable[[fx.Node, axes.Axes], torch.Tensor]
 
 
 def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps: list[Step]) -> axes.Contraction:
@@ -171,7 +177,7 @@ def _unwind_scale(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...],
         return _extend(steps, inner, product)
     is_tensor = isinstance(factor.meta["val"], torch.Tensor)  # else a number computed from sizes
     factor_axes = axes.broadcast_axes(factor, labels) if is_tensor else ()
-    if set(axes.atoms_of(factor_axes)) & set(axes.leaves(keys)):
+    if not axes.is_constant_along(factor_axes, keys):
         mask = None if divide else zeroing_mask(factor, factor_axes)
         if mask is None:
             raise Miss("the scores are multiplied by a tensor that varies along the keys", node=node)
@@ -353,6 +359,13 @@ def shows(steps: list[Step], dtype: torch.dtype) -> str | None:
     return None
 
 
+def beyond_sdpa(steps: list[Step], dtype: torch.dtype) -> str | None:
+    """Why SDPA, which adds one bias to a scaled product, cannot express the steps. None where it can."""
+    if any(isinstance(step, Tanh) for step in steps):
+        return "the scores are softcapped"
+    return shows(steps, dtype) or ("a mask rounds the biases it is added to" if rounding_bias(steps) else None)
+
+
 def lowered(steps: list[Step], dtype: torch.dtype) -> list[Step]:
     """The same steps where a finite fill is so low that a score is lost in it when SDPA adds the two.
 
@@ -369,12 +382,6 @@ def lowered(steps: list[Step], dtype: torch.dtype) -> list[Step]:
 def has_finite_fill(steps: list[Step]) -> bool:
     """Whether rows that are masked entirely share their weight evenly."""
     return any(isinstance(step, Fill) and step.fill > -math.inf for step in steps)
-
-
-def kept_by(steps: list[Step], operand: Operand) -> torch.Tensor:
-    """Where no fill takes the place of a score; there must be a fill."""
-    masks_ = [operand(step.node, step.axes).bool() == step.keep for step in steps if isinstance(step, Fill)]
-    return functools.reduce(torch.logical_and, masks_)
 
 
 def rounding_bias(steps: list[Step]) -> fx.Node | None:
@@ -434,50 +441,6 @@ def _numbers_in(bias: fx.Node) -> Iterator[float]:
 def scale_of(steps: list[Step]) -> float:
     """What the steps multiply the scores by."""
     return math.prod(step.number for step in steps if isinstance(step, Scale))
-
-
-def bias_of(steps: list[Step], operand: Operand, dtype: torch.dtype) -> torch.Tensor | None:
-    """What the steps add to the scaled product: the chain, innermost first, run on a score of zero of `dtype`.
-
-    `operand` gives a step's tensor laid out as (batch, heads, seq, keys). A lone -inf fill stays a boolean mask.
-    """
-    if len(steps) == 1 and isinstance(steps[0], Fill) and steps[0].fill == -math.inf:
-        mask = operand(steps[0].node, steps[0].axes)
-        return mask if steps[0].keep else mask.logical_not()
-    bias: torch.Tensor | None = None
-    for step in steps:
-        bias = _apply(step, bias, operand, dtype)
-    return bias
-
-
-def _apply(step: Step, bias: torch.Tensor | None, operand: Operand, dtype: torch.dtype) -> torch.Tensor | None:
-    if isinstance(step, Scale):
-        return None if bias is None else bias * step.number
-    if isinstance(step, Floor):
-        return None if bias is None else bias.clamp(min=step.lowest)
-    if isinstance(step, ScaleBy):
-        return None if bias is None else times(bias, operand(step.node, step.axes), step.divide)
-    if isinstance(step, Fill):
-        mask = operand(step.node, step.axes).bool()
-        keep = mask if step.keep else mask.logical_not()
-        zero = torch.zeros((), dtype=dtype, device=keep.device)
-        return torch.where(keep, zero if bias is None else bias, step.fill)
-    assert isinstance(step, Add), "scores under a tanh are no sum with a bias"
-    term = _addend(step, operand)
-    return term if bias is None else bias + term
-
-
-def _addend(step: Add, operand: Operand) -> torch.Tensor:
-    if not isinstance(step.node, fx.Node):
-        return torch.full((1, 1, 1, 1), step.node * step.factor)
-    tensor = operand(step.node, step.axes)
-    if not tensor.is_floating_point():
-        tensor = tensor.to(torch.get_default_dtype())
-    return tensor if step.factor == 1 else tensor * step.factor
-
-
-def times(tensor: torch.Tensor, factor: torch.Tensor, divide: bool) -> torch.Tensor:
-    return tensor / factor if divide else tensor * factor
 
 
 class Unmasked(NamedTuple):

@@ -1,0 +1,43 @@
+"""Whether an attention keeps its queries from later keys, by its argument or by its mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..graph.canonical import argument
+from . import masks
+from .scores import LARGEST_FILL
+
+
+def is_causal(attention: fx.Node) -> bool:
+    """Whether an SDPA lets no query see a later key; a mask that cannot be read proves nothing.
+
+    Example::
+
+        m.need(fxbt.is_causal(m["attention"]), "the mask is not proven causal")
+    """
+    if argument(attention, "is_causal"):
+        return True
+    mask = argument(attention, "attn_mask")
+    return mask is not None and any(map(_masks_later_keys, _addends(mask)))
+
+
+def _addends(bias: fx.Node) -> list[fx.Node]:
+    """What a bias is the sum of: one mask among positions and other biases is enough."""
+    if bias.target is not torch.ops.aten.add.Tensor or bias.kwargs:
+        return [bias]
+    return [addend for arg in bias.args if isinstance(arg, fx.Node) for addend in _addends(arg)]
+
+
+def _masks_later_keys(mask: fx.Node) -> bool:
+    value = mask.meta["val"]
+    if value.dim() < 2:
+        return False
+    index = masks.index_symbols(value.dim())
+    try:
+        read = masks.evaluate(mask, index, masks.read_constants(mask))
+    except (masks.Opaque, TypeError):  # sympy raises TypeError on NaN
+        return False
+    attend = masks.truth(read) if value.dtype is torch.bool else masks.zero_else_below(read, LARGEST_FILL)
+    return attend is not None and masks.implies_causal(attend, index[-2], index[-1])

@@ -1,0 +1,55 @@
+"""A replacement's tensors, laid out by the names of their axes: no transpose or reshape is written in a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import axes
+
+
+class Operands:
+    """What a match's inputs are at run time, each in the layout that the replacement asks for.
+
+    `tensors` come in the order of `Match.inputs`, `position` gives each node's place there, `known` the axes of each;
+    `named` turns names into axes. Names are separated by spaces; "1" is a dim of size one.
+
+    Example::
+
+        operands = fxbt.Operands(tensors, plan.position, plan.axes, layout.named)
+        query = operands(found.query, found.query_axes, "batch heads seq head_dim")
+        mask = operands(step.node, step.axes, "batch heads seq keys", expand=False)  # broadcasts where it lacks an axis
+        return operands.back(query * scale, "batch heads seq head_dim", found.output_axes)
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        position: Mapping[fx.Node, int],
+        known: Sequence[axes.Axes],
+        named: Callable[[str], axes.Axes],
+    ):
+        self._tensors, self._position, self._named = tensors, position, named
+        self._sizes = axes.sizes_from(axes.size_table(known), tensors)
+
+    def __call__(self, node: fx.Node, labels: axes.Axes, names: str, expand: bool = True) -> Any:
+        """The tensor of `node`, whose axes are `labels`, with the axes `names`; a number computed from sizes as it is.
+
+        Raises:
+            Miss: a size is needed that can be read off no operand.
+        """
+        tensor = self._tensors[self._position[node]]
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        return axes.arrange(tensor, labels, self._named(names), self._sizes, expand)
+
+    def back(self, tensor: torch.Tensor, names: str, labels: axes.Axes) -> torch.Tensor:
+        """A result that has the axes `names`, laid out as `labels`: as the graph has it.
+
+        Raises:
+            Miss: a size is needed that can be read off no operand.
+        """
+        return axes.arrange(tensor, self._named(names), labels, self._sizes)

@@ -1,0 +1,204 @@
+"""softmax(scale * Q K^T + bias) V, however it is written, as one scaled_dot_product_attention (SDPA).
+
+What stands in the graph is read by `fxbt.attentions`, whatever its layout; here is what takes its place. Rules for
+what SDPA has no argument for build on this one: `sinks`, `written_out`. Models that call SDPA already are improved
+where the mask proves to be causal or to mask nothing, or key/value heads were expanded for nothing.
+
+Fully masked rows: a finite fill keeps its uniform average; an -inf fill gives 0 where the model gave NaN. SDPA adds
+masks, so that a fill becomes a number in which a score is lost.
+
+Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.1; torch's SDPA documentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxbt import Match, Miss, Operands, Rule, attentions, axes, ops, scores
+from fxbt.patterns.bias import bias_of, kept_by, times
+
+QUERY, KEY, VALUE = "batch heads seq head_dim", "batch key_heads keys head_dim", "batch key_heads keys value_dim"
+SCORES, PER_QUERY, RESULT = "batch heads seq keys", "batch heads seq 1", "batch heads seq value_dim"
+
+
+@dataclass
+class Plan:
+    """What `replace` needs: everything static; tensors come in the order of `Match.inputs`."""
+
+    found: attentions.Attention
+    layout: attentions.Layout
+    written: Any  # how scores are written out that SDPA cannot express, else None
+    unmasked: scores.Unmasked | None
+    known: list[axes.Axes]
+    position: dict[fx.Node, int]
+
+    @property
+    def is_causal(self) -> bool:
+        return self.found.causal or bool(self.unmasked and self.unmasked.causal)
+
+
+class AttentionRule(Rule):
+    """What all attentions share: operands laid out as SDPA takes them, factors on queries and on the result."""
+
+    name = "attention"
+    proven = True
+    makes = frozenset({"attention"})
+    targets = attentions.SOFTMAX
+
+    def kernel(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> Tensor:
+        """The attention itself: tensors as SDPA's to a result (batch, heads, seq, value_dim)."""
+        raise NotImplementedError
+
+    def replace(self, plans: list[Plan], *tensors: Tensor) -> list[Tensor]:
+        return [self._attend(plan, tensors) for plan in plans]
+
+    def _attend(self, plan: Plan, tensors: tuple[Tensor, ...]) -> Tensor:
+        found = plan.found
+        operands = Operands(tensors, plan.position, plan.known, plan.layout.named)
+        query = operands(found.query, found.query_axes, QUERY)
+        key = operands(found.key, found.key_axes, KEY)
+        value = operands(found.value, found.value_axes, VALUE)
+        for step in found.steps:
+            if isinstance(step, scores.ScaleBy):
+                query = times(query, operands(step.node, step.axes, PER_QUERY, expand=False), step.divide)
+        result = self.kernel(plan, query, key, value, operands)
+        for after in found.after:
+            if isinstance(after, scores.Scale):
+                result = result * after.number
+            else:
+                result = times(result, operands(after.node, after.axes, PER_QUERY, expand=False), after.divide)
+        return operands.back(result.to(found.output.meta["val"].dtype), RESULT, found.output_axes)
+
+
+class SoftmaxAttention(AttentionRule):
+    """softmax(scale * Q K^T + bias) V  ->  scaled_dot_product_attention(Q, K, V, bias, scale)"""
+
+    def find(self, anchor: fx.Node) -> Match:
+        found = attentions.from_softmax(anchor)
+        if found[0].sink or scores.beyond_sdpa(found[0].steps, found[0].dtype):
+            raise another_rules(anchor)
+        return match_of(anchor, found)
+
+    def kernel(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> Tensor:
+        query, bias = query_and_bias(plan, query, operands)
+        return sdpa(plan, query, key, value, bias)
+
+
+class CalledAttention(SoftmaxAttention):
+    """SDPA with a mask that is causal or masks nothing, or with expanded heads  ->  SDPA without them"""
+
+    targets = frozenset({ops.SDPA})
+
+    def find(self, anchor: fx.Node) -> Match:
+        found = attentions.from_sdpa(anchor)
+        if not found:
+            return Match(anchor, replaces=False)
+        layouts = attentions.layouts_of(found)
+        unmasked = attentions.proven_mask(found[0], layouts[0], found[0].steps)
+        if not layouts[0].groups and unmasked is None:
+            return Match(anchor, replaces=False)
+        return planned(anchor, found, layouts, unmasked)
+
+
+def another_rules(anchor: fx.Node) -> Miss:
+    """A softmax that another of the attention rules speaks of."""
+    return Miss("another kind of attention", node=anchor, total=1)
+
+
+def match_of(softmax: fx.Node, found: list[attentions.Attention], written: Any = None) -> Match:
+    """The match of attentions that were read at a softmax; `written`: how their scores are written out.
+
+    Raises:
+        Miss: something else reads the scores, or an operand has an axis that SDPA has no place for.
+    """
+    scores.check_gradient(found[0].steps)
+    attentions.check_closed(found, softmax)
+    for each in found:
+        each.scale *= written.scale if written else scores.scale_of(each.steps)
+    layouts = attentions.layouts_of(found)
+    masking = written.after if written else found[0].steps
+    return planned(softmax, found, layouts, attentions.proven_mask(found[0], layouts[0], masking), written)
+
+
+def planned(
+    anchor: fx.Node,
+    found: list[attentions.Attention],
+    layouts: list[attentions.Layout],
+    unmasked: scores.Unmasked | None,
+    written: Any = None,
+) -> Match:
+    """A match whose plans drop the mask where it is proven to mask nothing but later keys."""
+    masking = written.after if written else found[0].steps
+    dropped = [step for step in masking if isinstance(step, scores.Add | scores.Fill)] if unmasked else []
+    operands: dict[fx.Node, axes.Axes] = {}
+    for each in found:
+        for node, labels in each.operands(dropped):
+            operands.setdefault(node, labels)
+    position = {node: place for place, node in enumerate(operands)}
+    known = [axes.resolve(labels) for labels in operands.values()]
+    plans = [Plan(*pair, written, unmasked, known, position) for pair in zip(found, layouts, strict=True)]
+    outputs = tuple(each.output for each in found)
+    return Match(anchor, tuple(operands), outputs, plans, assumes=unmasked.assumes if unmasked else ())
+
+
+def query_and_bias(plan: Plan, query: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
+    """The query, and what SDPA adds to its scaled product with the key: (batch | 1, heads | 1, seq | 1, keys | 1)."""
+    if plan.unmasked:
+        return query, None
+    found = plan.found
+    on_scores = scores_operand(operands)
+    bias = bias_of(scores.lowered(found.steps, found.dtype), on_scores, found.dtype)
+    is_narrow = found.dtype is torch.float16
+    if bias is None or not scores.has_finite_fill(found.steps) or not (torch.is_grad_enabled() or is_narrow):
+        return query, bias
+    # Rows that finite fills mask everywhere have equal scores. With gradients, none must pass from such rows to the
+    # scores; float16 has no number that absorbs a score.
+    is_open = kept_by(found.steps, on_scores).any(-1, keepdim=True)
+    if is_narrow:
+        bias = bias.logical_or(~is_open) if bias.dtype is torch.bool else torch.where(is_open, bias, 0.0)
+    return query * is_open, bias
+
+
+def scores_operand(operands: Operands) -> Any:
+    """A step's tensor as it meets the scores: (batch | 1, heads | 1, seq | 1, keys | 1)."""
+    return lambda node, labels: operands(node, labels, SCORES, expand=False)
+
+
+def sdpa(plan: Plan, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """SDPA as a plan says: causal or not, with dropout, with grouped heads."""
+    if bias is not None:
+        bias = _with_batch_and_keys(bias, query, key)
+    query, key, value, bias = same_dtype(query, key, value, bias)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=bias,
+        dropout_p=plan.found.dropout,
+        is_causal=plan.is_causal,
+        scale=plan.found.scale,
+        enable_gqa=bool(plan.layout.groups),
+    )
+
+
+def _with_batch_and_keys(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """`bias` with a batch and a key axis of full size: SDPA guards on the ones that it broadcasts itself."""
+    shape = [-1] * 4
+    for dim, size in ((0, query.shape[0]), (3, key.shape[2])):
+        if isinstance(bias.shape[dim], int) and bias.shape[dim] == 1:
+            shape[dim] = size
+    return bias if shape == [-1] * 4 else bias.expand(shape)
+
+
+def same_dtype(*tensors: Any) -> list[Any]:
+    """Operands of different float dtypes promoted to the widest, as SDPA takes one dtype."""
+    floats = [tensor for tensor in tensors if tensor is not None and tensor.is_floating_point()]
+    widest = floats[0].dtype
+    for tensor in floats:
+        widest = torch.promote_types(widest, tensor.dtype)
+    return [tensor if tensor is None or not tensor.is_floating_point() else tensor.to(widest) for tensor in tensors]
