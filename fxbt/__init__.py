@@ -11,7 +11,9 @@ from . import testing
 from .analysis import axes, masks
 from .errors import CaptureError, ExampleError, FxbtWarning, NotOptimizedError, RuleError
 from .graph import blocks as ops
+from .graph.blocks import block
 from .graph.canonical import argument
+from .graph.lowerings import lowering
 from .graph.miss import Miss
 from .match.matcher import Found, is_float_cast, op_of
 from .match.rule import Match, Rule, rule
@@ -32,8 +34,10 @@ __all__ = [
     "RuleError",
     "argument",
     "axes",
+    "block",
     "default_rules",
     "is_float_cast",
+    "lowering",
     "masks",
     "op_of",
     "ops",

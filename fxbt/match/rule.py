@@ -360,7 +360,10 @@ def check_rule(given: Rule) -> None:
             f"{_called(given)}: define either replace(self, ...) or outline = '...', the name of a function of fxbt.ops"
         )
     if given.outline and given.outline not in FUSED:
-        raise RuleError(f"{_called(given)}: outline is {given.outline!r}, expected one of fxbt.ops: {', '.join(FUSED)}")
+        raise RuleError(
+            f"{_called(given)}: outline is {given.outline!r}, expected one of fxbt.ops: {', '.join(FUSED)}; "
+            "fxbt.block makes another"
+        )
     if not has_pattern:
         return
     bound = given.formula.names
