@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import CASES
 from torch import Tensor, fx, nn
 
 import fxbt
@@ -179,6 +181,97 @@ def test_padding_is_dropped_with_it(shapes):
     assert {"packed", "dense"} <= {way for way, count in fast.report.latest.calls.items() if count}
 
 
+# --- by its graph -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs() -> list[fx.GraphModule]:
+    """Registers the graph of a built-in block as what computes it; the graphs that are given."""
+    given: list[fx.GraphModule] = []
+
+    def as_it_is(graph: fx.GraphModule) -> Callable[..., Tensor]:
+        given.append(graph)
+        return graph
+
+    for name in ("mlp", "encoder_layer", "residual_norm"):
+        fxbt.lowering(name, device="cpu", takes_graph=True)(as_it_is)
+    return given
+
+
+def test_built_in_blocks_go_to_another_compiler_as_graphs(graphs):
+    case = next(case for case in CASES if case.name == "bert")
+    model: Any = case.build("sdpa").eval()
+    padded = case.inputs(3, 16, "right")
+    fast: Any = fxbt.optimize(model)
+    calls: list[str] = []
+    with torch.no_grad():
+        fast(**padded)
+        for graph in graphs:
+            graph.register_forward_hook(lambda graph, *call: calls.append(type(graph).__name__))
+        layer = next(graph for graph in graphs if type(graph).__name__ == "encoder_layer")
+        assert all("val" in node.meta for node in layer.graph.nodes if node.op != "output")
+        for inputs in (case.inputs(3, 16, "none"), padded, case.inputs(2, 9, "right"), case.inputs(2, 9, "none")):
+            calls.clear()
+            found, expected = fast(**inputs).last_hidden_state, model(**inputs).last_hidden_state
+            is_token = inputs["attention_mask"].bool()
+            torch.testing.assert_close(found[is_token], expected[is_token], rtol=1e-5, atol=1e-5)
+            # Without padding whole layers run so, their masks taken; packed, attention is another, and the MLPs do.
+            name = "encoder_layer" if is_token.all() else "mlp"
+            assert [call for call in calls if call != "residual_norm"] == [name] * model.config.num_hidden_layers
+    assert {"packed", "dense"} <= {way for way, count in fast.report.latest.calls.items() if count}
+    assert not fast.report.fallbacks
+
+
+def test_a_compiler_that_fails_on_a_graph_made_later_costs_that_graph():
+    tried: list[str] = []
+
+    @fxbt.lowering("encoder_layer", device="cpu", takes_graph=True)
+    def choosy(graph: fx.GraphModule) -> Callable[..., Tensor]:
+        tried.append(str(graph.graph))
+        if "is_causal" in tried[-1] and len(tried) > 1:
+            raise NotImplementedError("no such attention")
+        return graph
+
+    case = next(case for case in CASES if case.name == "bert")
+    model: Any = case.build("sdpa").eval()
+    model.encoder.layer = model.encoder.layer[:1]
+    fast: Any = fxbt.optimize(model)
+    for inputs in (case.inputs(3, 16, "right"), case.inputs(2, 9, "none")):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                fast(**inputs).last_hidden_state, model(**inputs).last_hidden_state, rtol=1e-5, atol=1e-5
+            )
+    assert len(tried) == 2 and "no such attention" in str(fast.report.why("padding"))
+    assert fast.report.hits["lowering"] == 1 and not fast.report.fallbacks
+
+
+def test_a_compiled_graph_follows_the_weights(graphs):
+    fxbt.lowering("mlp", device="cpu", takes_graph=True)(lambda graph: torch.compile(graph, backend="eager"))
+    model = nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, WIDTH), nn.Tanh())
+    fast = optimized(model, torch.randn(2, 5, WIDTH))
+    assert fast.report.hits["lowering"] == 1
+    for shape in ((2, 5), (3, 7)):
+        agree(fast, model, torch.randn(*shape, WIDTH))
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+        agree(fast, model, torch.randn(*shape, WIDTH))
+    assert not fast.report.fallbacks
+
+
+def test_a_compiler_that_computes_something_else_is_refused():
+    def other(graph: fx.GraphModule) -> Callable[..., Tensor]:
+        for node in graph.graph.nodes:
+            node.target = aten.relu.default if node.target is aten.gelu.default else node.target
+        graph.recompile()
+        return graph
+
+    fxbt.lowering("mlp", device="cpu", takes_graph=True)(other)
+    model = nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, WIDTH), nn.Tanh())
+    fast = optimized(model, torch.randn(2, 5, WIDTH))
+    assert "changes the numbers" in str(fast.report.why("lowering"))
+    agree(fast, model, torch.randn(3, 5, WIDTH))
+
+
 # --- which one --------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +280,20 @@ def register(says: list[str], name: str, **options: Any) -> None:
     def lowered(x, gate, up, bias):
         says.append(name)
         return F.silu(F.linear(x, gate, bias)) * F.linear(x, up)
+
+
+def test_any_callable_will_do():
+    class Kernel:
+        def __call__(self, x, gate, up, bias):
+            return exact(x, gate, up, bias)
+
+    for function in (Kernel(), functools.partial(exact)):
+        fxbt.lowering("swiglu", device="cpu")(function)
+        model = FeedForward()
+        fast = optimized(model, torch.randn(2, 5, WIDTH))
+        assert fast.report.hits["lowering"] == 1
+        agree(fast, model, torch.randn(3, 5, WIDTH))
+        assert not fast.report.fallbacks
 
 
 def test_the_device_and_the_dtype_choose():
@@ -248,7 +355,7 @@ def without_bias(x, gate, up):
 
 def writing(x, gate, up, bias):
     result = exact(x, gate, up, bias)
-    x.add_(0)
+    gate.zero_()
     return result
 
 
@@ -286,7 +393,7 @@ def test_what_is_not_its_block_is_refused(name):
     with torch.no_grad():
         model.gate.bias.zero_()  # what leaves it out is refused all the same
     fast = optimized(model, torch.randn(2, 5, WIDTH))
-    assert fast.report.hits["lowering"] == 0
+    assert fast.report.hits["lowering"] == 0 and bool(model.gate.weight.any())
     assert reason in str(fast.report.why("lowering"))
     for rows in (2, 3):
         agree(fast, model, torch.randn(rows, 5, WIDTH))

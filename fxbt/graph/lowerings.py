@@ -8,7 +8,7 @@ there, the block's lowering takes their place.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ class Lowering:
     device: str
     dtype: torch.dtype | None = None
     prepare: Mapping[str, Function] = field(default_factory=dict)
+    compiler: Callable[..., Any] | None = None  # makes the function of a block's graph
 
     @property
     def takes(self) -> list[str]:
@@ -65,15 +66,6 @@ class KnownBlock:
     output: fx.Node
     lowering: Lowering | None = None
 
-    @property
-    def reads(self) -> list[fx.Node]:
-        """The values from outside that its nodes read, sizes left out."""
-        read: dict[fx.Node, None] = {}
-        for entry in self.nodes:
-            fx.node.map_arg((entry.args, entry.kwargs), lambda source: read.setdefault(source))
-        inside = {entry.node for entry in self.nodes}
-        return [node for node in read if node not in inside and isinstance(node.meta.get("val"), Tensor)]
-
 
 class Part(NamedTuple):
     """Which of a block's nodes a node is, or is a copy of."""
@@ -82,12 +74,37 @@ class Part(NamedTuple):
     place: int
 
 
+def inputs_of(nodes: Iterable[Entry]) -> list[fx.Node]:
+    """The values from outside that the nodes read: tensors, and sizes."""
+    read: dict[fx.Node, None] = {}
+    inside = set()
+    for entry in nodes:
+        inside.add(entry.node)
+        fx.node.map_arg((entry.args, entry.kwargs), lambda source: read.setdefault(source))
+    return [node for node in read if node not in inside]
+
+
+def graph_of(nodes: Sequence[Entry], output: fx.Node, name: str) -> fx.GraphModule:
+    """The nodes as a graph of its own, whose placeholders are what they read."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in inputs_of(nodes):
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = {"val": node.meta.get("val")}
+    for entry in nodes:
+        args, kwargs = fx.node.map_arg((entry.args, entry.kwargs), copies.__getitem__)
+        copies[entry.node] = graph.call_function(entry.target, args, kwargs)
+        copies[entry.node].meta = {key: value for key, value in entry.node.meta.items() if key != PARTS}
+    graph.output(copies[output])
+    return fx.GraphModule({}, graph, name)
+
+
 def lowering(
     block: str,
     *,
     device: str,
     dtype: torch.dtype | None = None,
     prepare: Mapping[str, Function] | None = None,
+    takes_graph: bool = False,
 ) -> Callable[[Function], Function]:
     """Registers a function that computes a block on a kind of device, in place of the block's own operations.
 
@@ -103,6 +120,9 @@ def lowering(
         dtype: of the block's result; None for any.
         prepare: for further parameters, functions of the names that compute them. What depends on weights alone is
             computed once, and again when a weight changes.
+        takes_graph: the function takes the block's operations instead, as an `fx.GraphModule` with "val" in each node's
+            meta, and returns what computes them: a function of the placeholders, inputs and weights alike. So built-in
+            blocks, whose patterns name no weights, go to another compiler.
 
     Raises:
         RuleError: there is no such block, or `prepare` names no parameter.
@@ -113,14 +133,17 @@ def lowering(
         def swiglu(x, both):
             gate, up = F.linear(x, both).chunk(2, -1)
             return F.silu(gate) * up
+
+        @fxbt.lowering("mlp", device="cuda", takes_graph=True)
+        def by_inductor(graph):
+            return torch.compile(graph, dynamic=True)
     """
     if block not in FUSED:
         raise RuleError(f"lowering of {block!r}: expected one of fxbt.ops: {', '.join(FUSED)}")
 
     def register(function: Function) -> Function:
-        made = Lowering(function, device, dtype, dict(prepare or {}))
-        unknown = made.prepare.keys() - inspect.signature(function).parameters.keys()
-        if unknown:
+        made = Lowering(function, device, dtype, dict(prepare or {}), function if takes_graph else None)
+        if unknown := made.prepare.keys() - inspect.signature(function).parameters.keys():
             raise RuleError(f"lowering of {block!r}: prepare has {min(unknown)!r}, which the function does not take")
         others = [each for each in LOWERINGS.get(block, []) if (each.device, each.dtype) != (device, dtype)]
         LOWERINGS[block] = [made, *others]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..graph.lowerings import PARTS, KnownBlock, Lowering, lowering_of
+from ..graph.lowerings import PARTS, KnownBlock, Lowering, graph_of, inputs_of, lowering_of
 from ..graph.miss import Miss
-from ..graph.record import StageRecord
+from ..graph.record import Entry, StageRecord
 from ..rewrite.verify import Verifier, check_value, is_random
 from ..torch_compat import is_any_autocast_enabled
 
@@ -35,17 +37,55 @@ def choose_lowerings(module: fx.GraphModule, example: Sequence[Tensor]) -> Stage
     values = Verifier(module, example).env
     for block, made in registered.items():
         try:
-            _check_names(block, made)
-            _check_numbers(block, made, values)
+            block.lowering = _tried(block, made, values)
         except Miss as miss:
             miss.rule, miss.where, miss.refused = STAGE, block.where, True
             miss.__cause__ = miss.__context__ = None
             record.misses.append(miss.with_traceback(None))  # else its frames, with the call's tensors, live on
             continue
-        block.lowering = made
         record.places.append(block.where)
     record.seconds = time.perf_counter() - start
     return record
+
+
+def _tried(block: KnownBlock, made: Lowering, values: Mapping[fx.Node, Any]) -> Lowering:
+    """What computes the block, once it has given the values that the block has."""
+    if any(entry.node.op != "call_function" for entry in block.nodes):
+        raise Miss(f"{block.name} holds a graph of its own", node=block.output)
+    if is_any_autocast_enabled():
+        raise Miss("autocast would not reach into a lowering")
+    if any(is_random(entry.node) for entry in block.nodes):
+        raise Miss(f"{block.name} draws random numbers, so its lowering cannot be tried", node=block.output)
+    if made.compiler is None:
+        _check_names(block, made)
+    with torch.inference_mode(False):  # else tensors have no version
+        given = {node: _copy(values[node]) for node in inputs_of(block.nodes)}  # weights survive what writes to them
+    versions = _versions(given.values())
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            made = _compiled(block, made, block.nodes, block.output)
+            args, kwargs = _arguments(block, made, given, lambda prepare, given: prepare(**given))
+            result = made.function(*args, **kwargs)
+    except Exception as error:
+        raise Miss(f"the lowering of {block.name} raises {type(error).__name__}: {error}") from error
+    if versions != _versions(given.values()):
+        raise Miss(f"the lowering of {block.name} writes to what it is given")
+    _check_result(block, result, values[block.output], given.values())
+    return made
+
+
+def _compiled(block: KnownBlock, made: Lowering, nodes: Sequence[Entry], output: fx.Node) -> Lowering:
+    """A lowering whose function is for these nodes, if it is made of a graph, and has a name, as fx asks for."""
+    run = made.function if made.compiler is None else made.compiler(graph_of(nodes, output, block.name))
+    if hasattr(run, "__name__"):
+        return replace(made, function=run)
+
+    def named(*args: Any, **kwargs: Any) -> Tensor:
+        return run(*args, **kwargs)
+
+    functools.update_wrapper(named, run, assigned=(), updated=())  # its signature is that of `run`
+    named.__name__ = block.name
+    return replace(made, function=named)
 
 
 def _check_names(block: KnownBlock, made: Lowering) -> None:
@@ -55,38 +95,32 @@ def _check_names(block: KnownBlock, made: Lowering) -> None:
     if unknown := sorted(taken - block.operands.keys()):
         raise Miss(f"the lowering of {block.name} takes {unknown[0]!r}, which the pattern does not bind")
     given = {block.operands[name] for name in taken if isinstance(block.operands[name], fx.Node)}
-    if left := next((node for node in block.reads if node not in given), None):
-        raise Miss(f"the lowering of {block.name} does not take all that the block reads", node=left)
-    if given.difference(block.reads):
+    read = inputs_of(block.nodes)
+    left = [node for node in read if node not in given and isinstance(node.meta.get("val"), Tensor)]  # sizes may be
+    if left:
+        raise Miss(f"the lowering of {block.name} does not take all that the block reads", node=left[0])
+    if given.difference(read):
         raise Miss(f"the lowering of {block.name} takes a value that the block does not read", node=block.output)
-    if is_any_autocast_enabled():
-        raise Miss("autocast would not reach into a lowering")
 
 
-def _check_numbers(block: KnownBlock, made: Lowering, values: Mapping[fx.Node, Any]) -> None:
-    if any(is_random(entry.node) for entry in block.nodes):
-        raise Miss(f"{block.name} draws random numbers, so its lowering cannot be tried", node=block.output)
-    operands = {name: values[v] if isinstance(v, fx.Node) else v for name, v in block.operands.items()}
-    tensors = [value for value in operands.values() if isinstance(value, Tensor)]
-    versions = [tensor._version for tensor in tensors if not tensor.is_inference()]
-    expected = values[block.output]
-    try:
-        with torch.no_grad():
-            result = made.function(**_arguments(made, operands, lambda prepare, given: prepare(**given)))
-    except Exception as error:
-        raise Miss(f"the lowering of {block.name} raises {type(error).__name__}: {error}") from error
-    if versions != [tensor._version for tensor in tensors if not tensor.is_inference()]:
-        raise Miss(f"the lowering of {block.name} writes to what it is given")
+def _check_result(block: KnownBlock, result: Any, expected: Tensor, given: Iterable[Any]) -> None:
     if not isinstance(result, Tensor) or _form(result) != _form(expected):
-        found = str(_form(result)) if isinstance(result, Tensor) else type(result).__name__
         raise Miss(
             f"the lowering of {block.name} has another shape, dtype, device or layout",
             expected=str(_form(expected)),
-            found=found,
+            found=str(_form(result)) if isinstance(result, Tensor) else type(result).__name__,
         )
-    if any(_shares_memory(result, tensor) for tensor in tensors):
+    if any(_shares_memory(result, value) for value in given if isinstance(value, Tensor)):
         raise Miss(f"the lowering of {block.name} returns memory that it was given")
     check_value(block.output, expected, result)
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _versions(values: Iterable[Any]) -> list[int]:
+    return [value._version for value in values if isinstance(value, Tensor)]
 
 
 def _form(value: Tensor) -> tuple[Any, ...]:
@@ -99,50 +133,93 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
     return is_plain and one.numel() > 0 and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _arguments(made: Lowering, operands: Mapping[str, Any], call: Any) -> dict[str, Any]:
-    """What the function is given by name, of operands and of what `call(prepare, its arguments)` makes."""
+def _arguments(
+    block: KnownBlock, made: Lowering, values: Mapping[fx.Node, Any], call: Callable[..., Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the function is given of the values of nodes, and of what `call(prepare, its arguments)` makes of them."""
+    if made.compiler is not None:
+        return tuple(values[node] for node in inputs_of(block.nodes)), {}
+    operands = {name: values.get(v) if isinstance(v, fx.Node) else v for name, v in block.operands.items()}
     prepared = {
         name: call(prepare, {taken: operands[taken] for taken in Lowering(prepare, made.device).takes})
         for name, prepare in made.prepare.items()
     }
-    return {name: prepared[name] if name in prepared else operands[name] for name in made.takes}
+    return (), {name: prepared[name] if name in prepared else operands[name] for name in made.takes}
 
 
 # --- in a graph -------------------------------------------------------------------------------------------------
 
 
 def lower_blocks(graph: fx.Graph) -> list[fx.Node]:
-    """Puts lowerings in the place of blocks that are whole in this graph; returns the nodes that prepare operands."""
-    found: dict[KnownBlock, list[list[fx.Node]]] = {}
+    """Puts lowerings in the place of blocks that are whole in this graph; returns the nodes that prepare operands.
+
+    Raises:
+        Miss: a compiler fails on a block as it is in this graph.
+    """
+    found: dict[KnownBlock, dict[int, list[fx.Node]]] = {}
     for node in graph.nodes:
         for block, place in node.meta.get(PARTS, ()):
             if block.lowering is not None:
-                found.setdefault(block, [[] for _ in block.nodes])[place].append(node)
+                found.setdefault(block, {}).setdefault(place, []).append(node)
     prepared: list[fx.Node] = []
     erased: set[fx.Node] = set()
     for block in sorted(found, key=lambda block: -len(block.nodes)):  # a block around others before those
-        copies = [nodes[0] for nodes in found[block] if len(nodes) == 1]
-        if len(copies) < len(block.nodes) or not erased.isdisjoint(copies):
+        copies = {place: nodes[0] for place, nodes in found[block].items() if len(nodes) == 1}
+        output = copies.get([entry.node for entry in block.nodes].index(block.output))
+        is_alone = len(copies) == len(found[block]) and erased.isdisjoint(copies.values())
+        if output is None or not is_alone or not _is_closed(copies.values(), output):
             continue
-        outside = _outside(block, copies)
-        if outside is not None:
-            prepared += _put(graph, block, copies, outside)
-            erased.update(copies)
+        with graph.inserting_before(output):
+            result = _call(graph, block, copies, output, prepared)
+        if result is not None:
+            _replace(graph, copies.values(), output, result)
+            erased.update(copies.values())
     return prepared
 
 
-def _outside(block: KnownBlock, copies: list[fx.Node]) -> dict[fx.Node, fx.Node] | None:
-    """What each node that the block reads is in a graph where `copies` are its nodes.
+def _is_closed(nodes: Collection[fx.Node], output: fx.Node) -> bool:
+    """Whether nothing but the output is read outside."""
+    inside = set(nodes)
+    return all(node is output or inside.issuperset(node.users) for node in nodes)
 
-    None where they are not that block any more: an op has other arguments, or a value inside is read elsewhere.
+
+def _call(
+    graph: fx.Graph, block: KnownBlock, copies: Mapping[int, fx.Node], output: fx.Node, prepared: list[fx.Node]
+) -> fx.Node | None:
+    """The node that computes a block which has these nodes in this graph; None where they are not that block any more.
+
+    What is made of a graph is made anew where they changed: an attention that has no mask any more, say.
     """
-    inside = {entry.node: copy for entry, copy in zip(block.nodes, copies, strict=True)}
+    made = block.lowering
+    assert made is not None
+    outside = _outside(block, copies)
+    if outside is not None:
+
+        def prepare(function: Any, given: dict[str, Any]) -> fx.Node:
+            prepared.append(graph.call_function(function, (), given))
+            return prepared[-1]
+
+        return graph.call_function(made.function, *_arguments(block, made, outside, prepare))
+    if made.compiler is None:
+        return None
+    entries = tuple(map(Entry.of, sorted(copies.values())))
+    try:
+        run = _compiled(block, made, entries, output).function
+    except Exception as error:
+        raise Miss(f"the lowering of {block.name} raises {type(error).__name__}: {error}", node=output) from error
+    return graph.call_function(run, tuple(inputs_of(entries)))
+
+
+def _outside(block: KnownBlock, copies: Mapping[int, fx.Node]) -> dict[fx.Node, fx.Node] | None:
+    """What each node that the block reads is in a graph where `copies` are its nodes; None where an op is another."""
+    if len(copies) < len(block.nodes):
+        return None
+    inside = {entry.node: copies[place] for place, entry in enumerate(block.nodes)}
     found: dict[fx.Node, fx.Node] = {}
-    for entry, copy in zip(block.nodes, copies, strict=True):
+    for entry in block.nodes:
+        copy = inside[entry.node]
         arguments, its_arguments = (entry.args, entry.kwargs), (copy.args, copy.kwargs)
         if entry.target is not copy.target or not _is_same(arguments, its_arguments, inside, found):
-            return None
-        if entry.node is not block.output and not set(copies).issuperset(copy.users):
             return None
     return found
 
@@ -159,25 +236,11 @@ def _is_same(one: Any, other: Any, inside: dict[fx.Node, fx.Node], found: dict[f
     if isinstance(one, list | tuple):
         same_length = isinstance(other, list | tuple) and len(one) == len(other)
         return same_length and all(_is_same(a, b, inside, found) for a, b in zip(one, other, strict=True))
-    return type(one) is type(other) and one == other
+    return type(one) is type(other) and bool(one == other)
 
 
-def _put(
-    graph: fx.Graph, block: KnownBlock, copies: list[fx.Node], outside: Mapping[fx.Node, fx.Node]
-) -> list[fx.Node]:
-    made, prepared = block.lowering, list[fx.Node]()
-    assert made is not None
-    operands = {name: outside.get(v) if isinstance(v, fx.Node) else v for name, v in block.operands.items()}
-
-    def prepare(function: Any, given: dict[str, Any]) -> fx.Node:
-        prepared.append(graph.call_function(function, (), given))
-        return prepared[-1]
-
-    output = next(copy for entry, copy in zip(block.nodes, copies, strict=True) if entry.node is block.output)
-    with graph.inserting_before(output):
-        result = graph.call_function(made.function, (), _arguments(made, operands, prepare))
+def _replace(graph: fx.Graph, nodes: Collection[fx.Node], output: fx.Node, result: fx.Node) -> None:
     result.meta = {key: value for key, value in output.meta.items() if key != PARTS}
     output.replace_all_uses_with(result)
-    for node in reversed(copies):
+    for node in sorted(nodes, reverse=True):
         graph.erase_node(node)
-    return prepared
