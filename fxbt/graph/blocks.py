@@ -80,7 +80,8 @@ WORDS = {"attention", "activation", "normalize", "either", "maybe", "number", "w
 def block(name: str, formula: str = "") -> Callable[..., torch.Tensor]:
     """A block of one's own: `fxbt.ops.<name>` is what its call nodes call, `outline = "<name>"` makes a rule find it.
 
-    Asked for again, it is the same one. `fxbt.lowering` says what computes it.
+    Asked for again, it is the same one. `fxbt.lowering` says what computes it. Rules of one's own run before those
+    whose blocks they do not name: a layer around such a block is no `encoder_layer` any more.
 
     Raises:
         RuleError: the name is no identifier, or means something else in a pattern.
