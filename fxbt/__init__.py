@@ -14,7 +14,9 @@ from .analysis.operands import Operands
 from .analysis.sources import nearest_sources
 from .errors import CaptureError, ExampleError, FxbtWarning, NotOptimizedError, RuleError
 from .graph import blocks as ops
+from .graph.blocks import block
 from .graph.canonical import argument
+from .graph.lowerings import lowering
 from .graph.miss import Miss
 from .match.matcher import Found
 from .match.naming import is_float_cast, op_of
@@ -40,9 +42,11 @@ __all__ = [
     "argument",
     "attentions",
     "axes",
+    "block",
     "default_rules",
     "is_causal",
     "is_float_cast",
+    "lowering",
     "masks",
     "nearest_sources",
     "op_of",

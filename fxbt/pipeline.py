@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,6 +16,7 @@ from .explain import log
 from .graph.canonical import canonicalize
 from .graph.miss import Miss
 from .graph.record import Snapshot, StageRecord
+from .lower.by_block import choose_lowerings
 from .lower.derived_weights import Weights
 from .lower.program import Program
 from .match.rule import Rule, check_rules, installed_rules
@@ -63,10 +65,14 @@ def in_order(given: Sequence[Rule]) -> tuple[Rule, ...]:
     built_in = [rule.name for rule in ordered]
     check_rules(given, reserved=built_in)
     installed = check_rules(installed_rules(), reserved=[*built_in, *(rule.name for rule in given)])
-    for rule in reversed([*given, *installed]):
+    placed: list[Rule] = []
+    for rule in (*given, *installed):
         ops = rule.formula.ops if hasattr(rule, "pattern") else set()
         made_by = [place for place, earlier in enumerate(ordered) if earlier.makes & ops]
-        ordered.insert(max(made_by, default=-1) + 1, rule)
+        start = max(made_by, default=-1) + 1
+        behind = itertools.takewhile(placed.__contains__, ordered[start:])  # those given keep their order
+        ordered.insert(start + len(list(behind)), rule)
+        placed.append(rule)
     return tuple(ordered)
 
 
@@ -92,6 +98,8 @@ def _compile(captured: Captured, rules: Sequence[Rule], options: Options) -> Com
     after = Snapshot(module.graph)
     flat = inline(module)
     weights = None if torch.is_grad_enabled() else Weights()
+    lowerings = choose_lowerings(flat, captured.example) if weights is not None else None
+    stages += [lowerings] if lowerings else []
     program = Program(flat, assumes, weights, options.precision, options.cuda_graphs)
     parts, in_parts = _parts(flat, program, weights, captured, options)
     unpadding = None

@@ -39,6 +39,16 @@ def test_custom_module() -> None:
     assert re.search(r"^qkv +3 ", done.stdout, re.MULTILINE)
 
 
+def test_lowering_of_a_block() -> None:
+    done = run("examples/lowering_swiglu.py")
+    assert done.returncode == 0, done.stderr
+    differences = [float(value) for value in re.findall(r"largest difference (\S+)", done.stdout)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-5
+    assert re.search(r"^swiglu +2 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^lowering +2 ", done.stdout, re.MULTILINE)
+
+
 RULES = {
     "rule_tanh_gelu": (r"^-.*= tanh\(", r"^\+.*= gelu\(%x, approximate=tanh\)"),
     "rule_gated_attention": (r"^-.*= softmax\(", r"^\+.*= sdpa\("),  # theirs, then the built-in rule's

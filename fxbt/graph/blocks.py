@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..errors import RuleError
 from ..kernels.attention_products import attention_by_products as attention_by_products
 from .canonical import argument
 from .miss import Miss
@@ -69,7 +70,51 @@ def decoder_layer(body: Body, x: torch.Tensor, *others: torch.Tensor) -> torch.T
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 BY_PRODUCTS = torch.ops.fxbt.attention_by_products.default
 ATTENTIONS = frozenset({SDPA, BY_PRODUCTS})
-FUSED = {op.__name__: op for op in (rotary, residual_norm, mlp, encoder_layer, decoder_layer)}
+FUSED: dict[str, Callable[..., torch.Tensor]] = {
+    op.__name__: op for op in (rotary, residual_norm, mlp, encoder_layer, decoder_layer)
+}
+BUILT_IN = frozenset(FUSED)
+WORDS = {"attention", "activation", "normalize", "either", "maybe", "number", "weight", "any", "computed_from"}
+
+
+def block(name: str, formula: str = "") -> Callable[..., torch.Tensor]:
+    """A block of one's own: `fxbt.ops.<name>` is what its call nodes call, `outline = "<name>"` makes a rule find it.
+
+    Asked for again, it is the same one. `fxbt.lowering` says what computes it. Rules of one's own run before those
+    whose blocks they do not name: a layer around such a block is no `encoder_layer` any more.
+
+    Raises:
+        RuleError: the name is no identifier, or means something else in a pattern.
+
+    Example::
+
+        fxbt.block("swiglu", "silu(x gate^T) * (x up^T)")
+
+        class SwiGLU(fxbt.Rule):
+            name = outline = "swiglu"
+
+            def pattern(self, op, x):
+                return op.silu(op.linear(x, op.weight("gate"))) * op.linear(x, op.weight("up"))
+    """
+    if name in FUSED and name not in BUILT_IN:
+        return FUSED[name]
+    if not name.isidentifier() or name in WORDS or name in BUILT_IN or hasattr(torch.ops.aten, name):
+        raise RuleError(f"a block cannot be called {name!r}: it is no identifier, or the name is taken")
+
+    def call(body: Body, *operands: torch.Tensor) -> torch.Tensor:
+        return body(*operands)
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = formula or None
+    FUSED[name] = call
+    return call
+
+
+def __getattr__(name: str) -> Callable[..., torch.Tensor]:
+    """The blocks that `block` made."""
+    if name not in FUSED:
+        raise AttributeError(f"fxbt.ops has no {name!r}; it has {', '.join(FUSED)}")
+    return FUSED[name]
 
 
 def mask_of(attention: fx.Node) -> Any:

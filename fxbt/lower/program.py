@@ -20,6 +20,7 @@ from ..graph.canonical import attribute
 from ..kernels.attention_products import by_products
 from ..kernels.differentiable import attention_with_gradient
 from ..torch_compat import silu
+from .by_block import lower_blocks
 from .cpu.attention import attend_fast
 from .cpu.chain import chained
 from .cpu.heads import attend_projections
@@ -104,9 +105,10 @@ class Program:
         self._watched = [(live, live.clone(), name) for name, live in assumes.items()]
         self.kernels: dict[str, str] = {}
         self._derived: Weights | None = None
+        prepared = lower_blocks(graph) if weights is not None else []
         count, no_replay = len(graph.find_nodes(op="placeholder")), obstacle(graph)
         if weights is not None:
-            self._derive(module, graph, weights, precision)
+            self._derive(module, graph, weights, precision, prepared)
         self._weights = _bind_weights(module, graph)
         if weights is not None:
             weights.note_read(self._weights)
@@ -119,10 +121,17 @@ class Program:
             self._run = self.replay = Replay(self._run, count, no_replay)
 
     def _derive(
-        self, module: fx.GraphModule, graph: fx.Graph, weights: Weights, precision: type[Precision] | None
+        self,
+        module: fx.GraphModule,
+        graph: fx.Graph,
+        weights: Weights,
+        precision: type[Precision] | None,
+        prepared: list[fx.Node],
     ) -> None:
         """Lower for running without gradients; what only depends on weights goes over to `weights`."""
         constant = weight_only(module, graph)
+        of_weights = [node for node in prepared if node.all_input_nodes and constant.issuperset(node.all_input_nodes)]
+        constant.update(of_weights)
         look_up_once(graph, constant)
         if precision is None:
             choose_linears(graph, constant, weights.tuner)

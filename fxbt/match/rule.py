@@ -87,7 +87,8 @@ class Rule:
     Attributes:
         name: what `report.hits` counts under.
         makes: the blocks whose nodes it makes; rules with these in their pattern run after it.
-        outline: a name in `fxbt.ops`, for rules that rewrite nothing but make the match one call node of that function.
+        outline: a name in `fxbt.ops`, for rules that rewrite nothing but make the match one call node of that function;
+            `fxbt.block` adds one.
         proven: the match alone proves the numbers. Otherwise each rewrite also runs, on the captured example, beside
             what it replaces, and is refused where a result differs by more than `tolerance`.
         tolerance: of the largest value; None for rounding (2e-5 in float32).
@@ -365,7 +366,10 @@ def check_rule(given: Rule) -> None:
             f"{_called(given)}: define either replace(self, ...) or outline = '...', the name of a function of fxbt.ops"
         )
     if given.outline and given.outline not in FUSED:
-        raise RuleError(f"{_called(given)}: outline is {given.outline!r}, expected one of fxbt.ops: {', '.join(FUSED)}")
+        raise RuleError(
+            f"{_called(given)}: outline is {given.outline!r}, expected one of fxbt.ops: {', '.join(FUSED)}; "
+            "fxbt.block makes another"
+        )
     if not has_pattern:
         return
     bound = given.formula.names

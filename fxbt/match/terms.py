@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import RuleError
+from ..graph.blocks import FUSED
 
 Where = Callable[[Any], bool]
 _T = TypeVar("_T")
@@ -549,6 +550,8 @@ class Op:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name in FUSED:  # one of the user's own: the others have methods
+            return lambda *args: self._block(name, args, {})
         return lambda *args, **kwargs: apply(name, *args, **kwargs)
 
     def either(self, *options: Term) -> Term:

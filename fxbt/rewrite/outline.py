@@ -10,10 +10,11 @@ from torch import fx
 
 from ..graph.blocks import FUSED, SDPA
 from ..graph.canonical import argument, attribute, with_graph
+from ..graph.lowerings import OPERANDS, PARTS, KnownBlock, Names, Part
 from ..graph.miss import Miss, module_path
 from ..graph.record import Entry, Rewrite
 from ..match.matcher import is_weight
-from ..match.rule import Match, Rule
+from ..match.rule import Arguments, Match, Rule
 from .splice import provenance
 
 
@@ -46,6 +47,8 @@ def outline(module: fx.GraphModule, rule: Rule, match: Match) -> Rewrite:
         reference = graph.get_attr(name)
         call = graph.call_function(FUSED[rule.outline], (reference, *inputs))
     call.meta = {**provenance(output, output, rule), "nn_module_stack": _common_stack(order)}
+    if isinstance(match.facts, Arguments):
+        call.meta[OPERANDS] = Names(match.facts.tensors, match.facts.static)
     output.replace_all_uses_with(call)
     removed = tuple(map(Entry.of, order))
     for node in reversed(order):
@@ -118,7 +121,7 @@ def _unused_name(module: fx.GraphModule, prefix: str) -> str:
 
 
 def inline(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `module` with the body in the place of every call node of `fxbt.ops`."""
+    """A copy of `module` with the body in the place of every call node of `fxbt.ops`; its nodes say what they were."""
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
@@ -133,14 +136,32 @@ def _emit(graph: fx.Graph, owner: Any, node: fx.Node, copies: dict[fx.Node, Any]
         return None  # a body: its nodes come instead
     if not is_fused(node):
         return graph.node_copy(node, copies.__getitem__)
-    body = attribute(owner, node.args[0])  # type: ignore[arg-type]
-    given = iter(copies[source] for source in node.args[1:])  # type: ignore[index]
-    inner: dict[fx.Node, Any] = {}
+    before = next(iter(reversed(graph.nodes)), None)
+    given = [copies[source] for source in node.args[1:]]  # type: ignore[index]
+    output = _emit_body(graph, attribute(owner, node.args[0]), given)  # type: ignore[arg-type]
+    if OPERANDS in node.meta:
+        emitted = list(itertools.takewhile(lambda made: made is not before, reversed(graph.nodes)))
+        _note_parts(node, given, tuple(reversed(emitted)), output)
+    return output
+
+
+def _emit_body(graph: fx.Graph, body: fx.GraphModule, given: list[Any]) -> Any:
+    left, inner = iter(given), dict[fx.Node, Any]()
     for part in body.graph.nodes:
         if part.op == "output":
             return inner[part.args[0]]
-        inner[part] = next(given) if part.op == "placeholder" else _emit(graph, body, part, inner)
+        inner[part] = next(left) if part.op == "placeholder" else _emit(graph, body, part, inner)
     raise AssertionError("a body without an output")
+
+
+def _note_parts(call: fx.Node, given: list[Any], nodes: tuple[fx.Node, ...], output: fx.Node) -> None:
+    """Tells the nodes that a fused node became which parts of it they are."""
+    names: Names = call.meta[OPERANDS]
+    operands = {**names.static, **dict(zip(names.inputs, given, strict=False))}
+    entries = tuple(map(Entry.of, nodes))
+    block = KnownBlock(call.target.__name__, module_path(call), operands, entries, output)  # type: ignore[union-attr]
+    for place, node in enumerate(nodes):
+        node.meta[PARTS] = (*node.meta.get(PARTS, ()), Part(block, place))
 
 
 def is_fused(node: fx.Node) -> bool:

@@ -40,13 +40,13 @@ class Verifier(fx.Interpreter):
         if rule.proven and not self.every:
             return
         for node in (*match.outputs, *new_nodes):
-            if _is_random(node):
+            if is_random(node):
                 raise Miss("the rewrite draws random numbers, so its values cannot be verified", node=node)
         with torch.no_grad():
             for node in new_nodes:
                 self.env[node] = node.target(*self._values(node.args), **self._values(node.kwargs))  # type: ignore[operator]
         for old, new in zip(match.outputs, results, strict=True):
-            _compare(old, self.env[old], self.env[new], rule.tolerance)
+            check_value(old, self.env[old], self.env[new], rule.tolerance)
 
     def follow(self, rewrite: Rewrite) -> None:
         """Knows the values of a rewrite's nodes from now on: those of what they stand for, the others as computed."""
@@ -92,7 +92,12 @@ def check_outputs(actual: Sequence[Any], expected: Sequence[Any], is_coarse: boo
             raise Miss(f"the outputs {way} are not the dense graph's", found=f"a difference of {worst:.3g}")
 
 
-def _compare(node: fx.Node, expected: torch.Tensor, actual: torch.Tensor, tolerance: float | None) -> None:
+def check_value(node: fx.Node, expected: torch.Tensor, actual: torch.Tensor, tolerance: float | None = None) -> None:
+    """Compares what is to stand for a node with its value; None is rounding.
+
+    Raises:
+        Miss: they differ by more than `tolerance` of the largest expected value.
+    """
     tolerance = TOLERANCE.get(expected.dtype, 0.0) if tolerance is None else tolerance
     worst = difference(actual, expected)
     if worst > tolerance:
@@ -104,7 +109,8 @@ def _compare(node: fx.Node, expected: torch.Tensor, actual: torch.Tensor, tolera
         )
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers: ops of dropout only where it is on."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     # Ops with a dropout probability or a training flag draw numbers only where it is on.
@@ -114,4 +120,4 @@ def _is_random(node: fx.Node) -> bool:
 
 def is_stochastic(graph: fx.Graph) -> bool:
     """Whether the graph draws random numbers (training dropout)."""
-    return any(_is_random(node) for node in graph.nodes if node.op == "call_function")
+    return any(is_random(node) for node in graph.nodes if node.op == "call_function")

@@ -1,4 +1,8 @@
-"""What follows a linear and can be computed with it: an activation or a residual, and a layer norm."""
+"""What follows a linear and can be computed with it: an activation or a residual, and a layer norm.
+
+These are one kernel's own conditions (who reads the result, of which shape and dtype), not a block's: of 374 places in
+the graphs of 22 models 61 reach over the border of a layer, as its last sum goes into the next one's norm.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A node that calls a kernel of our own -> `Link`: its operands and results, and which of them follow each other."""
+"""A node that calls a kernel of our own -> `Link`: its operands and results, and which of them follow each other.
+
+It reads what lowering has put into the graph, whatever block that comes from.
+"""
 
 from __future__ import annotations
 

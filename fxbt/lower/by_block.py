@@ -1,0 +1,246 @@
+"""Blocks that rules found, computed by what was registered for them: tried on the example, put where they are whole."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph.lowerings import PARTS, KnownBlock, Lowering, graph_of, inputs_of, lowering_of
+from ..graph.miss import Miss
+from ..graph.record import Entry, StageRecord
+from ..rewrite.verify import Verifier, check_value, is_random
+from ..torch_compat import is_any_autocast_enabled
+
+STAGE = "lowering"
+
+# --- which blocks -----------------------------------------------------------------------------------------------
+
+
+def choose_lowerings(module: fx.GraphModule, example: Sequence[Tensor]) -> StageRecord | None:
+    """Tries what is registered for the blocks of an inlined graph; those that are right get it as their `lowering`.
+
+    Returns the record of it, where anything is registered.
+    """
+    blocks = dict.fromkeys(part.block for node in module.graph.nodes for part in node.meta.get(PARTS, ()))
+    registered = {block: made for block in blocks if (made := lowering_of(block))}
+    if not registered:
+        return None
+    count = len(module.graph.nodes)
+    record = StageRecord(STAGE, nodes_before=count, nodes_after=count)
+    start = time.perf_counter()
+    values = Verifier(module, example).env
+    for block, made in registered.items():
+        try:
+            block.lowering = _tried(block, made, values)
+        except Miss as miss:
+            miss.rule, miss.where, miss.refused = STAGE, block.where, True
+            miss.__cause__ = miss.__context__ = None
+            record.misses.append(miss.with_traceback(None))  # else its frames, with the call's tensors, live on
+            continue
+        record.places.append(block.where)
+    record.seconds = time.perf_counter() - start
+    return record
+
+
+def _tried(block: KnownBlock, made: Lowering, values: Mapping[fx.Node, Any]) -> Lowering:
+    """What computes the block, once it has given the values that the block has."""
+    if any(entry.node.op != "call_function" for entry in block.nodes):
+        raise Miss(f"{block.name} holds a graph of its own", node=block.output)
+    if is_any_autocast_enabled():
+        raise Miss("autocast would not reach into a lowering")
+    if any(is_random(entry.node) for entry in block.nodes):
+        raise Miss(f"{block.name} draws random numbers, so its lowering cannot be tried", node=block.output)
+    if made.compiler is None:
+        _check_names(block, made)
+    with torch.inference_mode(False):  # else tensors have no version
+        given = {node: _copy(values[node]) for node in inputs_of(block.nodes)}  # weights survive what writes to them
+    versions = _versions(given.values())
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            made = _compiled(block, made, block.nodes, block.output)
+            args, kwargs = _arguments(block, made, given, lambda prepare, given: prepare(**given))
+            result = made.function(*args, **kwargs)
+    except Exception as error:
+        raise Miss(f"the lowering of {block.name} raises {type(error).__name__}: {error}") from error
+    if versions != _versions(given.values()):
+        raise Miss(f"the lowering of {block.name} writes to what it is given")
+    _check_result(block, result, values[block.output], given.values())
+    return made
+
+
+def _compiled(block: KnownBlock, made: Lowering, nodes: Sequence[Entry], output: fx.Node) -> Lowering:
+    """A lowering whose function is for these nodes, if it is made of a graph, and has a name, as fx asks for."""
+    run = made.function if made.compiler is None else made.compiler(graph_of(nodes, output, block.name))
+    if hasattr(run, "__name__"):
+        return replace(made, function=run)
+
+    def named(*args: Any, **kwargs: Any) -> Tensor:
+        return run(*args, **kwargs)
+
+    functools.update_wrapper(named, run, assigned=(), updated=())  # its signature is that of `run`
+    named.__name__ = block.name
+    return replace(made, function=named)
+
+
+def _check_names(block: KnownBlock, made: Lowering) -> None:
+    """Whether the function takes what the block reads, and that alone."""
+    functions = [made, *(Lowering(prepare, made.device) for prepare in made.prepare.values())]
+    taken = {name for each in functions for name in each.takes} - made.prepare.keys()
+    if unknown := sorted(taken - block.operands.keys()):
+        raise Miss(f"the lowering of {block.name} takes {unknown[0]!r}, which the pattern does not bind")
+    given = {block.operands[name] for name in taken if isinstance(block.operands[name], fx.Node)}
+    read = inputs_of(block.nodes)
+    left = [node for node in read if node not in given and isinstance(node.meta.get("val"), Tensor)]  # sizes may be
+    if left:
+        raise Miss(f"the lowering of {block.name} does not take all that the block reads", node=left[0])
+    if given.difference(read):
+        raise Miss(f"the lowering of {block.name} takes a value that the block does not read", node=block.output)
+
+
+def _check_result(block: KnownBlock, result: Any, expected: Tensor, given: Iterable[Any]) -> None:
+    if not isinstance(result, Tensor) or _form(result) != _form(expected):
+        raise Miss(
+            f"the lowering of {block.name} has another shape, dtype, device or layout",
+            expected=str(_form(expected)),
+            found=str(_form(result)) if isinstance(result, Tensor) else type(result).__name__,
+        )
+    if any(_shares_memory(result, value) for value in given if isinstance(value, Tensor)):
+        raise Miss(f"the lowering of {block.name} returns memory that it was given")
+    check_value(block.output, expected, result)
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _versions(values: Iterable[Any]) -> list[int]:
+    return [value._version for value in values if isinstance(value, Tensor)]
+
+
+def _form(value: Tensor) -> tuple[Any, ...]:
+    strides = [stride for size, stride in zip(value.shape, value.stride(), strict=True) if size > 1]
+    return tuple(value.shape), value.dtype, str(value.device), strides if value.numel() else []
+
+
+def _shares_memory(one: Tensor, other: Tensor) -> bool:
+    is_plain = one.layout is other.layout is torch.strided
+    return is_plain and one.numel() > 0 and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _arguments(
+    block: KnownBlock, made: Lowering, values: Mapping[fx.Node, Any], call: Callable[..., Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the function is given of the values of nodes, and of what `call(prepare, its arguments)` makes of them."""
+    if made.compiler is not None:
+        return tuple(values[node] for node in inputs_of(block.nodes)), {}
+    operands = {name: values.get(v) if isinstance(v, fx.Node) else v for name, v in block.operands.items()}
+    prepared = {
+        name: call(prepare, {taken: operands[taken] for taken in Lowering(prepare, made.device).takes})
+        for name, prepare in made.prepare.items()
+    }
+    return (), {name: prepared[name] if name in prepared else operands[name] for name in made.takes}
+
+
+# --- in a graph -------------------------------------------------------------------------------------------------
+
+
+def lower_blocks(graph: fx.Graph) -> list[fx.Node]:
+    """Puts lowerings in the place of blocks that are whole in this graph; returns the nodes that prepare operands.
+
+    Raises:
+        Miss: a compiler fails on a block as it is in this graph.
+    """
+    found: dict[KnownBlock, dict[int, list[fx.Node]]] = {}
+    for node in graph.nodes:
+        for block, place in node.meta.get(PARTS, ()):
+            if block.lowering is not None:
+                found.setdefault(block, {}).setdefault(place, []).append(node)
+    prepared: list[fx.Node] = []
+    erased: set[fx.Node] = set()
+    for block in sorted(found, key=lambda block: -len(block.nodes)):  # a block around others before those
+        copies = {place: nodes[0] for place, nodes in found[block].items() if len(nodes) == 1}
+        output = copies.get([entry.node for entry in block.nodes].index(block.output))
+        is_alone = len(copies) == len(found[block]) and erased.isdisjoint(copies.values())
+        if output is None or not is_alone or not _is_closed(copies.values(), output):
+            continue
+        with graph.inserting_before(output):
+            result = _call(graph, block, copies, output, prepared)
+        if result is not None:
+            _replace(graph, copies.values(), output, result)
+            erased.update(copies.values())
+    return prepared
+
+
+def _is_closed(nodes: Collection[fx.Node], output: fx.Node) -> bool:
+    """Whether nothing but the output is read outside."""
+    inside = set(nodes)
+    return all(node is output or inside.issuperset(node.users) for node in nodes)
+
+
+def _call(
+    graph: fx.Graph, block: KnownBlock, copies: Mapping[int, fx.Node], output: fx.Node, prepared: list[fx.Node]
+) -> fx.Node | None:
+    """The node that computes a block which has these nodes in this graph; None where they are not that block any more.
+
+    What is made of a graph is made anew where they changed: an attention that has no mask any more, say.
+    """
+    made = block.lowering
+    assert made is not None
+    outside = _outside(block, copies)
+    if outside is not None:
+
+        def prepare(function: Any, given: dict[str, Any]) -> fx.Node:
+            prepared.append(graph.call_function(function, (), given))
+            return prepared[-1]
+
+        return graph.call_function(made.function, *_arguments(block, made, outside, prepare))
+    if made.compiler is None:
+        return None
+    entries = tuple(map(Entry.of, sorted(copies.values())))
+    try:
+        run = _compiled(block, made, entries, output).function
+    except Exception as error:
+        raise Miss(f"the lowering of {block.name} raises {type(error).__name__}: {error}", node=output) from error
+    return graph.call_function(run, tuple(inputs_of(entries)))
+
+
+def _outside(block: KnownBlock, copies: Mapping[int, fx.Node]) -> dict[fx.Node, fx.Node] | None:
+    """What each node that the block reads is in a graph where `copies` are its nodes; None where an op is another."""
+    if len(copies) < len(block.nodes):
+        return None
+    inside = {entry.node: copies[place] for place, entry in enumerate(block.nodes)}
+    found: dict[fx.Node, fx.Node] = {}
+    for entry in block.nodes:
+        copy = inside[entry.node]
+        arguments, its_arguments = (entry.args, entry.kwargs), (copy.args, copy.kwargs)
+        if entry.target is not copy.target or not _is_same(arguments, its_arguments, inside, found):
+            return None
+    return found
+
+
+def _is_same(one: Any, other: Any, inside: dict[fx.Node, fx.Node], found: dict[fx.Node, fx.Node]) -> bool:
+    """Whether arguments are equal, where `inside` and `found` say which node is which; `found` learns new ones."""
+    if isinstance(one, fx.Node):
+        if not isinstance(other, fx.Node):
+            return False
+        return (inside[one] if one in inside else found.setdefault(one, other)) is other
+    if isinstance(one, dict):
+        same_keys = isinstance(other, dict) and list(one) == list(other)
+        return same_keys and all(_is_same(one[key], other[key], inside, found) for key in one)
+    if isinstance(one, list | tuple):
+        same_length = isinstance(other, list | tuple) and len(one) == len(other)
+        return same_length and all(_is_same(a, b, inside, found) for a, b in zip(one, other, strict=True))
+    return type(one) is type(other) and bool(one == other)
+
+
+def _replace(graph: fx.Graph, nodes: Collection[fx.Node], output: fx.Node, result: fx.Node) -> None:
+    result.meta = {key: value for key, value in output.meta.items() if key != PARTS}
+    output.replace_all_uses_with(result)
+    for node in sorted(nodes, reverse=True):
+        graph.erase_node(node)
