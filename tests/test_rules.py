@@ -256,3 +256,24 @@ def test_a_residual_sum_that_is_used_elsewhere_is_no_residual_norm() -> None:
         return torch.exp(total) * F.layer_norm(total, (WIDTH,), w, b)
 
     assert_untouched(ResidualNorm(), Apply(pre_norm).eval(), inputs(), reason="a value inside is used outside")
+
+
+class Scaled(nn.Module):
+    """Nearly an RMS norm: the sum of squares is divided by another number than theirs."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count, self.weight = count, nn.Parameter(torch.rand(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / self.count + 1e-6) * self.weight
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_a_near_miss_counts_no_more_ops_than_the_pattern_has(count: int) -> None:
+    fast: Any = fxbt.optimize(Scaled(count).eval())
+    with torch.no_grad():
+        fast(torch.randn(2, 5, 16))
+    counted = [(miss.matched, miss.total) for miss in fast.report.misses if miss.total]
+    assert counted
+    assert all(matched <= total for matched, total in counted)
