@@ -183,7 +183,7 @@ def test_several_consumers_share_one_unpack() -> None:
 def test_packing_does_not_specialise_the_graph() -> None:
     fast = ran(net(), shapes=((3, 7), (2, 5), (1, 9), (5, 2)))
     assert len(fast.report.graphs) == 1
-    (mask,) = [domain.input for domain in unpadded(fast).validities]
+    (mask,) = [domain.source for domain in unpadded(fast).validities]
     assert not any(size.is_Integer for size in sizes_of(mask))
 
 

@@ -271,7 +271,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("count", [8, 32])
 def test_a_near_miss_counts_no_more_ops_than_the_pattern_has(count: int) -> None:
-    fast: Any = fxbt.optimize(Scaled(count).eval())
+    fast = fxbt.optimize(Scaled(count).eval())
     with torch.no_grad():
         fast(torch.randn(2, 5, 16))
     counted = [(miss.matched, miss.total) for miss in fast.report.misses if miss.total]

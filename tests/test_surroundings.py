@@ -9,6 +9,7 @@ import cProfile
 import dataclasses
 import enum
 import functools
+import gc
 import itertools
 import os
 import random
@@ -695,3 +696,24 @@ def test_a_part_that_is_served_by_a_graph_is_looked_into_when_the_whole_is_captu
     assert served(whole, x)
     patch.setattr(HERE, "NAME", 7.0)
     assert not served(whole, x) and served(whole, x)
+
+
+def test_callbacks_of_the_garbage_collector_are_no_part_of_forward():
+    """Hypothesis has one that reads the clock and adds up: it came in the middle of a forward, now and then."""
+    seen = []
+
+    def callback(phase, info):
+        seen.append((phase, time.perf_counter()))
+
+    gc.callbacks.append(callback)
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU()).eval()
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        with torch.no_grad():
+            fast = fxbt.optimize(model)
+            fast(torch.randn(2, 4))
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+    assert seen and not fast.report.fallbacks and len(fast.report.graphs) == 1

@@ -6,6 +6,7 @@ Noted by Python's own profiling hook, in one run of the original; another profil
 from __future__ import annotations
 
 import datetime
+import gc
 import io
 import os
 import random
@@ -66,6 +67,7 @@ class Recording:
         self._before: Surroundings | None = None
         self._previous: Any = None
         self._numpy = ""
+        self._collecting = {code for callback in gc.callbacks if (code := getattr(callback, "__code__", None))}
         self._settings: Settings | None = None
         self._asks_settings = False
         self._nests = False
@@ -134,12 +136,18 @@ class Recording:
     # Events
 
     def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
-        if event == "call":
+        if self._collects(frame):
+            pass  # a callback of the garbage collector, which comes whenever it likes
+        elif event == "call":
             self._guarded(self._call, frame)
         elif event == "c_call":
             self._guarded(self._call_of_c, frame, argument)
         if callable(self._previous):
             self._previous(frame, event, argument)
+
+    def _collects(self, frame: types.FrameType) -> bool:
+        caller = frame.f_back
+        return frame.f_code in self._collecting or (caller is not None and caller.f_code in self._collecting)
 
     def _guarded(self, note: Callable[..., None], *arguments: Any) -> None:
         try:
