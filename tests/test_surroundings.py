@@ -717,3 +717,27 @@ def test_callbacks_of_the_garbage_collector_are_no_part_of_forward():
         gc.set_threshold(*threshold)
         gc.callbacks.remove(callback)
     assert seen and not fast.report.fallbacks and len(fast.report.graphs) == 1
+
+
+class Computed(nn.Module):
+    """Looks a function up under a name that stands nowhere in its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.parts = nn.Linear(4, 4), ["re", "lu"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return getattr(F, "".join(self.parts))(self.linear(x))
+
+
+def test_a_function_that_is_looked_up_under_a_computed_name_is_watched(monkeypatch):
+    model = Computed().eval()
+    fast = fxbt.optimize(model)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), model(x))
+        assert len(fast.report.graphs) == 1 and not fast.report.fallbacks
+        monkeypatch.setattr(F, "relu", lambda x: x - 1)
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), model.linear(x) - 1)

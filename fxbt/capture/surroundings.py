@@ -104,6 +104,8 @@ class Surroundings:
             chains = set(facts.chains)
             if ("globals",) in chains and not self._is_machinery:
                 chains |= {(name,) for name in namespace}
+            if ("getattr",) in chains and not self._is_machinery:
+                chains |= {(*chain, name) for chain in chains for name in _names_in(chain, namespace)}
             for chain in chains:
                 self._reach_chain(chain, namespace)
                 self._reach_module(namespace.get(chain[0]), facts)
@@ -481,6 +483,17 @@ class _Quick:
                 return False
         self._versions = versions
         return True
+
+
+def _names_in(chain: tuple[str, ...], namespace: dict[str, Any]) -> list[str]:
+    """All names of the module that a chain ends in, one of which may be computed; none of what is no module."""
+    value: Any = namespace
+    for name in chain:
+        value = value.get(name)
+        if not isinstance(value, types.ModuleType):
+            return []
+        value = vars(value)
+    return list(value)
 
 
 def _is_array(value: Any) -> bool:
