@@ -76,10 +76,10 @@ def in_order(given: Sequence[Rule]) -> tuple[Rule, ...]:
     return tuple(ordered)
 
 
-def compile(captured: Captured, rules: Sequence[Rule], options: Options) -> Compiled:
+def compile(captured: Captured, rules: Sequence[Rule], options: Options | None = None) -> Compiled:
     """Canonicalize `captured.module`, run `rules` over it in order, drop padding, and lower it to a callable."""
     with log.listening():
-        return _compile(captured, rules, options)
+        return _compile(captured, rules, options or Options())
 
 
 def _compile(captured: Captured, rules: Sequence[Rule], options: Options) -> Compiled:

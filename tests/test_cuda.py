@@ -119,7 +119,7 @@ def sequence_by_sequence(q, k, v, starts, key_starts, longest, longest_key, *, s
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_its_arguments_mean_what_attention_by_groups_does(is_causal, key_heads, monkeypatch):
-    monkeypatch.setattr(packed, "varlen_attn", sequence_by_sequence)
+    monkeypatch.setattr(packed, "varlen_attention_by_torch", sequence_by_sequence)
     tokens = packed.Tokens.of(MASK)
     counts = MASK.sum(1).sort().values
     on_cuda = packed.Tokens(*(3, 5, tokens.rows, tokens.positions, tokens.flat), [], [], 5, cumulative(counts))

@@ -18,6 +18,7 @@ import fxbt.lower.program
 from fxbt.capture.call import make_call
 from fxbt.capture.export import capture
 from fxbt.lower.cpu.precision import Bfloat16, Int8, Int8Linear, channel_steps, channel_sums, in_steps
+from fxbt.options import Options
 from fxbt.pipeline import compile as compile_graph
 
 POINTWISE = torch.ops.mkldnn._linear_pointwise.default
@@ -50,6 +51,13 @@ class Block(torch.nn.Module):
 
     def forward(self, x):
         return self.second(F.gelu(self.first(x))) + x
+
+
+def computed_in(precision):
+    """Options with a precision that this machine may have no instructions for: the graph is looked at, not run."""
+    options = Options()
+    object.__setattr__(options, "precision", precision)
+    return options
 
 
 def near(actual, expected):
@@ -103,7 +111,7 @@ def test_with_gradients_the_precision_stays(options):
     with torch.enable_grad():
         fast(x)
         torch.testing.assert_close(fast(x), model(x))
-    assert fast.report.latest.precision is None and "precision" not in str(fast.report)
+    assert fast.report.latest.precision is None and "outputs off by" not in str(fast.report)
 
 
 @precisions
@@ -227,14 +235,14 @@ def test_what_is_not_finite_shows(value):
 
 @needs_int8
 def test_every_linear_is_quantized(lowered):
-    compile_graph(capture(model := Block().eval(), make_call(model, torch.randn(3, 5, 32))), (), precision=Int8)
+    compile_graph(capture(model := Block().eval(), make_call(model, torch.randn(3, 5, 32))), (), computed_in(Int8))
     assert [type(target) for target in lowered].count(Int8Linear) == 2 and F.linear not in lowered
 
 
 @needs_int8
 def test_a_weight_used_twice_is_quantized_once():
     model = Function(lambda x, w: F.linear(F.linear(x, w), w), w=torch.randn(6, 6)).eval()
-    compiled = compile_graph(capture(model, make_call(model, torch.randn(3, 6))), (), precision=Int8)
+    compiled = compile_graph(capture(model, make_call(model, torch.randn(3, 6))), (), computed_in(Int8))
     assert compiled.derived_bytes == 6 * 6 + 2 * 6 * 4  # the weight in bytes; steps and sums of its channels in float32
 
 
@@ -242,12 +250,12 @@ def test_a_weight_used_twice_is_quantized_once():
 def test_sums_that_could_overflow_stay(monkeypatch, lowered):
     monkeypatch.setattr(fxbt.lower.cpu.precision, "LONGEST_SUM", 5)
     model = Function(lambda x, w: F.linear(x, w), w=torch.randn(8, 6)).eval()
-    compile_graph(capture(model, make_call(model, torch.randn(3, 6))), (), precision=Int8)
+    compile_graph(capture(model, make_call(model, torch.randn(3, 6))), (), computed_in(Int8))
     assert lowered == [F.linear]
 
 
 @needs_bfloat16
 def test_a_bfloat16_linear_takes_the_one_before_as_it_is(lowered):
-    compile_graph(capture(model := Block().eval(), make_call(model, torch.randn(3, 5, 32))), (), precision=Bfloat16)
+    compile_graph(capture(model := Block().eval(), make_call(model, torch.randn(3, 5, 32))), (), computed_in(Bfloat16))
     assert lowered.count(POINTWISE) == 2
     assert lowered.count(torch.Tensor.to) == 2  # into the first and out of the second

@@ -11,6 +11,7 @@ from tracing import Function, captured, nodes
 
 import fxbt
 from fxbt import Match, Miss, Rule
+from fxbt.options import Options
 from fxbt.pipeline import compile as compile_graph
 
 aten = torch.ops.aten
@@ -41,7 +42,7 @@ class Silu(Rule):
 def compiled(function, rule, *tensors, verify=False, **weights):
     found = captured(function, *tensors, **weights)
     with torch.no_grad():
-        return compile_graph(found, (rule,), verify=verify, padding="keep")
+        return compile_graph(found, (rule,), Options(verify=verify, padding="keep"))
 
 
 def variant(**methods):
