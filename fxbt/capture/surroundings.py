@@ -104,10 +104,11 @@ class Surroundings:
             chains = set(facts.chains)
             if ("globals",) in chains and not self._is_machinery:
                 chains |= {(name,) for name in namespace}
-            if ("getattr",) in chains and not self._is_machinery:
-                chains |= {(*chain, name) for chain in chains for name in _names_in(chain, namespace)}
+            computes_names = ("getattr",) in chains and not self._is_machinery
             for chain in chains:
-                self._reach_chain(chain, namespace)
+                end = self._reach_chain(chain, namespace)
+                for name in list(end) if computes_names else ():  # any of which may be asked for
+                    self._watch(end, name)
                 self._reach_module(namespace.get(chain[0]), facts)
             for name in facts.imports:
                 for module in imported(name, str(namespace.get("__package__") or "")):
@@ -227,16 +228,20 @@ class Surroundings:
         elif isinstance(value, (dict, list, set)) and value is not sys.modules:
             self._visit(value, f"{place.name}.{name}", _DEPTH)
 
-    def _reach_chain(self, chain: tuple[str, ...], namespace: dict[str, Any]) -> None:
-        """`a.b.c` as far as a and b are modules; a global that is not there is looked for in builtins."""
+    def _reach_chain(self, chain: tuple[str, ...], namespace: dict[str, Any]) -> dict[str, Any]:
+        """`a.b.c` as far as a and b are modules; a global that is not there is looked for in builtins.
+
+        Returns the names of the module that it ends in; none where it ends in something else.
+        """
         if chain[0] not in namespace:
             self._watch(vars(builtins), chain[0])
         for name in chain:
             self._watch(namespace, name)
             value = namespace.get(name)
             if not isinstance(value, types.ModuleType):
-                return
+                return {}
             namespace = vars(value)
+        return namespace
 
     def _reach_module(self, module: Any, facts: Facts) -> None:
         """The attributes of a module that code names in whatever way, and those of the modules among them."""
@@ -483,17 +488,6 @@ class _Quick:
                 return False
         self._versions = versions
         return True
-
-
-def _names_in(chain: tuple[str, ...], namespace: dict[str, Any]) -> list[str]:
-    """All names of the module that a chain ends in, one of which may be computed; none of what is no module."""
-    value: Any = namespace
-    for name in chain:
-        value = value.get(name)
-        if not isinstance(value, types.ModuleType):
-            return []
-        value = vars(value)
-    return list(value)
 
 
 def _is_array(value: Any) -> bool:
