@@ -23,7 +23,14 @@ from torch import nn
 
 from .codes import Facts, functions_of, is_model_code, is_torchs
 from .model_state import ModelState
-from .settings import Settings, foreign_to_graphs, foreign_to_graphs_in_c, is_asked, is_asked_of_c
+from .settings import (
+    Settings,
+    foreign_to_graphs,
+    foreign_to_graphs_in_c,
+    is_asked,
+    is_asked_of_c,
+    state_of_numpy,
+)
 from .surroundings import Surroundings
 
 _here = threading.local()
@@ -86,7 +93,7 @@ class Recording:
         except Exception as error:  # objects of anyone's making are read; a profiler may have no way to be paused
             self._obstacle = f"what it reads cannot be told ({type(error).__name__}: {error})"
             return self
-        self._numpy, self._settings = _random_numbers_of_numpy(), Settings()
+        self._numpy, self._settings = state_of_numpy(), Settings()
         _here.is_recording = True
         sys.setprofile(self._event)
         return self
@@ -100,7 +107,7 @@ class Recording:
             sys.setprofile(self._previous)
         elif self._previous is not None:
             self._previous.enable()
-        if self._numpy != _random_numbers_of_numpy():
+        if self._numpy != state_of_numpy():
             self._refuse("numpy's random numbers")
         if self._settings is not None and (changed := self._settings.changed()):
             self._obstacle = self._obstacle or f"forward changes {changed[0]} of the whole process; a graph would not"
@@ -238,10 +245,3 @@ def _module_of_pythons(frame: types.FrameType) -> str:
         return name.removeprefix("<frozen ").removesuffix(">")
     file = Path(name)
     return file.stem if str(file.parent) == _STDLIB else ""
-
-
-def _random_numbers_of_numpy() -> str:
-    """How far numpy's own generator has come; its functions are not ones that profilers see."""
-    numpy = sys.modules.get("numpy.random")
-    state = numpy.get_state() if numpy is not None else ()
-    return str([part.tobytes() if hasattr(part, "tobytes") else part for part in state])
