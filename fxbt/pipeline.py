@@ -207,6 +207,5 @@ def _recorded(stage: str, module: fx.GraphModule) -> Iterator[StageRecord]:
         found = f"{type(error).__name__}: {error}"
         miss = error if isinstance(error, Miss) else Miss(f"fxbt itself failed at {stage}", found=found)
         miss.rule = stage
-        miss.__cause__ = miss.__context__ = None
-        record.misses.append(miss.with_traceback(None))  # else its frames, with the call's tensors, live on
+        record.misses.append(miss.without_frames())
     record.seconds = time.perf_counter() - start

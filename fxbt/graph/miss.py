@@ -130,6 +130,11 @@ class Miss(Exception):
         words = (self.node, *_parts(self._expected), *_parts(self._found))
         return [part for part in words if isinstance(part, fx.Node)]
 
+    def without_frames(self) -> Miss:
+        """The miss itself, without its frames and causes: they would keep a call's tensors as long as the report."""
+        self.__cause__ = self.__context__ = None
+        return self.with_traceback(None)
+
     def details(self, describe: Callable[[fx.Node], str] = describe) -> list[str]:
         """What was expected, what was found instead and a hint, a line each; `describe` names the nodes."""
         rows = {

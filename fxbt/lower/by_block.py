@@ -40,8 +40,7 @@ def choose_lowerings(module: fx.GraphModule, example: Sequence[Tensor]) -> Stage
             block.lowering = _tried(block, made, values)
         except Miss as miss:
             miss.rule, miss.where, miss.refused = STAGE, block.where, True
-            miss.__cause__ = miss.__context__ = None
-            record.misses.append(miss.with_traceback(None))  # else its frames, with the call's tensors, live on
+            record.misses.append(miss.without_frames())
             continue
         record.places.append(block.where)
     record.seconds = time.perf_counter() - start

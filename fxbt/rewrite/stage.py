@@ -90,8 +90,7 @@ def _check_depth(rule: Rule, anchor: fx.Node, depth: int) -> None:
 
 def _keep(record: StageRecord, misses: dict[str, Miss], miss: Miss, rule: Rule, anchor: fx.Node) -> None:
     """Record a miss: refusals and reasoned ones all; of the places where a pattern ends early, the nearest a module."""
-    miss = miss.with_traceback(None)  # its frames, and its cause's, would live as long as the report and the rule
-    miss.__cause__ = miss.__context__ = None
+    miss = miss.without_frames()
     if miss.total and miss.matched < min(2, miss.total) and not miss.refused:
         return  # another op altogether
     miss.rule, miss.where, miss.anchor = rule.name, module_path(anchor), anchor
