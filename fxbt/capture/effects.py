@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.export.graph_signature import OutputKind
 
 from ..errors import CaptureError
 from ..torch_compat import preserving_version
+from .codes import is_torchs
 from .model_state import Slot, versions
 
 aten = torch.ops.aten
@@ -252,7 +252,7 @@ def _is_read(stand_in: _Unread) -> bool:
 
 def _is_torchs_export(file: str) -> bool:
     """Export itself looks at the kinds of what a module has."""
-    return file.startswith(str(Path(torch.__file__).parent)) and "export" in file
+    return is_torchs(file) and "export" in file
 
 
 _SPECIAL = [name for name in dir(operator) if name.startswith("__") and callable(getattr(operator, name))]

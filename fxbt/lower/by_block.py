@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..capture.model_state import versions
 from ..graph.lowerings import PARTS, KnownBlock, Lowering, graph_of, inputs_of, lowering_of
 from ..graph.miss import Miss
 from ..graph.record import Entry, StageRecord
@@ -59,7 +60,8 @@ def _tried(block: KnownBlock, made: Lowering, values: Mapping[fx.Node, Any]) -> 
         _check_names(block, made)
     with torch.inference_mode(False):  # else tensors have no version
         given = {node: _copy(values[node]) for node in inputs_of(block.nodes)}  # weights survive what writes to them
-    versions = _versions(given.values())
+    tensors = [value for value in given.values() if isinstance(value, Tensor)]
+    before = versions(tensors)
     try:
         with torch.inference_mode(False), torch.no_grad():
             made = _compiled(block, made, block.nodes, block.output)
@@ -67,9 +69,9 @@ def _tried(block: KnownBlock, made: Lowering, values: Mapping[fx.Node, Any]) -> 
             result = made.function(*args, **kwargs)
     except Exception as error:
         raise Miss(f"the lowering of {block.name} raises {type(error).__name__}: {error}") from error
-    if versions != _versions(given.values()):
+    if versions(tensors) != before:
         raise Miss(f"the lowering of {block.name} writes to what it is given")
-    _check_result(block, result, values[block.output], given.values())
+    _check_result(block, result, values[block.output], tensors)
     return made
 
 
@@ -102,24 +104,20 @@ def _check_names(block: KnownBlock, made: Lowering) -> None:
         raise Miss(f"the lowering of {block.name} takes a value that the block does not read", node=block.output)
 
 
-def _check_result(block: KnownBlock, result: Any, expected: Tensor, given: Iterable[Any]) -> None:
+def _check_result(block: KnownBlock, result: Any, expected: Tensor, given: Iterable[Tensor]) -> None:
     if not isinstance(result, Tensor) or _form(result) != _form(expected):
         raise Miss(
             f"the lowering of {block.name} has another shape, dtype, device or layout",
             expected=str(_form(expected)),
             found=str(_form(result)) if isinstance(result, Tensor) else type(result).__name__,
         )
-    if any(_shares_memory(result, value) for value in given if isinstance(value, Tensor)):
+    if any(_shares_memory(result, tensor) for tensor in given):
         raise Miss(f"the lowering of {block.name} returns memory that it was given")
     check_value(block.output, expected, result)
 
 
 def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _versions(values: Iterable[Any]) -> list[int]:
-    return [value._version for value in values if isinstance(value, Tensor)]
 
 
 def _form(value: Tensor) -> tuple[Any, ...]:

@@ -16,15 +16,14 @@ from ..capture.effects import Effects
 from ..capture.export import Captured
 from ..capture.model_state import ModelState, preserved, versions
 from ..capture.number_inputs import Numbers, as_tensor
-from ..rewrite.verify import difference
-from ..torch_compat import is_any_autocast_enabled, pytree
+from ..rewrite.verify import difference, tolerance_of_outputs
+from ..torch_compat import pytree
 from .compiled import Compiled
 from .gradients import gradient_difference
 from .guarded_graph import accepts
 from .unpadding import Unpadding
 
 _PRECISE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-PRECISE_TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.1  # of the largest value; half precision and int8 round that far
 
 Values = tuple[list[Any], pytree.TreeSpec]
 
@@ -153,8 +152,7 @@ def _value_difference(new: Any, old: Any, is_precise: bool) -> str | None:
     # A row of scores masked with -inf throughout is NaN in eager attention only: NaN may become a number.
     new, old = (t.detach()[~old.isnan()].double() for t in (new, old))
     magnitude = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
-    is_precise = is_precise and kinds[0][0] in _PRECISE and not is_any_autocast_enabled()
-    tolerance = (PRECISE_TOLERANCE if is_precise else COARSE_TOLERANCE) * max(magnitude, 1e-6)
+    tolerance = tolerance_of_outputs(is_precise and kinds[0][0] in _PRECISE) * max(magnitude, 1e-6)
     if torch.allclose(new, old, rtol=0.0, atol=tolerance):
         return None
     return f"is off by up to {(new - old).abs().max().item():.1e} at a magnitude of {magnitude:.1e}"
