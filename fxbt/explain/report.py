@@ -90,12 +90,12 @@ class GraphReport:
 
     @property
     def before(self) -> str:
-        """The graph as it was captured: see `fxbt.show.text`."""
+        """The graph as it was captured: see `fxbt.explain.show.text`."""
         return show.text(self.captured)
 
     @property
     def after(self) -> str:
-        """The graph as it runs: see `fxbt.show.text`."""
+        """The graph as it runs: see `fxbt.explain.show.text`."""
         return show.text(self.rewritten)
 
     @property
@@ -149,7 +149,7 @@ class GraphReport:
         return self.races.lost() if self.races else {}
 
     def diff(self) -> str:
-        """What each rewrite took out and put in, equal ones once: see `fxbt.show.blocks`.
+        """What each rewrite took out and put in, equal ones once: see `fxbt.explain.show.blocks`.
 
         Example::
 
@@ -303,7 +303,7 @@ class Report:
 
     @property
     def before(self) -> str:
-        """The latest graph as it was captured, as text: see `fxbt.show.text`."""
+        """The latest graph as it was captured, as text: see `fxbt.explain.show.text`."""
         return self.latest.before if self.latest else NOTHING_YET
 
     @property

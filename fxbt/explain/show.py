@@ -44,7 +44,7 @@ def text(graph: fx.GraphModule | Snapshot, collapse: bool = True) -> str:
 
     Example::
 
-        >>> print(fxbt.show.text(fast.report.latest.module, collapse=False))
+        >>> print(fxbt.explain.show.text(fast.report.latest.module, collapse=False))
         %input_ids = input -> i64[s0, s1]
         %embedding_0 = embedding(.weight, %input_ids, 0) -> f32[s0, s1, 384]  # embeddings.word_embeddings
         ...
@@ -62,7 +62,7 @@ def blocks(rewrites: Sequence[Rewrite], symbols: Symbols | None = None) -> str:
 
     Example::
 
-        >>> print(fxbt.show.blocks(stage.rewrites))
+        >>> print(fxbt.explain.show.blocks(stage.rewrites))
         silu at encoder.layer.0..11.mlp, x 12
         -%sigmoid_0 = sigmoid(%linear_0) -> f32[s0, s1, 64]
         -%mul_0 = mul(%linear_0, %sigmoid_0) -> f32[s0, s1, 64]
@@ -171,7 +171,7 @@ def diff(before: str, after: str) -> str:
 
     Example::
 
-        >>> print(fxbt.show.diff(report.before, report.after))
+        >>> print(fxbt.explain.show.diff(report.before, report.after))
         --- before
         +++ after
         @@ -40,14 +40,9 @@

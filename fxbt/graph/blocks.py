@@ -2,7 +2,7 @@
 
 Each is a plain function of a body, the graph of the block as it was captured, and the values that the body reads; the
 first ones are the block's own inputs. So a fused node differentiates, fake-traces and compiles like the nodes it
-stands for, and `fxbt.outline.inline` gives those back for lowering.
+stands for, and `fxbt.rewrite.outline.inline` gives those back for lowering.
 
 `attention_by_products` is a torch operator of its own, for attention that SDPA cannot express.
 

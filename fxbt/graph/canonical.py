@@ -846,7 +846,7 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
 
     Example::
 
-        fxbt.capture.capture(model, call).module  # ->  canonicalize(module)
+        fxbt.capture.export.capture(model, call).module  # ->  canonicalize(module)
     """
     for node in module.graph.nodes:
         if node.op == "call_function":

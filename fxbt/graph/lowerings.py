@@ -1,8 +1,8 @@
 """What computes a block on a device, by the block's name, and the record of a block as it stands in a graph.
 
-A rule with `outline` finds a block, and the fused call node reads as one. `fxbt.outline.inline` puts its operations
-back, each with a `Part` in its meta, so that padding is dropped and masks are taken op by op; where all parts are still
-there, the block's lowering takes their place.
+A rule with `outline` finds a block, and the fused call node reads as one. `fxbt.rewrite.outline.inline` puts its
+operations back, each with a `Part` in its meta, so that padding is dropped and masks are taken op by op; where all
+parts are still there, the block's lowering takes their place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The pattern language: formulas over variables, written with Python's operators and torch's functions.
 
 A pattern function runs once on `Term`s. Every operator and every torch function called on a term gives a bigger one,
-already in normal form: sums and products are flat, powers are exponents, sizes and casts are dropped. `match.py`
+already in normal form: sums and products are flat, powers are exponents, sizes and casts are dropped. `matcher.py`
 compares terms with graphs.
 """
 

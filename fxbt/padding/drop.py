@@ -2,7 +2,7 @@
 
 Packed values begin at embeddings and linears over (batch, length) and go on through everything that keeps tokens
 apart (see `transfer`); attention is where tokens meet, under a mask that must be proven to hide padding (see
-`validity`). They end at outputs, and where an op is right whatever stands at padding or a run-time guard says that it
+`proof`). They end at outputs, and where an op is right whatever stands at padding or a run-time guard says that it
 reads none. What cannot be followed is a `Miss`, and the graph stays as it is.
 """
 

@@ -1,6 +1,6 @@
 """The same graph for calls without padding: attention under masks that then say nothing, or only "j <= i", unmasked.
 
-Where all tokens are valid, most masks are proven to let everything through (see `validity`), so that
+Where all tokens are valid, most masks are proven to let everything through (see `proof`), so that
 neither they nor their sum with the scores need computing.
 """
 
