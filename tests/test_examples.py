@@ -29,24 +29,18 @@ def test_embed_sentences() -> None:
     assert re.search(r"^ *\+%\w+ = sdpa", done.stdout, re.MULTILINE)
 
 
-def test_custom_module() -> None:
-    done = run("examples/custom_module.py")
+@pytest.mark.parametrize(
+    ("example", "compared", "hits"),
+    [("custom_module", 3, {"attention": 3, "qkv": 3}), ("lowering_swiglu", 2, {"swiglu": 2, "lowering": 2})],
+)
+def test_a_model_of_ones_own(example: str, compared: int, hits: dict[str, int]) -> None:
+    done = run(f"examples/{example}.py")
     assert done.returncode == 0, done.stderr
     differences = [float(value) for value in re.findall(r"largest difference (\S+)", done.stdout)]
-    assert len(differences) == 3
+    assert len(differences) == compared
     assert max(differences) < 1e-5
-    assert re.search(r"^attention +3 ", done.stdout, re.MULTILINE)
-    assert re.search(r"^qkv +3 ", done.stdout, re.MULTILINE)
-
-
-def test_lowering_of_a_block() -> None:
-    done = run("examples/lowering_swiglu.py")
-    assert done.returncode == 0, done.stderr
-    differences = [float(value) for value in re.findall(r"largest difference (\S+)", done.stdout)]
-    assert len(differences) == 2
-    assert max(differences) < 1e-5
-    assert re.search(r"^swiglu +2 ", done.stdout, re.MULTILINE)
-    assert re.search(r"^lowering +2 ", done.stdout, re.MULTILINE)
+    for rule, count in hits.items():
+        assert re.search(rf"^{rule} +{count} ", done.stdout, re.MULTILINE), rule
 
 
 RULES = {

@@ -3,6 +3,8 @@
 import ast
 import re
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -119,9 +121,6 @@ def test_an_assertion_of_a_value_is_raised() -> None:
 def test_a_checkpoint_ends_its_recomputation_by_that_exception() -> None:
     raised = []
 
-    class Watched(torch.autograd.graph.saved_tensors_hooks):
-        pass
-
     def run(x: torch.Tensor) -> torch.Tensor:
         try:
             return x.sin().cos().exp()
@@ -156,12 +155,25 @@ def test_guards_are_refused_or_ignored_and_otherwise_made() -> None:
 
 
 def test_a_function_of_ones_own_is_applied_by_the_class_that_a_trace_watches() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
     assert torch_compat.SingleLevelFunction in torch.autograd.Function.__mro__
-    assert "apply" in vars(torch_compat.SingleLevelFunction) or hasattr(torch_compat.SingleLevelFunction, "apply")
+    seen = []
+
+    def watched(cls: Any, *args: Any) -> Any:
+        seen.append(cls)
+        return super(torch_compat.SingleLevelFunction, cls).apply(*args)
+
+    with mock.patch.object(torch_compat.SingleLevelFunction, "apply", classmethod(watched)):
+        Double.apply(torch.randn(3))
+    assert seen == [Double]
 
 
 def test_what_modules_are_traced_with_is_patched_by_name() -> None:
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
     assert isinstance(traced, torch.fx.GraphModule)
-    assert hasattr(torch_compat.fx_trace, "CURRENT_PATCHER") and hasattr(torch_compat.fx_trace, "_is_fx_tracing_flag")
-    assert issubclass(torch_compat.fx_trace._PatchedFnSetAttr, object)
+    for name in ("CURRENT_PATCHER", "_is_fx_tracing_flag", "_Patcher", "_PatchedFnSetAttr"):
+        assert hasattr(torch_compat.fx_trace, name), name
