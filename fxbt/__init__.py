@@ -18,7 +18,7 @@ from .graph.blocks import block
 from .graph.canonical import argument
 from .graph.lowerings import lowering
 from .graph.miss import Miss
-from .match.matcher import Found
+from .match.found import Found
 from .match.naming import is_float_cast, op_of
 from .match.one_of import OneOf
 from .match.rule import Match, Rule, rule

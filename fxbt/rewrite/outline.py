@@ -13,7 +13,7 @@ from ..graph.canonical import argument, attribute, with_graph
 from ..graph.lowerings import OPERANDS, PARTS, KnownBlock, Names, Part
 from ..graph.miss import Miss, module_path
 from ..graph.record import Entry, Rewrite
-from ..match.matcher import is_weight
+from ..match.readings import is_weight
 from ..match.rule import Arguments, Match, Rule
 from .splice import provenance
 
