@@ -16,22 +16,12 @@ from torch import fx
 
 from ..analysis import axes
 from ..graph.miss import Miss
+from ..graph.node import is_weight
 from . import pointwise
 from .alternatives import always_bound, single_factor, summed_exponents, variants
 from .found import Found, State
 from .naming import is_float_cast, op_of
-from .readings import (
-    Powers,
-    Reduced,
-    is_close,
-    is_same,
-    is_weight,
-    keeps_elements,
-    plain,
-    product_cuts,
-    slice_of,
-    sum_cuts,
-)
+from .readings import Powers, Reduced, is_close, is_same, keeps_elements, plain, product_cuts, slice_of, sum_cuts
 from .same_op import (
     PERMUTATIONS,
     bounds_of,

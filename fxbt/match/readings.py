@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ..analysis import axes
-from ..graph.canonical import argument, is_pure
+from ..graph.node import argument
 from .naming import is_float_cast, op_of
 from .terms import merge_powers, powers_multiply
 
@@ -214,20 +214,6 @@ def _uncast(node: fx.Node) -> fx.Node:
             break
         node = source
     return node
-
-
-def is_weight(value: Any) -> bool:
-    """Whether a node is a parameter, buffer or constant, or computed from such alone."""
-    waiting, seen = [value], set()
-    while waiting:
-        node = waiting.pop()
-        if not isinstance(node, fx.Node) or node.op not in ("get_attr", "call_function"):
-            return False
-        if node.op == "call_function" and (not node.all_input_nodes or not is_pure(node)):
-            return False
-        seen.add(node)
-        waiting += [source for source in node.all_input_nodes if source not in seen]
-    return True
 
 
 def slice_of(node: Any) -> tuple[fx.Node, int, int, int, int] | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph.canonical import argument, is_pure, parameters
+from ..graph.node import argument, is_pure, parameters
 from .naming import is_float_cast, op_of
 from .readings import is_close, reduced_dims
 from .terms import Call, Part, Slice, plain_equation

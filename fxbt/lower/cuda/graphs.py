@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...rewrite.verify import is_stochastic
+from ...graph.node import is_stochastic
 
 MOST_SHAPES = 16  # recorded for one program: each holds its inputs and outputs on the device
 RECORDED, REPLAYED, ONCE = "recorded", "replayed", "of a new shape"
