@@ -363,7 +363,7 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
 
     Example::
 
-        fxbt.capture.export.capture(model, call).module  # ->  canonicalize(module)
+        fxbt.capture.capture.capture(model, call).module  # ->  canonicalize(module)
     """
     for node in module.graph.nodes:
         if node.op == "call_function":
