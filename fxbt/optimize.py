@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .capture.export import share, twin
+from .capture.twins import share, twin
 from .dispatch import Dispatcher
 from .errors import NotOptimizedError
 from .explain.report import Report

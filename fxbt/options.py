@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .capture.export import TRACERS, hf_fx_missing
+from .capture.capture import TRACERS
+from .capture.hf_fx import hf_fx_missing
 from .lower.cpu.precision import Precision, precision_of
 from .lower.spill import check_can_spill
 from .match.rule import Rule, check_rules

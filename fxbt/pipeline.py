@@ -15,6 +15,7 @@ from .capture.export import Captured
 from .explain import log
 from .graph.canonical import canonicalize
 from .graph.miss import Miss
+from .graph.node import is_stochastic
 from .graph.record import Snapshot, StageRecord
 from .lower.by_block import choose_lowerings
 from .lower.cuda.graphs import Recorder
@@ -28,7 +29,7 @@ from .padding.without_masks import unmask
 from .rewrite.layout import keep_orders, returned_orders
 from .rewrite.outline import inline
 from .rewrite.stage import run_stage
-from .rewrite.verify import Verifier, is_stochastic
+from .rewrite.verify import Verifier
 from .runtime.compiled import Compiled
 from .runtime.parts import InParts
 from .runtime.unpadding import Run, Unpadding

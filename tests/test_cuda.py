@@ -13,7 +13,7 @@ import fxbt
 import fxbt.kernels.packed as packed
 import fxbt.lower.once
 from fxbt.capture.call import make_call
-from fxbt.capture.export import capture
+from fxbt.capture.capture import capture
 from fxbt.graph.canonical import canonicalize
 from fxbt.graph.miss import Miss
 from fxbt.padding.drop import drop_padding

@@ -16,7 +16,7 @@ from torch import fx
 
 from ..capture.value_branches import assert_now
 from ..graph.blocks import BY_PRODUCTS
-from ..graph.canonical import attribute
+from ..graph.node import attribute
 from ..kernels.attention_products import by_products
 from ..kernels.differentiable import attention_with_gradient
 from ..torch_compat import silu

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...rewrite.verify import is_stochastic
+from ...graph.node import is_stochastic
 
 MOST_RECORDINGS = 64  # of one program, the least recently used go first: each holds its inputs and outputs
 MOST_BYTES_SHARE = 1 / 8  # of the device's memory, for the recordings of one program
