@@ -28,7 +28,8 @@ from .capture.saved_tensors import active_hooks, comes_from_hook, hidden
 from .capture.surroundings import Surroundings
 from .capture.value_branches import goes_another_way
 from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError, callers_level
-from .explain.report import GraphReport, Report
+from .explain.graph_report import GraphReport
+from .explain.report import Report
 from .kernels import autotune, native
 from .kernels.forks import FORKS
 from .options import Options
