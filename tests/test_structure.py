@@ -38,7 +38,7 @@ PUBLIC = [name for name in sorted(fxbt.__all__) if callable(getattr(fxbt, name))
 PUBLIC_CLASSES = [name for name in PUBLIC if inspect.isclass(getattr(fxbt, name))]
 ALLOWED_IN_PATTERNS = {"torch", "sympy", "fxbt"}
 MOST_LINES = 500  # of a file
-BEING_SPLIT = {"fxbt/padding/transfer.py", "fxbt/padding/sequences.py", "fxbt/analysis/axes.py", "fxbt/match/terms.py"}
+BEING_SPLIT = {"fxbt/padding/transfer.py", "fxbt/padding/sequences.py", "fxbt/analysis/axes.py"}
 
 
 def tree_of(path: Path) -> ast.Module:
