@@ -92,7 +92,7 @@ def _reduces(term: Term, size: Size) -> bool:
 def power(base: Any, exponent: Any) -> Any:
     """base ** exponent; exponents multiply where that holds for every real number."""
     if not isinstance(exponent, int | float):
-        raise RuleError(f"the exponent {exponent} of a power is no number; write it as a literal")
+        raise RuleError(f"the exponent {formula(exponent)} of a power is no number; write it as a literal")
     if not isinstance(base, Term):
         return literal(base) ** exponent
     if not isinstance(base, Product):
