@@ -62,6 +62,13 @@ class FusedRegion:
         self._variants: list[Program] = []
         self._lock = threading.Lock()
 
+    @property
+    def state(self) -> str:
+        """Whether it is compiled, for the report."""
+        if self.failure is not None:
+            return f"not compiled: {self.failure}"
+        return "compiled" if self._variants else "not called yet"
+
     def __call__(self, *tensors: Tensor) -> Any:
         for run in self._variants:
             try:
