@@ -126,6 +126,7 @@ def _compile(captured: Captured, rules: Sequence[Rule], options: Options) -> Com
         peak_bytes=program.peak_bytes(*captured.example) if weights else None,
         kernels=program.kernels,
         weights=weights,
+        recorder=recorder,
         precision=options.precision.name if options.precision and weights else None,
     )
 

@@ -7,21 +7,18 @@ weight, say) is kept and refreshed when a source changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
-from ..capture.value_branches import assert_now
-from ..graph.blocks import BY_PRODUCTS
 from ..graph.node import attribute
-from ..kernels.attention_products import by_products
 from ..kernels.differentiable import attention_with_gradient
-from ..torch_compat import silu
 from .assumptions import Assumptions
+from .bindings import BINDINGS
 from .by_block import lower_blocks
+from .codegen import compile_graph
 from .cpu.attention import attend_fast
 from .cpu.chain import chained
 from .cpu.heads import attend_projections
@@ -29,55 +26,12 @@ from .cpu.linears import choose_linears
 from .cpu.precision import Precision, narrow_linears
 from .cuda.graphs import Recorder, Replay, obstacle
 from .cuda.pointwise import FusedRegion, fuse_pointwise
-from .derived_weights import Weights, compile_graph, weight_only
+from .derived_weights import Weights, weight_only
 from .memory import peak_bytes
 from .once import look_up_once, make_masks_once, split_heads_once
 from .recompute import recomputing
 
 aten = torch.ops.aten
-
-# The direct binding of an op, where it takes the op's arguments as they stand.
-BINDINGS: dict[Any, Callable[..., Any]] = {
-    aten.linear.default: F.linear,
-    aten.layer_norm.default: torch.layer_norm,
-    aten.embedding.default: torch.embedding,
-    aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
-    aten.gelu.default: F.gelu,
-    aten.silu.default: silu,
-    aten.softmax.int: torch.softmax,
-    aten.matmul.default: torch.matmul,
-    aten.bmm.default: torch.bmm,
-    aten.addmm.default: torch.addmm,
-    aten.add.Tensor: torch.add,
-    aten.sub.Tensor: torch.sub,
-    aten.mul.Tensor: torch.mul,
-    aten.div.Tensor: torch.div,
-    aten.tanh.default: torch.tanh,
-    aten.relu.default: torch.relu,
-    aten.rsqrt.default: torch.rsqrt,
-    aten.pow.Tensor_Scalar: torch.pow,
-    aten.reshape.default: torch.reshape,
-    aten.transpose.int: torch.transpose,
-    aten.permute.default: torch.permute,
-    aten.contiguous.default: torch.Tensor.contiguous,
-    aten.unflatten.int: torch.unflatten,
-    aten.unsqueeze.default: torch.unsqueeze,
-    aten.expand.default: torch.Tensor.expand,
-    aten.select.int: torch.select,
-    aten.cat.default: torch.cat,
-    aten.split_with_sizes.default: torch.split_with_sizes,
-    aten.where.self: torch.where,
-    aten.where.ScalarOther: torch.where,
-    aten.sym_size.int: torch.Tensor.size,
-    aten.to.dtype: torch.Tensor.to,
-    aten.to.device: torch.Tensor.to,
-    aten.gather.default: torch.gather,
-    aten.arange.default: torch.arange,
-    aten.__and__.Tensor: torch.bitwise_and,
-    aten.ge.Scalar: torch.ge,
-    aten._assert_async.msg: assert_now,
-    BY_PRODUCTS: by_products,
-}
 
 
 class Program:

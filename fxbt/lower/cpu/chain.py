@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ...kernels import native
 from ...kernels.autotune import Tuner, bucket_of
 from ...kernels.packed import Tokens
-from ..derived_weights import compile_graph
+from ..codegen import compile_graph
 from .attention import Mask
 from .heads import Heads
 from .linears import UP_TO

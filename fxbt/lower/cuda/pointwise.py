@@ -22,6 +22,9 @@ from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 
 from ...graph.opsets import CASTS
 from ...torch_compat import OpOverload, compile_by_inductor
+from ..bindings import BINDINGS
+from ..codegen import compile_graph
+from .graphs import is_recording
 
 logger = logging.getLogger("fxbt")
 aten = torch.ops.aten
@@ -37,6 +40,9 @@ PRODUCTS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.d
 LEAST_PLACES = 2  # of a region, for which it is compiled: what comes once a call is no layer's, and costs seconds too
 LEAST_KERNELS = 2  # that one kernel takes the place of
 
+# Bytes of the largest input, up to which a region runs step by step where it is not recorded: calling a compiled kernel
+# took 60 us on an H200's host, and its steps some 5 us each, so that what is smaller waits for the host anyway.
+SMALL = 2**23
 MOST_VARIANTS = 4  # of a region, for inputs of other strides
 
 Program = Callable[..., Any]
@@ -59,6 +65,7 @@ class FusedRegion:
         self._module = module
         self._compiler = compiler
         self._is_one = not isinstance(_returned(module.graph), tuple | list)
+        self._plain = compile_graph(_bound(module.graph))
         self._variants: list[Program] = []
         self._lock = threading.Lock()
 
@@ -70,6 +77,8 @@ class FusedRegion:
         return "compiled" if self._variants else "not called yet"
 
     def __call__(self, *tensors: Tensor) -> Any:
+        if not is_recording() and max(tensor.nbytes for tensor in tensors) <= SMALL:
+            return self._plain(*tensors)
         for run in self._variants:
             try:
                 outputs = run(*tensors)
@@ -87,7 +96,7 @@ class FusedRegion:
                 except Exception as error:  # no Triton, say: the program is right without
                     self.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                     logger.info("the steps %s are not compiled: %s", self.steps, self.failure)
-        return self._module(*tensors)
+        return self._plain(*tensors)
 
 
 _KNOWN: OrderedDict[Hashable, FusedRegion] = OrderedDict()  # by what they compute: those of all programs of the process
@@ -132,6 +141,14 @@ def _known(part: Any, compiler: Compiler) -> FusedRegion:
     if len(_KNOWN) > MOST_KNOWN:
         _KNOWN.popitem(last=False)
     return _KNOWN[key]
+
+
+def _bound(graph: fx.Graph) -> fx.Graph:
+    copy_of_it = fx.Graph()
+    copy_of_it.output(copy_of_it.graph_copy(graph, {}))
+    for node in copy_of_it.nodes:
+        node.target = BINDINGS.get(node.target, node.target)
+    return copy_of_it
 
 
 class _Supported(OperatorSupportBase):
