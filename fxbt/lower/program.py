@@ -17,6 +17,7 @@ from torch import fx
 from ..capture.value_branches import assert_now
 from ..graph.blocks import BY_PRODUCTS
 from ..graph.canonical import attribute
+from ..graph.record import is_made
 from ..kernels.attention_products import by_products
 from ..kernels.differentiable import attention_with_gradient
 from ..torch_compat import silu
@@ -175,7 +176,7 @@ class Program:
 
 def _binding(node: fx.Node) -> Any:
     is_attention = node.target is aten.scaled_dot_product_attention.default
-    if is_attention and "fxbt_rule" in node.meta and torch.is_grad_enabled():
+    if is_attention and is_made(node) and torch.is_grad_enabled():
         return attention_with_gradient
     return BINDINGS.get(node.target, node.target)
 
