@@ -24,7 +24,6 @@ from ..torch_compat import silu
 from .by_block import lower_blocks
 from .cpu.attention import attend_fast
 from .cpu.chain import chained
-from .cpu.heads import attend_projections
 from .cpu.linears import choose_linears
 from .cpu.precision import Precision, narrow_linears
 from .cuda.graphs import Replay, obstacle
@@ -141,7 +140,6 @@ class Program:
         attend_fast(graph, weights.tuner)
         make_masks_once(graph)
         split_heads_once(graph)
-        attend_projections(graph)
         self.kernels = weights.tuner.answers
         self._places = weights.add(module, graph, constant)
         self._derived = weights if self._places else None

@@ -5,7 +5,6 @@ It reads what lowering has put into the graph, whatever block that comes from.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from torch import fx
 
 from ...kernels import native
 from ...torch_compat import statically_known_true
-from .heads import Heads, PackedProjection, Projection
+from .attention import AttendProjection
+from .heads import Heads
 from .linears import UP_TO, LinearByRows
 
 EVERY_PLACE = frozenset(range(len(UP_TO) + 1))
@@ -51,8 +51,8 @@ class Link:
             return cls._of_linear_by_rows(node, node.target)
         if isinstance(node.target, native.Linear):
             return cls._of_linear(node, node.target, *node.args)
-        if isinstance(node.target, Projection | PackedProjection):
-            return cls._of_attention(node, node.target.heads)
+        if isinstance(node.target, AttendProjection):
+            return cls._of_attention(node, node.target, *node.args)
         return None
 
     @classmethod
@@ -80,14 +80,13 @@ class Link:
         return cls(kernel, x, picked[0], (node, *picked.values()), normed=picked[1], **options)
 
     @classmethod
-    def _of_attention(cls, node: fx.Node, heads: Heads) -> Link | None:
-        given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
-        scale, is_causal = given.get("scale"), given.get("is_causal", False)
-        if given.get("dropout_p") or isinstance(scale, fx.Node) or isinstance(is_causal, fx.Node):
+    def _of_attention(
+        cls, node: fx.Node, kernel: AttendProjection, x: Any, seen: Any, is_causal: Any, scale: Any
+    ) -> Link | None:
+        if isinstance(scale, fx.Node) or isinstance(is_causal, fx.Node):
             return None
-        mask, tokens = given.get("attn_mask"), given.get("tokens")
-        x = given["projection"]
-        return cls(heads, x, node, (node,), mask=mask, tokens=tokens, scale=scale, is_causal=is_causal)
+        mask, tokens = (None, seen) if kernel.is_packed else (seen, None)
+        return cls(kernel.heads, x, node, (node,), mask=mask, tokens=tokens, scale=scale, is_causal=is_causal)
 
     @property
     def k(self) -> int:
