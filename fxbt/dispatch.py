@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from . import pipeline
 from .capture import outputs
 from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
+from .capture.capture import capture
 from .capture.containers import Arguments
 from .capture.effects import Buffer, Effects, check_buffers, memory_of
-from .capture.export import capture
 from .capture.isolated import isolated
 from .capture.locks import LOCK
 from .capture.model_state import ModelState, foreign_hook, preserved, versions

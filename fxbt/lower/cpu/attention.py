@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from ...graph.blocks import BY_PRODUCTS, SDPA
-from ...graph.canonical import argument, parameters
+from ...graph.node import argument, parameters
 from ...kernels import native, packed
 from ...kernels.attention_products import Kernel, by_products, products, sdpa
 from ...kernels.autotune import Calls, Contest, Tuner, bucket_of

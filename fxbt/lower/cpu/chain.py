@@ -1,8 +1,8 @@
 """Kernels of our own that follow each other -> one call, whose inner values share a planned block of memory.
 
 A call from Python takes some 8 us, and memory that was just freed elsewhere is in no cache: MiniLM's 30 kernels take
-0.85 of the time so at 16 tokens (benchmarks/chain.py). Nothing is looked for here: a `Link` is what lowering has put into
-the graph, by its operands.
+0.85 of the time so at 16 tokens (benchmarks/chain.py). Nothing is looked for here: a `Link` is what lowering has put
+into the graph, by its operands.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from ...analysis import axes
-from ...graph.canonical import argument, only_user
 from ...graph.miss import Miss
+from ...graph.node import argument, only_user
 
 aten = torch.ops.aten
 
