@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from ..graph.node import attribute
+from ..graph.record import is_made
 from ..kernels.differentiable import attention_with_gradient
 from .assumptions import Assumptions
 from .bindings import BINDINGS
@@ -21,7 +22,6 @@ from .by_block import lower_blocks
 from .codegen import compile_graph
 from .cpu.attention import attend_fast
 from .cpu.chain import chained
-from .cpu.heads import attend_projections
 from .cpu.linears import choose_linears
 from .cpu.precision import Precision, narrow_linears
 from .cuda.graphs import Recorder, Replay, obstacle
@@ -100,7 +100,6 @@ class Program:
         attend_fast(graph, weights.tuner)
         make_masks_once(graph)
         split_heads_once(graph)
-        attend_projections(graph)
         self.kernels = weights.tuner.answers
         self._places = weights.add(module, graph, constant)
         self._derived = weights if self._places else None
@@ -138,7 +137,7 @@ class Program:
 
 def _binding(node: fx.Node) -> Any:
     is_attention = node.target is aten.scaled_dot_product_attention.default
-    if is_attention and "fxbt_rule" in node.meta and torch.is_grad_enabled():
+    if is_attention and is_made(node) and torch.is_grad_enabled():
         return attention_with_gradient
     return BINDINGS.get(node.target, node.target)
 

@@ -18,6 +18,7 @@ from torch import fx
 
 from ..analysis.axes import Atom, Axes, fresh, sizes_of
 from ..graph.miss import Miss
+from ..graph.record import RULE
 from ..kernels import packed
 from .proof import AttentionMask, value_at_padding
 from .validity_sources import Validity, ancestors
@@ -180,7 +181,7 @@ class Writer:
         node = self.graph.call_function(function, args, kwargs)
         meta: Any = self.current.meta
         node.meta = {key: meta[key] for key in ("nn_module_stack", "stack_trace") if key in meta}
-        node.meta |= {"fxbt_rule": "padding", "val": val}
+        node.meta |= {RULE: "padding", "val": val}
         return node
 
     def cached(self, function: Callable[..., Any], *args: Any, val: Any = None) -> fx.Node:
