@@ -52,7 +52,7 @@ def add(report: Report, misses: list[Miss], fired: tuple[str, ...] = (), signatu
     module = fx.GraphModule(nn.Module(), after)
     compiled = Compiled(
         run=module,
-        dense=SimpleNamespace(replay=None),  # type: ignore[arg-type]
+        dense=SimpleNamespace(replay=None, regions=[]),  # type: ignore[arg-type]
         unpadding=None,
         module=module,
         inlined=module,

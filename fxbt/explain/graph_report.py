@@ -172,6 +172,17 @@ class GraphReport:
         return dict(sum((replay.calls for replay in self.compiled.replays), Counter()))
 
     @property
+    def fused_regions(self) -> dict[str, str]:
+        """The steps that are one kernel each on a CUDA device: "compiled" since they were called, or why they are not.
+
+        Example::
+
+            fast.report.latest.fused_regions  # {'add, layer_norm': 'compiled', 'silu, mul': 'not called yet'}
+        """
+        regions = [region for program in self.compiled.programs for region in program.regions]
+        return {region.steps: region.state for region in regions}
+
+    @property
     def cuda_graph_bytes(self) -> int:
         """The device's memory that recordings hold for their inputs and outputs."""
         return sum(replay.nbytes for replay in self.compiled.replays)

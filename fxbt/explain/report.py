@@ -158,6 +158,9 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
     sections.append(("batches with values over 32 MiB", _parts_text(graph.parts)))
     if graph.lost:
         sections.append(("calls that the original serves, which was faster than the graph", _table_of(graph.lost)))
+    if graph.fused_regions:
+        rows = [list(item) for item in graph.fused_regions.items()]
+        sections.append(("steps that are one kernel each on the device", _table(["steps", "state"], rows)))
     if graph.cuda_graphs:
         title = f"CUDA graphs, {graph.cuda_graph_bytes / 2**20:.1f} MiB of inputs and outputs"
         sections.append((title, _table(["went", "calls"], [list(item) for item in graph.cuda_graphs.items()])))
