@@ -19,6 +19,7 @@ from torch import fx
 
 from ..graph.node import argument, attribute
 from ..graph.opsets import CASTS
+from ..graph.walk import ancestors
 from .axes import IDENTITIES, PERMUTES, RESHAPES, UNIT_DIMS, permutation, sizes_of
 from .rounding import EXACT_FOR_POSITIONS, NO_NUMBERS, Opaque, cast_to, number_of
 
@@ -56,14 +57,8 @@ def evaluate(node: Any, index: Index, constants: dict[fx.Node, torch.Tensor]) ->
 
 def read_constants(node: fx.Node) -> dict[fx.Node, torch.Tensor]:
     """The parameters, buffers and constants a mask is computed from, with their content."""
-    seen, waiting, found = {node}, [node], {}
-    while waiting:
-        current = waiting.pop()
-        if current.op == "get_attr":
-            found[current] = attribute(current.graph.owning_module, current)
-        waiting.extend(source for source in current.all_input_nodes if source not in seen)
-        seen.update(current.all_input_nodes)
-    return found
+    constants = sorted(source for source in ancestors([node]) if source.op == "get_attr")
+    return {constant: attribute(constant.graph.owning_module, constant) for constant in constants}
 
 
 def zero_else_below(value: Any, limit: float) -> Any | None:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from ..graph.node import attribute, expression, is_pure, reaches_output
+from ..graph.walk import ancestors
 from ..kernels.autotune import Tuner
 from ..kernels.forks import FORKS
 from .codegen import compile_graph
@@ -178,7 +179,7 @@ class Weights:
         """
         calls = [node for node in graph.nodes if node in constant and node.op == "call_function"]
         used = [node for node in calls if any(user not in constant for user in node.users)]
-        needed = _ancestors(used)
+        needed = ancestors(used)
         with self._lock:
             copies = self._copy(module, [node for node in graph.nodes if node in needed])
             places = [self._values.setdefault(copies[node], len(self._values)) for node in used]
@@ -285,12 +286,3 @@ class Weights:
         graph.graph_copy(self._graph, copies)
         graph.output(tuple(copies[node] for node in self._values))
         return compile_graph(graph)
-
-
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    found, waiting = set(nodes), list(nodes)
-    while waiting:
-        sources = [source for source in waiting.pop().all_input_nodes if source not in found]
-        found.update(sources)
-        waiting.extend(sources)
-    return found

@@ -8,7 +8,7 @@ terms or of three, a division a power of -1, a mean a sum with a coefficient. It
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import fx
 from ..analysis import axes
 from ..graph.miss import Miss
 from ..graph.node import is_weight
+from ..graph.walk import computed_from, latest_first
 from . import pointwise
 from .alternatives import always_bound, single_factor, summed_exponents, variants
 from .formula_text import formula
@@ -96,7 +97,7 @@ class Matcher:
             yield nodes, state
             return
         seeds = [state.bound[name] for name in sorted(names(terms[0])) if name in state.bound]
-        for candidate in _computed_from([*(n for n in seeds if isinstance(n, fx.Node)), *nodes], depth=8):
+        for candidate in computed_from([*(n for n in seeds if isinstance(n, fx.Node)), *nodes], depth=8):
             if candidate in nodes:
                 continue
             for found in self._match(terms[0], candidate, state):
@@ -451,7 +452,7 @@ class Matcher:
         known = [state.bound[name] for name in names(term.source) if name in state.bound]
         earliest = min((self._position(node) for node in known if isinstance(node, fx.Node)), default=0)
         nearest, is_found = self._nearest, False
-        for node in _ancestors(value, self._position, earliest):
+        for node in latest_first(value, self._position, earliest):
             if isinstance(term.source, Call) and not is_op(term.source, node):
                 continue
             for found in self._match(term.source, node, state):
@@ -471,24 +472,3 @@ class _Expected:
 
     def __str__(self) -> str:
         return formula(Either(tuple(dict.fromkeys(self._terms))))
-
-
-def _computed_from(seeds: list[fx.Node], depth: int) -> list[fx.Node]:
-    """What is computed from the seeds in at most `depth` steps, nearest first."""
-    found, layer = dict.fromkeys(seeds), seeds
-    for _ in range(depth):
-        layer = [user for node in layer for user in node.users if user not in found and user.op == "call_function"]
-        found.update(dict.fromkeys(layer))
-    return list(found)
-
-
-def _ancestors(node: fx.Node, position: Callable[[fx.Node], int], earliest: int) -> Iterator[fx.Node]:
-    """A node and what it is computed from, latest first, none before position `earliest`."""
-    waiting, seen = {node}, {node}
-    while waiting:
-        latest = max(waiting, key=position)
-        waiting.remove(latest)
-        yield latest
-        sources = [s for s in latest.all_input_nodes if s not in seen and position(s) >= earliest]
-        seen.update(sources)
-        waiting.update(sources)

@@ -19,9 +19,10 @@ from torch import fx
 from ..analysis.axes import Atom, Axes, fresh, sizes_of
 from ..graph.miss import Miss
 from ..graph.record import RULE
+from ..graph.walk import ancestors
 from ..kernels import packed
 from .proof import AttentionMask, value_at_padding
-from .validity_sources import Validity, ancestors
+from .validity_sources import Validity
 
 aten = torch.ops.aten
 
@@ -120,7 +121,7 @@ class Writer:
 
     def _source(self, node: fx.Node) -> fx.Node:
         """What says where tokens are, [batch, length]: an input, or computed before anything else."""
-        for earlier in ancestors(node):
+        for earlier in sorted(ancestors([node])):
             if earlier not in self.values:
                 self.values[earlier] = self.dense(earlier) if earlier.op != "get_attr" else Dense(self.copy(earlier))
         made: fx.Node = self.values[node].node
