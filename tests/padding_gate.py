@@ -315,6 +315,11 @@ def in_half(dtype: torch.dtype, fill: float | None = None) -> Mask:
     return lambda mask, x: ((1.0 - mask[:, None, None, :].to(dtype)) * lowest).to(x.dtype)
 
 
+pack(
+    "padding as a whole number",  # 0.75 is 0 there
+    head=lambda net, x, mask: x.masked_fill(mask[..., None] == 0, 0.75).long().float().sum(1),
+)
+pack("padding as a truth", head=lambda net, x, mask: x.masked_fill(mask[..., None] == 0, 0.75).bool().float().sum(1))
 pack("features scattered", mix=lambda net, x, mask: x.scatter(-1, x.argsort(-1), x))
 pack(
     "rows of a table that tokens choose",

@@ -116,7 +116,8 @@ class _Follower:
         batch = [dim for dim, label in enumerate(given.get(source, ())) if label == (self._atom,)]
         rows = [dim for dim, value in at.items() if value in self._numbers]
         is_adjacent = list(at) == list(range(min(at), max(at) + 1))
-        if source in self._numbers or not is_adjacent or not batch or rows != batch:
+        is_boolean = any(value.meta["val"].dtype is torch.bool for value in at.values())
+        if source in self._numbers or not is_adjacent or not batch or rows != batch or is_boolean:
             raise Miss("positions given as data choose sequences", node=node)
         behind = len(given[source]) - 1 - max(at)
         beside = [self._transfer.labels(given[value]) for value in at.values() if value in given]

@@ -74,6 +74,15 @@ class Guard:
     reason: str
 
 
+def _as_held(number: float, dtype: torch.dtype) -> float | None:
+    """A number as tensors of this type hold it: 0.75 is 0 among whole numbers, and infinity is none of them."""
+    if dtype.is_complex or not (dtype.is_floating_point or math.isfinite(number)):
+        return None
+    exact = torch.tensor(number, dtype=torch.float64) if isinstance(number, float) else torch.tensor(number)
+    held: float = exact.to(dtype).item()
+    return held
+
+
 class Writer:
     """The packed graph as it grows: what each node of the dense graph became, and how to go between the kinds."""
 
@@ -189,6 +198,7 @@ class Writer:
         if isinstance(val, torch.Tensor):
             shape = [self._packed_size(label, size) for label, size in zip(axes, val.shape, strict=True)]
             copy.meta["val"] = self.fake(shape, val)
+            pad = None if pad is None else _as_held(pad, val.dtype)
         return Packed(copy, axes, domain, pad)
 
     def fake(self, shape: Sequence[Any], like: Any) -> torch.Tensor:

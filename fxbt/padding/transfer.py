@@ -30,7 +30,7 @@ SEEDS = ({aten.embedding.default, aten.linear.default}, {aten.linear.default})
 POSITIONS = {aten.select.int, aten.slice.Tensor}
 KEEPING_NUMBERS = SELECTIONS | CASTS | {operator.getitem}  # what is one number at padding is the same in their results
 PRODUCTS = EQUATIONS.keys() - {aten.linear.default, aten.sum.dim_IntList}
-DENSE_ALONE = {  # keep tokens apart, but nobody has tried them on packed ones
+DENSE_ALONE = {  # may keep tokens apart, but no test has them on packed ones
     *(aten.repeat.default, aten.pad.default, aten.constant_pad_nd.default, aten.triu.default, aten.tril.default),
     *(aten.group_norm.default, *POOLS),
 }
