@@ -137,10 +137,13 @@ def test_padding_at_the_left_and_in_between_is_dropped_by_the_same_recording(on_
 
 def test_without_a_recorder_exactly_the_tokens_are_computed(on_a_tape, monkeypatch):
     unpadding, dense = on_a_tape()
-    sizes = []
-    monkeypatch.setattr(
-        Tokens, "on_device", lambda mask, size, *more: sizes.append((size, *more)) or on_device(mask, size)
-    )
+    sizes, on_device = [], Tokens.on_device
+
+    def noted(mask: Tensor, size: int, *more: int) -> Tokens:
+        sizes.append((size, *more))
+        return on_device(mask, size, *more)
+
+    monkeypatch.setattr(Tokens, "on_device", noted)
     check(unpadding, dense, masks_of(40, 12, 30))
     assert sizes == [(82,)] and unpadding.calls == {PACKED: 1}
 

@@ -20,6 +20,7 @@ from ..graph.node import attribute
 from ..kernels.attention_products import by_products
 from ..kernels.differentiable import attention_with_gradient
 from ..torch_compat import silu
+from .assumptions import Assumptions
 from .by_block import lower_blocks
 from .cpu.attention import attend_fast
 from .cpu.chain import chained
@@ -102,7 +103,7 @@ class Program:
     ):
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {}))
-        self._watched = [(live, live.clone(), name) for name, live in assumes.items()]
+        self._assumptions = Assumptions(assumes)
         self.kernels: dict[str, str] = {}
         self._derived: Weights | None = None
         prepared = lower_blocks(graph) if weights is not None else []
@@ -152,17 +153,15 @@ class Program:
 
     def check_assumptions(self) -> None:
         """Raises RuntimeError where a constant is not what it was when the graph was proven on it."""
-        for live, assumed, name in self._watched:
-            if not torch.equal(live, assumed):
-                raise RuntimeError(f"{name} changed after the graph was proven on its content")
+        self._assumptions.check()
 
     def can_rebind(self, pairs: Mapping[int, torch.Tensor]) -> bool:
         """Whether what was proven holds with the tensors that `pairs` puts in the places of others (by their id)."""
-        return all(torch.equal(pairs.get(id(live), live), assumed) for live, assumed, _ in self._watched)
+        return self._assumptions.can_rebind(pairs)
 
     def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
         """Reads those tensors from now on; its `weights` are rebound apart, as other programs share them."""
-        self._watched = [(pairs.get(id(live), live), assumed, name) for live, assumed, name in self._watched]
+        self._assumptions.rebind(pairs)
         self._weights = [pairs.get(id(weight), weight) for weight in self._weights]
         if self.replay is not None:
             self.replay.forget()
