@@ -10,7 +10,7 @@ from torch.export import Dim, export
 
 import fxbt
 from fxbt.explain import show
-from fxbt.explain.report import GraphReport
+from fxbt.explain.graph_report import GraphReport
 from fxbt.graph.record import Snapshot
 
 

@@ -187,6 +187,7 @@ class Weights:
         for node in used:
             with graph.inserting_after(last[0]) if last else graph.inserting_before():
                 stand_in = graph.placeholder(f"derived_{node.name}")
+            stand_in.meta = dict(node.meta)
             node.replace_all_uses_with(stand_in)
             last = [stand_in]
         graph.eliminate_dead_code()

@@ -28,6 +28,7 @@ from .cpu.heads import attend_projections
 from .cpu.linears import choose_linears
 from .cpu.precision import Precision, narrow_linears
 from .cuda.graphs import Recorder, Replay, obstacle
+from .cuda.pointwise import FusedRegion, fuse_pointwise
 from .derived_weights import Weights, compile_graph, weight_only
 from .memory import peak_bytes
 from .once import look_up_once, make_masks_once, split_heads_once
@@ -112,8 +113,11 @@ class Program:
         if weights is not None:
             self._derive(module, graph, weights, precision, prepared)
         self._weights = _bind_weights(module, graph)
+        self.regions: list[FusedRegion] = []
         if weights is not None:
             weights.note_read(self._weights)
+            if self.obstacle is None:  # to computing on a CUDA device alone
+                graph, self.regions = fuse_pointwise(graph)
         for node in graph.nodes:
             node.target = _binding(node) if node.op == "call_function" else node.target
         self._graph = graph
@@ -193,6 +197,7 @@ def _bind_weights(module: fx.GraphModule, graph: fx.Graph) -> list[torch.Tensor]
         weights.append(attribute(module, node))
         with graph.inserting_after(last[0]) if last else graph.inserting_before():
             argument = graph.placeholder(f"weight_{node.name}")
+        argument.meta = dict(node.meta)
         node.replace_all_uses_with(argument)
         graph.erase_node(node)
         last = [argument]

@@ -19,6 +19,7 @@ from ..graph.miss import Miss
 from ..graph.node import is_weight
 from . import pointwise
 from .alternatives import always_bound, single_factor, summed_exponents, variants
+from .formula_text import formula
 from .found import Found, State
 from .naming import is_float_cast, op_of
 from .readings import Powers, Reduced, is_close, is_same, keeps_elements, plain, product_cuts, slice_of, sum_cuts
@@ -47,7 +48,6 @@ from .terms import (
     Term,
     Variable,
     WeightVariable,
-    formula,
     names,
     shared,
 )
@@ -138,7 +138,7 @@ class Matcher:
             Miss(
                 reason,
                 node=node,
-                expected=_Expected(self._expected) if reason is ENDS else term,
+                expected=term if isinstance(term, tuple) else _Expected(self._expected),
                 found="" if node is not None else str(value),
                 matched=state.matched,
                 total=self.pattern.size,

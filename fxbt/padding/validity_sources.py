@@ -17,7 +17,8 @@ from sympy.core.relational import Relational
 from torch import fx
 
 from ..analysis.axes import sizes_of
-from ..analysis.masks import Index, Opaque, evaluate, read_constants, slack_of
+from ..analysis.masks import Index, evaluate, read_constants, slack_of
+from ..analysis.rounding import Opaque
 
 ROW, POSITION = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("row", "position"))
 aten = torch.ops.aten
