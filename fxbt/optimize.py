@@ -6,17 +6,19 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from .capture.twins import share, twin
-from .dispatch import Dispatcher
 from .errors import NotOptimizedError
-from .explain.report import Report
-from .match.rule import Rule
-from .options import Options
+
+if TYPE_CHECKING:  # `import fxbt` loads none of what a capture needs
+    from .dispatch import Dispatcher
+    from .explain.report import Report
+    from .match.rule import Rule
+    from .options import Options
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -84,6 +86,8 @@ def optimize(
         >>> fast(**tokenizer(texts, padding=True, return_tensors="pt"))  # the same ModelOutput
         >>> print(fast.report)
     """
+    from .options import Options  # loads what a capture needs: see `fxbt.preload`
+
     _check_model(model)
     options = Options(
         rules=rules,
@@ -191,6 +195,8 @@ class Forward:
 
 
 def _optimized(model: Any, options: Options) -> Any:
+    from .dispatch import Dispatcher
+
     original = share(model, type(model)) if options.inplace else model
     dispatcher = Dispatcher(original, options)
     fast = twin(model, _namespace(type(model), dispatcher, options))

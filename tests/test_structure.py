@@ -30,6 +30,7 @@ ROOMS = [
     "pipeline",
     "dispatch",
     "optimize",
+    "loading",
     "testing",
 ]
 CORE = sorted((ROOT / "fxbt").rglob("*.py"))
