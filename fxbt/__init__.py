@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import CaptureError, ExampleError, FxbtWarning, NotOptimizedError, RuleError
+from .errors import CaptureError, ExampleError, FallbackError, FxbtWarning, NotOptimizedError, RuleError
 from .loading import preload
 from .optimize import optimize, refresh, restore
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .match.one_of import OneOf
     from .match.rule import Match, Rule, rule
     from .pipeline import default_rules
+    from .runtime.warmup import Warmup
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _HOMES = {
     "OneOf": "match.one_of",
     "Operands": "analysis.operands",
     "Rule": "match.rule",
+    "Warmup": "runtime.warmup",
     "argument": "graph.node",
     "block": "graph.blocks",
     "default_rules": "pipeline",
@@ -66,6 +68,7 @@ _HOMES = {
 __all__ = [
     "CaptureError",
     "ExampleError",
+    "FallbackError",
     "Found",
     "FxbtWarning",
     "Match",
@@ -75,6 +78,7 @@ __all__ = [
     "Operands",
     "Rule",
     "RuleError",
+    "Warmup",
     "argument",
     "attentions",
     "axes",

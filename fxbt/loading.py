@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 
 # In the order they load; with the first come torch.export and dynamo, which are most of the time.
@@ -25,6 +26,8 @@ def preload() -> threading.Thread:
     """
     thread = threading.Thread(target=_load, name="fxbt-preload", daemon=True)
     thread.start()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=thread.join)  # a child would wait for ever for modules that are half loaded
     return thread
 
 
