@@ -395,7 +395,8 @@ class Dispatcher:
             native.compile_ahead()
         known = [graph.shapes for graph in self._graphs.of(self._key(call))]
         varied = varied_axes([tensor.shape for tensor in call.tensors], known)
-        captured = capture(self.original, call, self._options.tracer, rehearse=rehearse, varied=varied, around=around)
+        how: dict[str, Any] = {"rehearse": rehearse, "varied": varied, "around": around, "verify": self._options.verify}
+        captured = capture(self.original, call, self._options.tracer, **how)
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
             raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")

@@ -44,6 +44,9 @@ from torch._tensor_str import PRINT_OPTS
 # The class below `torch.autograd.Function`, whose `apply` a trace watches.
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 
+# A GraphModule whose code is written at its first call: writing it takes longer than most of what is done to a graph.
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+
 # Symbolic sizes: what is known of them without a guard, and the errors where a guard would be needed.
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -102,6 +105,20 @@ NEW_PATCHER = (fx_trace, "_new_patcher")
 
 # How many `TorchFunctionMode`s are on; a default device is one.
 count_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+
+
+@contextlib.contextmanager
+def unseen_by_modes() -> Iterator[None]:
+    """No `TorchFunctionMode` sees what this block reads of tensors: each is some 60 us while a model is traced."""
+    with torch._C.DisableTorchFunction():
+        yield
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """What runs in this block leaves no trace in a graph that is being made."""
+    with proxy_tensor.disable_proxy_modes_tracing(), unseen_by_modes():
+        yield
 
 
 def past_python(op: OpOverload) -> Callable[..., Any]:
