@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import pipeline
 from .capture import outputs
+from .capture.caches import growing_axes, is_too_short, with_growth
 from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
 from .capture.containers import Arguments
 from .capture.effects import Buffer, Effects, check_buffers, memory_of
@@ -326,6 +327,9 @@ class Dispatcher:
                 if is_watched:
                     state.restore()
                 return None if is_watched else _Served(output)
+            call = self._seen_growing(call, args, kwargs)
+            if is_too_short(call):
+                return None if is_watched else _Served(output)
             self._graphs.note_capture()
             around, expected = recording.surroundings(), outputs.flatten(given.seen_in(output))
             rehearse = recording.wrote or not state.holds()
@@ -334,6 +338,16 @@ class Dispatcher:
                 state.restore()  # it runs again
         is_graphs = is_watched or (graph is not None and not graph.compiled.stochastic and not graph.effects)
         return None if is_graphs else _Served(output)
+
+    def _seen_growing(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """`call`, made by now, with what became of the objects among its arguments: what grows and counts in them."""
+        if not call.objects:
+            return call
+        try:
+            after = self._binder.call(args, kwargs)
+        except NotCapturable:  # the next call with them says why
+            return call
+        return with_growth(self._binder.call(call.args, call.kwargs), after)
 
     def _try_capture(
         self,
@@ -351,7 +365,7 @@ class Dispatcher:
             with preserved(self.original), _collecting_rarely(), isolated():
                 return self._capture(call, expected, around, written, rehearse=rehearse)
         except CaptureError as error:
-            if call.numbers:  # once more, with them as constants
+            if call.numbers and not call.past:  # once more, with them as constants; a cache counts on at each call
                 call = self._with_constants(call, error)
                 return self._try_capture(call, expected, around, rehearse, versions_before)
             self._failures.remember(self._key(call), None if isinstance(around, str) else around)
@@ -390,7 +404,7 @@ class Dispatcher:
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
         known = [graph.shapes for graph in self._graphs.of(self._key(call))]
-        varied = varied_axes([tensor.shape for tensor in call.tensors], known)
+        varied = varied_axes([tensor.shape for tensor in call.tensors], known) | growing_axes(call)
         captured = capture(self.original, call, self._options.tracer, rehearse=rehearse, varied=varied, around=around)
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:

@@ -218,9 +218,10 @@ def _attempts(
 ) -> Iterator[_Attempt]:
     """What to try, most general first; `errors` are those of the attempts so far."""
     larger = [example]
-    # An axis of size one is taken for a constant, so that it is made larger where the model agrees.
+    # An axis of size one is taken for a constant, so that it is made larger where the model agrees. Beside a cache it
+    # is one token's step, whose graph needs no mask.
     inputs = [i for i in range(len(example)) if i not in _indices(call)]
-    for axes in ((0,), (0, 1)):
+    for axes in ((0,),) if call.past else ((0,), (0, 1)):
         enlarged = _enlarge(example, axes, inputs)
         is_new = enlarged is not None and all(_shapes(enlarged) != _shapes(tensors) for tensors in larger)
         if enlarged is not None and is_new and _accepts(model, call, enlarged):
@@ -435,6 +436,8 @@ def _flat_forward(
         _check_outputs(result, flat)
         if kept := [type(value).__name__ for value in forms.plain_objects(result) if state.knows(value)]:
             raise CaptureError(f"forward returns a {kept[0]} that the model keeps; a graph would return another")
+        if around := [type(value).__name__ for value in forms.plain_objects(result) if arguments.is_inside(value)]:
+            raise CaptureError(f"forward puts an argument into a new {around[0]}; a graph would put a copy there")
         outputs.constants = {i: leaf for i, leaf in enumerate(flat) if isinstance(leaf, _CONSTANTS)}
         return *(leaf for leaf in flat if not isinstance(leaf, _CONSTANTS)), *left
 
