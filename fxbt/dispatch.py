@@ -20,7 +20,7 @@ from . import pipeline
 from .capture import outputs
 from .capture.caches import growing_axes, is_too_short, with_growth
 from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
-from .capture.containers import Arguments
+from .capture.containers import Arguments, Changed
 from .capture.effects import Buffer, Effects, check_buffers, memory_of
 from .capture.export import capture
 from .capture.isolated import isolated
@@ -51,6 +51,7 @@ _LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _OWN_FORWARD = "the model object has its own attribute `forward`, which comes before any class's"
 _NOT_THE_CALLERS = (str(Path(__file__).parent), str(Path(nn.__file__).parent))
 OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own number is 700
+_WITH_GRADIENTS = "an argument is an object (a KV cache) that forward may change, with gradients enabled"
 _NESTED = (
     "forward computes on nested tensors, after which padding is 0, and a graph could not drop padding ({why}); "
     "nn.TransformerEncoder(..., enable_nested_tensor=False) does not"
@@ -131,6 +132,9 @@ class Dispatcher:
         except NotCapturable as obstacle:
             if not obstacle.silent:
                 self.fall_back(str(obstacle))
+            return None
+        if call.objects and (torch.is_grad_enabled() or active_hooks()):
+            self.fall_back(_WITH_GRADIENTS)
             return None
         graph = self._find(call)
         if graph is not None:
@@ -306,8 +310,8 @@ class Dispatcher:
     def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         """Runs the original, then captures the call. The caller sees the model's own errors only.
 
-        Returns the original's output if there is no graph, or if it draws random numbers or changes the model, as
-        what the original did is to be seen then. Under hooks on saved tensors, which must see one way of computing
+        Returns the original's output if there is no graph, or if it draws random numbers or changes the model or the
+        call's arguments, as what the original did is to be seen then. Under hooks on saved tensors, which must see one way of computing
         throughout, it is None.
         """
         if hook := foreign_hook(self.original):
@@ -331,12 +335,14 @@ class Dispatcher:
             if is_too_short(call):
                 return None if is_watched else _Served(output)
             self._graphs.note_capture()
-            around, expected = recording.surroundings(), outputs.flatten(given.seen_in(output))
+            around, seen = recording.surroundings(), given.seen_in(output)
+            expected = outputs.flatten(seen)
             rehearse = recording.wrote or not state.holds()
             graph = self._try_capture(call, expected, around, rehearse, (watched, before))
             if is_watched and graph is None:
                 state.restore()  # it runs again
-        is_graphs = is_watched or (graph is not None and not graph.compiled.stochastic and not graph.effects)
+        changes = graph is not None and (graph.compiled.stochastic or graph.effects or isinstance(seen, Changed))
+        is_graphs = is_watched or (graph is not None and not changes)
         return None if is_graphs else _Served(output)
 
     def _seen_growing(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
