@@ -15,10 +15,10 @@ from .analysis.sources import nearest_sources
 from .errors import CaptureError, ExampleError, FxbtWarning, NotOptimizedError, RuleError
 from .graph import blocks as ops
 from .graph.blocks import block
-from .graph.canonical import argument
 from .graph.lowerings import lowering
 from .graph.miss import Miss
-from .match.matcher import Found
+from .graph.node import argument
+from .match.found import Found
 from .match.naming import is_float_cast, op_of
 from .match.one_of import OneOf
 from .match.rule import Match, Rule, rule

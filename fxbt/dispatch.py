@@ -20,9 +20,9 @@ from . import pipeline
 from .capture import outputs
 from .capture.caches import growing_axes, is_too_short, with_growth
 from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
+from .capture.capture import capture
 from .capture.containers import Arguments, Changed
 from .capture.effects import Buffer, Effects, check_buffers, memory_of
-from .capture.export import capture
 from .capture.isolated import isolated
 from .capture.locks import LOCK
 from .capture.model_state import ModelState, foreign_hook, preserved, versions
@@ -46,6 +46,7 @@ from .torch_compat import is_looked_through, pytree
 
 logger = logging.getLogger("fxbt")
 
+MOST_UNUSED = 2  # graphs for calls with a cache that served none
 MOST_FAULTS = 8  # of fxbt's own in the calls of one model; from then on it stays out of the way
 _LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _OWN_FORWARD = "the model object has its own attribute `forward`, which comes before any class's"
@@ -480,7 +481,9 @@ class Dispatcher:
     def _check_pinned(self, pinned: frozenset[str], call: Call) -> None:
         """Raises CaptureError where graph after graph is for one value of a number: as a constant it is no worse."""
         others = self._graphs.of(self._key(call))
-        for place in pinned:
+        if call.past and sum(not graph.served for graph in others) >= MOST_UNUSED:
+            raise CaptureError("graph after graph for calls with this cache served no other one")
+        for place in () if call.past else pinned:  # the numbers of a cache go with its sizes
             if others and all(place in other.pinned for other in others):
                 raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .capture.export import share, twin
+from .capture.twins import share, twin
 from .dispatch import Dispatcher
 from .errors import NotOptimizedError
 from .explain.report import Report
@@ -33,7 +33,7 @@ def optimize(
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
     keep_original: bool = True,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | str = False,
     max_captures: int = 8,
 ) -> Model:
     """A model of the same class that shares everything with `model` but computes its forward by optimised graphs.
@@ -65,8 +65,9 @@ def optimize(
             stay tensors like any others (`state_dict`, training, calls that run the original), read from the disk when
             they are asked for; those that change live in memory again. The report has the bytes.
         cuda_graphs: record the kernels of a graph on a CUDA device when inputs of one shape come a second time, and
-            launch them in one go from then on, without gradients: up to 16 shapes a graph, each of which holds its
-            inputs and outputs in the device's memory. Calls that drop padding run as ever. Not run on a GPU yet.
+            launch them in one go from then on, without gradients. Calls that drop padding are recorded for each bucket
+            of tokens (eight to a factor of two). The 64 recordings of a graph that were used last are kept, in at most
+            an eighth of the device's memory. "static" saves a copy: a call's outputs are overwritten by the next call.
         max_captures: how many graphs are kept at once. The one that was used least recently makes place for another,
             if graphs served some calls since the last time: a model whose every call needs a graph of its own runs its
             original.

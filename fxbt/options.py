@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .capture.export import TRACERS, hf_fx_missing
+from .capture.capture import TRACERS
+from .capture.hf_fx import hf_fx_missing
 from .lower.cpu.precision import Precision, precision_of
 from .lower.spill import check_can_spill
 from .match.rule import Rule, check_rules
@@ -39,7 +40,7 @@ class Options:
     dtype: torch.dtype | None = None
     quantize: str | None = None
     keep_original: bool = True
-    cuda_graphs: bool = False
+    cuda_graphs: bool | str = False
     max_captures: int = 8
     precision: type[Precision] | None = field(init=False)
 
@@ -47,6 +48,11 @@ class Options:
         _check_tracer(self.tracer)
         if self.padding not in PADDINGS:
             raise ValueError(f"padding is {self.padding!r}; it can be 'drop' (compute on valid tokens alone) or 'keep'")
+        if self.cuda_graphs not in (False, True, "static"):
+            raise ValueError(
+                f"cuda_graphs is {self.cuda_graphs!r}; it can be False, True, or 'static' (outputs that the next call "
+                "overwrites)"
+            )
         object.__setattr__(self, "precision", precision_of(self.dtype, self.quantize))
         if type(self.max_captures) is not int or self.max_captures < 1:
             raise ValueError(

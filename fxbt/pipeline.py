@@ -15,8 +15,10 @@ from .capture.export import Captured
 from .explain import log
 from .graph.canonical import canonicalize
 from .graph.miss import Miss
+from .graph.node import is_stochastic
 from .graph.record import Snapshot, StageRecord
 from .lower.by_block import choose_lowerings
+from .lower.cuda.graphs import Recorder
 from .lower.derived_weights import Weights
 from .lower.program import Program
 from .match.rule import Rule, check_rules, installed_rules
@@ -27,10 +29,11 @@ from .padding.without_masks import unmask
 from .rewrite.layout import keep_orders, returned_orders
 from .rewrite.outline import inline
 from .rewrite.stage import run_stage
-from .rewrite.verify import Verifier, is_stochastic
+from .rewrite.verify import Verifier
 from .runtime.compiled import Compiled
 from .runtime.parts import InParts
 from .runtime.unpadding import Run, Unpadding
+from .runtime.unpadding_on_cuda import UnpaddingOnCuda
 
 
 def default_rules() -> tuple[Rule, ...]:
@@ -100,11 +103,12 @@ def _compile(captured: Captured, rules: Sequence[Rule], options: Options) -> Com
     weights = None if torch.is_grad_enabled() else Weights()
     lowerings = choose_lowerings(flat, captured.example) if weights is not None else None
     stages += [lowerings] if lowerings else []
-    program = Program(flat, assumes, weights, options.precision, options.cuda_graphs)
+    recorder = Recorder(options.cuda_graphs == "static") if options.cuda_graphs else None
+    program = Program(flat, assumes, weights, options.precision, recorder)
     parts, in_parts = _parts(flat, program, weights, captured, options)
     unpadding = None
     if options.padding == "drop":
-        record, unpadding = _drop_padding(flat, program, weights, captured, options, in_parts)
+        record, unpadding = _drop_padding(flat, program, weights, captured, options, in_parts, recorder)
         stages.append(record)
     return Compiled(
         run=unpadding or in_parts(program),
@@ -139,6 +143,7 @@ def _drop_padding(
     captured: Captured,
     options: Options,
     in_parts: Callable[[Run], Run],
+    recorder: Recorder | None,
 ) -> tuple[StageRecord, Unpadding | None]:
     """The graph without padding beside the dense one, where that is proven."""
     unpadding = None
@@ -150,7 +155,8 @@ def _drop_padding(
             raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))
         unpadded = drop_padding(module)
         unmasked = unmask(module, unpadded.validities)
-        made = Unpadding(dense, unpadded, unmasked, weights, options.precision, options.cuda_graphs, in_parts)
+        kind = Unpadding if devices == {torch.device("cpu")} else UnpaddingOnCuda
+        made = kind(dense, unpadded, unmasked, weights, options.precision, recorder=recorder, in_parts=in_parts)
         made.check(captured.example)
         unpadding = made
     return record, unpadding

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from tracing import captured, graph_of, nodes
 
 from fxbt.capture.call import make_call
-from fxbt.capture.export import capture
+from fxbt.capture.capture import capture
 from fxbt.explain import show
 from fxbt.graph.canonical import canonicalize
 

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxbt.capture.call import make_call
-from fxbt.capture.export import capture, where
+from fxbt.capture.capture import capture
 from fxbt.capture.model_state import ModelState
+from fxbt.capture.trace_errors import where
 from fxbt.errors import CaptureError
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ import fxbt
 import fxbt.kernels.packed as packed
 import fxbt.lower.once
 from fxbt.capture.call import make_call
-from fxbt.capture.export import capture
+from fxbt.capture.capture import capture
 from fxbt.graph.canonical import canonicalize
 from fxbt.graph.miss import Miss
 from fxbt.padding.drop import drop_padding
@@ -96,7 +96,7 @@ def test_the_kernel_takes_what_it_is_given():
         query = torch.empty(1, 4, 11, 8, dtype=torch.bfloat16, device="cuda")
         key = torch.empty(1, 2, 11, 8, dtype=torch.bfloat16, device="cuda")
         bounds = torch.empty(4, dtype=torch.int32, device="cuda")
-        tokens = packed.Tokens(3, 5, bounds, bounds, bounds, [], [], 5, bounds)
+        tokens = packed.Tokens(3, 5, bounds, bounds, bounds, [], [], 5, bounds, bounds)
         output = packed.varlen_attention(query, key, key, tokens, is_causal=True, enable_gqa=True)
     assert output.shape == query.shape and output.dtype is query.dtype and output.device == query.device
 
@@ -122,7 +122,8 @@ def test_its_arguments_mean_what_attention_by_groups_does(is_causal, key_heads, 
     monkeypatch.setattr(packed, "varlen_attention_by_torch", sequence_by_sequence)
     tokens = packed.Tokens.of(MASK)
     counts = MASK.sum(1).sort().values
-    on_cuda = packed.Tokens(*(3, 5, tokens.rows, tokens.positions, tokens.flat), [], [], 5, cumulative(counts))
+    flat = tokens.flat
+    on_cuda = packed.Tokens(*(3, 5, tokens.rows, tokens.positions, flat), [], [], 5, cumulative(counts), flat)
     q, k, v = (torch.randn(1, heads, int(MASK.sum()), 8) for heads in (4, key_heads, key_heads))
     options = {"is_causal": is_causal, "scale": 0.3, "enable_gqa": key_heads != 4}
     expected = packed.attention(q, k, v, tokens, **options)
@@ -160,7 +161,9 @@ def test_a_model_agrees_on_a_gpu(name, dtype):
 
 
 @needs_gpu
-def test_tokens_of_a_mask_on_a_gpu():
-    here, there = packed.Tokens.of(MASK), packed.Tokens.of(MASK.cuda())
-    assert torch.equal(there.flat.cpu(), here.flat) and there.longest == here.longest
-    assert there.bounds.tolist() == [0, *MASK.sum(1).sort().values.cumsum(0).tolist()]
+@pytest.mark.parametrize("most_filled", [0, 3])
+def test_tokens_of_a_mask_on_a_gpu(most_filled):
+    size = int(MASK.sum()) + most_filled
+    here, there = (packed.Tokens.on_device(mask, size, most_filled) for mask in (MASK, MASK.cuda()))
+    for name in ("rows", "positions", "flat", "targets", "bounds"):
+        assert torch.equal(getattr(there, name).cpu(), getattr(here, name))

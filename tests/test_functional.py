@@ -7,7 +7,7 @@ from torch.export import ExportedProgram
 from tracing import captured
 
 from fxbt.errors import CaptureError
-from fxbt.graph.canonical import writes
+from fxbt.graph.node import writes
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from models import compare
 from torch import nn
 
 from fxbt.capture.call import make_call
-from fxbt.capture.export import capture, hf_fx_missing
+from fxbt.capture.capture import capture
+from fxbt.capture.hf_fx import hf_fx_missing
 from fxbt.errors import CaptureError
 from fxbt.optimize import optimize
 

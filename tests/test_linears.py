@@ -10,7 +10,7 @@ from tracing import NATIVE, Function, agree, by_native, names, program
 import fxbt.kernels.autotune
 import fxbt.lower.cpu.linears
 from fxbt.capture.call import make_call
-from fxbt.capture.export import capture
+from fxbt.capture.capture import capture
 from fxbt.lower.cpu.precision import Bfloat16, Int8
 from fxbt.lower.derived_weights import Weights
 from fxbt.lower.program import Program

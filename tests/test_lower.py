@@ -13,7 +13,7 @@ from tracing import Function
 import fxbt
 import fxbt.kernels.autotune
 from fxbt.capture.call import make_call
-from fxbt.capture.export import capture
+from fxbt.capture.capture import capture
 from fxbt.pipeline import compile as compile_graph
 
 

@@ -11,7 +11,7 @@ from tracing import agree, program
 
 import fxbt.lower.once
 from fxbt.capture.call import make_call
-from fxbt.capture.export import capture
+from fxbt.capture.capture import capture
 from fxbt.pipeline import compile as compile_graph
 
 

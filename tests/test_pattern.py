@@ -24,7 +24,7 @@ from fxbt import pipeline
 from fxbt.errors import RuleError
 from fxbt.graph.canonical import canonicalize
 from fxbt.graph.miss import Miss
-from fxbt.match.matcher import sum_cuts
+from fxbt.match.readings import sum_cuts
 from fxbt.testing import assert_rewrites, assert_untouched
 
 X, Y, Z = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3))

@@ -16,7 +16,7 @@ import fxbt
 import fxbt.lower.cpu.precision
 import fxbt.lower.program
 from fxbt.capture.call import make_call
-from fxbt.capture.export import capture
+from fxbt.capture.capture import capture
 from fxbt.lower.cpu.precision import Bfloat16, Int8, Int8Linear, channel_steps, channel_sums, in_steps
 from fxbt.options import Options
 from fxbt.pipeline import compile as compile_graph

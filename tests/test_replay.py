@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxbt
-from fxbt.lower.cuda.graphs import MOST_SHAPES, Replay
+from fxbt.lower.cuda.graphs import MOST_RECORDINGS, Recorder, Replay
 from fxbt.lower.derived_weights import Weights
 from fxbt.lower.program import Program
 
@@ -47,14 +47,20 @@ def _place(value: Any) -> int | None:
     return value.untyped_storage().data_ptr() if is_strided else None
 
 
-def record_on_tape(run: Any, arguments: Any) -> Any:
-    with Tape() as tape:
-        outputs = run(*arguments)
-    return tape.replay, outputs
+class TapeRecorder(Recorder):
+    most = 1e9
+
+    def record(self, run: Any, arguments: Any) -> Any:
+        with Tape() as tape:
+            outputs = run(*arguments)
+        return tape.replay, outputs
+
+    def most_bytes(self, tensor: Tensor) -> float:
+        return self.most
 
 
-def replayed(run: Any, count: int = 1) -> Replay:
-    return Replay(run, count, record=record_on_tape)
+def replayed(run: Any, count: int = 1, is_static: bool = False) -> Replay:
+    return Replay(run, count, TapeRecorder(is_static))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Any, ...]:
@@ -130,12 +136,83 @@ def test_other_strides_are_another_recording(weights):
     assert replay.calls["recorded"] == 3
 
 
-def test_the_number_of_shapes_is_limited(weights):
+def test_the_least_recently_used_recording_makes_room(weights):
     replay = replayed(linear)
-    for rows in range(1, MOST_SHAPES + 3):
+    for rows in range(1, MOST_RECORDINGS + 1):
         for _ in range(2):
             check(replay, torch.randn(rows, 4), *weights)
-    assert replay.calls["recorded"] == MOST_SHAPES and replay.calls[f"more than {MOST_SHAPES} shapes"] == 4
+    check(replay, torch.randn(1, 4), *weights)  # used last
+    for _ in range(2):
+        check(replay, torch.randn(MOST_RECORDINGS + 1, 4), *weights)
+    assert replay.calls == {"of a new shape": MOST_RECORDINGS + 1, "recorded": MOST_RECORDINGS + 1, "replayed": 1}
+    check(replay, torch.randn(1, 4), *weights)
+    assert replay.calls["replayed"] == 2
+    check(replay, torch.randn(2, 4), *weights)
+    assert replay.calls["of a new shape"] == MOST_RECORDINGS + 2
+
+
+def test_recordings_hold_no_more_memory_than_they_may(weights):
+    replay = replayed(linear)
+    for _ in range(2):
+        check(replay, torch.randn(3, 4), *weights)
+    one = replay.nbytes
+    assert one == 4 * (3 * 4 + 3 * 5 + 3)  # x, y and its sums
+    replay._recorder.most = 2 * one  # type: ignore[attr-defined]
+    for features in range(3):
+        for _ in range(2):
+            check(replay, torch.randn(4, 3).t() if features else torch.randn(3, 4), *weights)
+    for rows in (1, 2, 3):
+        for _ in range(2):
+            check(replay, torch.randn(rows, 4), *weights)
+    assert replay.nbytes <= 2 * one
+
+
+def test_static_outputs_are_the_recordings_own(weights):
+    replay = replayed(linear, is_static=True)
+    calls = [torch.randn(3, 4) for _ in range(4)]
+    results = [check(replay, x, *weights) for x in calls]
+    assert results[2][0] is results[3][0]
+
+
+def test_programs_with_one_recorder_take_turns(weights):
+    """Their recordings share a pool of memory, so no two may be between their inputs and their outputs."""
+    recorder = TapeRecorder()
+    inside, most = [0], [0]
+    record = recorder.record
+
+    def watched(run: Any, arguments: Any) -> Any:
+        repeat, outputs = record(run, arguments)
+
+        def replay() -> None:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            repeat()
+            inside[0] -= 1
+
+        return replay, outputs
+
+    recorder.record = watched  # type: ignore[method-assign]
+    replays = [Replay(linear, 1, recorder) for _ in range(4)]
+
+    def work(replay: Replay) -> None:
+        with torch.no_grad():
+            for _ in range(50):
+                check(replay, torch.randn(3, 4), *weights)
+
+    threads = [threading.Thread(target=work, args=(replay,)) for replay in replays]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and all(replay.calls["replayed"] == 48 for replay in replays)
+
+
+def test_what_is_handed_on_has_recordings_of_its_own(weights):
+    replay = replayed(lambda x, *weights, rows: (x[:rows] + 1,))
+    for rows in (1, 2) * 3:
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(replay(x, *weights, rows=rows), (x[:rows] + 1,))
+    assert replay.calls == {"of a new shape": 2, "recorded": 2, "replayed": 2}
 
 
 def test_what_waits_for_the_device_runs_as_it_is(weights):
@@ -202,14 +279,14 @@ def test_threads_do_not_meet_in_one_recording(weights):
 
 
 def program(module: Any) -> Program:
-    return Program(module, {}, Weights(), cuda_graphs=True)
+    return Program(module, {}, Weights(), recorder=TapeRecorder())
 
 
 def test_a_whole_program_is_replayed(torchs_kernels):  # the tape has no others
     module = graph_on_cpu("BertModel", torch.float32)
     plain, recorded = Program(module, {}, Weights()), program(module)
     assert recorded.replay is not None
-    recorded.replay._obstacle, recorded.replay._record = None, record_on_tape  # as if on CUDA
+    recorded.replay.obstacle = None  # as if on CUDA
     for batch, length in ((3, 5), (2, 9), (3, 5), (2, 9), (3, 5), (2, 9), (1, 1)):
         ids, mask = torch.randint(3, VOCAB, (batch, length)), torch.ones(batch, length, dtype=torch.long)
         torch.testing.assert_close(recorded(ids, mask), plain(ids, mask))
@@ -218,12 +295,12 @@ def test_a_whole_program_is_replayed(torchs_kernels):  # the tape has no others
 
 def test_only_graphs_on_one_cuda_device_are_recorded():
     elsewhere, there = (program(on("BertModel", torch.float32)).replay for on in (graph_on_cpu, graph_on_cuda))
-    assert elsewhere is not None and elsewhere._obstacle == "not all of its tensors are on one CUDA device"
-    assert there is not None and there._obstacle is None
+    assert elsewhere is not None and elsewhere.obstacle == "not all of its tensors are on one CUDA device"
+    assert there is not None and there.obstacle is None
     mixed = graph_on_cuda("BertModel", torch.float32)
     source = next(node for node in mixed.graph.nodes if node.op == "placeholder")
     source.meta["val"] = torch.empty(3, 5, dtype=torch.long)
-    assert "one CUDA device" in str(program(mixed).replay._obstacle)  # type: ignore[union-attr]
+    assert "one CUDA device" in str(program(mixed).replay.obstacle)  # type: ignore[union-attr]
 
 
 def test_random_numbers_are_not_recorded():
@@ -231,7 +308,7 @@ def test_random_numbers_are_not_recorded():
     last = next(iter(reversed(module.graph.nodes)))
     with module.graph.inserting_before(last):
         module.graph.call_function(torch.ops.aten.bernoulli.p, (last.args[0][0], 0.5)).meta = dict(last.args[0][0].meta)
-    assert program(module).replay._obstacle == "draws random numbers"  # type: ignore[union-attr]
+    assert program(module).replay.obstacle == "draws random numbers"  # type: ignore[union-attr]
 
 
 def test_on_a_cpu_the_option_changes_nothing_and_the_report_says_so():

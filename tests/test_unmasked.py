@@ -13,7 +13,7 @@ from models import PAD, VOCAB, compare
 from torch import Tensor, nn
 
 import fxbt
-from fxbt.graph.canonical import argument
+from fxbt.graph.node import argument
 from fxbt.padding.validity_sources import Validity
 from fxbt.padding.without_masks import SDPA, unmask
 from fxbt.rewrite.outline import inline

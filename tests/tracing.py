@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from fxbt.capture.call import make_call
-from fxbt.capture.export import Captured, capture
+from fxbt.capture.capture import capture
+from fxbt.capture.export import Captured
 from fxbt.kernels import native
 from fxbt.pipeline import compile as compile_graph
 

@@ -19,9 +19,9 @@ import sympy
 import torch
 from torch import fx
 
-from ..graph.canonical import CASTS as CASTS
-from ..graph.canonical import argument as argument
 from ..graph.miss import Miss
+from ..graph.node import argument as argument
+from ..graph.opsets import CASTS as CASTS
 from ..torch_compat import FloorDiv, Min, statically_known_true
 
 aten = torch.ops.aten

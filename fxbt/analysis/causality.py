@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..graph.canonical import argument
+from ..graph.node import argument
 from . import masks
 from .scores import LARGEST_FILL
 

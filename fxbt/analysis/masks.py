@@ -18,7 +18,8 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch import fx
 
-from ..graph.canonical import CASTS, argument, attribute
+from ..graph.node import argument, attribute
+from ..graph.opsets import CASTS
 from .axes import IDENTITIES, PERMUTES, RESHAPES, UNIT_DIMS, permutation, sizes_of
 
 aten = torch.ops.aten

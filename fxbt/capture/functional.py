@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from ..errors import CaptureError
-from ..graph.canonical import argument, drop_inactive_dropout, writes
+from ..graph.canonical import drop_inactive_dropout
+from ..graph.node import argument, writes
 from ..torch_compat import OpOverload, predispatch, pytree
 from .checkpointing import regions_of
 from .regions import inline_regions

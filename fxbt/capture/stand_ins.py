@@ -8,6 +8,7 @@ does not accept it asserts in the graph, and a call for which that does not hold
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -236,6 +237,14 @@ def _first_step(layer: Callable[..., Any]) -> Callable[..., Any]:
     return stand_in
 
 
+def _folds(tensor1: Tensor, tensor2: Tensor, is_out: bool, should_fold: Callable[..., bool]) -> bool:
+    """Whether a product of fake tensors folds a batch into rows: not for the sake of gradients where there are none.
+
+    Of one row each (the last token's, before the head of a decoder) that asks whether the batch is of size one.
+    """
+    return should_fold(tensor1, tensor2, is_out or not torch.is_grad_enabled())
+
+
 def _gelu_by_operations(self: Any, x: Tensor) -> Tensor:
     from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
 
@@ -302,6 +311,12 @@ PATCHES = (
             "loops over the tokens to find the shape of an LSTM's or GRU's output",
         )
         for layer in ("one_layer_lstm", "one_layer_rnn")
+    ),
+    Patch(
+        "torch._decomp.decompositions",
+        "should_fold",
+        functools.partial(_folds, should_fold=decompositions.should_fold),
+        "asks whether a batch is of size one",
     ),
     *(
         Patch(

@@ -139,6 +139,11 @@ class GraphReport:
         return dict(sum((replay.calls for replay in self.replays), Counter()))
 
     @property
+    def cuda_graph_bytes(self) -> int:
+        """The device's memory that recordings hold for their inputs and outputs."""
+        return sum(replay.nbytes for replay in self.replays)
+
+    @property
     def lost(self) -> dict[str, str]:
         """For which sizes of calls the original serves, as it was clearly faster there, and on what evidence.
 
@@ -417,7 +422,8 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
     if graph.lost:
         sections.append(("calls that the original serves, which was faster than the graph", _table_of(graph.lost)))
     if graph.cuda_graphs:
-        sections.append(("CUDA graphs", _table(["went", "calls"], [list(item) for item in graph.cuda_graphs.items()])))
+        title = f"CUDA graphs, {graph.cuda_graph_bytes / 2**20:.1f} MiB of inputs and outputs"
+        sections.append((title, _table(["went", "calls"], [list(item) for item in graph.cuda_graphs.items()])))
     if graph.precision is not None and graph.error is not None:
         sections.append(
             ("precision", f"linears in {graph.precision}: outputs off by up to {graph.error:.1e} of their magnitude")

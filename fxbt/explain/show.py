@@ -12,8 +12,8 @@ import sympy
 import torch
 from torch import fx
 
-from ..graph.canonical import attribute
 from ..graph.miss import description, module_path, short_dtype, short_type, source_line
+from ..graph.node import attribute
 from ..graph.record import Entry, Rewrite, Snapshot
 from ..torch_compat import OpOverload
 from .fold import Line, Repeat, repeats

@@ -23,8 +23,8 @@ from torch import fx
 
 from ..errors import RuleError
 from ..kernels.attention_products import attention_by_products as attention_by_products
-from .canonical import argument
 from .miss import Miss
+from .node import argument
 
 Body = Callable[..., torch.Tensor]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..torch_compat import varlen_attention as varlen_attention_by_torch
 from .attention_products import by_products
 
+SMALLEST_BUCKET = 32  # tokens: below, calls are bound by the launch of kernels
 EXACT = 2**20  # float32 and int32 hold sums of whole numbers up to that as they are
 BOUND = 1e4  # a bias or a score of an attention is smaller than that; what blocks a key is far larger
 
@@ -40,7 +41,9 @@ class Tokens:
     """Where packed tokens stand in the dense batch.
 
     `flat[t] = rows[t] * length + positions[t]`; `spans[row]` is (first token, number of tokens). `bounds` is where each
-    sequence begins, and the last ends: for kernels that take all at once. On CUDA there are no spans and groups.
+    sequence begins, and the last ends: for kernels that take all at once. On CUDA there are no spans and groups, and
+    behind the tokens may stand copies of the batch's first one, in sequences of their own, which nothing is made of:
+    `targets` is `flat`, and batch * length for them.
     """
 
     batch: int
@@ -51,7 +54,8 @@ class Tokens:
     spans: list[tuple[int, int]]
     groups: list[Group]
     longest: int
-    bounds: Tensor  # int32 [batch + 1]
+    bounds: Tensor  # int32 [sequences + 1]
+    targets: Tensor
 
     @classmethod
     def of(cls, mask: Tensor) -> Tokens:
@@ -68,10 +72,7 @@ class Tokens:
         order = counts.argsort(stable=True)
         places, positions = valid.index_select(0, order).nonzero(as_tuple=True)
         rows = order.index_select(0, places)
-        where = (batch, length, rows, positions, rows * length + positions)
-        if mask.is_cuda:  # looking for groups would wait for the device at each
-            bounds = F.pad(counts.index_select(0, order).cumsum(0, dtype=torch.int32), (1, 0))
-            return cls(*where, [], [], int(counts.max()), bounds)
+        flat = rows * length + positions
         sorted_counts = counts.index_select(0, order).tolist()
         starts = [0, *itertools.accumulate(sorted_counts)]
         bounds = torch.tensor(starts, dtype=torch.int32)
@@ -79,7 +80,50 @@ class Tokens:
         for row, start, count in zip(order.tolist(), starts, sorted_counts, strict=False):
             spans[row] = (start, count)
         groups = _groups(sorted_counts, order, positions)
-        return cls(*where, spans, groups, max(sorted_counts, default=0), bounds)
+        longest = max(sorted_counts, default=0)
+        return cls(batch, length, rows, positions, flat, spans, groups, longest, bounds, flat)
+
+    @classmethod
+    def on_device(cls, mask: Tensor, size: int, most_filled: int = 0) -> Tokens:
+        """The same for kernels that take all sequences at once, row by row, without waiting for the device.
+
+        Args:
+            mask: [batch, length], with at most `size` tokens and at least `size - most_filled`.
+
+        Example::
+
+            >>> Tokens.on_device(torch.tensor([[1, 1], [1, 0]]), 4, most_filled=2).bounds
+            tensor([0, 2, 3, 4], dtype=torch.int32)
+        """
+        valid = mask.bool()
+        batch, length = valid.shape
+        everywhere = torch.arange(batch * length, device=mask.device)
+        places = (valid.flatten().cumsum(0) - 1).masked_fill(valid.logical_not().flatten(), size)
+        targets = places.new_full((size + 1,), batch * length).scatter(0, places, everywhere)[:size]
+        flat = targets.masked_fill(targets == batch * length, 0) if most_filled else targets
+        ends = valid.sum(1).cumsum(0)
+        if most_filled:
+            filled = length * torch.arange(1, -(-most_filled // length) + 1, device=mask.device)
+            ends = torch.cat([ends, (ends[-1] + filled).clamp(max=size)])
+        bounds = F.pad(ends, (1, 0)).to(torch.int32)
+        return cls(batch, length, flat // length, flat % length, flat, [], [], min(length, size), bounds, targets)
+
+
+def bucket(count: int, most: int) -> int:
+    """The number of tokens that `count` tokens are computed as, at most `most`: within an eighth, and 8 to an octave.
+
+    Example::
+
+        >>> [bucket(count, 4096) for count in (1, 33, 1000, 1025, 4090)]
+        [32, 64, 1024, 1152, 4096]
+    """
+    step = bucket_step(count)
+    return min(-(-count // step) * step, most)
+
+
+def bucket_step(size: int) -> int:
+    """How far apart the buckets around a number of tokens are."""
+    return max(SMALLEST_BUCKET, 1 << max(0, size.bit_length() - 4))
 
 
 def _groups(counts: list[int], order: Tensor, positions: Tensor) -> list[Group]:
@@ -124,8 +168,11 @@ def gather_rows(x: Tensor, tokens: Tokens, batch: int, token: int, rank: int) ->
 def unpack(x: Tensor, tokens: Tokens, batch: int, token: int, fill: float = 0) -> Tensor:
     """A packed tensor in its dense shape, `fill` at padded positions."""
     values = x.movedim(token, 0) if batch == token else x.movedim((batch, token), (0, 1))[0]
-    dense = values.new_full((tokens.batch * tokens.length, *values.shape[1:]), fill)
-    dense.index_copy_(0, tokens.flat, values)
+    positions = tokens.batch * tokens.length
+    is_filled = tokens.targets is not tokens.flat  # by what belongs nowhere, and goes to one more position
+    dense = values.new_full((positions + is_filled, *values.shape[1:]), fill)
+    dense.index_copy_(0, tokens.targets, values)
+    dense = dense[:positions] if is_filled else dense
     if batch == token:
         return dense.movedim(0, token)
     return dense.unflatten(0, (tokens.batch, tokens.length)).movedim((0, 1), (batch, token)).contiguous()

@@ -14,8 +14,9 @@ from torch import Tensor, fx
 from ..capture.model_state import versions
 from ..graph.lowerings import PARTS, KnownBlock, Lowering, graph_of, inputs_of, lowering_of
 from ..graph.miss import Miss
+from ..graph.node import is_random
 from ..graph.record import Entry, StageRecord
-from ..rewrite.verify import Verifier, check_value, is_random
+from ..rewrite.verify import Verifier, check_value
 from ..torch_compat import is_any_autocast_enabled
 
 STAGE = "lowering"

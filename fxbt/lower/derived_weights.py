@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..graph.canonical import attribute, expression, is_pure, reaches_output
+from ..graph.node import attribute, expression, is_pure, reaches_output
 from ..kernels.autotune import Tuner
 from ..kernels.forks import FORKS
 from ..torch_compat import OpOverload, past_python

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ..analysis.axes import PERMUTES, RESHAPES, permutation, sizes_of
-from ..graph.canonical import argument, only_user
+from ..graph.node import argument, only_user
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from ..capture.value_branches import assert_now
 from ..graph.blocks import BY_PRODUCTS
-from ..graph.canonical import attribute
+from ..graph.node import attribute
 from ..kernels.attention_products import by_products
 from ..kernels.differentiable import attention_with_gradient
 from ..torch_compat import silu
@@ -26,7 +26,7 @@ from .cpu.chain import chained
 from .cpu.heads import attend_projections
 from .cpu.linears import choose_linears
 from .cpu.precision import Precision, narrow_linears
-from .cuda.graphs import Replay, obstacle
+from .cuda.graphs import Recorder, Replay, obstacle
 from .derived_weights import Weights, compile_graph, weight_only
 from .memory import peak_bytes
 from .once import look_up_once, make_masks_once, split_heads_once
@@ -85,7 +85,7 @@ class Program:
 
     Values derived from weights alone are kept in `weights`, if they are given: the programs of one model that are
     made with the same object share them. `kernels` says for each shape of a linear which kernel was chosen. With
-    `precision`, linears compute in it. With `cuda_graphs`, calls without gradients go through `replay`.
+    `precision`, linears compute in it. With a `recorder`, calls without gradients go through `replay`.
 
     Example:
         >>> weights = Weights()
@@ -98,7 +98,7 @@ class Program:
         assumes: Mapping[str, torch.Tensor],
         weights: Weights | None,
         precision: type[Precision] | None = None,
-        cuda_graphs: bool = False,
+        recorder: Recorder | None = None,
     ):
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {}))
@@ -106,7 +106,8 @@ class Program:
         self.kernels: dict[str, str] = {}
         self._derived: Weights | None = None
         prepared = lower_blocks(graph) if weights is not None else []
-        count, no_replay = len(graph.find_nodes(op="placeholder")), obstacle(graph)
+        self.count = len(graph.find_nodes(op="placeholder"))
+        self.obstacle = obstacle(graph)  # to recording it as a CUDA graph
         if weights is not None:
             self._derive(module, graph, weights, precision, prepared)
         self._weights = _bind_weights(module, graph)
@@ -115,10 +116,10 @@ class Program:
         for node in graph.nodes:
             node.target = _binding(node) if node.op == "call_function" else node.target
         self._graph = graph
-        self._run = compile_graph(recomputing(graph) if weights is None else chained(graph, weights.tuner))
+        self.run = self._run = compile_graph(recomputing(graph) if weights is None else chained(graph, weights.tuner))
         self.replay: Replay | None = None
-        if cuda_graphs and weights is not None:
-            self._run = self.replay = Replay(self._run, count, no_replay)
+        if recorder is not None and weights is not None:
+            self._run = self.replay = Replay(self.run, self.count, recorder, self.obstacle)
 
     def _derive(
         self,
@@ -146,10 +147,14 @@ class Program:
         self._derived = weights if self._places else None
 
     def __call__(self, *tensors: Any) -> tuple[Any, ...]:
+        self.check_assumptions()
+        return self._run(*tensors, *self.bound())
+
+    def check_assumptions(self) -> None:
+        """Raises RuntimeError where a constant is not what it was when the graph was proven on it."""
         for live, assumed, name in self._watched:
             if not torch.equal(live, assumed):
                 raise RuntimeError(f"{name} changed after the graph was proven on its content")
-        return self._run(*self._arguments(tensors))
 
     def can_rebind(self, pairs: Mapping[int, torch.Tensor]) -> bool:
         """Whether what was proven holds with the tensors that `pairs` puts in the places of others (by their id)."""
@@ -164,13 +169,14 @@ class Program:
 
     def peak_bytes(self, *tensors: Any) -> int:
         """The most memory that values hold at once in such a call, besides inputs and weights."""
-        return peak_bytes(self._graph, self._arguments(tensors))
+        return peak_bytes(self._graph, [*tensors, *self.bound()])
 
-    def _arguments(self, tensors: tuple[Any, ...]) -> list[Any]:
+    def bound(self) -> list[torch.Tensor]:
+        """What `run` takes behind the inputs: values derived of weights, and weights, as they are now."""
         if self._derived is None:
-            return [*tensors, *self._weights]
+            return self._weights
         values = self._derived.current()
-        return [*tensors, *[values[place] for place in self._places], *self._weights]
+        return [*[values[place] for place in self._places], *self._weights]
 
 
 def _binding(node: fx.Node) -> Any:

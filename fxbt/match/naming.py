@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from ..graph.blocks import ATTENTIONS, FUSED
-from ..graph.canonical import CASTS
+from ..graph.opsets import CASTS
 from ..torch_compat import OpOverload
 from .terms import ALIASES
 

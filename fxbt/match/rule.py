@@ -15,9 +15,11 @@ from torch import fx
 from ..errors import RuleError
 from ..graph.blocks import FUSED
 from ..graph.miss import Miss
-from .matcher import PERMUTATIONS, SHAPES, Found, Matcher
+from .found import Found
+from .matcher import Matcher
 from .naming import is_float_cast, op_of
 from .pointwise import ENDS
+from .same_op import PERMUTATIONS, SHAPES
 from .terms import (
     Call,
     Either,

@@ -18,8 +18,8 @@ import torch
 from torch import fx
 
 from ..analysis.axes import sizes_of
-from ..graph.canonical import with_graph
 from ..graph.miss import Miss, module_path
+from ..graph.node import with_graph
 from ..kernels import packed
 from .padded_calls import GivenLengths, GivenMask
 from .proof import AttentionMask, attention_masks

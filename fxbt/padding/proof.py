@@ -33,8 +33,9 @@ from ..analysis.masks import (
     zero_else_below,
 )
 from ..graph.blocks import ATTENTIONS, mask_of
-from ..graph.canonical import CASTS, argument
 from ..graph.miss import Miss
+from ..graph.node import argument
+from ..graph.opsets import CASTS
 from ..kernels.packed import BOUND
 from ..torch_compat import Max, Min
 from .validity_sources import Validity, computed

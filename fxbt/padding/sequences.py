@@ -35,8 +35,9 @@ from ..analysis.axes import (
     sizes_of,
 )
 from ..graph.blocks import ATTENTIONS
-from ..graph.canonical import CASTS, argument, is_pure
 from ..graph.miss import Miss
+from ..graph.node import argument, is_pure
+from ..graph.opsets import CASTS
 from .transfer import FILLS, NORMS, REDUCTIONS, SCANS, SELECTIONS, SHAPES_OF, UNTAGGED, dims_of
 
 aten = torch.ops.aten

@@ -28,8 +28,9 @@ from ..analysis.axes import (
     sizes_of,
 )
 from ..graph.blocks import ATTENTIONS, SDPA, mask_of
-from ..graph.canonical import CASTS, WHOLE_AXIS, argument, is_pure
 from ..graph.miss import Miss
+from ..graph.node import argument, is_pure
+from ..graph.opsets import CASTS, WHOLE_AXIS
 from ..kernels import packed
 from .proof import AttentionMask, Residue
 from .tokens import Dense, Domain, Guard, Labels, Packed, Value, Wide, Writer, tensor_inputs

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ..graph.blocks import ATTENTIONS, SDPA, mask_of
-from ..graph.canonical import parameters, with_graph
+from ..graph.node import parameters, with_graph
 from .proof import Residue, attention_masks
 from .validity_sources import Validity
 

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from ..graph.blocks import FUSED
-from ..graph.canonical import CASTS, argument
+from ..graph.node import argument
+from ..graph.opsets import CASTS
 
 aten = torch.ops.aten
 

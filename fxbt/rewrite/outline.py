@@ -9,11 +9,10 @@ import torch
 from torch import fx
 
 from ..graph.blocks import FUSED, SDPA
-from ..graph.canonical import argument, attribute, with_graph
 from ..graph.lowerings import OPERANDS, PARTS, KnownBlock, Names, Part
 from ..graph.miss import Miss, module_path
+from ..graph.node import argument, attribute, is_weight, with_graph
 from ..graph.record import Entry, Rewrite
-from ..match.matcher import is_weight
 from ..match.rule import Arguments, Match, Rule
 from .splice import provenance
 

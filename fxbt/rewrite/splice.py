@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ..analysis.axes import reduced, size_of
-from ..graph.canonical import drop_same_dtype_cast, size_of_another, writes
+from ..graph.canonical import drop_same_dtype_cast, size_of_another
 from ..graph.miss import Miss, module_path
+from ..graph.node import writes
 from ..graph.record import Entry, Rewrite
 from ..match.rule import Match, Rule
 from ..torch_compat import (

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from ..errors import RuleError
-from ..graph.canonical import attribute
 from ..graph.miss import Miss, module_path
+from ..graph.node import attribute
 from ..graph.record import Rewrite, StageRecord
 from ..match.rule import Rule
 from .outline import outline

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph.canonical import argument
 from ..graph.miss import Miss
+from ..graph.node import is_random
 from ..graph.record import Rewrite
 from ..match.rule import Match, Rule
 from ..torch_compat import is_any_autocast_enabled
@@ -111,17 +111,3 @@ def check_value(node: fx.Node, expected: torch.Tensor, actual: torch.Tensor, tol
             expected=f"equal within {tolerance:g} of the largest value",
             found=f"a difference of {worst:.3g}",
         )
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers: ops of dropout only where it is on."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    # Ops with a dropout probability or a training flag draw numbers only where it is on.
-    switches = [argument(node, name) for name in ("dropout_p", "train")]
-    return all(switch is None or bool(switch) for switch in switches)
-
-
-def is_stochastic(graph: fx.Graph) -> bool:
-    """Whether the graph draws random numbers (training dropout)."""
-    return any(is_random(node) for node in graph.nodes if node.op == "call_function")

@@ -62,6 +62,8 @@ class Compiled:
         """Computes with those tensors from now on, and lets go of the others."""
         for program in self.programs:
             program.rebind(pairs)
+        if self.unpadding is not None:
+            self.unpadding.forget_recordings()
         if self.weights is not None:
             self.weights.rebind(pairs)
         for part in (*self.module.modules(), *self.inlined.modules()):
@@ -72,8 +74,8 @@ class Compiled:
     @property
     def replays(self) -> list[Replay]:
         """What records and replays CUDA graphs, where that was asked for."""
-        programs = [self.dense, *([self.unpadding.unmasked] if self.unpadding else [])]
-        return [program.replay for program in programs if program.replay is not None]
+        of_dense = [self.dense.replay] if self.dense.replay else []
+        return [*of_dense, *(self.unpadding.replays if self.unpadding else [])]
 
     @property
     def refusals(self) -> list[str]:

@@ -19,7 +19,7 @@ from ..capture.checkpointing import run_plainly
 from ..capture.containers import Arguments
 from ..capture.model_state import preserved
 from ..capture.saved_tensors import hidden
-from ..graph.canonical import parameters
+from ..graph.node import parameters
 from ..rewrite.verify import difference
 from ..torch_compat import TorchDispatchMode, is_any_autocast_enabled
 

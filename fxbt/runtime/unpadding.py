@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels.forks import FORKS
 from ..kernels.packed import Tokens
 from ..lower.cpu.precision import Precision
+from ..lower.cuda.graphs import Recorder, Replay
 from ..lower.derived_weights import Weights
 from ..lower.program import Program
 from ..padding.drop import Output, Unpadded
@@ -26,6 +27,30 @@ WORTH_DROPPING = 1 / 16
 PACKED, DENSE, LITTLE, EMPTY = "packed", "dense", "hardly any padding", "no token in the whole batch"
 
 Run = Callable[..., tuple[Any, ...]]
+
+
+class Facts:
+    """What decides how a call runs, each read when it is asked for."""
+
+    def __init__(self, masks: Sequence[Tensor], guards: Callable[[], Sequence[Any]]) -> None:
+        self.positions = sum(mask.numel() for mask in masks)
+        self._masks = masks
+        self._guards = guards
+
+    @functools.cached_property
+    def are_ones(self) -> bool:
+        """Whether all masks are 1 throughout."""
+        return all((mask == 1).all() for mask in self._masks)
+
+    @functools.cached_property
+    def counts(self) -> list[int]:
+        """How many tokens each mask has."""
+        return [int(mask.count_nonzero()) for mask in self._masks]
+
+    @property
+    def guards(self) -> Sequence[Any]:
+        """Whether each guard holds."""
+        return self._guards()
 
 
 class Unpadding:
@@ -43,12 +68,11 @@ class Unpadding:
         unmasked: Unmasked,
         weights: Weights,
         precision: type[Precision] | None = None,
-        cuda_graphs: bool = False,
+        recorder: Recorder | None = None,
         in_parts: Callable[[Run], Run] = lambda run: run,
     ):
         self.dense = dense
-        self.unmasked = Program(unmasked.module, unmasked.assumes, weights, precision, cuda_graphs)
-        # Not recorded: the number of valid tokens, which is hardly ever the same twice, is a shape in it.
+        self.unmasked = Program(unmasked.module, unmasked.assumes, weights, precision, recorder)
         self.packed = Program(unpadded.module, unpadded.assumes, weights, precision)
         self.calls: Counter[str] = Counter()
         self.original_blanks = False  # padding by itself, as nn.TransformerEncoder's nested tensors do
@@ -77,24 +101,38 @@ class Unpadding:
         """A call of fxbt's own."""
         return self._decide(tensors)[0](*tensors)
 
+    @property
+    def replays(self) -> list[Replay]:
+        """What records CUDA graphs of it, besides those of the dense program."""
+        return [self.unmasked.replay] if self.unmasked.replay else []
+
+    def forget_recordings(self) -> None:
+        """Frees the CUDA graphs of what is no `Program`."""
+
     def _decide(self, tensors: Sequence[Tensor], worth: float = WORTH_DROPPING) -> tuple[Run, str]:
         """What a call runs, and how to count it."""
-        masks = self._masks(*tensors)
-        if all((mask == 1).all() for mask in masks):
+        facts = self._facts(tensors)
+        if facts.are_ones:
             return self._run_unmasked, DENSE
-        size = sum(mask.numel() for mask in masks)
-        padded = size - sum(int(mask.count_nonzero()) for mask in masks)
+        padded = facts.positions - sum(facts.counts)
         if not padded:
             return self._run_dense, DENSE
         run_dense = self._dense_and_blanked if self.original_blanks else self._run_dense
-        if padded < worth * size:
+        if padded < worth * facts.positions:
             return run_dense, LITTLE
-        for holds, reason in zip(self._guards(*tensors), self._reasons, strict=True):
+        for holds, reason in zip(facts.guards, self._reasons, strict=True):
             if not holds:
                 return run_dense, reason
-        if not all(mask.any() for mask in masks):
+        if not all(facts.counts):
             return run_dense, EMPTY
-        return self._run_packed, PACKED
+        return self._packed_run(facts), PACKED
+
+    def _facts(self, tensors: Sequence[Tensor]) -> Facts:
+        return Facts(self._masks(*tensors), lambda: self._guards(*tensors))
+
+    def _packed_run(self, facts: Facts) -> Run:
+        """What computes on the tokens that these facts are of."""
+        return self._run_packed
 
     def _dense_and_blanked(self, *tensors: Tensor) -> tuple[Any, ...]:
         return tuple(self.blanked(self._run_dense(*tensors), tensors))

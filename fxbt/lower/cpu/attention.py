@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...graph.blocks import BY_PRODUCTS, SDPA
-from ...graph.canonical import argument
+from ...graph.node import argument
 from ...kernels import native, packed
 from ...kernels.attention_products import by_products, products
 from ...kernels.autotune import Calls, Contest, Tuner, bucket_of

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ...graph.canonical import argument, only_user, same_shape
+from ...graph.node import argument, only_user, same_shape
 from ...torch_compat import gelu_, silu_
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ...analysis.axes import PERMUTES, RESHAPES, permutation, sizes_of
-from ...graph.canonical import only_user
+from ...graph.node import only_user
 from ...kernels import native, packed
 from .attention import Attend, Mask, PackedAtOnce, is_for_sdpa
 

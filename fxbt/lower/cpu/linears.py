@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...graph.canonical import argument
+from ...graph.node import argument
 from ...kernels import native
 from ...kernels.autotune import Calls, Contest, Tuner, bucket_of
 from ...torch_compat import is_avx512_supported

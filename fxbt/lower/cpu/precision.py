@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from ...graph.canonical import argument
+from ...graph.node import argument
 from ...torch_compat import is_vnni_supported
 from .epilogue import activation_after, fused_in
 from .linears import can_be_packed, can_pack_here, pack_for_onednn

@@ -5,8 +5,10 @@ Source: `torch.cuda.CUDAGraph`, https://pytorch.org/blog/accelerating-pytorch-wi
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...rewrite.verify import is_stochastic
+from ...graph.node import is_stochastic
 
-MOST_SHAPES = 16  # recorded for one program: each holds its inputs and outputs on the device
+MOST_RECORDINGS = 64  # of one program, the least recently used go first: each holds its inputs and outputs
+MOST_BYTES_SHARE = 1 / 8  # of the device's memory, for the recordings of one program
 RECORDED, REPLAYED, ONCE = "recorded", "replayed", "of a new shape"
 
 Run = Callable[..., tuple[Any, ...]]
@@ -31,82 +34,142 @@ class _Recording:
     own: list[Tensor]  # the outputs that the next replay overwrites; the others are weights
     replay: Callable[[], None]
 
-    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    def __call__(self, tensors: Sequence[Tensor], is_static: bool) -> tuple[Any, ...]:
         for place, tensor in zip(self.inputs, tensors, strict=True):
             place.copy_(tensor)
         self.replay()
+        if is_static:
+            return self.outputs
         copies = {id(value): value.clone() for value in self.own}
         return tuple(copies.get(id(value), value) for value in self.outputs)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of inputs and outputs; what is between them is shared by all recordings."""
+        return sum(tensor.nbytes for tensor in (*self.inputs, *self.own))
+
+
+class Recorder:
+    """Records programs on the device of their arguments. The programs of one graph share it.
+
+    What is recorded on one stream shares one pool of memory, in which a recording's outputs stand where another one's
+    intermediate values do: so `lock` is held from copying inputs until outputs are copied, in all of them. Streams run
+    side by side, so each has a pool of its own.
+
+    Args:
+        is_static: whether replays return the recording's own outputs, which the next replay overwrites, and not copies.
+    """
+
+    def __init__(self, is_static: bool = False) -> None:
+        self.is_static = is_static
+        self.lock = threading.RLock()
+        self._pools: dict[Any, Any] = {}
+
+    def record(self, run: Run, arguments: Sequence[Tensor]) -> tuple[Callable[[], None], tuple[Any, ...]]:
+        """Runs a program once to warm up and once to record it: (what repeats its kernels, their outputs)."""
+        current = torch.cuda.current_stream()
+        pool = self._pools.get(current) or self._pools.setdefault(current, torch.cuda.graph_pool_handle())
+        stream = torch.cuda.Stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            run(*arguments)  # libraries make their workspaces at a first call, which must not be recorded
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            outputs = run(*arguments)
+        return graph.replay, outputs
+
+    def most_bytes(self, tensor: Tensor) -> float:
+        """How much memory the recordings of one program may hold on the device of a tensor."""
+        if not tensor.is_cuda:
+            return math.inf
+        return MOST_BYTES_SHARE * torch.cuda.get_device_properties(tensor.device).total_memory
 
 
 class Replay:
     """`replay(*tensors, *weights)` is `run(*tensors, *weights)`, recorded when it comes a second time in one shape.
 
-    Weights are read where they stand: writes to them show, and one that is moved makes a recording of its own.
+    Weights are read where they stand: writes to them show, and one that is moved makes a recording of its own. Keyword
+    arguments are handed on to `run`, and each of their values has recordings of its own.
     `calls` counts how calls went: "recorded", "replayed", "of a new shape", or why they were not recorded.
 
     Args:
         run: without gradients.
         count: how many of its arguments are inputs; they stand before the weights.
         obstacle: why it cannot be recorded, where that is known (see `obstacle`).
-        record: (run, arguments) -> (what repeats its kernels, their outputs).
+        is_static: the recorder's, if it is not given.
     """
 
     def __init__(
-        self, run: Run, count: int, obstacle: str | None = None, record: Callable[..., Any] | None = None
+        self, run: Run, count: int, recorder: Recorder, obstacle: str | None = None, is_static: bool | None = None
     ) -> None:
         self.calls: Counter[str] = Counter()
+        self.obstacle = obstacle
         self._run = run
         self._count = count
-        self._obstacle = obstacle
-        self._record = record or Recorder()
-        self._recordings: dict[Hashable, _Recording | None] = {}
-        self._lock = threading.Lock()
+        self._recorder = recorder
+        self._is_static = recorder.is_static if is_static is None else is_static
+        self._recordings: OrderedDict[Hashable, _Recording | None] = OrderedDict()  # None: seen once
 
-    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
-        with self._lock:  # the recording's inputs and outputs are one call's at a time
-            recording, verdict = self._recording(arguments)
+    def __call__(self, *arguments: Any, **static: Hashable) -> tuple[Any, ...]:
+        with self._recorder.lock:
+            recording, verdict = self._recording(arguments, static)
             self.calls[verdict] += 1
             if recording is not None:
-                return recording(arguments[: self._count])
-        return self._run(*arguments)
+                return recording(arguments[: self._count], self._is_static)
+        return self._run(*arguments, **static)
 
     def forget(self) -> None:
         """Frees what was recorded: calls are recorded anew."""
-        with self._lock:
+        with self._recorder.lock:
             self._recordings.clear()
 
-    def _recording(self, arguments: Sequence[Any]) -> tuple[_Recording | None, str]:
+    @property
+    def nbytes(self) -> int:
+        """The memory that recordings hold for their inputs and outputs."""
+        with self._recorder.lock:
+            return sum(recording.nbytes for recording in self._recordings.values() if recording is not None)
+
+    def _recording(self, arguments: Sequence[Any], static: dict[str, Hashable]) -> tuple[_Recording | None, str]:
         """What a call can replay, if anything, and how to count it."""
-        if self._obstacle is not None:
-            return None, self._obstacle
-        key = _key(arguments[: self._count], arguments[self._count :])
+        if self.obstacle is not None:
+            return None, self.obstacle
+        key = (*static.values(), *_key(arguments[: self._count], arguments[self._count :]))
         known = self._recordings.get(key)
         if known is not None:
+            self._recordings.move_to_end(key)
             return known, REPLAYED
         if key not in self._recordings:
-            if len(self._recordings) >= MOST_SHAPES:
-                return None, f"more than {MOST_SHAPES} shapes"
             self._recordings[key] = None
+            self._drop_oldest(arguments)
             return None, ONCE
         try:
-            made = self._recordings[key] = self._made(arguments)
+            made = self._recordings[key] = self._made(arguments, static)
         except Exception as error:  # what waits for the device, for one, cannot be recorded: the program runs as it is
-            self._obstacle = f"cannot be recorded ({type(error).__name__}: {str(error).splitlines()[0]})"
-            return None, self._obstacle
+            self.obstacle = f"cannot be recorded ({type(error).__name__}: {str(error).splitlines()[0]})"
+            return None, self.obstacle
+        self._recordings.move_to_end(key)
+        self._drop_oldest(arguments)
         return made, RECORDED
 
-    def _made(self, arguments: Sequence[Any]) -> _Recording:
+    def _drop_oldest(self, arguments: Sequence[Any]) -> None:
+        """Frees the least recently used recordings, as long as there are too many or they hold too much."""
+        most = self._recorder.most_bytes(arguments[0]) if arguments else math.inf
+        while len(self._recordings) > 1 and (len(self._recordings) > MOST_RECORDINGS or self.nbytes > most):
+            self._recordings.popitem(last=False)
+
+    def _made(self, arguments: Sequence[Any], static: dict[str, Hashable]) -> _Recording:
         inputs = [tensor.clone() for tensor in arguments[: self._count]]
         weights = arguments[self._count :]
-        replay, outputs = self._record(self._run, [*inputs, *weights])
+        run = functools.partial(self._run, **static)
+        replay, outputs = self._recorder.record(run, [*inputs, *weights])
         tensors = [value for value in outputs if isinstance(value, Tensor)]
         if _addresses(tensors) & _addresses(inputs):
             raise ValueError("an output shares the memory of an input")
         return _Recording(inputs, outputs, [t for t in tensors if not _addresses([t]) & _addresses(weights)], replay)
 
 
-def _key(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Hashable:
+def _key(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Hashable, ...]:
     shapes = [(tensor.shape, tensor.stride()) for tensor in tensors]
     stream = torch.cuda.current_stream() if tensors and tensors[0].is_cuda else None
     return (*shapes, *map(Tensor.data_ptr, weights), stream)
@@ -114,25 +177,6 @@ def _key(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Hashable:
 
 def _addresses(tensors: Sequence[Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
-
-
-class Recorder:
-    """Records on the device of the arguments; what one program records shares one pool of memory."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, run: Run, arguments: Sequence[Tensor]) -> tuple[Callable[[], None], tuple[Any, ...]]:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            run(*arguments)  # libraries make their workspaces at a first call, which must not be recorded
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = run(*arguments)
-        return graph.replay, outputs
 
 
 def obstacle(graph: fx.Graph) -> str | None:

@@ -1,0 +1,125 @@
+"""Original model + `Call` -> `Captured`: a rehearsal, a tracer, and the model left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CaptureError
+from .attempts import Axes, fresh, run_forward
+from .call import Call
+from .export import Captured, capture_export
+from .hf_fx import capture_hf_fx
+from .model_state import ModelState, Slot, preserved
+from .settings import numpy_unmoved
+from .surroundings import Surroundings
+from .trace_errors import capture_error
+
+TRACERS = ("auto", "export", "hf-fx")
+
+
+def capture(
+    model: nn.Module,
+    call: Call,
+    tracer: str = "auto",
+    *,
+    rehearse: bool = True,
+    varied: Axes = frozenset(),
+    around: Surroundings | None = None,
+) -> Captured:
+    """Captures `model` as `call` calls it, under the caller's grad mode and autocast and the model's training flags.
+
+    `rehearse` runs the model beforehand, for models that make tensors at their first call, and to see whether it
+    changes its attributes at every call; a caller that just saw a call change nothing can save that.
+    `varied` are axes past the second of inputs of four dims and more, as (input, axis), that are dynamic too. For all
+    of them that would take minutes for some vision models (window attention), and hide what a head's size is.
+    The model's attributes, and its surroundings (`around`), are left as they were before tracing, whatever happens.
+    Raises `CaptureError` with the reason and the line of the model's code where it stopped.
+
+    Example:
+        >>> captured = capture(model, make_call(model, input_ids=ids, attention_mask=mask))
+        >>> outputs = captured.module(ids, mask)
+    """
+    start = time.perf_counter()
+    _refuse_scripted(model)
+    kept = contextlib.nullcontext() if around is None else around.kept()
+    with _plain_modes(), preserved(model), numpy_unmoved(), kept:
+        example = tuple(fresh(tensor) for tensor in call.tensors)
+        slots = _rehearse(model, call, example, around) if rehearse else []
+        state = ModelState(model)
+        try:
+            captured = _capture(model, call, example, tracer, varied, slots)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise capture_error(error) from error
+        finally:
+            state.restore()
+    captured.seconds = time.perf_counter() - start
+    return captured
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(f"{path or 'the model'} is a TorchScript module, which has no Python to trace")
+
+
+def _capture(
+    model: nn.Module, call: Call, example: tuple[Tensor, ...], tracer: str, varied: Axes, slots: list[Slot]
+) -> Captured:
+    if tracer == "hf-fx":
+        if slots:
+            raise CaptureError(f"forward changes attributes of the model ({slots[0].name}); a graph would not")
+        return capture_hf_fx(model, call, example)
+    return capture_export(model, call, example, type(model).forward, varied, slots)
+
+
+def _rehearse(model: nn.Module, call: Call, example: tuple[Tensor, ...], around: Surroundings | None) -> list[Slot]:
+    """Runs the model until it is at rest; returns the attributes that it sets to another tensor each time.
+
+    They hold what they held. What is beside the model's attributes, the call before this one has seen already, so that
+    the first run must leave it alone.
+    """
+    first = ModelState(model)
+    try:
+        run_forward(model, call, _anew(example))
+        if around is not None and (written := around.changed()):
+            raise CaptureError(f"forward writes to {', '.join(written[:3])} beside its attributes; a graph would not")
+        slots = [] if first.holds() else _slots(model, call, example)
+    except Exception:
+        first.restore()
+        raise
+    first.put_back(slots)
+    return slots
+
+
+def _slots(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> list[Slot]:
+    """The attributes that the second run and those after it set to another tensor; nothing else may change then."""
+    second = ModelState(model)
+    run_forward(model, call, _anew(example))
+    if second.holds():
+        return []
+    third = ModelState(model, slots := second.replaced())
+    run_forward(model, call, _anew(example))
+    if third.holds():
+        return slots
+    changed = "; ".join(third.changed()[:3])
+    raise CaptureError(f"forward changes attributes of the model ({changed}); a graph would not")
+
+
+def _anew(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same in other tensors, as each call has its own: a model that keeps its input keeps another one each time."""
+    return tuple(map(fresh, example))
+
+
+@contextlib.contextmanager
+def _plain_modes() -> Iterator[None]:
+    """Leaves inference mode, whose tensors cannot be traced, and keeps the caller's grad mode."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield

@@ -1,0 +1,85 @@
+"""transformers' own fx tracer (4.x): its graph is exported like a model's own forward."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import CaptureError
+from ..torch_compat import pytree
+from .attempts import run_forward
+from .call import Call
+from .export import Captured, capture_export
+from .guards import assertions
+
+
+def hf_fx_missing() -> str | None:
+    """Why tracer="hf-fx" cannot be used here; None where it can."""
+    try:
+        from transformers.utils import fx as _  # noqa: F401
+    except ImportError:
+        if importlib.util.find_spec("transformers") is None:
+            return 'tracer="hf-fx" needs transformers 4.x, which is not installed; use tracer="export"'
+        version = importlib.metadata.version("transformers")
+        return f'tracer="hf-fx" needs transformers.utils.fx, which transformers {version} does not have (4.x did); \
+use tracer="export"'
+    return None
+
+
+def capture_hf_fx(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> Captured:
+    """The graph of transformers' HFTracer; for the example's own shapes alone unless it is right on a larger one.
+
+    Raises:
+        CaptureError: the call passes tensors by position.
+    """
+    from transformers.utils.fx import HFTracer, get_concrete_args
+
+    inputs = dict(zip(call.names, example, strict=True))
+    if call.args or not inputs.keys() <= call.kwargs.keys():
+        raise CaptureError('HFTracer takes tensors as keyword arguments only; use tracer="export"')
+    fixed = {name: value for name, value in call.kwargs.items() if name not in inputs}
+    _, spec = pytree.tree_flatten(run_forward(model, call, example))
+    graph = HFTracer().trace(
+        model, concrete_args={**get_concrete_args(model, list(inputs)), **fixed}, dummy_inputs=inputs
+    )
+    traced = fx.GraphModule(model, graph)
+    traced_forward = type(traced).forward
+
+    def run(self: nn.Module, **kwargs: Any) -> Any:
+        flat = pytree.tree_leaves(traced_forward(self, **{name: kwargs[name] for name in inputs}))
+        return pytree.tree_unflatten(flat, spec)
+
+    captured = capture_export(traced, call, example, run)
+    if not _agrees_on_larger(captured, model, call, example):
+        captured.guards = _only_these_shapes(example, call.names)  # HFTracer burns sizes in without saying so
+    return captured
+
+
+def _agrees_on_larger(captured: Captured, model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> bool:
+    larger = [t.repeat_interleave(2, 0) if t.ndim else t for t in example]
+    larger = [t.repeat_interleave(2, 1) if t.ndim == 2 else t for t in larger]
+    try:
+        captured.guards(*larger)
+        expected = pytree.tree_leaves(run_forward(model, call, larger))
+        return all(map(_close, captured.module(*larger), expected))
+    except Exception:  # not proven on another shape is not proven
+        return False
+
+
+def _close(found: Any, expected: Any) -> bool:
+    if not isinstance(expected, Tensor):
+        return bool(found == expected)
+    return found.shape == expected.shape and torch.allclose(found.float(), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def _only_these_shapes(example: tuple[Tensor, ...], names: list[str]) -> Callable[..., None]:
+    sizes = [
+        (f"t{i}.shape == {tuple(t.shape)}", f"{name}.shape == {tuple(t.shape)}")
+        for i, (t, name) in enumerate(zip(example, names, strict=True))
+    ]
+    return assertions(len(names), sizes)
