@@ -312,8 +312,8 @@ class Dispatcher:
         """Runs the original, then captures the call. The caller sees the model's own errors only.
 
         Returns the original's output if there is no graph, or if it draws random numbers or changes the model or the
-        call's arguments, as what the original did is to be seen then. Under hooks on saved tensors, which must see one way of computing
-        throughout, it is None.
+        call's arguments, as what the original did is to be seen then. Under hooks on saved tensors, which must see one
+        way of computing throughout, it is None.
         """
         if hook := foreign_hook(self.original):
             self.fall_back(hook)
@@ -332,22 +332,38 @@ class Dispatcher:
                 if is_watched:
                     state.restore()
                 return None if is_watched else _Served(output)
-            call = self._seen_growing(call, args, kwargs)
-            if is_too_short(call):
-                return None if is_watched else _Served(output)
-            self._graphs.note_capture()
-            around, seen = recording.surroundings(), given.seen_in(output)
-            expected = outputs.flatten(seen)
-            rehearse = recording.wrote or not state.holds()
-            graph = self._try_capture(call, expected, around, rehearse, (watched, before))
+            try:
+                seen, around = given.seen_in(output), recording.surroundings()
+                rehearse = recording.wrote or not state.holds()
+                call = self._with_growth(call, args, kwargs)
+                graph = self._capture_seen(call, seen, around, rehearse, (watched, before))
+            except FxbtWarning:
+                raise
+            except Exception as fault:  # of fxbt's own: what the original did is done
+                self._note_fault(fault)
+                graph = None
             if is_watched and graph is None:
                 state.restore()  # it runs again
         changes = graph is not None and (graph.compiled.stochastic or graph.effects or isinstance(seen, Changed))
         is_graphs = is_watched or (graph is not None and not changes)
         return None if is_graphs else _Served(output)
 
-    def _seen_growing(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """`call`, made by now, with what became of the objects among its arguments: what grows and counts in them."""
+    def _capture_seen(
+        self,
+        call: Call,
+        seen: Any,
+        around: Surroundings | str,
+        rehearse: bool,
+        versions_before: tuple[list[Tensor], list[int]],
+    ) -> GuardedGraph | None:
+        """The graph for a call that the original just served; `seen` is what it returned and made of its arguments."""
+        if is_too_short(call):
+            return None
+        self._graphs.note_capture()
+        return self._try_capture(call, outputs.flatten(seen), around, rehearse, versions_before)
+
+    def _with_growth(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """`call`, served by now, with what became of the objects among its arguments: what grows and counts in them."""
         if not call.objects:
             return call
         try:

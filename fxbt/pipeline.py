@@ -150,6 +150,8 @@ def _drop_padding(
     with _recorded("padding", module) as record:
         weights = _at_inference(module, weights, "padding is dropped")
         _check_effects(captured, "padding is kept")
+        if captured.has_objects:
+            raise Miss("values go to an object among the arguments (a KV cache), where a later call may read padding")
         devices = {tensor.device for tensor in captured.example}
         if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
             raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))

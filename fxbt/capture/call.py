@@ -41,6 +41,7 @@ STATIC_TYPES = frozenset(
     ]
 )
 
+_MARKS = "_dynamo"  # torch's own marks on tensors, of a static cache's for example
 _LEAST_DIMS = 3  # of keys and values
 
 
@@ -166,6 +167,8 @@ class _Reader:
         kind = type(value)
         if kind in TENSOR_TYPES:
             return self._tensor_key(value, place)
+        if kind is Unread:
+            raise NotCapturable(f"argument {place} was not read")
         if kind is int or kind is float:
             return self._number_key(value, place)
         if kind in STATIC_TYPES or isinstance(value, (enum.Enum, type)):
@@ -180,8 +183,8 @@ class _Reader:
     def _container_key(self, value: Any, items: dict[Any, Any], place: str) -> Hashable:
         if id(value) in self._outer:
             raise _Circular(f"argument {place} is a {type(value).__name__} that holds itself; a graph takes trees")
+        is_again = id(value) in self._containers and type(value) is not tuple
         first = self._containers.setdefault(id(value), len(self._containers))
-        is_again = first < len(self._containers) - 1 and type(value) is not tuple
         self._outer.append(id(value))
         parts = self._object_key(items, place) if _is_object(value) else self._parts_key(items, place)
         self._outer.pop()
@@ -225,7 +228,7 @@ class _Reader:
             return ("same tensor", first)
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
             raise NotCapturable(f"argument {place} is a {_layout(tensor)} tensor; graphs take dense tensors")
-        if tensor.__dict__ and type(tensor) is Tensor:
+        if tensor.__dict__ and type(tensor) is Tensor and not all(name.startswith(_MARKS) for name in tensor.__dict__):
             raise NotCapturable(
                 f"argument {place} has attributes of its own ({', '.join(tensor.__dict__)}), which forward may read"
             )

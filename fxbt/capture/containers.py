@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ..errors import CaptureError
 from ..torch_compat import pytree
-
 
 _OWN_WAY_OF_COPYING = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__new__", "__del__", "__slots__")
 
@@ -78,8 +77,9 @@ def children(value: Any) -> dict[Any, Any] | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_plain_class(kind: type) -> bool:
+def _is_plain_class(kind: Hashable) -> bool:
     """Whether objects of a class are made by Python's `object` alone, from nothing but their `__dict__`."""
+    assert isinstance(kind, type)
     if issubclass(kind, (Tensor, nn.Module, type, torch.SymInt, torch.SymFloat, torch.SymBool, Unread)):
         return False
     bases = kind.__mro__[:-1]

@@ -57,6 +57,7 @@ class Captured:
     read: list[Constant] = field(default_factory=list)  # tensors of the model whose values the guards compare
     seconds: float = 0.0
     effects: Effects = field(default_factory=Effects)
+    has_objects: bool = False  # among the call's arguments, which forward may change
 
 
 @dataclass
@@ -138,7 +139,15 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
         guards = and_values(guards, outputs.read)
     check_buffers(model, effects.buffers)
     make_inputs(module, [buffer.name for buffer in effects.buffers], metas)
-    return Captured(module, outputs.spec, guards, (*tensors, *effects.inputs()), outputs.read, effects=effects)
+    return Captured(
+        module,
+        outputs.spec,
+        guards,
+        (*tensors, *effects.inputs()),
+        outputs.read,
+        effects=effects,
+        has_objects=bool(call.objects),
+    )
 
 
 def _effects(program: ExportedProgram, outputs: _Outputs, slots: Sequence[Slot]) -> Effects:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 
 from ..errors import CaptureError
 from ..torch_compat import (
@@ -237,12 +237,13 @@ def _first_step(layer: Callable[..., Any]) -> Callable[..., Any]:
     return stand_in
 
 
-def _folds(tensor1: Tensor, tensor2: Tensor, is_out: bool, should_fold: Callable[..., bool]) -> bool:
-    """Whether a product of fake tensors folds a batch into rows: not for the sake of gradients where there are none.
+def _linear_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, linear: Any) -> Tensor:
+    """A linear layer, of one row of each sequence (the last token's, in front of a decoder's head) laid out anew.
 
-    Of one row each (the last token's, before the head of a decoder) that asks whether the batch is of size one.
+    The product's shape is found by a view, which for such rows would ask whether the batch is of size one.
     """
-    return should_fold(tensor1, tensor2, is_out or not torch.is_grad_enabled())
+    is_a_row_each = x.ndim == 3 and isinstance(x.shape[1], int) and x.shape[1] == 1 and isinstance(x.stride(0), SymInt)
+    return linear(x.clone(memory_format=torch.contiguous_format) if is_a_row_each else x, weight, bias)
 
 
 def _gelu_by_operations(self: Any, x: Tensor) -> Tensor:
@@ -313,10 +314,10 @@ PATCHES = (
         for layer in ("one_layer_lstm", "one_layer_rnn")
     ),
     Patch(
-        "torch._decomp.decompositions",
-        "should_fold",
-        functools.partial(_folds, should_fold=decompositions.should_fold),
-        "asks whether a batch is of size one",
+        "torch.nn.functional",
+        "linear",
+        functools.partial(_linear_of_rows, linear=F.linear),
+        "asks whether a batch of single rows is of size one",
     ),
     *(
         Patch(
