@@ -90,7 +90,7 @@ def _is_plain_class(kind: Hashable) -> bool:
 
 def is_plain_object(value: Any) -> bool:
     """Whether an object is its class and its `__dict__` and nothing else."""
-    return _is_plain_class(type(value)) and hasattr(value, "__dict__")
+    return _is_plain_class(type(value)) and hasattr(value, "__dict__")  # type: ignore[arg-type]
 
 
 def is_registered(value: Any) -> bool:
