@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
-import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,8 +19,8 @@ from .capture.caches import growing_axes, is_too_short, with_growth
 from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
 from .capture.capture import capture
 from .capture.containers import Arguments, Changed
-from .capture.effects import Buffer, Effects, check_buffers, memory_of
-from .capture.isolated import isolated
+from .capture.effects import Effects, written_buffers
+from .capture.isolated import collecting_rarely, isolated
 from .capture.locks import LOCK
 from .capture.model_state import ModelState, foreign_hook, preserved, versions
 from .capture.number_inputs import Numbers
@@ -31,8 +28,9 @@ from .capture.recording import Recording, is_recording
 from .capture.saved_tensors import active_hooks, comes_from_hook, hidden
 from .capture.surroundings import Surroundings
 from .capture.value_branches import goes_another_way
-from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError
-from .explain.report import GraphReport, Report
+from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError, callers_level
+from .explain.graph_report import GraphReport
+from .explain.report import Report
 from .kernels import autotune, native
 from .kernels.forks import FORKS
 from .options import Options
@@ -50,8 +48,6 @@ MOST_UNUSED = 2  # graphs for calls with a cache that served none
 MOST_FAULTS = 8  # of fxbt's own in the calls of one model; from then on it stays out of the way
 _LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _OWN_FORWARD = "the model object has its own attribute `forward`, which comes before any class's"
-_NOT_THE_CALLERS = (str(Path(__file__).parent), str(Path(nn.__file__).parent))
-OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own number is 700
 _WITH_GRADIENTS = "an argument is an object (a KV cache) that forward may change, with gradients enabled"
 _NESTED = (
     "forward computes on nested tensors, after which padding is 0, and a graph could not drop padding ({why}); "
@@ -188,7 +184,7 @@ class Dispatcher:
             f"{type(self.original).__name__} runs its original forward, not an optimised one: {reason} "
             "(said once; print(model.report) lists all reasons)",
             FxbtWarning,
-            stacklevel=_callers_level(),
+            stacklevel=callers_level(),
         )
 
     def _key(self, call: Call) -> Hashable:
@@ -382,10 +378,10 @@ class Dispatcher:
     ) -> GuardedGraph | None:
         """The graph for a call; None, and why in the report, where there can be none."""
         try:
-            written = self._written(*versions_before, call)
+            written = written_buffers(self.original, *versions_before, call)
             if isinstance(around, str):
                 raise CaptureError(around)
-            with preserved(self.original), _collecting_rarely(), isolated():
+            with preserved(self.original), collecting_rarely(), isolated():
                 return self._capture(call, expected, around, written, rehearse=rehearse)
         except CaptureError as error:
             if call.numbers and not call.past:  # once more, with them as constants; a cache counts on at each call
@@ -401,19 +397,6 @@ class Dispatcher:
             self._numbers.refuse(place, str(error))
         self._drop_all([graph for graph in self._graphs if graph.numbers & call.numbers.keys()])
         return self._binder.call(call.args, call.kwargs)
-
-    def _written(self, watched: list[Tensor], before: list[int], call: Call) -> list[tuple[str, Tensor]]:
-        """The buffers that the original wrote to in place, by name. Raises CaptureError for all else."""
-        written = [tensor for tensor, old, new in zip(watched, before, versions(watched), strict=True) if old != new]
-        buffers = {id(tensor): name for name, tensor in self.original.named_buffers()}
-        arguments = {memory_of(t): f"its argument {name}" for t, name in zip(call.tensors, call.names, strict=True)}
-        parameters = {id(parameter): name for name, parameter in self.original.named_parameters()}
-        others = [t for t in written if id(t) not in buffers or memory_of(t) in arguments]
-        if others:
-            named = [arguments.get(memory_of(t), parameters.get(id(t), "a tensor")) for t in others]
-            raise CaptureError(f"forward writes in place to {', '.join(named)}")
-        check_buffers(self.original, [Buffer(buffers[id(tensor)], tensor) for tensor in written])
-        return [(buffers[id(tensor)], tensor) for tensor in written]
 
     def _capture(
         self,
@@ -491,7 +474,7 @@ class Dispatcher:
             warnings.warn(
                 f"a rewrite by the rule {miss.rule!r} was refused: {miss} (said once a rule)",
                 FxbtWarning,
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
 
     def _check_pinned(self, pinned: frozenset[str], call: Call) -> None:
@@ -512,17 +495,6 @@ class Dispatcher:
         return race.Races() if autotune.is_enabled() and not may_not else None
 
 
-@contextlib.contextmanager
-def _collecting_rarely() -> Iterator[None]:
-    """Tracing makes many objects and little garbage: looking for it would take 0.5 of MiniLM's 4.5 seconds."""
-    first, *others = gc.get_threshold()
-    gc.set_threshold(first and max(first, OBJECTS_PER_COLLECTION), *others)  # 0 is never
-    try:
-        yield
-    finally:
-        gc.set_threshold(first, *others)
-
-
 def _elements(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
@@ -534,14 +506,6 @@ def _is_traced() -> bool:
 
 def _cuda_devices(call: Call) -> list[torch.device]:
     return list({tensor.device for tensor in call.tensors if tensor.device.type == "cuda"})
-
-
-def _callers_level() -> int:
-    """`stacklevel` of a warning that points to the line which called the model, not into fxbt or nn.Module."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLERS):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import linecache
+import sys
+from pathlib import Path
+
+from torch import nn
+
+_NOT_THE_CALLERS = (str(Path(__file__).parent), str(Path(nn.__file__).parent))
 
 
 class FxbtError(Exception):
@@ -66,3 +72,11 @@ class RuleError(FxbtError, ValueError):
     Example:
         >>> fxbt.rule(lambda x, unused: torch.tanh(x), lambda x: x, name="bad")  # raises RuleError
     """
+
+
+def callers_level() -> int:
+    """`stacklevel` of a warning that points to the line which called the model, not into fxbt or nn.Module."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLERS):
+        frame, level = frame.f_back, level + 1
+    return level

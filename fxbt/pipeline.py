@@ -1,4 +1,4 @@
-"""A captured graph's way through the house: canonical form, rules in order, lowering. The order is read, not solved."""
+"""A captured graph's way through the house: `STEPS`, in the order they run. The order is read, not solved."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,7 +28,7 @@ from .options import Options
 from .padding.drop import drop_padding
 from .padding.sequences import batch_of
 from .padding.without_masks import unmask
-from .rewrite.layout import keep_orders, returned_orders
+from .rewrite.layout import Order, keep_orders, returned_orders
 from .rewrite.outline import inline
 from .rewrite.stage import run_stage
 from .rewrite.verify import Verifier
@@ -79,121 +81,175 @@ def in_order(given: Sequence[Rule]) -> tuple[Rule, ...]:
     return tuple(ordered)
 
 
+@dataclass
+class Work:
+    """A graph on its way: what each step of `STEPS` finds, and leaves for those after it."""
+
+    captured: Captured
+    rules: Sequence[Rule]
+    options: Options
+    before: Snapshot
+    orders: list[Order | None]  # of the dims of outputs in memory, as captured
+    stages: list[StageRecord] = field(default_factory=list)
+    assumes: dict[str, torch.Tensor] = field(default_factory=dict)  # constants on whose content a proof rests, by name
+    after: Snapshot = field(init=False)
+    inlined: fx.GraphModule = field(init=False)
+    weights: Weights | None = None  # what programs derive of weights; none with gradients
+    recorder: Recorder | None = None  # of CUDA graphs
+    dense: Program = field(init=False)
+    parts: StageRecord = field(init=False)
+    in_parts: Callable[[Run], Run] = lambda run: run
+    unpadding: Unpadding | None = None
+
+    @classmethod
+    def of(cls, captured: Captured, rules: Sequence[Rule], options: Options) -> Work:
+        """The graph as it was captured."""
+        graph = captured.module.graph
+        return cls(captured, rules, options, Snapshot(graph), returned_orders(graph))
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The graph that rules rewrite, in place."""
+        return self.captured.module
+
+    def note(self, record: StageRecord) -> None:
+        """Keeps the record of a step for the report, and logs it."""
+        self.stages.append(record)
+        log.stage(record)
+        log.graph(record.name, self.module)
+
+
+def to_canonical_form(work: Work) -> None:
+    """One spelling for each meaning."""
+    canonicalize(work.module)
+    log.graph("canonical", work.module)
+
+
+def run_rules(work: Work) -> None:
+    """Each rule wherever it matches, in order; what is not proven is compared on the example."""
+    is_needed = work.options.verify or not all(rule.proven or rule.outline for rule in work.rules)
+    verifier = Verifier(work.module, work.captured.example, every=work.options.verify) if is_needed else None
+    for rule in work.rules:
+        work.note(run_stage(work.module, rule, verifier, work.assumes))
+
+
+def keep_output_strides(work: Work) -> None:
+    """Outputs lie in memory as the original's do. The graph is what the report shows from here on."""
+    keep_orders(work.module, work.orders)
+    work.module.graph.lint()
+    work.after = Snapshot(work.module.graph)
+
+
+def inline_blocks(work: Work) -> None:
+    """Blocks become operations again, in a copy, which say what they were a part of."""
+    work.inlined = inline(work.module)
+
+
+def choose_block_lowerings(work: Work) -> None:
+    """Blocks that have a lowering of their own get it, where it was measured to be faster."""
+    record = None if torch.is_grad_enabled() else choose_lowerings(work.inlined, work.captured.example)
+    work.stages += [record] if record else []
+
+
+def lower_whole(work: Work) -> None:
+    """The whole graph as a callable: `lower.program.Program` has the list of what that takes."""
+    options = work.options
+    work.weights = None if torch.is_grad_enabled() else Weights()
+    work.recorder = Recorder(options.cuda_graphs == "static") if options.cuda_graphs else None
+    work.dense = Program(work.inlined, work.assumes, work.weights, options.precision, work.recorder)
+
+
+def run_in_parts(work: Work) -> None:
+    """Programs of the graph run on parts of a large batch, where that is proven to be the same."""
+    with _recorded("parts", work.inlined) as work.parts:
+        _at_inference(work, "batches are parted")
+        _check_effects(work.captured, "batches stay whole")
+        if any(tensor.device.type != "cpu" for tensor in work.captured.example):
+            raise Miss("batches are parted on a CPU only")
+        made = functools.partial(InParts, batch=batch_of(work.inlined.graph), guards=work.captured.guards)
+        made(work.dense).check(work.captured.example, work.options.precision is not None)
+        work.in_parts = made
+
+
+def drop_padded_tokens(work: Work) -> None:
+    """The graph on valid tokens alone stands beside the whole one, where that is proven to be the same."""
+    if work.options.padding != "drop":
+        return
+    with _recorded("padding", work.inlined) as record:
+        weights = _at_inference(work, "padding is dropped")
+        _check_effects(work.captured, "padding is kept")
+        if work.captured.has_objects:
+            raise Miss("values go to an object among the arguments (a KV cache), where a later call may read padding")
+        devices = {tensor.device for tensor in work.captured.example}
+        if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
+            raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))
+        unpadded = drop_padding(work.inlined)
+        unmasked = unmask(work.inlined, unpadded.validities)
+        kind = Unpadding if devices == {torch.device("cpu")} else UnpaddingOnCuda
+        more: dict[str, Any] = {"recorder": work.recorder, "in_parts": work.in_parts}
+        made = kind(work.dense, unpadded, unmasked, weights, work.options.precision, **more)
+        made.check(work.captured.example)
+        work.unpadding = made
+    work.stages.append(record)
+
+
+# The way of every graph. Nothing else touches it on its way.
+STEPS: tuple[Callable[[Work], None], ...] = (
+    to_canonical_form,
+    run_rules,
+    to_canonical_form,  # of what the rules made
+    keep_output_strides,
+    inline_blocks,
+    choose_block_lowerings,
+    lower_whole,
+    run_in_parts,
+    drop_padded_tokens,
+)
+
+
 def compile(captured: Captured, rules: Sequence[Rule], options: Options | None = None) -> Compiled:
-    """Canonicalize `captured.module`, run `rules` over it in order, drop padding, and lower it to a callable."""
-    with log.listening():
-        return _compile(captured, rules, options or Options())
+    """Takes a captured graph through `STEPS`; `captured.module` is rewritten in place.
 
-
-def _compile(captured: Captured, rules: Sequence[Rule], options: Options) -> Compiled:
+    Raises:
+        RuleError: a rule matches its own results without end.
+    """
     start = time.perf_counter()
-    module = captured.module
-    before, orders = Snapshot(module.graph), returned_orders(module.graph)
-    canonicalize(module)
-    log.graph("canonical", module)
-    is_needed = options.verify or not all(rule.proven or rule.outline for rule in rules)
-    verifier = Verifier(module, captured.example, every=options.verify) if is_needed else None
-    assumes: dict[str, torch.Tensor] = {}
-    stages = [_logged(run_stage(module, rule, verifier, assumes), module) for rule in rules]
-    canonicalize(module)
-    keep_orders(module, orders)
-    module.graph.lint()
-    after = Snapshot(module.graph)
-    flat = inline(module)
-    weights = None if torch.is_grad_enabled() else Weights()
-    lowerings = choose_lowerings(flat, captured.example) if weights is not None else None
-    stages += [lowerings] if lowerings else []
-    recorder = Recorder(options.cuda_graphs == "static") if options.cuda_graphs else None
-    program = Program(flat, assumes, weights, options.precision, recorder)
-    parts, in_parts = _parts(flat, program, weights, captured, options)
-    unpadding = None
-    if options.padding == "drop":
-        record, unpadding = _drop_padding(flat, program, weights, captured, options, in_parts, recorder)
-        stages.append(record)
+    work = Work.of(captured, rules, options or Options())
+    with log.listening():
+        for step in STEPS:
+            step(work)
+    return _compiled(work, start)
+
+
+def _compiled(work: Work, start: float) -> Compiled:
+    weights, precision = work.weights, work.options.precision
     return Compiled(
-        run=unpadding or in_parts(program),
-        dense=program,
-        unpadding=unpadding,
-        module=module,
-        inlined=flat,
-        before=before,
-        after=after,
-        stages=stages,
-        parts=parts,
+        run=work.unpadding or work.in_parts(work.dense),
+        dense=work.dense,
+        unpadding=work.unpadding,
+        module=work.module,
+        inlined=work.inlined,
+        before=work.before,
+        after=work.after,
+        stages=work.stages,
+        parts=work.parts,
         seconds=time.perf_counter() - start,
-        stochastic=is_stochastic(flat.graph),
+        stochastic=is_stochastic(work.inlined.graph),
         derived_bytes=weights.nbytes() if weights else 0,
-        peak_bytes=program.peak_bytes(*captured.example) if weights else None,
-        kernels=program.kernels,
+        peak_bytes=work.dense.peak_bytes(*work.captured.example) if weights else None,
+        kernels=work.dense.kernels,
         weights=weights,
-        precision=options.precision.name if options.precision and weights else None,
+        recorder=work.recorder,
+        precision=precision.name if precision and weights else None,
     )
 
 
-def _logged(stage: StageRecord, module: fx.GraphModule) -> StageRecord:
-    log.stage(stage)
-    log.graph(stage.name, module)
-    return stage
-
-
-def _drop_padding(
-    module: fx.GraphModule,
-    dense: Program,
-    weights: Weights | None,
-    captured: Captured,
-    options: Options,
-    in_parts: Callable[[Run], Run],
-    recorder: Recorder | None,
-) -> tuple[StageRecord, Unpadding | None]:
-    """The graph without padding beside the dense one, where that is proven."""
-    unpadding = None
-    with _recorded("padding", module) as record:
-        weights = _at_inference(module, weights, "padding is dropped")
-        _check_effects(captured, "padding is kept")
-        if captured.has_objects:
-            raise Miss("values go to an object among the arguments (a KV cache), where a later call may read padding")
-        devices = {tensor.device for tensor in captured.example}
-        if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
-            raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))
-        unpadded = drop_padding(module)
-        unmasked = unmask(module, unpadded.validities)
-        kind = Unpadding if devices == {torch.device("cpu")} else UnpaddingOnCuda
-        made = kind(dense, unpadded, unmasked, weights, options.precision, recorder=recorder, in_parts=in_parts)
-        made.check(captured.example)
-        unpadding = made
-    return record, unpadding
-
-
-def _parts(
-    module: fx.GraphModule,
-    program: Program,
-    weights: Weights | None,
-    captured: Captured,
-    options: Options,
-) -> tuple[StageRecord, Callable[[Run], Run]]:
-    """What makes programs of the graph run on parts of a large batch, where that is proven to be the same."""
-    in_parts: Callable[[Run], Run] = _whole
-    with _recorded("parts", module) as record:
-        _at_inference(module, weights, "batches are parted")
-        _check_effects(captured, "batches stay whole")
-        if any(tensor.device.type != "cpu" for tensor in captured.example):
-            raise Miss("batches are parted on a CPU only")
-        made = functools.partial(InParts, batch=batch_of(module.graph), guards=captured.guards)
-        made(program).check(captured.example, options.precision is not None)
-        in_parts = made
-    return record, in_parts
-
-
-def _whole(run: Run) -> Run:
-    return run
-
-
-def _at_inference(module: fx.GraphModule, weights: Weights | None, what: str) -> Weights:
-    if weights is None:
+def _at_inference(work: Work, what: str) -> Weights:
+    if work.weights is None:
         raise Miss(f"gradients are enabled; {what} at inference only")
-    if is_stochastic(module.graph):
+    if is_stochastic(work.inlined.graph):
         raise Miss(f"the graph draws random numbers; {what} at inference only")
-    return weights
+    return work.weights
 
 
 def _check_effects(captured: Captured, what: str) -> None:

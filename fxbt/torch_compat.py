@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from torch._C._dynamo.guards import TensorGuards, dict_version
 
 # Functions that torch decomposes by Python, which are stood in for while a model is traced.
 from torch._decomp import decompositions
+
+# Where a size comes from that no input tells.
+from torch._dynamo.source import ConstantSource
 
 # Marks of scopes (autocast, no_grad) that torch.export leaves in a graph.
 from torch._functorch import predispatch
@@ -45,11 +48,16 @@ from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
     GuardOnDataDependentSymNode,
     ShapeEnv,
+    StatelessSymbolicContext,
     free_unbacked_symbols,
     statically_known_true,
 )
+
+# Values of a graph computed again, without data.
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.attention.varlen import varlen_attn
 
 # Flattening of arguments and outputs: torch.utils.pytree has no register_dataclass, nor `LeafSpec` of all versions.
@@ -175,10 +183,44 @@ def varlen_attention(
 ) -> Any:
     """`torch.nn.attention.varlen.varlen_attn`, with fewer heads of keys than of queries on torch 2.11 too.
 
+    Its kernel takes them there without being told (equal on an H200 to keys repeated for each query's head).
+
     Shapes: query (tokens, heads, head_dim), key and value (tokens, key_heads, head_dim); as the result, query's.
     """
     if _TAKES_GROUPS:
-        return varlen_attn(query, key, value, *args, enable_gqa=enable_gqa, **options)
-    groups = query.shape[1] // key.shape[1] if enable_gqa else 1
-    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
+        options["enable_gqa"] = enable_gqa
     return varlen_attn(query, key, value, *args, **options)
+
+
+def compile_by_inductor(graph_module: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """A graph of tensors as one function that returns a tuple, compiled by torch's Inductor.
+
+    It takes all sizes of the dims that are symbols in the graph's values.
+
+    `torch.compile` would look at guards in each call (some 30 us), and compile again for a size of 1. What is compiled
+    asserts sizes and strides instead.
+
+    Args:
+        tensors: an example of its inputs, whose strides it is compiled for.
+    """
+    from torch._inductor import standalone_compile  # loads Triton: only where something is compiled
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False, specialize_zero_one=False))
+    inputs: list[Any] = []
+    for node, tensor in zip(graph_module.graph.find_nodes(op="placeholder"), tensors, strict=True):
+        sizes = [
+            DimDynamic.DYNAMIC if isinstance(s, torch.SymInt) else DimDynamic.STATIC for s in node.meta["val"].shape
+        ]
+        context: Any = StatelessSymbolicContext(sizes, constraint_sizes=[None] * len(sizes))
+        source = ConstantSource(f"input_{len(inputs)}")
+        inputs.append(mode.from_tensor(tensor, source=source, symbolic_context=context))
+        node.meta["val"] = inputs[-1]
+    (output,) = graph_module.graph.find_nodes(op="output")
+    if isinstance(output.args[0], torch.fx.Node):
+        output.args = ((output.args[0],),)
+    graph_module.recompile()
+    FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
+    for node in graph_module.graph.nodes:
+        node.meta["example_value"] = node.meta.get("val")  # where it looks for the sizes
+    compiled: Callable[..., Any] = standalone_compile(graph_module, inputs, dynamic_shapes="from_graph")
+    return compiled

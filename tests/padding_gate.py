@@ -315,6 +315,16 @@ def in_half(dtype: torch.dtype, fill: float | None = None) -> Mask:
     return lambda mask, x: ((1.0 - mask[:, None, None, :].to(dtype)) * lowest).to(x.dtype)
 
 
+pack(
+    "padding as a whole number",  # 0.75 is 0 there
+    head=lambda net, x, mask: x.masked_fill(mask[..., None] == 0, 0.75).long().float().sum(1),
+)
+pack("padding as a truth", head=lambda net, x, mask: x.masked_fill(mask[..., None] == 0, 0.75).bool().float().sum(1))
+pack("features scattered", mix=lambda net, x, mask: x.scatter(-1, x.argsort(-1), x))
+pack(
+    "rows of a table that tokens choose",
+    mix=lambda net, x, mask: x + net.tokens.weight.index_select(0, x.argmax(-1).flatten()).view(x.shape),
+)
 pack("a softcap", mix=softcapped(None, additive))
 pack(
     "a softcap under a boolean mask",
@@ -618,6 +628,16 @@ refuse("pairs summed over valid keys", MIXES, head=lambda net, x, mask: (one_plu
 refuse("rows by length", "positions given as data", head=lambda net, x, mask: x[mask.sum(1).argsort()])
 refuse("a product with a softmaxed mask", SUMS, head=lambda net, x, mask: mask[:, None].to(x.dtype).softmax(-1) @ x)
 refuse("other rows by a mask", SUMS, head=lambda net, x, mask: torch.einsum("bs,csd->bcd", mask.to(x.dtype), x))
+refuse(
+    "features at positions that tokens give",
+    "positions given as data",
+    head=lambda net, x, mask: masked_mean(net, x, mask).gather(1, x.argmax(-1)),
+)
+refuse(
+    "tokens as the weights of a linear",
+    UNKNOWN,
+    head=lambda net, x, mask: F.linear(x.flatten(0, 1), x.flatten(0, 1))[:, :1].view(x.shape[0], -1),
+)
 refuse("tokens by a mask", "positions given as data", head=lambda net, x, mask: x[mask.bool()])
 refuse("padding replaced by a token", MIXES, head=lambda net, x, mask: replaced(net, x, mask).sum(1))
 refuse("a mean of other outputs", MIXES, head=lambda net, x, mask: (x, x.mean(1)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from models import ENCODER, compare, tokens
 from padding_models import GPT2, T5, Case
 from torch import Tensor
-from tracing import NATIVE, by_native
+from tracing import NATIVE, by_native, names, program
 
 import fxbt
 from fxbt.kernels import attention_products, autotune, native
@@ -66,7 +66,7 @@ def test_a_bias_is_added(kernel, ones, scores, monkeypatch):
     full = bias.expand(batch, heads, queries, keys)
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), full.double())
     torch.testing.assert_close(kernel(query, key, value, bias).double(), expected, rtol=1e-5, atol=1e-5)
-    found = always(kernel)(query, key, value, attn_mask=attention.Mask.of(full))
+    found = always(kernel)(query, key, value, attention.Mask.of(full))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -83,9 +83,9 @@ class Seen:
     def __init__(self):
         self.shapes = []
 
-    def __call__(self, query, key, value, bias, is_causal, scale):
+    def __call__(self, query, key, value, bias=None, is_causal=False, scale=None):
         self.shapes.append(tuple(query.shape))
-        return F.scaled_dot_product_attention(query, key, value, bias, is_causal=is_causal, scale=scale)
+        return attention.sdpa(query, key, value, bias, is_causal, scale)
 
 
 def always(kernel) -> attention.Attend:
@@ -94,7 +94,8 @@ def always(kernel) -> attention.Attend:
 
 def test_the_length_decides_and_whether_there_are_several_sequences():
     seen = Seen()
-    call = attention.Attend([None, seen, None, None, None, seen], [seen, None, None, None, seen, None])
+    own = attention.sdpa
+    call = attention.Attend([own, seen, own, own, own, seen], [seen, own, own, own, seen, own])
     for batch in (1, 2, 3):
         for length in (16, 32, 64, 300, 500):
             call(*operands(batch, 2, length, length, 4))
@@ -103,18 +104,33 @@ def test_the_length_decides_and_whether_there_are_several_sequences():
 
 
 @pytest.mark.parametrize(
-    "options",
+    "mask",
     [
-        {"attn_mask": attention.Mask.of(torch.zeros(5, 5))},
-        {"attn_mask": attention.Mask.of(torch.zeros(1, 1, 5, 5, dtype=torch.bool))},
-        {"attn_mask": attention.Mask.of(torch.full((1, 1, 1, 5), -torch.inf).expand(1, 2, 5, 5))},
-        {"dropout_p": 0.5},
+        torch.zeros(5, 5),
+        torch.zeros(1, 1, 5, 5, dtype=torch.bool),
+        torch.full((1, 1, 1, 5), -torch.inf).expand(1, 2, 5, 5),
     ],
 )
-def test_what_a_softmax_would_answer_otherwise_is_for_sdpa(options):
+def test_what_a_softmax_would_answer_otherwise_is_for_sdpa(mask):
     seen = Seen()
-    always(seen)(*operands(1, 2, 5, 5, 4), **options)
+    always(seen)(*operands(1, 2, 5, 5, 4), attention.Mask.of(mask))
     assert not seen.shapes
+
+
+def test_what_drops_out_is_for_sdpa(monkeypatch, lowered):
+    monkeypatch.setattr(autotune.Tuner, "choose", lambda self, contest: ("products",) * len(contest.sizes))
+
+    def attend(dropout_p):
+        def function(x):
+            heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+            return F.scaled_dot_product_attention(heads, heads, heads, dropout_p=dropout_p)
+
+        return function
+
+    with torch.no_grad():
+        for dropout_p, name in ((0.0, "attend"), (0.5, "scaled_dot_product_attention")):
+            program(attend(dropout_p), torch.randn(2, 5, 8))
+            assert names(lowered)[-1] == name
 
 
 @pytest.mark.parametrize("empty", [0, 2, 3])
@@ -130,7 +146,7 @@ def test_a_boolean_mask_is_added_too():
     seen = Seen()
     query, key, value = operands(2, 2, 5, 5, 4)
     mask = (torch.rand(2, 1, 5, 5) < 0.5) | torch.eye(5, dtype=torch.bool)
-    found = always(seen)(query, key, value, attn_mask=attention.Mask.of(mask))
+    found = always(seen)(query, key, value, attention.Mask.of(mask))
     torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, value, mask))
     assert seen.shapes
 
@@ -142,7 +158,7 @@ def test_a_blocked_row_stays_zero(dtype):
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     mask[:, :, 2] = False
     mask = mask if dtype is torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    assert (always(attention.products)(query, key, value, attn_mask=attention.Mask.of(mask))[:, :, 2] == 0).all()
+    assert (always(attention.products)(query, key, value, attention.Mask.of(mask))[:, :, 2] == 0).all()
 
 
 @pytest.mark.skipif(not attention.onednn_is_exact(), reason="products do not go to oneDNN here")

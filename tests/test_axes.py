@@ -180,3 +180,20 @@ def test_constant_along_an_axis_is_what_holds_no_part_of_it():
     assert not axes.is_constant_along((head_dim,), [hidden]), "a part of it"
     assert axes.is_constant_along((heads,), head_dim)
     assert not axes.is_constant_along(((hidden,),), head_dim), "the whole of which it is a part"
+
+
+def test_a_division_says_what_it_splits_and_splits_nothing():
+    hidden, seq = Atom(32), Atom(5)
+    labels, splits = axes.divided([seq, hidden], sizes(5, 4, 8))
+    (heads,), (head_dim,) = labels[1:]
+    assert splits == {hidden: (heads, head_dim)} and labels[0] == (seq,)
+    assert axes.leaves([hidden]) == (hidden,)
+    labels, splits = axes.divided([hidden], sizes(2, 2, 8))
+    assert [atom.size for (atom,) in labels] == [2, 2, 8] and len(splits) == 2, "a part may be split again"
+
+
+def test_a_view_that_cannot_be_followed_splits_nothing():
+    hidden, seq = Atom(32), Atom(5)
+    with pytest.raises(Miss, match="cuts across"):
+        axes.regroup([hidden, seq], sizes(4, 3))
+    assert axes.leaves([hidden]) == (hidden,)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from models import CASES, compare
 from tracing import agree, by_native, names, program
 
+import fxbt
 import fxbt.kernels.autotune
 from fxbt.kernels import native
 from fxbt.lower.cpu import attention
@@ -63,6 +65,61 @@ def test_heads_may_be_split_by_the_model_as_fxbt_does(sizes, lowered):
     model, run = program(function, X, w=W)
     assert names(lowered)[-1] == "attend_projection"
     agree(model, run, torch.randn(3, 7, 6))
+
+
+SPELLINGS = {
+    "timm": lambda y, b, s: y.reshape(b, s, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0),
+    "selected": lambda y, b, s: [y.view(b, s, 3, 2, 4)[:, :, i].transpose(1, 2) for i in range(3)],
+    "chunks of views": lambda y, b, s: [x.transpose(1, 2) for x in y.view(b, s, 6, 4).chunk(3, 2)],
+    "with a dim more": lambda y, b, s: [x.view(b, s, 2, 4).transpose(1, 2) for x in y.unsqueeze(2).chunk(3, -1)],
+}
+APART = {
+    "each head's three side by side": lambda y, b, s: y.view(b, s, 2, 12).transpose(1, 2).chunk(3, -1),
+    "three dims side by side": lambda y, b, s: y.view(b, s, 2, 4, 3).permute(4, 0, 2, 1, 3).unbind(0),
+    "heads inside": lambda y, b, s: [x.view(b, s, 4, 2).permute(0, 3, 1, 2) for x in y.chunk(3, -1)],
+    "tokens first": lambda y, b, s: [x.reshape(s, b, 2, 4).permute(1, 2, 0, 3) for x in y.chunk(3, -1)],
+    "across tokens": lambda y, b, s: [x.reshape(b, 2, s, 4) for x in y.chunk(3, -1)],
+    "half a head on": lambda y, b, s: [y.split((2, 8, 8, 6), 2)[i].view(b, s, 2, 4).transpose(1, 2) for i in (1, 2, 1)],
+}
+
+
+def by_spelling(split):
+    def function(x, w):
+        attended = F.scaled_dot_product_attention(*split(F.linear(x, w), x.shape[0], x.shape[1]))
+        return attended.transpose(1, 2).reshape(x.shape[0], x.shape[1], 8)
+
+    return function
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_heads_are_found_however_they_are_split(name, lowered):
+    model, run = program(by_spelling(SPELLINGS[name]), X, w=W)
+    assert names(lowered) == ["linear", "attend_projection"]
+    for shape in SHAPES:
+        agree(model, run, torch.randn(*shape, 6))
+
+
+@pytest.mark.parametrize("name", APART)
+def test_heads_that_lie_apart_are_views(name, lowered):
+    model, run = program(by_spelling(APART[name]), X, w=W)
+    assert "attend_projection" not in names(lowered) and "attend" in names(lowered)
+    for shape in SHAPES:
+        agree(model, run, torch.randn(*shape, 6))
+
+
+@pytest.mark.parametrize("name", ["deberta-v2", "vit", "gpt2"])
+def test_models_have_no_views_of_heads(name, lowered):
+    """DeBERTa's heads are flattened into its batch and taken out again."""
+    case = next(case for case in CASES if case.name == name)
+    model = case.build(case.implementations[-1])
+    fast = fxbt.optimize(model, padding="keep")
+    for batch, length in case.shapes:
+        for padding in case.paddings:
+            inputs = case.inputs(batch, length, padding)
+            compare(fast(**inputs), model(**inputs), atol_of_magnitude=case.tolerance, dropped=case.valid(inputs))
+    assert names(lowered).count("attend_projection") == case.attentions
+    assert "attend" not in names(lowered)
+    assert not fast.report.fallbacks
 
 
 def test_weights_may_change(lowered):
@@ -128,7 +185,7 @@ def test_a_projection_that_does_not_hold_the_heads_is_an_error():
 
 
 def test_the_forms_that_are_read_are_those_of_attend():
-    call = attention.Attend([None] * 6, [None] * 6)
+    call = attention.Attend([attention.sdpa] * 6, [attention.sdpa] * 6)
     library = native.library()
     assert library is not None and not call.is_by(library.attention)
     assert attention.Attend([library.attention] * 6, [library.attention] * 6).is_by(library.attention)

@@ -11,6 +11,7 @@ from sympy.core.function import AppliedUndef
 from tracing import graph_of, nodes, returned
 
 from fxbt import masks
+from fxbt.analysis.rounding import converted
 from fxbt.graph.canonical import canonicalize
 
 SEQ = 6
@@ -156,7 +157,7 @@ def test_data_in_half_precision_is_rounded_once_it_is_known(dtype: torch.dtype) 
     value = masks.evaluate(returned(module), masks.index_symbols(2), {})
     (data,) = value.atoms(AppliedUndef)
     for number in (0, 1, 2049, -70001):
-        assert value.subs(data, number) == masks.converted(number, dtype)
+        assert value.subs(data, number) == converted(number, dtype)
 
 
 def test_an_unknown_op_is_data_not_a_guess():

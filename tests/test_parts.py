@@ -71,6 +71,7 @@ APART: dict[str, Callable[..., Any]] = {
     "zeros of the batch": lambda m, x: torch.cat([torch.zeros(x.shape[0], 1, SIZE), x], 1),
     "a token of its own": lambda m, x: torch.cat([m.table[:1].expand(x.shape[0], -1, -1), x], 1),
     "channels": lambda m, x: m.norm(F.conv1d(x, m.table[:, :LENGTH, None].sin())),
+    "channels at each place": lambda m, x: F.conv1d(x.mean(1).t()[None], m.table.sin().sum(0)[None, :, None]).mT[0],
     "shared too": lambda m, x: (m.after(x), m.table.exp()),
 }
 
@@ -125,7 +126,7 @@ MEETING: dict[str, Callable[..., Any]] = {
     "gathered": lambda m, x: x.gather(0, (x * 0).long()),
     "selected": lambda m, x: x.index_select(0, rows(x).flip(0)),
     "statistics": lambda m, x: F.batch_norm(x, None, None, training=True),
-    "channels": lambda m, x: F.conv1d(x.mean(1).t()[None], torch.ones(1, SIZE, 1)).transpose(0, 2),
+    "channels": lambda m, x: F.conv1d(x.mean(1).t()[None], torch.ones(1, SIZE, 3), padding=1).transpose(0, 2),
     "triangle": lambda m, x: x * x[:, :, 0].triu()[:, :, None],
     "its size told": lambda m, x: (x, x.shape[0]),
     "a loss": lambda m, x: (x, x.square().mean()),

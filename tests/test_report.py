@@ -16,6 +16,7 @@ from fxbt.capture.effects import Effects
 from fxbt.explain.report import Report
 from fxbt.graph.miss import Miss
 from fxbt.graph.record import Rewrite, Snapshot, StageRecord
+from fxbt.runtime.compiled import Compiled
 
 
 def miss(rule: str, where: str, reason: str, expected: str = "", found: str = "", **more: Any) -> Miss:
@@ -48,25 +49,26 @@ def filled(misses: list[Miss] | None = None, fired: tuple[str, ...] = ("encoder.
 
 def add(report: Report, misses: list[Miss], fired: tuple[str, ...] = (), signature: str = "x: f32[2, 3]") -> None:
     before, after = graph(torch.relu, "encoder.layer.3"), graph(torch.abs, "encoder.layer.1")
-    compiled = SimpleNamespace(
-        weights=None,
-        module=fx.GraphModule(nn.Module(), after),
+    module = fx.GraphModule(nn.Module(), after)
+    compiled = Compiled(
+        run=module,
+        dense=SimpleNamespace(replay=None, regions=[]),  # type: ignore[arg-type]
+        unpadding=None,
+        module=module,
+        inlined=module,
         before=Snapshot(before),
         after=Snapshot(after),
         stages=[
             StageRecord("attention", list(fired), [], misses, seconds=0.02, nodes_before=30, nodes_after=25),
             StageRecord("qkv", seconds=0.001, nodes_before=25, nodes_after=25),
         ],
+        parts=StageRecord("parts", [""]),
         seconds=0.5,
+        stochastic=False,
         derived_bytes=3 * 2**20,
         peak_bytes=5 * 2**20,
-        unpadding=None,
         kernels={},
-        precision=None,
-        error=None,
-        spilled=None,
-        replays=[],
-        parts=StageRecord("parts", [""]),
+        weights=None,
     )
     report.add_graph(
         signature, SimpleNamespace(effects=Effects(), seconds=1.25, out_spec=pytree.tree_structure((0,))), compiled

@@ -11,6 +11,7 @@ from tracing import Function, captured, nodes
 
 import fxbt
 from fxbt import Match, Miss, Rule
+from fxbt.graph.record import RULE
 from fxbt.options import Options
 from fxbt.pipeline import compile as compile_graph
 
@@ -54,7 +55,7 @@ def test_a_match_is_replaced_with_provenance():
     assert result.hits == {"silu_by_hand": 2}
     assert not nodes(result.module, aten.sigmoid.default)
     silus = nodes(result.module, aten.silu.default)
-    assert [node.meta["fxbt_rule"] for node in silus] == ["silu_by_hand"] * 2
+    assert [node.meta[RULE] for node in silus] == ["silu_by_hand"] * 2
     torch.testing.assert_close(result.run(X)[0], silu_by_hand(silu_by_hand(X) + 1))
 
 

@@ -10,7 +10,8 @@ from torch.export import Dim, export
 
 import fxbt
 from fxbt.explain import show
-from fxbt.explain.report import GraphReport
+from fxbt.explain.graph_report import GraphReport
+from fxbt.graph import record
 from fxbt.graph.record import Snapshot
 
 
@@ -71,7 +72,7 @@ def test_inputs_named_like_results_keep_their_names() -> None:
 def test_the_rule_that_made_a_node_is_named() -> None:
     module = graph_of(Small(), torch.ones(2, 3, 4), torch.ones(2, 5, 4))
     made = next(node for node in module.graph.nodes if node.op == "call_function" and "linear" in node.name)
-    made.meta[show.RULE_KEY] = "qkv"
+    made.meta[record.RULE] = "qkv"
     assert "-> f32[s0, s1, 8]  # first  [qkv]" in show.text(module)
 
 

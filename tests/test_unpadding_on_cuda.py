@@ -83,6 +83,7 @@ def by_bounds(q, k, v, starts, key_starts, longest, longest_key, *, scale, windo
 def on_a_tape(monkeypatch, torchs_kernels):
     """Makes (unpadding as if on CUDA, the dense program) of a model."""
     monkeypatch.setattr(packed, "varlen_attention_by_torch", by_bounds)
+    monkeypatch.setattr("fxbt.lower.program.fuse_pointwise", lambda graph: (graph, []))  # its kernels are on no tape
 
     def make(name: str = "BertModel", recorder: Any = None, **settings: Any) -> tuple[UnpaddingOnCuda, Program]:
         module = graph_on_cuda(name, torch.bfloat16, **settings)
@@ -137,10 +138,13 @@ def test_padding_at_the_left_and_in_between_is_dropped_by_the_same_recording(on_
 
 def test_without_a_recorder_exactly_the_tokens_are_computed(on_a_tape, monkeypatch):
     unpadding, dense = on_a_tape()
-    sizes = []
-    monkeypatch.setattr(
-        Tokens, "on_device", lambda mask, size, *more: sizes.append((size, *more)) or on_device(mask, size)
-    )
+    sizes, on_device = [], Tokens.on_device
+
+    def noted(mask: Tensor, size: int, *more: int) -> Tokens:
+        sizes.append((size, *more))
+        return on_device(mask, size, *more)
+
+    monkeypatch.setattr(Tokens, "on_device", noted)
     check(unpadding, dense, masks_of(40, 12, 30))
     assert sizes == [(82,)] and unpadding.calls == {PACKED: 1}
 
@@ -189,7 +193,8 @@ def test_weights_that_move_are_recorded_anew(on_a_tape):
 @needs_gpu
 @pytest.mark.parametrize("cuda_graphs", [False, True, "static"])
 @pytest.mark.parametrize("name, settings", [("BertModel", {}), ("LlamaModel", LLAMA)])
-def test_mixed_batches_agree_on_a_gpu(name, settings, cuda_graphs):
+def test_mixed_batches_agree_on_a_gpu(name, settings, cuda_graphs, monkeypatch):
+    monkeypatch.setattr(UnpaddingOnCuda, "_is_slower", lambda self, run, tensors: False)  # tiny models are, perhaps
     model = huggingface(name, **{**SETTINGS, **settings})("eager").eval().to("cuda", torch.bfloat16)
     exact = huggingface(name, **{**SETTINGS, **settings})("eager").eval().double()
     fast: Any = fxbt.optimize(model, cuda_graphs=cuda_graphs)
@@ -208,12 +213,13 @@ def test_mixed_batches_agree_on_a_gpu(name, settings, cuda_graphs):
 
 
 @needs_gpu
-def test_streams_and_threads_do_not_meet_on_a_gpu():
+def test_streams_and_threads_do_not_meet_on_a_gpu(monkeypatch):
     import threading
 
     model = huggingface("BertModel", **SETTINGS)("eager").eval().to("cuda", torch.float16)
+    monkeypatch.setattr(UnpaddingOnCuda, "_is_slower", lambda self, run, tensors: False)
     fast: Any = fxbt.optimize(model, cuda_graphs=True)
-    problems = []
+    problems: list[Exception] = []
 
     def work(seed: int) -> None:
         try:

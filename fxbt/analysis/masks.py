@@ -6,7 +6,6 @@ as a sympy expression; `is_causal` asks whether that is "j <= i, nothing else".
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,18 +19,14 @@ from torch import fx
 
 from ..graph.node import argument, attribute
 from ..graph.opsets import CASTS
+from ..graph.walk import ancestors
 from .axes import IDENTITIES, PERMUTES, RESHAPES, UNIT_DIMS, permutation, sizes_of
+from .rounding import EXACT_FOR_POSITIONS, NO_NUMBERS, Opaque, cast_to, number_of
 
 aten = torch.ops.aten
 Index = tuple[Any, ...]
-EXACT_FOR_POSITIONS = {torch.int32, torch.int64, torch.float32, torch.float64}
 VIEWS = RESHAPES | UNIT_DIMS
-NO_NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16}  # 1 + 1 is 1 in bool, 0 - 1 is 255 in uint8
 Truth = Relational | BooleanFunction | BooleanAtom  # not sympy's Boolean: its Symbol is one, integers included
-
-
-class Opaque(Exception):
-    """The mask depends on something whose value at a symbolic position is not known."""
 
 
 def index_symbols(count: int) -> Index:
@@ -49,7 +44,7 @@ def evaluate(node: Any, index: Index, constants: dict[fx.Node, torch.Tensor]) ->
         Opaque: an op whose value at a position is not known.
     """
     if not isinstance(node, fx.Node):
-        return _number(node)
+        return number_of(node)
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
         return sympy.sympify(value.node.expr if isinstance(value, torch.SymInt) else value)
@@ -62,14 +57,8 @@ def evaluate(node: Any, index: Index, constants: dict[fx.Node, torch.Tensor]) ->
 
 def read_constants(node: fx.Node) -> dict[fx.Node, torch.Tensor]:
     """The parameters, buffers and constants a mask is computed from, with their content."""
-    seen, waiting, found = {node}, [node], {}
-    while waiting:
-        current = waiting.pop()
-        if current.op == "get_attr":
-            found[current] = attribute(current.graph.owning_module, current)
-        waiting.extend(source for source in current.all_input_nodes if source not in seen)
-        seen.update(current.all_input_nodes)
-    return found
+    constants = sorted(source for source in ancestors([node]) if source.op == "get_attr")
+    return {constant: attribute(constant.graph.owning_module, constant) for constant in constants}
 
 
 def zero_else_below(value: Any, limit: float) -> Any | None:
@@ -126,13 +115,6 @@ def slack_of(term: Any) -> Any | None:
     return None if slack is None else sympy.expand(slack)
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        return sympy.true if value else sympy.false
-    # sympy holds 0.0 and 0 for different numbers
-    return sympy.Integer(int(value)) if math.isfinite(value) and value == int(value) else sympy.sympify(value)
-
-
 def _data(node: fx.Node, index: Index) -> Any:
     shape = node.meta["val"].shape
     read = [position for dim, position in enumerate(index) if not _is_one(shape[dim])]
@@ -152,7 +134,7 @@ def _constant(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor
     if content is None:
         return _data(node, index)
     if content.numel() == 1:
-        return _number(content.item())
+        return number_of(content.item())
     if content.dim() < 2 or content.shape[:-2].numel() != 1 or content.shape[-1] != content.shape[-2]:
         return _data(node, index)
     square = content.reshape(content.shape[-2:])
@@ -346,51 +328,7 @@ def _cast(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -
     is_known = value.is_number or value.is_integer or isinstance(value, sympy.Piecewise)
     if source.is_floating_point and not dtype.is_floating_point and not is_known:
         return _data(node, index)  # whatever it rounds to
-    return _converted(value, source, dtype)
-
-
-def _converted(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
-    """A number as torch converts it; an expression as it is between types that hold all its values."""
-    if isinstance(value, sympy.Piecewise):
-        return sympy.Piecewise(*[(_converted(case, source, dtype), when) for case, when in value.args])
-    if value.is_number:
-        return converted(value, dtype)
-    is_wider = source.is_floating_point and dtype.is_floating_point and torch.promote_types(source, dtype) is dtype
-    if is_wider or (value.is_integer and dtype in EXACT_FOR_POSITIONS):
-        return value
-    if dtype not in ROUNDINGS:
-        raise Opaque(f"a cast to {dtype}")
-    return ROUNDINGS[dtype](value)
-
-
-def converted(number: Any, dtype: torch.dtype) -> Any:
-    """A number as torch holds it in another type."""
-    return _number(torch.tensor(float(number), dtype=torch.float64).to(dtype).item())
-
-
-class Rounding(sympy.Function):
-    """What data becomes in a type of less precision: known as soon as the data is a number, such as a mask's 0 or 1."""
-
-    dtype: torch.dtype
-
-    @classmethod
-    def eval(cls, value: Any) -> Any:
-        return converted(value, cls.dtype) if value.is_number else None
-
-
-class ToFloat16(Rounding):
-    dtype = torch.float16
-
-
-class ToBFloat16(Rounding):
-    dtype = torch.bfloat16
-
-
-class ToFloat32(Rounding):
-    dtype = torch.float32
-
-
-ROUNDINGS = {kind.dtype: kind for kind in (ToFloat16, ToBFloat16, ToFloat32)}
+    return cast_to(value, source, dtype)
 
 
 def _triangle(relation: Any, outside: Callable[[Any], Any]) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from torch.export.graph_signature import OutputKind
 
 from ..errors import CaptureError
 from ..torch_compat import preserving_version
+from .call import Call
 from .codes import is_torchs
 from .model_state import Slot, versions
 
@@ -181,6 +182,26 @@ def check_buffers(model: nn.Module, buffers: Sequence[Buffer]) -> None:
             raise CaptureError(f"forward writes in place to {buffer.name}, which was made in inference mode")
         if sum(memory_of(tensor) == memory_of(buffer.tensor) for tensor in shared) > 1:
             raise CaptureError(f"forward writes in place to {buffer.name}, whose memory another tensor shares")
+
+
+def written_buffers(
+    model: nn.Module, watched: Sequence[Tensor], before: Sequence[int], call: Call
+) -> list[tuple[str, Tensor]]:
+    """The buffers, by name, that the original wrote to in place since `watched` were at the versions `before`.
+
+    Raises:
+        CaptureError: it wrote to another tensor, or to a buffer that cannot be given a new value.
+    """
+    written = [tensor for tensor, old, new in zip(watched, before, versions(watched), strict=True) if old != new]
+    buffers = {id(tensor): name for name, tensor in model.named_buffers()}
+    arguments = {memory_of(t): f"its argument {name}" for t, name in zip(call.tensors, call.names, strict=True)}
+    parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+    others = [t for t in written if id(t) not in buffers or memory_of(t) in arguments]
+    if others:
+        named = [arguments.get(memory_of(t), parameters.get(id(t), "a tensor")) for t in others]
+        raise CaptureError(f"forward writes in place to {', '.join(named)}")
+    check_buffers(model, [Buffer(buffers[id(tensor)], tensor) for tensor in written])
+    return [(buffers[id(tensor)], tensor) for tensor in written]
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -18,24 +18,23 @@ import gc
 import io
 import itertools
 import logging
-import operator
 import os
 import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..torch_compat import dict_version
 from . import places
 from .codes import Facts, imported, is_model_code, is_torchs
 from .model_state import HOOKS, ModelState
-from .places import ABSENT, HEAP, PLAIN, Place
+from .places import HEAP, PLAIN, Place
 from .settings import Settings
+from .unchanged import Unchanged
 
 _DEPTH = 4  # a list inside a config inside a dict inside a module: deeper than that nothing is looked at
 _LARGE = 1 << 16  # elements of an array: more take too long to compare at every call
@@ -49,11 +48,6 @@ _UNWATCHED = (array.array, memoryview, ctypes._SimpleCData, ctypes.Array, ctypes
 _ASKED_OF_LOGGERS = ("isEnabledFor", "getEffectiveLevel", "level", "disabled")
 _CACHED = type(functools.lru_cache(len))
 _OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS)
-_CODE = operator.attrgetter("__code__")
-_DEFAULTS = operator.attrgetter("__defaults__")
-_BY_KEYWORD = operator.attrgetter("__kwdefaults__")
-_CONTENTS = operator.attrgetter("cell_contents")
-_MRO = operator.attrgetter("__mro__")
 
 
 class Surroundings:
@@ -90,7 +84,7 @@ class Surroundings:
         for name, module in model.named_modules():
             self._visit_own(module, name)
         self.reach_class(Tensor)
-        self._quick: _Quick | None = None
+        self._quick: Unchanged | None = None
 
     def reach(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
         """Adds all that this code names in its globals."""
@@ -158,7 +152,7 @@ class Surroundings:
         """To be called when all is reached: from now on this is compared."""
         self._state = ModelState(nn.Module())  # asked while walking; it would keep weights that are replaced later
         places = self._counted, self._others
-        self._quick = _Quick(*places, self._functions, self._cells, self._modules, self.settings)
+        self._quick = Unchanged(*places, self._functions, self._cells, self._modules, self.settings)
         return self
 
     def changed(self) -> list[str]:
@@ -418,76 +412,6 @@ class Surroundings:
         why = "is too large to compare at each call" if _is_array(value) else "goes on with each use"
         why = "cannot be compared at each call" if isinstance(value, _UNWATCHED) else why
         self.obstacle = self.obstacle or f"forward reads {place}, a {type(value).__name__}, which {why}"
-
-
-class _Attribute:
-    """One attribute of many objects, as it is now."""
-
-    def __init__(self, read: Callable[[Any], Any], owners: list[Any]) -> None:
-        self.read = read
-        self.owners = owners
-        self.values = list(map(read, owners))
-
-
-class _Quick:
-    """That nothing changed since, at some 30 ns for each place."""
-
-    def __init__(
-        self,
-        counted: list[Place],
-        others: list[Place],
-        functions: list[Any],
-        cells: list[Place],
-        modules: list[Any],
-        settings: Settings | None,
-    ) -> None:
-        self._counted = counted
-        self._dicts = [place.counted for place in counted]
-        self._versions: list[int] = []  # of the time when all was last compared: never yet
-        self._others = [place for place in others if not isinstance(place, places.Function)]
-        self._by_attribute = [*(place for place in others if isinstance(place, places.Function)), *cells]
-        kinds = list(map(type, modules))
-        # Compared as lists: codes that are equal do the same, and classes are equal to themselves alone.
-        self._listed = [
-            _Attribute(type, modules),
-            _Attribute(_MRO, list(dict.fromkeys(kinds))),
-            _Attribute(_CODE, functions),
-        ]
-        full = [place for place in cells if place.kept is not ABSENT]
-        self._identical = [
-            _Attribute(_DEFAULTS, [f for f in functions if f.__defaults__ is not None]),
-            _Attribute(_BY_KEYWORD, [f for f in functions if f.__kwdefaults__ is not None]),
-            _Attribute(_CONTENTS, [place.owner for place in full]),
-        ]
-        self._others += [place for place in cells if place.kept is ABSENT]
-        self._dtype = torch.get_default_dtype()
-        self._settings = settings
-
-    def holds(self, during_a_trace: bool) -> bool:
-        versions = list(map(dict_version, self._dicts))
-        if versions != self._versions and not self._holds_anew(versions, during_a_trace):
-            return False
-        for one in self._listed:
-            if list(map(one.read, one.owners)) != one.values:
-                return False
-        for one in self._identical:
-            if not all(map(operator.is_, map(one.read, one.owners), one.values)):
-                return all(place.holds() for place in (*self._by_attribute, *self._others))
-        if torch.get_default_dtype() is not self._dtype or (self._settings and not self._settings.holds()):
-            return False
-        return all(place.holds() for place in self._others)
-
-    def _holds_anew(self, versions: list[int], during_a_trace: bool) -> bool:
-        known = self._versions or [-1] * len(versions)
-        for i, (place, old, new) in enumerate(zip(self._counted, known, versions, strict=True)):
-            if old == new:
-                continue
-            if during_a_trace and place.is_machinery:
-                versions[i] = old
-            elif not place.holds():
-                return False
-        self._versions = versions
-        return True
 
 
 def _is_array(value: Any) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from ..graph.miss import module_path
-from .show import RULE_KEY, op_name
+from ..graph.record import RULE
+from .show import op_name
 
 
 def as_networkx(graph: fx.Graph) -> networkx.DiGraph:
@@ -34,7 +35,7 @@ def _description(node: fx.Node) -> dict[str, Any]:
     return {
         "op": op_name(node.target) if node.op == "call_function" else node.op,
         "module": module_path(node),
-        "rule": node.meta.get(RULE_KEY, ""),
+        "rule": node.meta.get(RULE, ""),
         "shape": None if tensor is None else tuple(map(_size, tensor.shape)),
         "dtype": None if tensor is None else tensor.dtype,
     }

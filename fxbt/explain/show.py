@@ -14,11 +14,9 @@ from torch import fx
 
 from ..graph.miss import description, module_path, short_dtype, short_type, source_line
 from ..graph.node import attribute
-from ..graph.record import Entry, Rewrite, Snapshot
+from ..graph.record import RULE, Entry, Rewrite, Snapshot
 from ..torch_compat import OpOverload
 from .fold import Line, Repeat, repeats
-
-RULE_KEY = "fxbt_rule"  # node.meta entry: the name of the rule that made the node
 
 Symbols = dict[sympy.Symbol, sympy.Symbol]
 
@@ -242,7 +240,7 @@ class Printer:
 
     def origin(self, node: fx.Node, path: str) -> str:
         """Where a line comes from: module path and rule."""
-        made_by = node.meta.get(RULE_KEY)
+        made_by = node.meta.get(RULE)
         return (f"  # {self.path(path)}" if path else "") + (f"  [{made_by}]" if made_by else "")
 
     def path(self, path: str) -> str:

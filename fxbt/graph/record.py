@@ -13,6 +13,14 @@ from torch import fx
 
 from .miss import Miss
 
+RULE = "fxbt_rule"  # node.meta entry: the rule that put a node in, for those who read the graph; it decides nothing
+MADE = "fxbt_made"  # node.meta entry: `is_made`
+
+
+def is_made(node: fx.Node) -> bool:
+    """Whether a rule put the node in: its layout may be another than the model's, and its kernel fxbt's own choice."""
+    return bool(node.meta.get(MADE, False))
+
 
 class Entry(NamedTuple):
     """A node as it was when it was looked at."""

@@ -7,11 +7,15 @@ tanh, biases whose order shows, or scores that a number takes the place of. With
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# (query, key, value, bias, is_causal, scale), as `products` takes them: every kernel that may stand in SDPA's place
+Kernel = Callable[..., Tensor]
 
 SCORES = 2**20  # elements at a time: 4 MiB of float32, which the allocator keeps rather than give back
 
@@ -74,6 +78,19 @@ def products(
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return _attention(query, key, value, Scores(scale, after=() if bias is None else (bias,), is_causal=is_causal))
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's own kernel as a `Kernel`; its bias may be a boolean mask, too."""
+    return F.scaled_dot_product_attention(query, key, value, bias, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:

@@ -7,6 +7,7 @@ merges both has size T). `Tokens` says where they come from; it is made once a c
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..torch_compat import varlen_attention as varlen_attention_by_torch
-from .attention_products import by_products
+from .attention_products import Kernel, by_products, sdpa
 
 SMALLEST_BUCKET = 32  # tokens: below, calls are bound by the launch of kernels
 EXACT = 2**20  # float32 and int32 hold sums of whole numbers up to that as they are
@@ -210,17 +211,20 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
+    attend: Kernel = sdpa,
 ) -> Tensor:
-    """Self-attention of packed [1, heads, T, dim] tensors: every token sees the tokens of its own sequence."""
+    """Self-attention of packed [1, heads, T, dim] tensors: every token sees the tokens of its own sequence.
+
+    With `enable_gqa`, groups of query heads see the same keys, by torch's kernel.
+    """
+    attend = functools.partial(sdpa, enable_gqa=True) if enable_gqa else attend
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for index, group in enumerate(tokens.groups):
         attended = attend(
             *(_sequences(x, group.start, group.count, group.length) for x in (query, key, value)),
-            attn_mask=None if bias is None else bias[index],
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
+            None if bias is None else bias[index],
+            is_causal,
+            scale,
         )
         place = output.narrow(0, group.start, group.count * group.length)
         place.view(group.count, group.length, *place.shape[1:]).copy_(attended.transpose(1, 2))
@@ -239,8 +243,8 @@ def softcapped_attention(
 ) -> Tensor:
     """`attention` on softcap * tanh(scale Q K^T), to which the bias is added."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **_: Any) -> Tensor:
-        return by_products(q, k, v, [], [] if attn_mask is None else [attn_mask], scale, softcap, is_causal)
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+        return by_products(q, k, v, [], [] if bias is None else [bias], scale, softcap, is_causal)
 
     return attention(query, key, value, tokens, bias, is_causal, scale, attend=attend)
 

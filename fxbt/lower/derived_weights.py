@@ -6,7 +6,8 @@ a weight has changed. Programs of one model share such values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -16,9 +17,11 @@ import torch
 from torch import fx
 
 from ..graph.node import attribute, expression, is_pure, reaches_output
+from ..graph.walk import ancestors
 from ..kernels.autotune import Tuner
 from ..kernels.forks import FORKS
-from ..torch_compat import OpOverload, past_python
+from .codegen import compile_graph
+from .cuda.late_look import CALLS_APART, LateLook
 from .patrol import Patrol
 from .spill import Spilled, spilled
 
@@ -38,32 +41,43 @@ class Derived:
     addresses: set[int | None]
     patrol: Patrol
     values: tuple[torch.Tensor, ...]
+    late_look: LateLook | None = None  # where weights are on a CUDA device
 
     @classmethod
     def compute(cls, derive: Callable[..., tuple[torch.Tensor, ...]], weights: list[torch.Tensor]) -> Derived:
         """The values as the weights are now; the stamp is read first, so that a change meanwhile is seen next time."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        derive_plainly = without_autocast(derive, {weight.device.type for weight in weights})
+        with torch.inference_mode(False), torch.no_grad():
             watched = cls.watching(weights)
-            watched.values = derive(*weights)
+            watched.values = derive_plainly(*weights)
+            if any(weight.is_cuda for weight in weights):
+                watched.late_look = LateLook(derive_plainly, weights, watched.values)
             return watched
 
     @classmethod
     def watching(cls, weights: list[torch.Tensor], values: tuple[torch.Tensor, ...] = ()) -> Derived:
         """Values that are those of the weights as they are now."""
         stamp = _stamp(weights)
-        samples = [_sample(weight.detach()) for weight in weights]
-        return cls(stamp, samples, _content(samples), set(map(_address, weights)), Patrol(weights), values)
+        on_cpu = [weight for weight in weights if not weight.is_cuda]
+        samples = [_sample(weight.detach()) for weight in on_cpu]
+        return cls(stamp, samples, _content(samples), set(map(_address, weights)), Patrol(on_cpu), values)
 
     def holds(self, weights: list[torch.Tensor]) -> bool:
         """Whether the weights are as they were: by what torch counts, and, past `.data` (uncounted), by a sample.
 
-        And by a part of all their bytes, another one each time.
+        And by a part of all their bytes, another one each time. On a CUDA device, by a look some calls ago.
         """
-        return self.stamp == _stamp(weights) and _content(self.samples) == self.sampled and self.patrol.next_holds()
+        return (
+            self.stamp == _stamp(weights)
+            and _content(self.samples) == self.sampled
+            and self.patrol.next_holds()
+            and (self.late_look is None or self.late_look.holds())
+        )
 
     def holds_in_full(self, weights: list[torch.Tensor]) -> bool:
         """Whether the weights are as they were, by all of their bytes."""
-        return self.stamp == _stamp(weights) and self.patrol.holds()
+        holds_late = self.late_look is None or self.late_look.holds_now()
+        return holds_late and self.stamp == _stamp(weights) and self.patrol.holds()
 
     def release(self) -> None:
         """Lets go of the weights' memory."""
@@ -73,6 +87,18 @@ class Derived:
     def nbytes(self) -> int:
         """The memory of the values that are no views of weights."""
         return sum(_nbytes(value) for value in self.values if _address(value) not in self.addresses)
+
+
+def without_autocast(run: Callable[..., Any], devices: Iterable[str]) -> Callable[..., Any]:
+    """`run` with autocast off on these devices, whatever the caller has set."""
+
+    def plainly(*args: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return run(*args)
+
+    return plainly
 
 
 def _stamp(sources: list[torch.Tensor]) -> tuple[int, ...]:
@@ -99,10 +125,9 @@ def _content(samples: list[np.ndarray]) -> bytes:
 
 
 def _can_be_watched(weight: Any) -> bool:
-    """On an accelerator, looking at a sample would wait for the device; merging anew there costs next to nothing."""
     return (
         isinstance(weight, torch.Tensor)
-        and weight.device.type == "cpu"
+        and weight.device.type in ("cpu", "cuda")
         and weight.is_contiguous()
         and not weight.is_inference()
     )
@@ -154,7 +179,7 @@ class Weights:
         """
         calls = [node for node in graph.nodes if node in constant and node.op == "call_function"]
         used = [node for node in calls if any(user not in constant for user in node.users)]
-        needed = _ancestors(used)
+        needed = ancestors(used)
         with self._lock:
             copies = self._copy(module, [node for node in graph.nodes if node in needed])
             places = [self._values.setdefault(copies[node], len(self._values)) for node in used]
@@ -163,6 +188,7 @@ class Weights:
         for node in used:
             with graph.inserting_after(last[0]) if last else graph.inserting_before():
                 stand_in = graph.placeholder(f"derived_{node.name}")
+            stand_in.meta = dict(node.meta)
             node.replace_all_uses_with(stand_in)
             last = [stand_in]
         graph.eliminate_dead_code()
@@ -200,7 +226,9 @@ class Weights:
     @property
     def rounds(self) -> int:
         """After so many calls, every write to a weight has been seen, however it was made."""
-        return self._derived.patrol.rounds if self._derived else 0
+        if self._derived is None:
+            return 0
+        return max(self._derived.patrol.rounds, 2 * CALLS_APART if self._derived.late_look else 0)
 
     def nbytes(self) -> int:
         """The memory of the derived values."""
@@ -220,7 +248,8 @@ class Weights:
             if derived is None or not derived.holds_in_full(self._sources):
                 return Spilled()
             derived.release()
-            with spilled([weight for weight in self._sources if id(weight) not in self._read]) as result:
+            unread = [weight for weight in self._sources if id(weight) not in self._read and not weight.is_cuda]
+            with spilled(unread) as result:
                 self._derived = Derived.watching(self._sources, derived.values)
             read = sum(_nbytes(weight) for weight in self._sources if id(weight) in self._read)
             result.kept.update({"calls read it too": read} if read else {})
@@ -257,58 +286,3 @@ class Weights:
         graph.graph_copy(self._graph, copies)
         graph.output(tuple(copies[node] for node in self._values))
         return compile_graph(graph)
-
-
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    found, waiting = set(nodes), list(nodes)
-    while waiting:
-        sources = [source for source in waiting.pop().all_input_nodes if source not in found]
-        found.update(sources)
-        waiting.extend(sources)
-    return found
-
-
-def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph as a plain Python function of its placeholders: one line a node, ops bound as globals."""
-    graph.lint()
-    bound: dict[str, Any] = {}
-    last_use = {source: node for node in graph.nodes for source in node.all_input_nodes}
-    parameters = ", ".join(node.name for node in graph.nodes if node.op == "placeholder")
-    lines = [f"def program({parameters}):"]
-    for node in graph.nodes:
-        if node.op == "output":
-            lines.append(f"    return {_source(node.args[0], bound)}")
-        if node.op != "call_function":
-            continue
-        arguments = [_source(value, bound) for value in node.args]
-        arguments += [f"{name}={_source(value, bound)}" for name, value in node.kwargs.items()]
-        lines.append(f"    {node.name} = {_bind(node.target, bound)}({', '.join(arguments)})")
-        done = [n.name for n in node.all_input_nodes if last_use[n] is node and n.op == "call_function"]
-        done += [] if node in last_use else [node.name]
-        lines += [f"    del {', '.join(done)}"] if done else []
-    exec(compile("\n".join(lines), "<fxbt program>", "exec"), bound)
-    return bound["program"]
-
-
-def _bind(value: Any, bound: dict[str, Any]) -> str:
-    name = f"_fxbt{len(bound)}"
-    bound[name] = past_python(value) if isinstance(value, OpOverload) else value  # past one Python frame a call
-    return name
-
-
-def _source(value: Any, bound: dict[str, Any]) -> str:
-    """An argument as Python text; what has no exact text of its own becomes a global."""
-    if isinstance(value, fx.Node):
-        return value.name
-    if isinstance(value, list):
-        return f"[{', '.join(_source(item, bound) for item in value)}]"
-    if type(value) is tuple:
-        return f"({''.join(_source(item, bound) + ', ' for item in value)})"
-    if value is None or type(value) in (bool, int, str):
-        return repr(value)
-    if isinstance(value, slice):
-        parts = (value.start, value.stop, value.step)
-        return f"slice({', '.join(_source(part, bound) for part in parts)})"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key!r}: {_source(item, bound)}' for key, item in value.items())}}}"
-    return _bind(value, bound)

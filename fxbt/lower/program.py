@@ -7,75 +7,31 @@ weight, say) is kept and refreshed when a source changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
-from ..capture.value_branches import assert_now
-from ..graph.blocks import BY_PRODUCTS
 from ..graph.node import attribute
-from ..kernels.attention_products import by_products
+from ..graph.record import is_made
 from ..kernels.differentiable import attention_with_gradient
-from ..torch_compat import silu
+from .assumptions import Assumptions
+from .bindings import BINDINGS
 from .by_block import lower_blocks
+from .codegen import compile_graph
 from .cpu.attention import attend_fast
 from .cpu.chain import chained
-from .cpu.heads import attend_projections
 from .cpu.linears import choose_linears
 from .cpu.precision import Precision, narrow_linears
 from .cuda.graphs import Recorder, Replay, obstacle
-from .derived_weights import Weights, compile_graph, weight_only
+from .cuda.pointwise import FusedRegion, fuse_pointwise
+from .derived_weights import Weights, weight_only
 from .memory import peak_bytes
 from .once import look_up_once, make_masks_once, split_heads_once
 from .recompute import recomputing
 
 aten = torch.ops.aten
-
-# The direct binding of an op, where it takes the op's arguments as they stand.
-BINDINGS: dict[Any, Callable[..., Any]] = {
-    aten.linear.default: F.linear,
-    aten.layer_norm.default: torch.layer_norm,
-    aten.embedding.default: torch.embedding,
-    aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
-    aten.gelu.default: F.gelu,
-    aten.silu.default: silu,
-    aten.softmax.int: torch.softmax,
-    aten.matmul.default: torch.matmul,
-    aten.bmm.default: torch.bmm,
-    aten.addmm.default: torch.addmm,
-    aten.add.Tensor: torch.add,
-    aten.sub.Tensor: torch.sub,
-    aten.mul.Tensor: torch.mul,
-    aten.div.Tensor: torch.div,
-    aten.tanh.default: torch.tanh,
-    aten.relu.default: torch.relu,
-    aten.rsqrt.default: torch.rsqrt,
-    aten.pow.Tensor_Scalar: torch.pow,
-    aten.reshape.default: torch.reshape,
-    aten.transpose.int: torch.transpose,
-    aten.permute.default: torch.permute,
-    aten.contiguous.default: torch.Tensor.contiguous,
-    aten.unflatten.int: torch.unflatten,
-    aten.unsqueeze.default: torch.unsqueeze,
-    aten.expand.default: torch.Tensor.expand,
-    aten.select.int: torch.select,
-    aten.cat.default: torch.cat,
-    aten.split_with_sizes.default: torch.split_with_sizes,
-    aten.where.self: torch.where,
-    aten.where.ScalarOther: torch.where,
-    aten.sym_size.int: torch.Tensor.size,
-    aten.to.dtype: torch.Tensor.to,
-    aten.to.device: torch.Tensor.to,
-    aten.gather.default: torch.gather,
-    aten.arange.default: torch.arange,
-    aten.__and__.Tensor: torch.bitwise_and,
-    aten.ge.Scalar: torch.ge,
-    aten._assert_async.msg: assert_now,
-    BY_PRODUCTS: by_products,
-}
 
 
 class Program:
@@ -102,7 +58,7 @@ class Program:
     ):
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {}))
-        self._watched = [(live, live.clone(), name) for name, live in assumes.items()]
+        self._assumptions = Assumptions(assumes)
         self.kernels: dict[str, str] = {}
         self._derived: Weights | None = None
         prepared = lower_blocks(graph) if weights is not None else []
@@ -111,8 +67,11 @@ class Program:
         if weights is not None:
             self._derive(module, graph, weights, precision, prepared)
         self._weights = _bind_weights(module, graph)
+        self.regions: list[FusedRegion] = []
         if weights is not None:
             weights.note_read(self._weights)
+            if self.obstacle is None:  # to computing on a CUDA device alone
+                graph, self.regions = fuse_pointwise(graph)
         for node in graph.nodes:
             node.target = _binding(node) if node.op == "call_function" else node.target
         self._graph = graph
@@ -141,7 +100,6 @@ class Program:
         attend_fast(graph, weights.tuner)
         make_masks_once(graph)
         split_heads_once(graph)
-        attend_projections(graph)
         self.kernels = weights.tuner.answers
         self._places = weights.add(module, graph, constant)
         self._derived = weights if self._places else None
@@ -152,17 +110,15 @@ class Program:
 
     def check_assumptions(self) -> None:
         """Raises RuntimeError where a constant is not what it was when the graph was proven on it."""
-        for live, assumed, name in self._watched:
-            if not torch.equal(live, assumed):
-                raise RuntimeError(f"{name} changed after the graph was proven on its content")
+        self._assumptions.check()
 
     def can_rebind(self, pairs: Mapping[int, torch.Tensor]) -> bool:
         """Whether what was proven holds with the tensors that `pairs` puts in the places of others (by their id)."""
-        return all(torch.equal(pairs.get(id(live), live), assumed) for live, assumed, _ in self._watched)
+        return self._assumptions.can_rebind(pairs)
 
     def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
         """Reads those tensors from now on; its `weights` are rebound apart, as other programs share them."""
-        self._watched = [(pairs.get(id(live), live), assumed, name) for live, assumed, name in self._watched]
+        self._assumptions.rebind(pairs)
         self._weights = [pairs.get(id(weight), weight) for weight in self._weights]
         if self.replay is not None:
             self.replay.forget()
@@ -181,7 +137,7 @@ class Program:
 
 def _binding(node: fx.Node) -> Any:
     is_attention = node.target is aten.scaled_dot_product_attention.default
-    if is_attention and "fxbt_rule" in node.meta and torch.is_grad_enabled():
+    if is_attention and is_made(node) and torch.is_grad_enabled():
         return attention_with_gradient
     return BINDINGS.get(node.target, node.target)
 
@@ -194,6 +150,7 @@ def _bind_weights(module: fx.GraphModule, graph: fx.Graph) -> list[torch.Tensor]
         weights.append(attribute(module, node))
         with graph.inserting_after(last[0]) if last else graph.inserting_before():
             argument = graph.placeholder(f"weight_{node.name}")
+        argument.meta = dict(node.meta)
         node.replace_all_uses_with(argument)
         graph.erase_node(node)
         last = [argument]

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..capture.checkpointing import Region, regions_of
 from ..errors import CaptureError
-from .derived_weights import compile_graph
+from .codegen import compile_graph
 
 
 def recomputing(graph: fx.Graph, depth: int = 0) -> fx.Graph:

@@ -8,7 +8,7 @@ terms or of three, a division a power of -1, a mean a sum with a coefficient. It
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import fx
 from ..analysis import axes
 from ..graph.miss import Miss
 from ..graph.node import is_weight
+from ..graph.walk import computed_from, latest_first
 from . import pointwise
 from .alternatives import always_bound, single_factor, summed_exponents, variants
+from .formula_text import formula
 from .found import Found, State
 from .naming import is_float_cast, op_of
 from .readings import Powers, Reduced, is_close, is_same, keeps_elements, plain, product_cuts, slice_of, sum_cuts
@@ -47,7 +49,6 @@ from .terms import (
     Term,
     Variable,
     WeightVariable,
-    formula,
     names,
     shared,
 )
@@ -96,7 +97,7 @@ class Matcher:
             yield nodes, state
             return
         seeds = [state.bound[name] for name in sorted(names(terms[0])) if name in state.bound]
-        for candidate in _computed_from([*(n for n in seeds if isinstance(n, fx.Node)), *nodes], depth=8):
+        for candidate in computed_from([*(n for n in seeds if isinstance(n, fx.Node)), *nodes], depth=8):
             if candidate in nodes:
                 continue
             for found in self._match(terms[0], candidate, state):
@@ -138,7 +139,7 @@ class Matcher:
             Miss(
                 reason,
                 node=node,
-                expected=_Expected(self._expected) if reason is ENDS else term,
+                expected=term if isinstance(term, tuple) else _Expected(self._expected),
                 found="" if node is not None else str(value),
                 matched=state.matched,
                 total=self.pattern.size,
@@ -451,7 +452,7 @@ class Matcher:
         known = [state.bound[name] for name in names(term.source) if name in state.bound]
         earliest = min((self._position(node) for node in known if isinstance(node, fx.Node)), default=0)
         nearest, is_found = self._nearest, False
-        for node in _ancestors(value, self._position, earliest):
+        for node in latest_first(value, self._position, earliest):
             if isinstance(term.source, Call) and not is_op(term.source, node):
                 continue
             for found in self._match(term.source, node, state):
@@ -471,24 +472,3 @@ class _Expected:
 
     def __str__(self) -> str:
         return formula(Either(tuple(dict.fromkeys(self._terms))))
-
-
-def _computed_from(seeds: list[fx.Node], depth: int) -> list[fx.Node]:
-    """What is computed from the seeds in at most `depth` steps, nearest first."""
-    found, layer = dict.fromkeys(seeds), seeds
-    for _ in range(depth):
-        layer = [user for node in layer for user in node.users if user not in found and user.op == "call_function"]
-        found.update(dict.fromkeys(layer))
-    return list(found)
-
-
-def _ancestors(node: fx.Node, position: Callable[[fx.Node], int], earliest: int) -> Iterator[fx.Node]:
-    """A node and what it is computed from, latest first, none before position `earliest`."""
-    waiting, seen = {node}, {node}
-    while waiting:
-        latest = max(waiting, key=position)
-        waiting.remove(latest)
-        yield latest
-        sources = [s for s in latest.all_input_nodes if s not in seen and position(s) >= earliest]
-        seen.update(sources)
-        waiting.update(sources)

@@ -10,7 +10,7 @@ from torch import fx
 from ..graph.blocks import ATTENTIONS, FUSED
 from ..graph.opsets import CASTS
 from ..torch_compat import OpOverload
-from .terms import ALIASES
+from .torch_functions import ALIASES
 
 
 def op_of(node: Any) -> str:

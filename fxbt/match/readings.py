@@ -17,7 +17,7 @@ from torch import fx
 from ..analysis import axes
 from ..graph.node import argument
 from .naming import is_float_cast, op_of
-from .terms import merge_powers, powers_multiply
+from .normal_form import merge_powers, powers_multiply
 
 aten = torch.ops.aten
 LAYOUT = axes.RESHAPES | axes.UNIT_DIMS | axes.IDENTITIES | axes.PERMUTES | axes.EXPANDS

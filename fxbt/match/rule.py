@@ -16,6 +16,7 @@ from ..errors import RuleError
 from ..graph.blocks import FUSED
 from ..graph.miss import Miss
 from .found import Found
+from .language import Expression, Op, term_of
 from .matcher import Matcher
 from .naming import is_float_cast, op_of
 from .pointwise import ENDS
@@ -26,7 +27,6 @@ from .terms import (
     Formula,
     Maybe,
     NumberVariable,
-    Op,
     Pointwise,
     Product,
     Sum,
@@ -257,20 +257,21 @@ def rule(
 
 def _formula(rule: Rule, parameters: list[str], *op: Op) -> Formula:
     try:
-        outputs = rule.pattern(*op, *(Variable(name) for name in parameters))
+        outputs = rule.pattern(*op, *(Expression(Variable(name)) for name in parameters))
     except Exception as error:
         raise RuleError(f"{_called(rule)}: {error}") from error
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    for output in outputs:
-        if not isinstance(output, Term) or isinstance(output, Variable | WeightVariable | NumberVariable | Maybe):
+    given = outputs if isinstance(outputs, tuple) else (outputs,)
+    terms = term_of(given)
+    for output, term in zip(given, terms, strict=True):
+        if not isinstance(term, Term) or isinstance(term, Variable | WeightVariable | NumberVariable | Maybe):
             raise RuleError(f"{_called(rule)}: the pattern gives {output}, expected a formula of at least one op")
-    made = Formula(outputs)
+    made = Formula(terms)
     unused = [name for name in parameters if name not in made.names]
     if unused:
         raise RuleError(
             f"{_called(rule)}: the pattern never uses its variable {unused[0]!r}; use it or remove the parameter"
         )
-    _check_kinds(rule, outputs)
+    _check_kinds(rule, terms)
     return made
 
 

@@ -10,7 +10,8 @@ from torch import fx
 from ..graph.node import argument, is_pure, parameters
 from .naming import is_float_cast, op_of
 from .readings import is_close, reduced_dims
-from .terms import Call, Part, Slice, plain_equation
+from .terms import Call, Part, Slice
+from .torch_functions import plain_equation
 
 # Arguments that are sizes (never written), dims (compared modulo the rank) or precision (modulo casts).
 SIZES = {"size", "shape", "sizes", "normalized_shape", "output_size"}

@@ -20,18 +20,8 @@ from sympy.core.relational import Relational
 from torch import fx
 
 from ..analysis.axes import IDENTITIES, RESHAPES, UNIT_DIMS, sizes_of
-from ..analysis.masks import (
-    Index,
-    Opaque,
-    Rounding,
-    Truth,
-    converted,
-    evaluate,
-    index_symbols,
-    is_causal,
-    read_constants,
-    zero_else_below,
-)
+from ..analysis.masks import Index, Truth, evaluate, index_symbols, is_causal, read_constants, zero_else_below
+from ..analysis.rounding import Opaque, Rounding, converted
 from ..graph.blocks import ATTENTIONS, mask_of
 from ..graph.miss import Miss
 from ..graph.node import argument

@@ -16,11 +16,14 @@ import sympy
 import torch
 from torch import fx
 
-from ..analysis.axes import Atom, Axes, fresh, sizes_of
+from ..analysis.axes import Atom, Axes, Label, sizes_of
+from ..analysis.axis_transfer import AxisTransfer, Labels
 from ..graph.miss import Miss
+from ..graph.record import RULE
+from ..graph.walk import ancestors
 from ..kernels import packed
 from .proof import AttentionMask, value_at_padding
-from .validity_sources import Validity, ancestors
+from .validity_sources import Validity
 
 aten = torch.ops.aten
 
@@ -63,7 +66,6 @@ class Wide:
 
 
 Value = Dense | Packed | Wide
-Labels = dict[int, tuple[Atom, ...]]  # the dims, counted from the right, that hold batch or tokens
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,13 @@ class Guard:
     reason: str
 
 
-def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    return [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), torch.Tensor)]
+def _as_held(number: float, dtype: torch.dtype) -> float | None:
+    """A number as tensors of this type hold it: 0.75 is 0 among whole numbers, and infinity is none of them."""
+    if dtype.is_complex or not (dtype.is_floating_point or math.isfinite(number)):
+        return None
+    exact = torch.tensor(number, dtype=torch.float64) if isinstance(number, float) else torch.tensor(number)
+    held: float = exact.to(dtype).item()
+    return held
 
 
 class Writer:
@@ -99,7 +106,8 @@ class Writer:
         for validity, node in zip(validities, tokens, strict=True):
             self.domains.append(self._domain(validity, node))
         self._positions = {domain.position for domain in self.domains}
-        self._special = self._positions | {domain.batch for domain in self.domains}
+        batches = {domain.batch for domain in self.domains}
+        self.transfer = AxisTransfer("tokens", self._positions | batches)
         for domain in self.domains:
             for dim, atom in enumerate((domain.batch, domain.position)):
                 self._sizes[atom.size] = self.cached(aten.sym_size.int, domain.mask, dim)
@@ -119,7 +127,7 @@ class Writer:
 
     def _source(self, node: fx.Node) -> fx.Node:
         """What says where tokens are, [batch, length]: an input, or computed before anything else."""
-        for earlier in ancestors(node):
+        for earlier in sorted(ancestors([node])):
             if earlier not in self.values:
                 self.values[earlier] = self.dense(earlier) if earlier.op != "get_attr" else Dense(self.copy(earlier))
         made: fx.Node = self.values[node].node
@@ -129,33 +137,14 @@ class Writer:
 
     def labels(self, value: Value) -> Labels:
         """The dims of a value that hold batch or tokens."""
-        if isinstance(value, Dense):
-            return {}
-        axes = value.axes
-        return {dim - len(axes): label for dim, label in enumerate(axes) if not self._special.isdisjoint(label)}
-
-    def key(self, labels: Labels) -> Any:
-        """Equal for labels that say the same: of other axes merged with batch or tokens, the size alone."""
-        return {dim: [a if a in self._special else a.size for a in label] for dim, label in labels.items()}
-
-    def with_labels(self, node: fx.Node, labels: Labels) -> Axes:
-        """Axes of a dense node, new where it holds neither batch nor tokens. Of several results: the labels alone."""
-        is_one = isinstance(node.meta["val"], torch.Tensor)
-        axes: list[tuple[Atom, ...]] = list(fresh(node)) if is_one else [()] * max(-dim for dim in labels)
-        for dim, label in labels.items():
-            axes[dim] = label
-        return tuple(axes)
-
-    def is_split(self) -> bool:
-        """Whether some view went through the batch or a token axis."""
-        return any(atom.parts for atom in self._special)
+        return {} if isinstance(value, Dense) else self.transfer.labels(value.axes)
 
     def has_tokens(self, labels: Labels) -> bool:
         return any(not self._positions.isdisjoint(label) for label in labels.values())
 
     def domain_of(self, labels: Labels) -> Domain | None:
         """The domain of a value with exactly one token axis and one batch axis."""
-        atoms = [atom for label in labels.values() for atom in label if atom in self._special]
+        atoms = [atom for label in labels.values() for atom in label if atom in self.transfer.marks]
         for domain in self.domains:
             if len(atoms) == 2 and domain.batch in atoms and domain.position in atoms:
                 return domain
@@ -180,7 +169,7 @@ class Writer:
         node = self.graph.call_function(function, args, kwargs)
         meta: Any = self.current.meta
         node.meta = {key: meta[key] for key in ("nn_module_stack", "stack_trace") if key in meta}
-        node.meta |= {"fxbt_rule": "padding", "val": val}
+        node.meta |= {RULE: "padding", "val": val}
         return node
 
     def cached(self, function: Callable[..., Any], *args: Any, val: Any = None) -> fx.Node:
@@ -211,6 +200,7 @@ class Writer:
         if isinstance(val, torch.Tensor):
             shape = [self._packed_size(label, size) for label, size in zip(axes, val.shape, strict=True)]
             copy.meta["val"] = self.fake(shape, val)
+            pad = None if pad is None else _as_held(pad, val.dtype)
         return Packed(copy, axes, domain, pad)
 
     def fake(self, shape: Sequence[Any], like: Any) -> torch.Tensor:
@@ -261,7 +251,7 @@ class Writer:
         return self.cached(packed.gather, value.node, domain.tokens, full, token, rank, val=val)
 
     def size(self, atom: Atom, is_packed: bool) -> Any:
-        if is_packed and atom in self._special:
+        if is_packed and atom in self.transfer.marks:
             return -1 if atom in self._positions else 1
         if atom.size.is_Integer:
             return int(atom.size)
@@ -269,7 +259,7 @@ class Writer:
             raise Miss("a size cannot be read in the packed graph", node=self.current, found=str(atom.size))
         return self._sizes[atom.size]
 
-    def shape(self, axes: Iterable[tuple[Atom, ...]], is_packed: bool) -> list[Any]:
+    def shape(self, axes: Iterable[Label], is_packed: bool) -> list[Any]:
         """The sizes of a dense shape as arguments of a reshape, or those of its packed form."""
         return [self._product([self.size(atom, is_packed) for atom in label]) for label in axes]
 
@@ -284,11 +274,11 @@ class Writer:
                 )
         return product
 
-    def _packed_size(self, label: tuple[Atom, ...], size: Any) -> Any:
-        if self._special.isdisjoint(label):
+    def _packed_size(self, label: Label, size: Any) -> Any:
+        if self.transfer.marks.isdisjoint(label):
             return size
         counts = [domain.count for domain in self.domains if domain.position in label]
-        return math.prod([*counts, *(int(atom.size) for atom in label if atom not in self._special)])
+        return math.prod([*counts, *(int(atom.size) for atom in label if atom not in self.transfer.marks)])
 
     # --- what a value is at padding ---
 
@@ -302,7 +292,7 @@ class Writer:
         if isinstance(value, Wide) or not isinstance(arg.meta.get("val"), torch.Tensor):
             return None
         batch, position = sympy.Symbol("b", integer=True), sympy.Symbol("s", integer=True)
-        symbols: dict[tuple[Atom, ...], Any] = {(domain.batch,): batch, (domain.position,): position}
+        symbols: dict[Label, Any] = {(domain.batch,): batch, (domain.position,): position}
         sizes = sizes_of(arg)
         index: list[Any] = []
         for dim in range(-len(sizes), 0):

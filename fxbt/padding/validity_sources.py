@@ -6,7 +6,7 @@ The second is a boolean of the graph that depends on one number a row and on siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from sympy.core.relational import Relational
 from torch import fx
 
 from ..analysis.axes import sizes_of
-from ..analysis.masks import Index, Opaque, evaluate, read_constants, slack_of
+from ..analysis.masks import Index, evaluate, read_constants, slack_of
+from ..analysis.rounding import Opaque
+from ..graph.walk import ancestors
 
 ROW, POSITION = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("row", "position"))
 aten = torch.ops.aten
@@ -92,7 +94,7 @@ def computed(mask: fx.Node, index: Index) -> Iterator[Validity]:
     """
     at = {index[0]: ROW, index[-1]: POSITION}
     found: set[Any] = set()
-    for node in ancestors(mask):
+    for node in sorted(ancestors([mask])):
         value = _condition(node, index)
         condition = None if value is None else value.xreplace(at)
         if condition is None or found & {condition, condition.negated}:
@@ -136,21 +138,7 @@ def _has_small_factors(condition: Relational) -> bool:
 
 def _computed_from(node: fx.Node) -> list[fx.Node]:
     """What the content of a tensor is computed from, itself included; not what only gives its sizes."""
-    return _reached(node, _contents)
-
-
-def ancestors(node: fx.Node) -> list[fx.Node]:
-    """A node and all that it is computed from, sizes included, in the order of the graph."""
-    return _reached(node, lambda reached: reached.all_input_nodes)
-
-
-def _reached(node: fx.Node, sources: Callable[[fx.Node], list[fx.Node]]) -> list[fx.Node]:
-    seen, waiting = {node}, [node]
-    while waiting:
-        found = [source for source in sources(waiting.pop()) if source not in seen]
-        waiting += found
-        seen.update(found)
-    return sorted(seen)
+    return sorted(ancestors([node], _contents))
 
 
 def _contents(node: fx.Node) -> list[fx.Node]:

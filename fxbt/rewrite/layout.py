@@ -16,6 +16,7 @@ from torch import fx
 from ..graph.blocks import FUSED
 from ..graph.node import argument
 from ..graph.opsets import CASTS
+from ..graph.record import RULE, is_made
 
 aten = torch.ops.aten
 
@@ -107,7 +108,7 @@ def _is_relaid(node: Any, known: dict[fx.Node, bool]) -> bool:
 
 def _is_made(node: fx.Node) -> bool:
     is_known = node.target in CONTIGUOUS or _is_pointwise(node) or node.target in FUSED.values()
-    return "fxbt_rule" in node.meta and not is_known
+    return is_made(node) and not is_known
 
 
 def _laid_out_like(node: fx.Node) -> list[fx.Node]:
@@ -161,6 +162,6 @@ def _in_order(graph: fx.Graph, node: fx.Node, order: Order) -> fx.Node:
 
 def _call(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
     called = graph.call_function(target, (node, *args))
-    kept: dict[str, Any] = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "fxbt_rule") if k in node.meta}
+    kept: dict[str, Any] = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace", RULE) if k in node.meta}
     called.meta = {**kept, "val": target(node.meta["val"], *args)}
     return called

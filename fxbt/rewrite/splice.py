@@ -17,7 +17,7 @@ from ..analysis.axes import reduced, size_of
 from ..graph.canonical import drop_same_dtype_cast, size_of_another
 from ..graph.miss import Miss, module_path
 from ..graph.node import writes
-from ..graph.record import Entry, Rewrite
+from ..graph.record import MADE, RULE, Entry, Rewrite
 from ..match.rule import Match, Rule
 from ..torch_compat import (
     SIZES_LOG,
@@ -219,10 +219,10 @@ def _splice(
 
 
 def provenance(node: fx.Node, anchor: fx.Node, rule: Rule) -> dict[str, Any]:
-    """A new node's meta: its own value, the module path and source line of what it replaces, and the rule's name."""
+    """A new node's meta: its own value, module path and source line of what it replaces, and that a rule made it."""
     meta: Any = anchor.meta
     kept = {str(key): meta[key] for key in ("nn_module_stack", "stack_trace", "custom") if key in meta}
-    return {"val": node.meta.get("val"), "fxbt_rule": rule.name, **kept}
+    return {"val": node.meta.get("val"), MADE: True, RULE: rule.name, **kept}
 
 
 def _check_results(match: Match, results: list[fx.Node]) -> None:

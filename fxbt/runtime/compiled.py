@@ -11,7 +11,7 @@ from torch import fx
 
 from ..graph.miss import Miss
 from ..graph.record import Snapshot, StageRecord, hits_of
-from ..lower.cuda.graphs import Replay
+from ..lower.cuda.graphs import Recorder, Replay
 from ..lower.derived_weights import Weights
 from ..lower.program import Program
 from ..lower.spill import Spilled
@@ -37,9 +37,15 @@ class Compiled:
     peak_bytes: int | None  # of what the captured call computes, without gradients
     kernels: dict[str, str]
     weights: Weights | None  # what the programs derive, without gradients
+    recorder: Recorder | None = None  # of CUDA graphs, where that was asked for
     precision: str | None = None  # of linears, if it is not the model's own
     error: float | None = None  # of the outputs against the original's, in another precision
     spilled: Spilled | None = None  # what went from memory to a file
+
+    @property
+    def serve(self) -> Callable[..., tuple[Any, ...]]:
+        """`run`, for a caller's call."""
+        return self.recorder.serving(self.run) if self.recorder else self.run
 
     @property
     def hits(self) -> dict[str, int]:

@@ -54,7 +54,7 @@ class GuardedGraph:
     rebuild: Rebuild = field(init=False)
 
     def __post_init__(self) -> None:
-        self.run, self.guards = self.compiled.run, self.captured.guards
+        self.run, self.guards = self.compiled.serve, self.captured.guards
         self.rebuild = Rebuild(self.captured.out_spec)
 
     @property

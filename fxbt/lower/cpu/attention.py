@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -17,25 +18,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...graph.blocks import BY_PRODUCTS, SDPA
-from ...graph.node import argument
+from ...graph.node import argument, parameters
 from ...kernels import native, packed
-from ...kernels.attention_products import by_products, products
+from ...kernels.attention_products import Kernel, by_products, products, sdpa
 from ...kernels.autotune import Calls, Contest, Tuner, bucket_of
 from ...kernels.forks import FORKS
 from ...torch_compat import is_amx_tile_supported
 from ..once import additive
+from .heads import Heads, projected
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a sequence that are measured
 UP_TO = (24, 48, 96, 192, 384)
 BY_ONEDNN = "oneDNN products"
 SEVERAL = 512  # tokens of several sequences: SDPA spreads them over threads, products hold the scores of all
-
-# As SDPA of (query, key, value, bias, is_causal, scale); None stands for SDPA's own.
-Kernel = Callable[..., Tensor]
 
 
 def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
@@ -52,30 +50,48 @@ def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
         one, several = (
             [kernels[name] for name in tuner.choose(attentions(heads, head_dim, several))] for several in (False, True)
         )
-        if not any(one + several):
-            continue
-        attend, library = Attend(one, several), native.library()
-        has_no_bias = node.target is packed.attention and not node.args[4]
-        if has_no_bias and library and attend.is_by(library.attention):
-            node.target = PackedAtOnce(library)
-            continue
-        _read_mask(graph, node, read)
-        if node.target is SDPA:
-            node.target = attend
-        else:
-            node.kwargs = {**node.kwargs, "attend": attend}
+        attend = Attend(one, several)
+        if not attend.is_by(sdpa):
+            _use(graph, node, attend, read)
+    graph.eliminate_dead_code()  # the views between a projection and its attention
 
 
-def _read_mask(graph: fx.Graph, attention: fx.Node, read: dict[fx.Node, fx.Node]) -> None:
-    """Puts a `Mask` in the place of an attention's mask, or a list of them in that of its blocks: one for all."""
-    is_packed = attention.target is packed.attention
-    mask = (attention.args[4] or None) if is_packed else argument(attention, "attn_mask")
-    if not isinstance(mask, fx.Node):
-        return
-    if mask not in read:
-        with graph.inserting_after(mask):
-            read[mask] = graph.call_function(Mask.of_blocks if is_packed else Mask.of, (mask,))
-    attention.replace_input_with(mask, read[mask])
+def _use(graph: fx.Graph, node: fx.Node, attend: Attend, read: dict[fx.Node, fx.Node]) -> None:
+    """Puts what was chosen into an attention's place: from its projection on, if it can be."""
+    given, library = _given(node), native.library()
+    tokens, mask, options = given.get("tokens"), _read_mask(graph, given, read), (given["is_causal"], given["scale"])
+    operands, node.kwargs = node.args[:3], {}
+    if library is None or not attend.is_by(library.attention) or (tokens and mask):
+        target: Any = packed.attention if tokens else attend
+        node.target, node.args = target, (*operands, *([tokens] if tokens else []), mask, *options)
+        node.kwargs = {"attend": attend} if tokens else {}  # type: ignore[dict-item]
+    elif found := projected(node):
+        projection, heads, merged = found
+        node.target = AttendProjection(heads, library, is_packed=tokens is not None)
+        node.args, node.meta = (projection, tokens or mask, *options), dict(merged.meta)
+        merged.replace_all_uses_with(node)
+    else:
+        node.target = packed_at_once(library) if tokens else attend
+        node.args = (*operands, tokens or mask, *options)
+
+
+def _given(attention: fx.Node) -> dict[str, Any]:
+    """The arguments of a dense or a packed attention, by name."""
+    if attention.target is SDPA:
+        return {name: argument(attention, name) for name in parameters(SDPA)}
+    bound = inspect.signature(packed.attention).bind(*attention.args, **attention.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _read_mask(graph: fx.Graph, given: dict[str, Any], read: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """The `Mask` of an attention's mask, or a list of them for the blocks of a packed one: one for all attentions."""
+    mask, function = (given["bias"], Mask.of_blocks) if "tokens" in given else (given["attn_mask"], Mask.of)
+    if mask is None or mask in read:
+        return read.get(mask)
+    with graph.inserting_after(mask):
+        read[mask] = graph.call_function(function, (mask,))
+    return read[mask]
 
 
 def _can_be_products(node: fx.Node) -> bool:
@@ -86,8 +102,10 @@ def _can_be_products(node: fx.Node) -> bool:
     if not all(x.dim() == 4 and x.dtype is torch.float32 and x.device.type == "cpu" for x in values):
         return False
     heads, head_dim = values[0].shape[1::2]
-    is_static = isinstance(heads, int) and isinstance(head_dim, int)
-    return is_static and (node.target is BY_PRODUCTS or all(x.shape[1] == heads for x in values))
+    if not isinstance(heads, int) or not isinstance(head_dim, int):
+        return False
+    drops_out = node.target is SDPA and argument(node, "dropout_p") != 0
+    return node.target is BY_PRODUCTS or not drops_out and all(x.shape[1] == heads for x in values)
 
 
 @dataclass(frozen=True)
@@ -116,16 +134,16 @@ class Mask:
         return [cls.of(mask) for mask in masks]
 
 
-def is_for_sdpa(attn_mask: Mask | None, dropout_p: float, *operands: Tensor) -> bool:
-    """Whether no other kernel computes such an attention: its mask is no addend, it drops out, or it is empty."""
-    is_masked_otherwise = attn_mask is not None and attn_mask.bias is None
-    return is_masked_otherwise or bool(dropout_p) or not all(operand.numel() for operand in operands)
+def is_for_sdpa(mask: Mask | None, *operands: Tensor) -> bool:
+    """Whether no other kernel computes such an attention: its mask is no addend, or it is empty."""
+    is_masked_otherwise = mask is not None and mask.bias is None
+    return is_masked_otherwise or not all(operand.numel() for operand in operands)
 
 
 class Attend:
-    """`scaled_dot_product_attention` by the kernel that was chosen for the length of one sequence, or of several."""
+    """The kernel that was chosen for the length of one sequence, or of several; a `Kernel` itself, but for its mask."""
 
-    def __init__(self, one: Sequence[Kernel | None], several: Sequence[Kernel | None]):
+    def __init__(self, one: Sequence[Kernel], several: Sequence[Kernel]):
         self._one, self._several = one, several
         self.__name__ = "attend"  # fx names nodes by it
 
@@ -133,45 +151,41 @@ class Attend:
         """Whether this kernel was chosen for all lengths."""
         return all(chosen == kernel for chosen in (*self._one, *self._several))
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Mask | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None = None, *options: Any) -> Tensor:
         kernel = (self._one if len(key) == 1 else self._several)[bucket_of(key.shape[2], UP_TO)]
-        mask, bias = (attn_mask.mask, attn_mask.bias) if attn_mask else (None, None)
-        if kernel is None or is_for_sdpa(attn_mask, dropout_p, query, key):
-            return F.scaled_dot_product_attention(
-                query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        return kernel(query, key, value, bias, is_causal, scale)
+        if kernel is sdpa or is_for_sdpa(mask, query, key):
+            return sdpa(query, key, value, mask.mask if mask else None, *options)
+        return kernel(query, key, value, mask.bias if mask else None, *options)
 
 
-class PackedAtOnce:
+def packed_at_once(library: native.Library) -> Callable[..., Tensor]:
     """`packed.attention` without a bias, by our own kernel for sequences of all lengths."""
 
-    def __init__(self, library: native.Library):
-        self._library = library
-        self.__name__ = "packed_at_once"
+    def packed_at_once(q: Tensor, k: Tensor, v: Tensor, tokens: packed.Tokens, is_causal: bool, scale: Any) -> Tensor:
+        return library.attention(q, k, v, None, is_causal, scale, tokens.bounds, tokens.longest)
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: packed.Tokens,
-        bias: None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        return self._library.attention(query, key, value, None, is_causal, scale, tokens.bounds, tokens.longest)
+    return packed_at_once
+
+
+class AttendProjection:
+    """Attention of the heads of a projection (batch, seq, columns) by our own kernel: without views, and merged again.
+
+    It is given a mask, or where it `is_packed` the tokens, and the options of a `Kernel`, of which none is left out.
+    """
+
+    def __init__(self, heads: Heads, library: native.Library, is_packed: bool):
+        self.heads, self.is_packed = heads, is_packed
+        self._run = library.attention_of(*heads)
+        self.__name__ = "attend_projection"
+
+    def __call__(self, projection: Tensor, seen: Any, is_causal: bool, scale: float | None) -> Tensor:
+        if self.is_packed:
+            return self._run(projection, None, is_causal, scale, seen.bounds, seen.longest)
+        if is_for_sdpa(seen, projection):
+            query, key, value = self.heads.of(projection)
+            attended = sdpa(query, key, value, seen.mask if seen else None, is_causal, scale)
+            return attended.transpose(1, 2).flatten(2)
+        return self._run(projection, seen.bias if seen else None, is_causal, scale)
 
 
 class ByProducts:
@@ -217,17 +231,10 @@ class _ByOneDNN:
 by_onednn = _ByOneDNN()
 
 
-def products_by_onednn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
+def products_by_onednn(*operands: Any, **options: Any) -> Tensor:
     """`products`, computed by oneDNN's float32 kernels, which are twice as fast as MKL's on AMD's processors."""
     with by_onednn:
-        return products(query, key, value, bias, is_causal, scale)
+        return products(*operands, **options)
 
 
 @functools.cache
@@ -247,9 +254,9 @@ def onednn_is_exact() -> bool:
     return True
 
 
-def attention_kernels() -> dict[str, Kernel | None]:
+def attention_kernels() -> dict[str, Kernel]:
     """The kernels for an attention, by name."""
-    kernels: dict[str, Kernel | None] = {"SDPA": None, **product_kernels()}
+    kernels: dict[str, Kernel] = {"SDPA": sdpa, **product_kernels()}
     library = native.library()
     return kernels if library is None else {**kernels, "native": library.attention}
 
@@ -270,15 +277,11 @@ def ways_to_multiply(heads: int, head_dim: int) -> Contest:
     return _contest(f"products {heads}x{head_dim} float32", heads, head_dim, product_kernels())
 
 
-def _contest(
-    name: str, heads: int, head_dim: int, kernels: Mapping[str, Kernel | None], several: bool = False
-) -> Contest:
-    runs = [kernel or F.scaled_dot_product_attention for kernel in kernels.values()]
-
+def _contest(name: str, heads: int, head_dim: int, kernels: Mapping[str, Kernel], several: bool = False) -> Contest:
     def calls(length: int) -> list[Calls]:
         batch = max(2, SEVERAL // length) if several else 1
         query, key, value = torch.full((batch, length, 3 * heads, head_dim), 0.5).transpose(1, 2).split(heads, 1)
-        return [[functools.partial(run, query, key, value)] for run in runs]
+        return [[functools.partial(run, query, key, value)] for run in kernels.values()]
 
     first, *_ = kernels
     by_rule = "native" if "native" in kernels and native.comes_first() else first

@@ -1,7 +1,10 @@
 """What follows a linear and can be computed with it: an activation or a residual, and a layer norm.
 
-These are one kernel's own conditions (who reads the result, of which shape and dtype), not a block's: of 374 places in
-the graphs of 22 models 61 reach over the border of a layer, as its last sum goes into the next one's norm.
+The one place in lowering that looks for a shape, where a block's record would say too little: of 410 linears with
+something fused in, in the graphs of the 24 models of tests/models.py, 349 have all of it in one block, but 55 a norm in
+the next layer (31) or in no block (24), as a pre-norm layer ends in the sum that the next one norms. And what is joined
+must be checked in each graph anyway (one reader, shape, dtype), as padding is dropped and blocks of a user's own go
+before layers.
 """
 
 from __future__ import annotations

@@ -1,19 +1,25 @@
-"""Attention from a projection to a projection: our own kernel reads heads as they stand side by side, without views."""
+"""Which columns of a projection an attention reads, and where its heads stand side by side again: read off the axes.
+
+However views, transposes and picks in between are spelled: what they leave where is all that counts.
+"""
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from ...analysis.axes import PERMUTES, RESHAPES, permutation, sizes_of
-from ...graph.node import only_user
-from ...kernels import native, packed
-from .attention import Attend, Mask, PackedAtOnce, is_for_sdpa
+from ...analysis import axes
+from ...graph.miss import Miss
+from ...graph.node import argument, only_user
 
 aten = torch.ops.aten
+
+LAYOUT = axes.IDENTITIES | axes.PERMUTES | axes.RESHAPES | axes.UNIT_DIMS
+PICKS = {aten.split_with_sizes.default, aten.unbind.int, aten.select.int}
 
 
 class Heads(NamedTuple):
@@ -29,96 +35,90 @@ class Heads(NamedTuple):
         return [heads.narrow(1, start, count) for start, count in zip(self.starts, self.counts, strict=True)]
 
 
-def attend_projections(graph: fx.Graph) -> None:
-    """An attention by our own kernel, on heads split as `split_heads_once` does and merged after it -> one call."""
-    library = native.library()
-    if library is None:
-        return
-    for node in list(graph.nodes):
-        attend = node.target
-        is_native = isinstance(attend, PackedAtOnce) or isinstance(attend, Attend) and attend.is_by(library.attention)
-        if not is_native:
-            continue
-        merged, found = _merged(node), _projection_of(node)
-        if merged is None or found is None:
-            continue
-        projection, heads = found
-        kind: Any = PackedProjection if isinstance(attend, PackedAtOnce) else Projection
-        with graph.inserting_before(merged):
-            result = graph.call_function(kind(heads, library, attend), (projection, *node.args[3:]), node.kwargs)
-        result.meta = dict(merged.meta)
-        merged.replace_all_uses_with(result)
-    graph.eliminate_dead_code()
+class Pick(NamedTuple):
+    """The `part` of an axis, from place `first` of the `whole` on, that an op has picked."""
+
+    whole: axes.Atom
+    part: tuple[axes.Atom, ...]
+    first: int
 
 
-def _projection_of(attention: fx.Node) -> tuple[fx.Node, Heads] | None:
-    """The projection that queries, keys and values of an attention are parts of."""
-    items: list[Any] = list(attention.args[:3])
-    splits = {item.args[0] if item.target is operator.getitem else item for item in items}
-    split: Any = splits.pop()
-    if splits or split.target is not aten.split_with_sizes.default or split.args[2:] != (1,):
+def projected(attention: fx.Node) -> tuple[fx.Node, Heads, fx.Node] | None:
+    """The projection (batch, seq, columns) that an attention's operands are columns of, which, and where it goes.
+
+    That is the view (batch, seq, heads * head_dim) of its result, where nothing else is read of that.
+    """
+    operands: list[Any] = list(attention.args[:3])
+    counts, (head_dim, *others) = zip(*(operand.meta["val"].shape[1::2] for operand in operands), strict=True)
+    are_known = all(type(size) is int and size for size in (*counts, head_dim))
+    merged = _merged(attention) if are_known and set(others) == {head_dim} else None
+    found = [columns for operand in operands if merged is not None and (columns := _columns(operand))]
+    sources, starts = zip(*found, strict=True) if len(found) == 3 else ((), ())
+    if merged is None or len(set(sources)) != 1 or any(start % head_dim for start in starts):
         return None
-    turned = split.args[0]
-    if turned.target is not aten.transpose.int or turned.args[1:] != (1, 2):
+    query, key, value = (start // head_dim for start in starts)
+    return sources[0], Heads(counts, (query, key, value), head_dim), merged
+
+
+def _columns(operand: fx.Node) -> tuple[fx.Node, int] | None:
+    """The value farthest back of which an operand (batch, heads, seq, head_dim) is columns, and the first of these."""
+    batch, heads, seq, features = labels = axes.fresh(operand)
+    node, pick, found = operand, None, None
+    while True:
+        start = _first_column(labels, (batch, seq, heads + features), pick)
+        found = found if start is None else (node, start)
+        try:
+            step = axes.step_back(node, labels)
+        except Miss:  # a view across the axes
+            return found
+        if step is not None:
+            node, labels = step
+            continue
+        before = _before_pick(node, labels) if pick is None else None
+        if before is None:
+            return found
+        node, labels, pick = before
+
+
+def _first_column(labels: axes.Axes, wanted: axes.Axes, pick: Pick | None) -> int | None:
+    """Where the columns `wanted` begin in a value (batch, seq, columns); None where it is none or they lie apart."""
+    *outer, columns = axes.resolve(labels)
+    *wanted_outer, wanted_columns = axes.resolve(wanted)
+    start = 0
+    if pick is not None and columns[:1] == (pick.whole,):
+        start = pick.first * math.prod(atom.size for atom in columns[1:])
+        columns = (*axes.leaves(pick.part), *columns[1:])
+    return int(start) if (outer, columns) == (wanted_outer, wanted_columns) else None
+
+
+def _before_pick(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, Pick] | None:
+    """Through an item of a split, or one place of an axis, towards what it was picked of."""
+    call: Any = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(call, fx.Node) or call.target not in PICKS:
         return None
-    whole = turned.args[0]
-    if whole.target is not aten.unflatten.int or whole.args[1] != 2 or whole.args[0].meta["val"].dim() != 3:
+    source: Any = call.args[0]
+    dim = argument(call, "dim") % source.meta["val"].dim()
+    size = axes.sizes_of(source)[dim]
+    place: Any = argument(node, "index") if node is call else node.args[1]
+    keeps_dim = call.target is aten.split_with_sizes.default
+    sizes: Any = argument(call, "split_sizes") if keeps_dim else [1] * int(size) if size.is_Integer else []
+    if size == 1 or type(place) is not int or not 0 <= place < len(sizes) or {*map(type, sizes)} != {int}:
         return None
-    sizes, places = split.args[1], [item.args[1] for item in items]
-    query, key, value = (sizes[place] for place in places)
-    starts = tuple(sum(sizes[:place]) for place in places)
-    return whole.args[0], Heads((query, key, value), starts, int(items[0].meta["val"].shape[3]))
+    pick = Pick(axes.Atom(size), labels[dim] if keeps_dim else (), sum(sizes[:place]))
+    return source, (*labels[:dim], (pick.whole,), *labels[dim + keeps_dim :]), pick
 
 
 def _merged(attention: fx.Node) -> fx.Node | None:
     """The view of an attention's result in which the heads stand side by side, if nothing else is read of it."""
-    turned = only_user(attention, PERMUTES)
-    if turned is None or permutation(turned) != [0, 2, 1, 3]:
-        return None
-    merged = only_user(turned, RESHAPES)
-    is_merged = merged is not None and merged.meta["val"].dim() == 3 and sizes_of(merged)[:2] == sizes_of(turned)[:2]
-    return merged if is_merged else None
-
-
-class Projection:
-    """`Attend` of the heads of a projection, where it is by our own kernel at all lengths."""
-
-    def __init__(self, heads: Heads, library: native.Library, attend: Attend):
-        self.heads, self._attend = heads, attend
-        self._run = library.attention_of(*heads)
-        self.__name__ = "attend_projection"  # fx names nodes by it
-
-    def __call__(
-        self,
-        projection: Tensor,
-        attn_mask: Mask | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if is_for_sdpa(attn_mask, dropout_p, projection):
-            query, key, value = self.heads.of(projection)
-            attended = self._attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-            return attended.transpose(1, 2).flatten(2)
-        return self._run(projection, attn_mask.bias if attn_mask else None, is_causal, scale)
-
-
-class PackedProjection:
-    """`PackedAtOnce` of the heads of a projection."""
-
-    def __init__(self, heads: Heads, library: native.Library, attend: PackedAtOnce):
-        self.heads = heads
-        self._run = library.attention_of(*heads)
-        self.__name__ = "packed_projection"
-
-    def __call__(
-        self,
-        projection: Tensor,
-        tokens: packed.Tokens,
-        bias: None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        return self._run(projection, None, is_causal, scale, tokens.bounds, tokens.longest)
+    batch, heads, seq, features = labels = axes.fresh(attention)
+    node = attention
+    while axes.resolve(labels) != axes.resolve((batch, seq, heads + features)):
+        user = only_user(node, LAYOUT)
+        try:
+            moved = None if user is None else axes.step_forward(node, labels, user)
+        except Miss:  # a view across the axes
+            return None
+        if user is None or moved is None:
+            return None
+        node, labels = user, moved
+    return node

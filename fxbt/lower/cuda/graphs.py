@@ -5,11 +5,12 @@ Source: `torch.cuda.CUDAGraph`, https://pytorch.org/blog/accelerating-pytorch-wi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,23 @@ MOST_BYTES_SHARE = 1 / 8  # of the device's memory, for the recordings of one pr
 RECORDED, REPLAYED, ONCE = "recorded", "replayed", "of a new shape"
 
 Run = Callable[..., tuple[Any, ...]]
+_now = threading.local()  # what this thread is at
+
+
+def is_recording() -> bool:
+    """Whether this thread records a program, or warms up for it."""
+    return getattr(_now, "is_recording", False)
+
+
+@contextlib.contextmanager
+def _at(**what: bool) -> Iterator[None]:
+    before = dict(vars(_now))
+    vars(_now).update(what)
+    try:
+        yield
+    finally:
+        vars(_now).clear()
+        vars(_now).update(before)
 
 
 @dataclass(frozen=True)
@@ -57,13 +75,24 @@ class Recorder:
     side by side, so each has a pool of its own.
 
     Args:
-        is_static: whether replays return the recording's own outputs, which the next replay overwrites, and not copies.
+        is_static: whether callers (see `serving`) get a recording's own outputs, which the next replay overwrites.
     """
 
     def __init__(self, is_static: bool = False) -> None:
         self.is_static = is_static
         self.lock = threading.RLock()
         self._pools: dict[Any, Any] = {}
+
+    def serving(self, run: Run) -> Run:
+        """`run` for a caller's call; fxbt's own, which compare outputs, get copies."""
+        if not self.is_static:
+            return run
+
+        def served(*tensors: Tensor) -> tuple[Any, ...]:
+            with _at(is_serving=True):
+                return run(*tensors)
+
+        return served
 
     def record(self, run: Run, arguments: Sequence[Tensor]) -> tuple[Callable[[], None], tuple[Any, ...]]:
         """Runs a program once to warm up and once to record it: (what repeats its kernels, their outputs)."""
@@ -116,7 +145,7 @@ class Replay:
             recording, verdict = self._recording(arguments, static)
             self.calls[verdict] += 1
             if recording is not None:
-                return recording(arguments[: self._count], self._is_static)
+                return recording(arguments[: self._count], self._is_static and getattr(_now, "is_serving", False))
         return self._run(*arguments, **static)
 
     def forget(self) -> None:
@@ -162,7 +191,8 @@ class Replay:
         inputs = [tensor.clone() for tensor in arguments[: self._count]]
         weights = arguments[self._count :]
         run = functools.partial(self._run, **static)
-        replay, outputs = self._recorder.record(run, [*inputs, *weights])
+        with _at(is_recording=True):
+            replay, outputs = self._recorder.record(run, [*inputs, *weights])
         tensors = [value for value in outputs if isinstance(value, Tensor)]
         if _addresses(tensors) & _addresses(inputs):
             raise ValueError("an output shares the memory of an input")

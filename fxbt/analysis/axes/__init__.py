@@ -1,0 +1,65 @@
+"""Axis atoms: which axis of a tensor is which, whatever layout ops stand between. A read-only analysis.
+
+An `Atom` is one indivisible axis with a symbolic size. The `Axes` of a value name, for each of its dims, the atoms
+it is the row-major product of; a dim of size one has none. Layout ops and contractions only move atoms around, so
+following them shows what is summed with what, however the model wrote it. A view may split an atom: `divided`
+says how, and `regroup` makes the split seen wherever the atom stands.
+"""
+
+from ...graph.node import argument
+from ...graph.opsets import CASTS
+from .arranging import Sizes, SizeSource, arrange, size_table, sizes_from
+from .atoms import (
+    Atom,
+    Axes,
+    Label,
+    atoms_of,
+    divided,
+    fresh,
+    is_constant_along,
+    leaves,
+    reduced,
+    regroup,
+    resolve,
+    size_of,
+    sizes_of,
+)
+from .contractions import EQUATIONS, Contraction, broadcast_axes, contraction_of, contraction_with
+from .layouts import EXPANDS, IDENTITIES, PERMUTES, RESHAPES, UNIT_DIMS, peel, permutation, step_back, step_forward
+
+__all__ = [
+    "Atom",
+    "Axes",
+    "CASTS",
+    "Contraction",
+    "EQUATIONS",
+    "EXPANDS",
+    "IDENTITIES",
+    "Label",
+    "PERMUTES",
+    "RESHAPES",
+    "SizeSource",
+    "Sizes",
+    "UNIT_DIMS",
+    "argument",
+    "arrange",
+    "atoms_of",
+    "broadcast_axes",
+    "contraction_of",
+    "contraction_with",
+    "divided",
+    "fresh",
+    "is_constant_along",
+    "leaves",
+    "peel",
+    "permutation",
+    "reduced",
+    "regroup",
+    "resolve",
+    "size_of",
+    "size_table",
+    "sizes_from",
+    "sizes_of",
+    "step_back",
+    "step_forward",
+]

@@ -1,0 +1,62 @@
+"""The constants on whose content the proofs of a graph rest, looked at in each of its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .cuda.late_look import LateLook
+
+
+class Assumptions:
+    """Constants by name, with the values that they had when a graph was proven on them.
+
+    On a CUDA device a look at the values would wait for it: there a call sees what torch counts, and the rest late (see
+    `LateLook`).
+
+    Example:
+        >>> assumptions = Assumptions({"causal_mask": mask})
+        >>> mask[0, 1] = True
+        >>> assumptions.check()
+        RuntimeError: causal_mask changed after the graph was proven on its content
+    """
+
+    def __init__(self, assumes: Mapping[str, Tensor]) -> None:
+        self._names = list(assumes)
+        self._values = [live.clone() for live in assumes.values()]
+        self._watch(list(assumes.values()))
+
+    def _watch(self, live: list[Tensor]) -> None:
+        self._live = live
+        on_cuda = [place for place, tensor in enumerate(live) if tensor.is_cuda]
+        self._on_cpu = [place for place in range(len(live)) if place not in on_cuda]
+        self._counted = [live[place] for place in on_cuda]
+        self._stamp = _stamp(self._counted)
+        values = [self._values[place] for place in on_cuda]
+        self._late_look = LateLook(lambda *tensors: tensors, self._counted, values) if on_cuda else None
+
+    def check(self) -> None:
+        """Raises RuntimeError where a constant is not what it was when the graph was proven on it."""
+        for place in self._on_cpu:
+            if not torch.equal(self._live[place], self._values[place]):
+                raise RuntimeError(f"{self._names[place]} changed after the graph was proven on its content")
+        if self._late_look is None or (self._stamp == _stamp(self._counted) and self._late_look.holds()):
+            return
+        if not self._late_look.holds_now():
+            raise RuntimeError(f"{', '.join(self._names)}: one of them changed after the graph was proven on them")
+        self._watch(self._live)
+
+    def can_rebind(self, pairs: Mapping[int, Tensor]) -> bool:
+        """Whether the values are the same in the tensors that `pairs` puts in the places of others (by their id)."""
+        live = [pairs.get(id(tensor), tensor) for tensor in self._live]
+        return all(map(torch.equal, live, self._values))
+
+    def rebind(self, pairs: Mapping[int, Tensor]) -> None:
+        """Looks at those tensors from now on."""
+        self._watch([pairs.get(id(tensor), tensor) for tensor in self._live])
+
+
+def _stamp(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
