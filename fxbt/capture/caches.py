@@ -51,6 +51,16 @@ def is_too_short(call: Call) -> bool:
     return any(named[name].shape[axis] == 1 for name, axis in call.growing)
 
 
+def same_lengths(call: Call) -> list[list[tuple[int, int]]]:
+    """The growing axes, as `growing_axes` has them, of one object each that are of one size: its keys' and its values'."""
+    index = {name: i for i, name in enumerate(call.names)}
+    groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for name, axis in sorted(call.growing):
+        i = index[name]
+        groups.setdefault((name.rpartition(".")[0], call.tensors[i].shape[axis]), []).append((i, axis))
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def growing_axes(call: Call) -> frozenset[tuple[int, int]]:
     """The growing axes as (which tensor, which axis)."""
     index = {name: i for i, name in enumerate(call.names)}

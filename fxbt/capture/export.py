@@ -22,6 +22,7 @@ from ..torch_compat import SIZES_LOG, dynamo_config, export_trace, fx_config, py
 from . import outputs as forms
 from . import own_autograd
 from .attempts import Attempt, Axes, attempts, number_indices
+from .caches import same_lengths
 from .call import Call
 from .checkpointing import mark_blocks
 from .constant_inputs import Constants, constant, knowing
@@ -189,6 +190,7 @@ def _flat_forward(
 
     def forward(self: nn.Module, *tensors: Tensor) -> tuple[Any, ...]:
         _share_batch([tensor for i, tensor in enumerate(tensors) if i not in numbers])
+        _share_lengths(tensors, same_lengths(call))
         tensors = tuple(constant(fixed[i]) if i in fixed else tensor for i, tensor in enumerate(tensors))
         args, kwargs = call.rebuild(tensors)
         arguments = Arguments(args, kwargs)
@@ -224,6 +226,13 @@ def _share_batch(tensors: Sequence[Tensor]) -> None:
         if tensor.ndim and isinstance(tensor.shape[0], SymInt):
             batch = first.setdefault(tensor.shape[0].node.hint, tensor.shape[0])
             torch._check(tensor.shape[0] == batch)
+
+
+def _share_lengths(tensors: Sequence[Tensor], groups: list[list[tuple[int, int]]]) -> None:
+    """What grows together has one size as one symbol (a guard): no operation on keys and values compares theirs."""
+    for (first, axis), *others in groups:
+        for other, its_axis in others:
+            torch._check(tensors[other].shape[its_axis] == tensors[first].shape[axis])
 
 
 def _check_outputs(result: Any, flat: list[Any]) -> None:
