@@ -281,6 +281,33 @@ def test_an_old_cache_keeps_what_it_showed() -> None:
     assert not fast.report.fallbacks
 
 
+def test_a_write_to_one_cache_shows_in_no_other() -> None:
+    model, fast = made(of("Llama", GROUPED))
+    one, other = (Steps(each, prompt(2, 6)) for each in (fast, model))
+    kept: list[list[Tensor]] = [[], []]
+    for turn in range(8):
+        for each, tensors in zip((one, other), kept, strict=True):
+            tensors.append(each.cache.layers[0].keys)
+            each.step(torch.full((2, 1), 5 + turn))
+            each.cache.layers[0].keys[:, :, turn] = turn
+            tensors[turn // 2].mul_(1.5)
+        for new, old in zip(*kept, strict=True):
+            torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-5)
+    assert_caches_agree(one.cache, other.cache)
+    assert not fast.report.fallbacks
+
+
+def test_a_generation_copies_its_cache_now_and_then_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = made(of("Llama", GROUPED))
+    generate(fast, prompt(2, 6), 4)
+    made_anew: list[int] = []
+    buffer = fxbt.kernels.growing._buffer
+    monkeypatch.setattr(fxbt.kernels.growing, "_buffer", lambda *args: made_anew.append(args[1]) or buffer(*args))
+    generate(fast, prompt(2, 6), 200)
+    assert len(made_anew) == 4 * len(set(made_anew)) <= 4 * 3
+    assert not fxbt.kernels.growing._ROOMS  # what was made is gone with the cache
+
+
 def test_generating_twice_from_one_prefix() -> None:
     model, fast = made(gpt2)
     ids = prompt(1, 8)

@@ -110,7 +110,7 @@ def without_bounds(value: Any, index: Index, shape: Sequence[Any]) -> Any:
     """
     if not isinstance(value, Truth):
         return value
-    sizes = {position: size for position, size in zip(index, shape, strict=True)}
+    sizes: dict[Any, Any] = dict(zip(index, shape, strict=True))
     return sympy.And(*(term for term in sympy.And.make_args(value) if not _always_holds(term, sizes)))
 
 

@@ -52,7 +52,7 @@ def is_too_short(call: Call) -> bool:
 
 
 def same_lengths(call: Call) -> list[list[tuple[int, int]]]:
-    """The growing axes, as `growing_axes` has them, of one object each that are of one size: its keys' and its values'."""
+    """The growing axes (which tensor, which axis) of each object that are of one size: its keys' and its values'."""
     index = {name: i for i, name in enumerate(call.names)}
     groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for name, axis in sorted(call.growing):

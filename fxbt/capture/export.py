@@ -22,7 +22,7 @@ from ..torch_compat import SIZES_LOG, dynamo_config, export_trace, fx_config, py
 from . import outputs as forms
 from . import own_autograd
 from .attempts import Attempt, Axes, attempts, number_indices
-from .caches import same_lengths
+from .caches import growing_axes, same_lengths
 from .call import Call
 from .checkpointing import mark_blocks
 from .constant_inputs import Constants, constant, knowing
@@ -59,6 +59,7 @@ class Captured:
     seconds: float = 0.0
     effects: Effects = field(default_factory=Effects)
     has_objects: bool = False  # among the call's arguments, which forward may change
+    growing: tuple[int, ...] = ()  # the inputs that such an object holds a longer tensor for afterwards
 
 
 @dataclass
@@ -148,6 +149,7 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
         outputs.read,
         effects=effects,
         has_objects=bool(call.objects),
+        growing=tuple(sorted({i for i, _ in growing_axes(call)})),
     )
 
 
