@@ -70,6 +70,10 @@ def _count(tensors: Sequence[Tensor], place: int) -> int:
     return sys.getrefcount(tensors[place])
 
 
+def _held_by(room: _Room) -> int:
+    return sys.getrefcount(room.buffer)
+
+
 def _uses() -> int:
     """How many uses the memory of a buffer has while one view of it is all there is."""
     buffer = torch.empty(2)
@@ -78,7 +82,7 @@ def _uses() -> int:
 
 
 _HELD_ONCE, _SHARED_ONCE = _references(), _uses()
-_HELD_BY_ROOM = sys.getrefcount(_Room(torch.empty(1), ()).buffer)
+_HELD_BY_ROOM = _held_by(_Room(torch.empty(1), ()))
 
 
 @contextlib.contextmanager
@@ -126,6 +130,6 @@ def _room_behind(past: Tensor, length: int, dim: int) -> Tensor | None:
         return None
     room = found[1]
     fits = room.buffer.shape[dim] >= length and room.form == _form(past)
-    is_alone = storage_uses(past.untyped_storage()) <= _SHARED_ONCE and sys.getrefcount(room.buffer) <= _HELD_BY_ROOM
+    is_alone = storage_uses(past.untyped_storage()) <= _SHARED_ONCE and _held_by(room) <= _HELD_BY_ROOM
     is_writable = room.buffer.is_inference() == torch.is_inference_mode_enabled()
     return room.buffer if fits and is_alone and is_writable else None
