@@ -246,6 +246,7 @@ def measure(models: list[str], engines: list[str], dtype: str, patience: float) 
             result = place.with_suffix(".json")
             log_text = place.with_suffix(".log").read_text()
             found[name][engine] = json.loads(result.read_text()) if result.exists() else {"failed": log_text[-1500:]}
+            print(name, engine, found[name][engine].get("times", "failed"), file=sys.stderr, flush=True)
     return found
 
 
