@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from . import pipeline
 from .capture import outputs
+from .capture.caches import growing_axes, is_too_short, with_growth
 from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
 from .capture.capture import capture
-from .capture.containers import Arguments
+from .capture.containers import Arguments, Changed
 from .capture.effects import Effects, written_buffers
 from .capture.isolated import collecting_rarely, isolated
 from .capture.locks import LOCK
@@ -43,9 +44,11 @@ from .torch_compat import is_looked_through, pytree
 
 logger = logging.getLogger("fxbt")
 
+MOST_UNUSED = 2  # graphs for calls with a cache that served none
 MOST_FAULTS = 8  # of fxbt's own in the calls of one model; from then on it stays out of the way
 _LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _OWN_FORWARD = "the model object has its own attribute `forward`, which comes before any class's"
+_WITH_GRADIENTS = "an argument is an object (a KV cache) that forward may change, with gradients enabled"
 _NESTED = (
     "forward computes on nested tensors, after which padding is 0, and a graph could not drop padding ({why}); "
     "nn.TransformerEncoder(..., enable_nested_tensor=False) does not"
@@ -126,6 +129,9 @@ class Dispatcher:
         except NotCapturable as obstacle:
             if not obstacle.silent:
                 self.fall_back(str(obstacle))
+            return None
+        if call.objects and (torch.is_grad_enabled() or active_hooks()):
+            self.fall_back(_WITH_GRADIENTS)
             return None
         graph = self._find(call)
         if graph is not None:
@@ -301,9 +307,9 @@ class Dispatcher:
     def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         """Runs the original, then captures the call. The caller sees the model's own errors only.
 
-        Returns the original's output if there is no graph, or if it draws random numbers or changes the model, as
-        what the original did is to be seen then. Under hooks on saved tensors, which must see one way of computing
-        throughout, it is None.
+        Returns the original's output if there is no graph, or if it draws random numbers or changes the model or the
+        call's arguments, as what the original did is to be seen then. Under hooks on saved tensors, which must see one
+        way of computing throughout, it is None.
         """
         if hook := foreign_hook(self.original):
             self.fall_back(hook)
@@ -322,14 +328,45 @@ class Dispatcher:
                 if is_watched:
                     state.restore()
                 return None if is_watched else _Served(output)
-            self._graphs.note_capture()
-            around, expected = recording.surroundings(), outputs.flatten(given.seen_in(output))
-            rehearse = recording.wrote or not state.holds()
-            graph = self._try_capture(call, expected, around, rehearse, (watched, before))
+            try:
+                seen, around = given.seen_in(output), recording.surroundings()
+                rehearse = recording.wrote or not state.holds()
+                call = self._with_growth(call, args, kwargs)
+                graph = self._capture_seen(call, seen, around, rehearse, (watched, before))
+            except FxbtWarning:
+                raise
+            except Exception as fault:  # of fxbt's own: what the original did is done
+                self._note_fault(fault)
+                graph = None
             if is_watched and graph is None:
                 state.restore()  # it runs again
-        is_graphs = is_watched or (graph is not None and not graph.compiled.stochastic and not graph.effects)
+        changes = graph is not None and (graph.compiled.stochastic or graph.effects or isinstance(seen, Changed))
+        is_graphs = is_watched or (graph is not None and not changes)
         return None if is_graphs else _Served(output)
+
+    def _capture_seen(
+        self,
+        call: Call,
+        seen: Any,
+        around: Surroundings | str,
+        rehearse: bool,
+        versions_before: tuple[list[Tensor], list[int]],
+    ) -> GuardedGraph | None:
+        """The graph for a call that the original just served; `seen` is what it returned and made of its arguments."""
+        if is_too_short(call):
+            return None
+        self._graphs.note_capture()
+        return self._try_capture(call, outputs.flatten(seen), around, rehearse, versions_before)
+
+    def _with_growth(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """`call`, served by now, with what became of the objects among its arguments: what grows and counts in them."""
+        if not call.objects:
+            return call
+        try:
+            after = self._binder.call(args, kwargs)
+        except NotCapturable:  # the next call with them says why
+            return call
+        return with_growth(self._binder.call(call.args, call.kwargs), after)
 
     def _try_capture(
         self,
@@ -347,7 +384,7 @@ class Dispatcher:
             with preserved(self.original), collecting_rarely(), isolated():
                 return self._capture(call, expected, around, written, rehearse=rehearse)
         except CaptureError as error:
-            if call.numbers:  # once more, with them as constants
+            if call.numbers and not call.past:  # once more, with them as constants; a cache counts on at each call
                 call = self._with_constants(call, error)
                 return self._try_capture(call, expected, around, rehearse, versions_before)
             self._failures.remember(self._key(call), None if isinstance(around, str) else around)
@@ -373,7 +410,7 @@ class Dispatcher:
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
         known = [graph.shapes for graph in self._graphs.of(self._key(call))]
-        varied = varied_axes([tensor.shape for tensor in call.tensors], known)
+        varied = varied_axes([tensor.shape for tensor in call.tensors], known) | growing_axes(call)
         captured = capture(self.original, call, self._options.tracer, rehearse=rehearse, varied=varied, around=around)
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
@@ -443,7 +480,9 @@ class Dispatcher:
     def _check_pinned(self, pinned: frozenset[str], call: Call) -> None:
         """Raises CaptureError where graph after graph is for one value of a number: as a constant it is no worse."""
         others = self._graphs.of(self._key(call))
-        for place in pinned:
+        if call.past and sum(not graph.served for graph in others) >= MOST_UNUSED:
+            raise CaptureError("graph after graph for calls with this cache served no other one")
+        for place in () if call.past else pinned:  # the numbers of a cache go with its sizes
             if others and all(place in other.pinned for other in others):
                 raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
 
