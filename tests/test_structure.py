@@ -37,8 +37,7 @@ PATTERNS = sorted((ROOT / "patterns").glob("*.py"))
 PUBLIC = [name for name in sorted(fxbt.__all__) if callable(getattr(fxbt, name))]
 PUBLIC_CLASSES = [name for name in PUBLIC if inspect.isclass(getattr(fxbt, name))]
 ALLOWED_IN_PATTERNS = {"torch", "sympy", "fxbt"}
-MOST_LINES = 500  # of a file
-BEING_SPLIT = {"fxbt/padding/transfer.py", "fxbt/padding/sequences.py", "fxbt/analysis/axes.py"}
+MOST_LINES = 500
 
 
 def tree_of(path: Path) -> ast.Module:
@@ -129,7 +128,7 @@ def is_text(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-@pytest.mark.parametrize("path", [path for path in CORE + PATTERNS if name_of(path) not in BEING_SPLIT], ids=name_of)
+@pytest.mark.parametrize("path", CORE + PATTERNS, ids=name_of)
 def test_no_file_is_too_long_to_know(path: Path) -> None:
     length = len(path.read_text().splitlines())
     assert length <= MOST_LINES, f"{name_of(path)} has {length} lines: what is in it that is a subject of its own?"
