@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import pipeline
 from .capture import outputs
 from .capture.caches import growing_axes, is_too_short, with_growth
-from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
+from .capture.call import Binder, Call, shown_shapes
 from .capture.capture import capture
 from .capture.containers import Arguments, Changed
 from .capture.effects import Effects, written_buffers
@@ -40,13 +40,12 @@ from .runtime.compare import Comparison
 from .runtime.compiled import Compiled
 from .runtime.failures import Failures
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
-from .runtime.guarded_graph import GuardedGraph, pinned_numbers, varied_axes
+from .runtime.guarded_graph import GuardedGraph, check_pinned, pinned_numbers, varied_axes
 from .runtime.warmup import Warmup
 from .torch_compat import is_looked_through, pytree
 
 logger = logging.getLogger("fxbt")
 
-MOST_UNUSED = 2  # graphs for calls with a cache that served none
 MOST_FAULTS = 8  # of fxbt's own in the calls of one model; from then on it stays out of the way
 _LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _FOR_THE_CALLER = (FxbtWarning, FallbackError)
@@ -168,7 +167,7 @@ class Dispatcher:
             raise
         except Exception as error:
             name = type(self.original).__name__
-            shapes = _shapes(args, kwargs)
+            shapes = shown_shapes(args, kwargs)
             raise ExampleError(
                 f"{name} itself fails on the example inputs {shapes}: {type(error).__name__}: {error}; "
                 f"pass inputs that {name}.forward accepts"
@@ -275,7 +274,7 @@ class Dispatcher:
 
         contest.look(lambda: graph.uncounted(*call.tensors), run_original, seconds)
         if contest.evidence is not None and before is None:
-            shapes = _shapes(call.args, call.kwargs)
+            shapes = shown_shapes(call.args, call.kwargs)
             self.fall_back(f"calls like {shapes} run faster without a graph: {contest.evidence}")
 
     def _refused(self, graph: GuardedGraph, call: Call, problem: Exception) -> None:
@@ -356,7 +355,7 @@ class Dispatcher:
                 if not is_too_short(call):
                     self._graphs.note_capture()
                     graph = self._try_capture(call, outputs.flatten(seen), around, rehearse, (watched, before))
-            except FxbtWarning:
+            except _FOR_THE_CALLER:
                 raise
             except Exception as fault:  # of fxbt's own: what the original did is done
                 self._note_fault(fault)
@@ -414,7 +413,8 @@ class Dispatcher:
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
             raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")
-        self._check_pinned(pinned := pinned_numbers(captured, call), call)
+        pinned = pinned_numbers(captured, call)
+        check_pinned(pinned, call, self._graphs.of(self._key(call)))
         try:
             compiled = pipeline.compile(captured, self._rules, self._options)
             if around.nests and compiled.unpadding is None:
@@ -476,15 +476,6 @@ class Dispatcher:
                 stacklevel=callers_level(),
             )
 
-    def _check_pinned(self, pinned: frozenset[str], call: Call) -> None:
-        """Raises CaptureError where graph after graph is for one value of a number: as a constant it is no worse."""
-        others = self._graphs.of(self._key(call))
-        if call.past and sum(not graph.served for graph in others) >= MOST_UNUSED:
-            raise CaptureError("graph after graph for calls with this cache served no other one")
-        for place in () if call.past else pinned:  # the numbers of a cache go with its sizes
-            if others and all(place in other.pinned for other in others):
-                raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
-
     def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
         """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file.
 
@@ -506,8 +497,3 @@ def _is_traced() -> bool:
 
 def _cuda_devices(call: Call) -> list[torch.device]:
     return list({tensor.device for tensor in call.tensors if tensor.device.type == "cuda"})
-
-
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    named = [(name, leaf) for name, leaf in named_arguments(args, kwargs) if type(leaf) in TENSOR_TYPES]
-    return f"({', '.join(f'{name} {tensor.dtype}{list(tensor.shape)}' for name, tensor in named)})"

@@ -295,6 +295,12 @@ def named_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[t
         yield from named_leaves(value, name)
 
 
+def shown_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The tensors of a call as a reader sees them: `(input_ids torch.int64[2, 7], mask torch.bool[2, 7])`."""
+    named = [(name, leaf) for name, leaf in named_arguments(args, kwargs) if type(leaf) in TENSOR_TYPES]
+    return f"({', '.join(f'{name} {tensor.dtype}{list(tensor.shape)}' for name, tensor in named)})"
+
+
 def _layout(tensor: Tensor) -> str:
     if tensor.is_nested:
         return "nested"
