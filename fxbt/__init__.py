@@ -8,7 +8,7 @@ Example::
 """
 
 from . import testing
-from .analysis import attentions, axes, masks, scores
+from .analysis import axes, masks, scores, weights
 from .analysis.causality import is_causal
 from .analysis.operands import Operands
 from .analysis.sources import nearest_sources
@@ -18,6 +18,7 @@ from .graph.blocks import block
 from .graph.lowerings import lowering
 from .graph.miss import Miss
 from .graph.node import argument
+from .match import attentions
 from .match.found import Found
 from .match.naming import is_float_cast, op_of
 from .match.one_of import OneOf
@@ -57,4 +58,5 @@ __all__ = [
     "rule",
     "scores",
     "testing",
+    "weights",
 ]
