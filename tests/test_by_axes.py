@@ -140,6 +140,11 @@ def test_steps_in_between(spelling: Any, between: Between) -> None:
     assert_rewrites(ScaledAttention(), model_of(spelling, between), *INPUTS, times=1)
 
 
+def test_golden(golden: Callable[[str, str], None]) -> None:
+    report = assert_rewrites(KernelAttention(), model_of(by_bmm, lambda s: s), INPUTS[0], times=1)
+    golden("by_axes_kernel_attention", f"== before\n{report.before}\n== after\n{report.after}")
+
+
 def test_an_axis_that_one_operand_lacks() -> None:
     """One key head for all query heads: an axis of the query alone."""
 
@@ -171,7 +176,7 @@ NEAR_MISSES = {
     "a softmax over the queries": (
         UnscaledAttention,
         lambda s: s.softmax(-2),
-        "where ... q d, ... k d -> ... q k has it",
+        "not sum over exactly",
     ),
     "a scale before": (UnscaledAttention, lambda s: (s * 0.5).softmax(-1), "no plain product"),
     "a scale after": (
