@@ -11,6 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo.config as dynamo_config
@@ -41,8 +42,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 # What `torch.set_printoptions` sets, which nothing returns.
 from torch._tensor_str import PRINT_OPTS
 
-# The class below `torch.autograd.Function`, whose `apply` a trace watches.
-from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+# The class below `torch.autograd.Function`, and the class of both.
+from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 
 # Symbolic sizes: what is known of them without a guard, and the errors where a guard would be needed.
 from torch.fx.experimental import proxy_tensor
@@ -95,13 +96,23 @@ is_amx_tile_supported: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 
 # The places that a trace patches, as (owner, name).
 RUN_BACKWARD = (torch.autograd, "_engine_run_backward")
-CHECKPOINT = (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator")
+_GENERATOR = "_checkpoint_without_reentrant_generator"  # from torch 2.14 on, a shim for others
+_IMPLEMENTATION = f"{_GENERATOR}_impl"
+CHECKPOINT = (
+    torch.utils.checkpoint,
+    _IMPLEMENTATION if hasattr(torch.utils.checkpoint, _IMPLEMENTATION) else _GENERATOR,
+)
 IS_COMPILING = (torch.compiler, "_is_compiling_flag")
 IS_EXPORTING = (torch.compiler, "_is_exporting_flag")
 EXPORTS_FLAGS = (export_trace, "_compiling_state_context")
 NEW_PATCHER = (fx_trace, "_new_patcher")
 IS_FX_TRACING = (fx_trace, "_is_fx_tracing_flag")  # torch 2.14 has one for each thread, by another name
 IS_FX_TRACING_OF_ALL_THREADS = hasattr(*IS_FX_TRACING)
+
+# The class whose `apply` a trace replaces. Up to torch 2.13 `Function.apply` is Python that calls the one below it,
+# from 2.14 on it is C.
+_APPLIES_IN_PYTHON = isinstance(vars(torch.autograd.Function)["apply"], classmethod)
+AppliedFunction: Any = _SingleLevelFunction if _APPLIES_IN_PYTHON else torch.autograd.Function
 
 # How many `TorchFunctionMode`s are on; a default device is one.
 count_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
@@ -137,6 +148,56 @@ def is_looked_through() -> bool:
         or is_under_functorch()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def function_apply() -> Callable[..., Any]:
+    """What `Function.apply` calls by now, as a function of the class and its arguments.
+
+    Example:
+        >>> function_apply()(MyFunction, x)  # MyFunction.apply(x)
+    """
+    stand_in = vars(AppliedFunction).get("apply")
+    return stand_in.__func__ if isinstance(stand_in, classmethod) else _apply
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return super(AppliedFunction, cls).apply(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def watching_functions(watch: Callable[[type], None]) -> Iterator[None]:
+    """Calls `watch(cls)` wherever a `torch.autograd.Function` is applied in this block, by any thread.
+
+    A model may have kept `MyFunction.apply` under a name of its own. From torch 2.14 on, that is C, which asks the
+    class for its `_backward_cls` first.
+    """
+    apply = function_apply()
+
+    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        watch(cls)
+        return apply(cls, *args, **kwargs)
+
+    def attribute(cls: type, name: str) -> Any:
+        if name == "_backward_cls":
+            watch(cls)
+        return type.__getattribute__(cls, name)
+
+    with (
+        mock.patch.object(AppliedFunction, "apply", classmethod(applied))
+        if _APPLIES_IN_PYTHON
+        else mock.patch.object(FunctionMeta, "__getattribute__", attribute)
+    ):
+        yield
+
+
+_CHECKPOINT_SIGNATURE = inspect.signature(getattr(*CHECKPOINT))
+
+
+def checkpoint_settings(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What `CHECKPOINT` is told, by name: `context_fn`, `preserve_rng_state`, `determinism_check`, `early_stop`."""
+    bound = _CHECKPOINT_SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 class NeedsGuard(RuntimeError):
