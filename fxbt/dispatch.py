@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from . import pipeline
 from .capture import outputs
-from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
+from .capture.caches import growing_axes, is_too_short, with_growth
+from .capture.call import Binder, Call, shown_shapes
 from .capture.capture import capture
-from .capture.containers import Arguments
+from .capture.containers import Arguments, Changed
 from .capture.effects import Effects, written_buffers
 from .capture.isolated import collecting_rarely, isolated
 from .capture.locks import LOCK
@@ -39,7 +40,7 @@ from .runtime.compare import Comparison
 from .runtime.compiled import Compiled
 from .runtime.failures import Failures
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
-from .runtime.guarded_graph import GuardedGraph, pinned_numbers, varied_axes
+from .runtime.guarded_graph import GuardedGraph, check_pinned, pinned_numbers, varied_axes
 from .runtime.warmup import Warmup
 from .torch_compat import is_looked_through, pytree
 
@@ -49,6 +50,7 @@ MOST_FAULTS = 8  # of fxbt's own in the calls of one model; from then on it stay
 _LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _FOR_THE_CALLER = (FxbtWarning, FallbackError)
 _OWN_FORWARD = "the model object has its own attribute `forward`, which comes before any class's"
+_WITH_GRADIENTS = "an argument is an object (a KV cache) that forward may change, with gradients enabled"
 _NESTED = (
     "forward computes on nested tensors, after which padding is 0, and a graph could not drop padding ({why}); "
     "nn.TransformerEncoder(..., enable_nested_tensor=False) does not"
@@ -131,6 +133,9 @@ class Dispatcher:
             if not obstacle.silent:
                 self.fall_back(str(obstacle))
             return None
+        if call.objects and (torch.is_grad_enabled() or active_hooks()):
+            self.fall_back(_WITH_GRADIENTS)
+            return None
         graph = self._find(call)
         if graph is not None:
             return self._run_graph(graph, call, args, kwargs)
@@ -162,7 +167,7 @@ class Dispatcher:
             raise
         except Exception as error:
             name = type(self.original).__name__
-            shapes = _shapes(args, kwargs)
+            shapes = shown_shapes(args, kwargs)
             raise ExampleError(
                 f"{name} itself fails on the example inputs {shapes}: {type(error).__name__}: {error}; "
                 f"pass inputs that {name}.forward accepts"
@@ -269,7 +274,7 @@ class Dispatcher:
 
         contest.look(lambda: graph.uncounted(*call.tensors), run_original, seconds)
         if contest.evidence is not None and before is None:
-            shapes = _shapes(call.args, call.kwargs)
+            shapes = shown_shapes(call.args, call.kwargs)
             self.fall_back(f"calls like {shapes} run faster without a graph: {contest.evidence}")
 
     def _refused(self, graph: GuardedGraph, call: Call, problem: Exception) -> None:
@@ -321,9 +326,9 @@ class Dispatcher:
     def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         """Runs the original, then captures the call. The caller sees the model's own errors only.
 
-        Returns the original's output if there is no graph, or if it draws random numbers or changes the model, as
-        what the original did is to be seen then. Under hooks on saved tensors, which must see one way of computing
-        throughout, it is None.
+        Returns the original's output if there is no graph, or if it draws random numbers or changes the model or the
+        call's arguments, as what the original did is to be seen then. Under hooks on saved tensors, which must see one
+        way of computing throughout, it is None.
         """
         if hook := foreign_hook(self.original):
             self.fall_back(hook)
@@ -342,13 +347,22 @@ class Dispatcher:
                 if is_watched:
                     state.restore()
                 return None if is_watched else _Served(output)
-            self._graphs.note_capture()
-            around, expected = recording.surroundings(), outputs.flatten(given.seen_in(output))
-            rehearse = recording.wrote or not state.holds()
-            graph = self._try_capture(call, expected, around, rehearse, (watched, before))
+            graph = None
+            try:
+                seen, around = given.seen_in(output), recording.surroundings()
+                rehearse = recording.wrote or not state.holds()
+                call = with_growth(call, self._binder, args, kwargs)
+                if not is_too_short(call):
+                    self._graphs.note_capture()
+                    graph = self._try_capture(call, outputs.flatten(seen), around, rehearse, (watched, before))
+            except _FOR_THE_CALLER:
+                raise
+            except Exception as fault:  # of fxbt's own: what the original did is done
+                self._note_fault(fault)
             if is_watched and graph is None:
                 state.restore()  # it runs again
-        is_graphs = is_watched or (graph is not None and not graph.compiled.stochastic and not graph.effects)
+        changes = graph is not None and (graph.compiled.stochastic or graph.effects or isinstance(seen, Changed))
+        is_graphs = is_watched or (graph is not None and not changes)
         return None if is_graphs else _Served(output)
 
     def _try_capture(
@@ -367,7 +381,7 @@ class Dispatcher:
             with preserved(self.original), collecting_rarely(), isolated():
                 return self._capture(call, expected, around, written, rehearse=rehearse)
         except CaptureError as error:
-            if call.numbers:  # once more, with them as constants
+            if call.numbers and not call.past:  # once more, with them as constants; a cache counts on at each call
                 call = self._with_constants(call, error)
                 return self._try_capture(call, expected, around, rehearse, versions_before)
             reason = f"{call} cannot be captured: {error}"
@@ -394,13 +408,14 @@ class Dispatcher:
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
         known = [graph.shapes for graph in self._graphs.of(self._key(call))]
-        varied = varied_axes([tensor.shape for tensor in call.tensors], known)
+        varied = varied_axes([tensor.shape for tensor in call.tensors], known) | growing_axes(call)
         how: dict[str, Any] = {"rehearse": rehearse, "varied": varied, "around": around, "verify": self._options.verify}
         captured = capture(self.original, call, self._options.tracer, **how)
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
             raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")
-        self._check_pinned(pinned := pinned_numbers(captured, call), call)
+        pinned = pinned_numbers(captured, call)
+        check_pinned(pinned, call, self._graphs.of(self._key(call)))
         try:
             compiled = pipeline.compile(captured, self._rules, self._options)
             if around.nests and compiled.unpadding is None:
@@ -462,13 +477,6 @@ class Dispatcher:
                 stacklevel=callers_level(),
             )
 
-    def _check_pinned(self, pinned: frozenset[str], call: Call) -> None:
-        """Raises CaptureError where graph after graph is for one value of a number: as a constant it is no worse."""
-        others = self._graphs.of(self._key(call))
-        for place in pinned:
-            if others and all(place in other.pinned for other in others):
-                raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
-
     def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
         """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file.
 
@@ -490,8 +498,3 @@ def _is_traced() -> bool:
 
 def _cuda_devices(call: Call) -> list[torch.device]:
     return list({tensor.device for tensor in call.tensors if tensor.device.type == "cuda"})
-
-
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    named = [(name, leaf) for name, leaf in named_arguments(args, kwargs) if type(leaf) in TENSOR_TYPES]
-    return f"({', '.join(f'{name} {tensor.dtype}{list(tensor.shape)}' for name, tensor in named)})"

@@ -180,6 +180,8 @@ def drop_padded_tokens(work: Work) -> None:
     with _recorded("padding", work.inlined) as record:
         weights = _at_inference(work, "padding is dropped")
         _check_effects(work.captured, "padding is kept")
+        if work.captured.has_objects:
+            raise Miss("values go to an object among the arguments (a KV cache), where a later call may read padding")
         devices = {tensor.device for tensor in work.captured.example}
         if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
             raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))

@@ -160,14 +160,14 @@ def test_a_function_of_ones_own_is_applied_by_the_class_that_a_trace_watches() -
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
             return 2 * x
 
-    assert torch_compat.SingleLevelFunction in torch.autograd.Function.__mro__
+    assert torch_compat.AppliedFunction in torch.autograd.Function.__mro__
     seen = []
 
     def watched(cls: Any, *args: Any) -> Any:
         seen.append(cls)
-        return super(torch_compat.SingleLevelFunction, cls).apply(*args)
+        return super(torch_compat.AppliedFunction, cls).apply(*args)
 
-    with mock.patch.object(torch_compat.SingleLevelFunction, "apply", classmethod(watched)):
+    with mock.patch.object(torch_compat.AppliedFunction, "apply", classmethod(watched)):
         Double.apply(torch.randn(3))
     assert seen == [Double]
 
@@ -175,5 +175,36 @@ def test_a_function_of_ones_own_is_applied_by_the_class_that_a_trace_watches() -
 def test_what_modules_are_traced_with_is_patched_by_name() -> None:
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
     assert isinstance(traced, torch.fx.GraphModule)
-    for name in ("CURRENT_PATCHER", "_is_fx_tracing_flag", "_Patcher", "_PatchedFnSetAttr"):
+    for name in ("CURRENT_PATCHER", "_Patcher", "_PatchedFnSetAttr"):
         assert hasattr(torch_compat.fx_trace, name), name
+
+
+def test_a_tracer_of_modules_is_patched_by_name() -> None:
+    assert callable(torch_compat.ModuleStackTracer.call_module)
+    for name in ("get_proxy_slot", "track_tensor_tree", "disable_proxy_modes_tracing"):
+        assert hasattr(torch_compat.proxy_tensor, name), name
+
+
+def test_a_lazy_graph_module_computes_what_its_graph_says() -> None:
+    graph = torch.fx.symbolic_trace(lambda x: x.exp() + 1).graph
+    module = torch_compat.LazyGraphModule({}, graph)
+    x = torch.randn(3)
+    assert torch.equal(module(x), x.exp() + 1)
+    assert "exp" in module.code
+
+
+def test_reads_of_tensors_go_unseen_by_modes_in_a_block() -> None:
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(3)
+    with Mode():
+        with torch_compat.unseen_by_modes():
+            x.sin()
+        assert not seen
+        x.sin()
+    assert seen

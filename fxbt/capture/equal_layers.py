@@ -9,6 +9,7 @@ else in it is equal. Whatever differs, or changes anything beside its result, is
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 
 from ..torch_compat import (
+    ModuleStackTracer,
     OpOverload,
     count_of_function_modes,
     is_any_autocast_enabled,
@@ -116,7 +118,7 @@ class EqualLayers:
         self._known: dict[int, list[_Traced]] = {}
         for container in model.modules():
             self._add(list(container) if isinstance(container, (nn.ModuleList, nn.Sequential)) else [])
-        self._patch = mock.patch.object(proxy_tensor._ModuleStackTracer, "call_module", self._calls())
+        self._patch = mock.patch.object(ModuleStackTracer, "call_module", self._calls())
 
     def __enter__(self) -> EqualLayers:
         self._patch.start()
@@ -132,7 +134,7 @@ class EqualLayers:
                 self._group[id(layer)] = alike
 
     def _calls(self) -> Callable[..., Any]:
-        by_torch = proxy_tensor._ModuleStackTracer.call_module
+        by_torch = ModuleStackTracer.call_module
 
         def call_module(tracer: Any, module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
             if threading.get_ident() != self._thread or not self._may_be_equal(tracer, module):
@@ -190,10 +192,10 @@ class EqualLayers:
             others = [differences(module, other) for other in self._group[id(module)] if other is not module]
             names = {name for found in others for name in found or ()}
             outer, values = _outer_of(tracer, module, call), values_of(module)
-        last, read_before = tracer.graph._root._prev, self._read()
+        last, read_before = next(iter(reversed(tracer.graph.nodes)), None), self._read()
         with _reads(module, names) as read:
             output = self._inside(forward, args, kwargs)
-        nodes = _nodes_behind(last, tracer.graph._root)
+        nodes = _nodes_behind(last, tracer.graph)
         with unseen_by_modes():
             is_pure = self._read() == read_before and values_of(module) == values and self._state.holds()
             can_be_copied = outer is not None and is_pure and _can_be_copied(nodes, outer)
@@ -269,12 +271,8 @@ def _stand_ins(tracer: Any, traced: _Traced, module: nn.Module, call: _Call) -> 
     return pairs if is_one_to_one else None
 
 
-def _nodes_behind(last: fx.Node, root: fx.Node) -> list[fx.Node]:
-    nodes, node = [], last._next
-    while node is not root:
-        nodes.append(node)
-        node = node._next
-    return nodes
+def _nodes_behind(last: fx.Node | None, graph: fx.Graph) -> list[fx.Node]:
+    return list(itertools.takewhile(lambda node: node is not last, reversed(graph.nodes)))[::-1]
 
 
 def _can_be_copied(nodes: Sequence[fx.Node], outer: Sequence[fx.Node]) -> bool:

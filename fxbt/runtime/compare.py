@@ -92,7 +92,7 @@ class Comparison:
             return None
         tensors = list(call.tensors)
         for place, number in call.numbers.items():
-            earlier = numbers.first(place, number.kind)
+            earlier = numbers.first(place, number)
             if (earlier < 0) == number.is_negative:
                 tensors[number.index] = as_tensor(earlier)
         if not accepts(self._captured.guards, tensors):  # another way through the model
