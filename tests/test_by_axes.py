@@ -220,6 +220,58 @@ def test_another_axis_is_summed() -> None:
     assert_untouched(KernelAttention(), Model(over_heads).eval(), INPUTS[0])
 
 
+class NamedBatch(KernelAttention):
+    """The same without "...": one batch axis for all operands."""
+
+    name = "named_batch"
+
+    def pattern(self, op: Any, query: Any, key: Any, value: Any) -> Any:
+        scores = op.contract("b q d, b k d -> b q k", query, key)
+        return op.contract("b q k, b k v -> b q v", scores, value)
+
+    def replace(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.bmm(query, torch.bmm(key.mT, value))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_named_axis_stands_for_several(spelling: Any) -> None:
+    assert_rewrites(NamedBatch(), model_of(spelling, lambda s: s), *INPUTS, times=1)
+
+
+def test_an_axis_without_a_name() -> None:
+    def one_value_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bhqk,bkd->bqhd", torch.einsum("bqhd,bkhd->bhqk", q, k), v[:, :, 0])
+
+    model = Model(one_value_head).eval()
+    report = assert_untouched(NamedBatch(), model, INPUTS[0])
+    assert any("is no axis of" in miss.reason for miss in report.misses)
+    assert_rewrites(KernelAttention(), model, *INPUTS, times=1)
+
+
+class Weights(fxbt.Rule):
+    """softmax(Q K^T), the weights themselves, as a softmax by hand"""
+
+    name = "weights"
+
+    def pattern(self, op: Any, query: Any, key: Any) -> Any:
+        return op.softmax(op.contract("... q d, ... k d -> ... q k", query, key), over="k")
+
+    def replace(self, query: Tensor, key: Tensor) -> Tensor:
+        exponentials = (query @ key.mT).exp()
+        return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_a_softmax_alone(dim: int) -> None:
+    """Over the queries too: that is the axis k of the pattern, then."""
+
+    def weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(dim)
+
+    report = assert_rewrites(Weights(), Model(weights).eval(), *INPUTS, times=1)
+    assert "[weights]" in report.after, "and canonical: a softmax again"
+
+
 def test_a_value_inside_that_is_read_elsewhere() -> None:
     def leaking(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         scores = q.transpose(1, 2) @ k.transpose(1, 2).mT
@@ -265,6 +317,10 @@ WRONG = {
     "a curve inside": (
         lambda op, x, y: op.contract("a b, b c -> a c", op.tanh(x), y),
         "is a variable",
+    ),
+    "a variable twice": (
+        lambda op, x, y: op.contract("a b, b c -> a c", op.contract("a d, d b -> a b", x, y), y),
+        "once",
     ),
     "steps on a variable": (lambda op, x, y: op.contract("a b, b c -> a c", op.steps(x, "s"), y), "not"),
     "a curve around": (lambda op, x, y: op.tanh(op.contract("a b, b c -> a c", x, y)), "op.contract"),
