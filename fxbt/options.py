@@ -42,6 +42,7 @@ class Options:
     keep_original: bool = True
     cuda_graphs: bool | str = False
     max_captures: int = 8
+    strict: bool = False
     precision: type[Precision] | None = field(init=False)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 # A room imports only from rooms above it; files without a room are the last ones.
 ROOMS = [
     "errors",
+    "progress",
     "torch_compat",
     "kernels",
     "graph",
@@ -30,6 +31,7 @@ ROOMS = [
     "pipeline",
     "dispatch",
     "optimize",
+    "loading",
     "testing",
 ]
 CORE = sorted((ROOT / "fxbt").rglob("*.py"))

@@ -18,6 +18,7 @@ from ..capture.number_inputs import as_tensor
 from ..capture.outputs import Rebuild
 from ..capture.rebinding import rebound
 from ..capture.surroundings import Surroundings
+from ..kernels.growing import owned
 from .compiled import Compiled
 from .race import Races
 
@@ -74,6 +75,10 @@ class GuardedGraph:
     def output(self, call: Call) -> Any:
         """What the model returns for a call; its effects are done."""
         effects = self.effects
+        if self.captured.growing and not effects:
+            with owned(call.tensors, self.captured.growing):
+                values = self.run(*call.tensors)
+            return self.rebuild(values, call.args, call.kwargs)
         if not effects:
             return self.rebuild(self.run(*call.tensors), call.args, call.kwargs)
         values = self.run(*call.tensors, *effects.inputs())
