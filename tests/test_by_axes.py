@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from tracing import graph_of
 
 import fxbt
+from fxbt.graph.canonical import canonicalize
 from fxbt.patterns import Attention
+from fxbt.rewrite.trace_key import match_key
 from fxbt.testing import assert_rewrites, assert_untouched
 
 HEADS, DIM = 2, 4
@@ -349,3 +352,20 @@ def test_the_attention_rules_share_one_reading(monkeypatch: pytest.MonkeyPatch) 
     assert "attention_by_products" in report.after, "the third rule took it"
     starts = [node for node in read if node.op == "call_function" and node.target is torch.ops.aten.tanh.default]
     assert len(starts) == 1
+
+
+@pytest.mark.parametrize("between", [last, lambda s: (s.tanh() * 5 + torch.arange(s.shape[-1])).softmax(-1)])
+def test_equal_layers_share_one_trace(between: Between) -> None:
+    """What `replace` gets of an attention is comparable, so that a model of twelve layers traces it once."""
+
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attended = by_matmul(q, k, v, between).unflatten(-1, (HEADS, DIM))
+        return by_matmul(attended, attended, attended, between)
+
+    module = graph_of(Model(twice).eval(), torch.randn(*SHAPES[0]))
+    canonicalize(module)
+    with torch.no_grad():
+        softmaxes = [node for node in module.graph.nodes if node.target in fxbt.attentions.SOFTMAX]
+        matches = [Attention().find(softmax) for softmax in softmaxes]
+    assert len(matches) == 2
+    assert all(match_key(match) is not None for match in matches)
