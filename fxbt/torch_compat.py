@@ -92,7 +92,6 @@ is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # What the processor has: `torch.backends.cpu.get_cpu_capability()` knows neither.
 is_avx512_supported: Callable[[], bool] = torch.cpu._is_avx512_supported
 is_vnni_supported: Callable[[], bool] = torch.cpu._is_vnni_supported
-is_amx_tile_supported: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 
 # The places that a trace patches, as (owner, name).
 RUN_BACKWARD = (torch.autograd, "_engine_run_backward")
