@@ -24,6 +24,7 @@ from .match.one_of import OneOf
 from .match.rule import Match, Rule, rule
 from .optimize import optimize, refresh, restore
 from .pipeline import default_rules
+from .saving import load, save
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "default_rules",
     "is_causal",
     "is_float_cast",
+    "load",
     "lowering",
     "masks",
     "nearest_sources",
@@ -55,6 +57,7 @@ __all__ = [
     "refresh",
     "restore",
     "rule",
+    "save",
     "scores",
     "testing",
 ]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from . import pipeline
 from .capture import outputs
-from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
+from .capture.call import Binder, Call, shapes_of
 from .capture.capture import capture
 from .capture.containers import Arguments
 from .capture.effects import Effects, written_buffers
+from .capture.export import Captured
 from .capture.isolated import collecting_rarely, isolated
 from .capture.locks import LOCK
 from .capture.model_state import ModelState, foreign_hook, preserved, versions
@@ -39,6 +40,7 @@ from .runtime.compiled import Compiled
 from .runtime.failures import Failures
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
 from .runtime.guarded_graph import GuardedGraph, pinned_numbers, varied_axes
+from .stored.shelf import Shelf, Text
 from .torch_compat import is_looked_through, pytree
 
 logger = logging.getLogger("fxbt")
@@ -84,9 +86,9 @@ class Dispatcher:
         self._graphs: Graphs[GuardedGraph] = Graphs(options.max_captures)
         self._reports: WeakKeyDictionary[GuardedGraph, GraphReport] = WeakKeyDictionary()
         self._failures = Failures(original)
+        self._shelf = Shelf(original, options.graphs, options.cache, self.report.add_note)
         self._unlike: ModelState | None = None  # in which no graph could be rebound
-        self._faults = 0
-        self._warned = False
+        self._faults, self._warned = 0, False
         self._user_rules = {rule.name for rule in self._rules} - {rule.name for rule in pipeline.default_rules()}
         self._told: set[str] = set()  # names of rules
 
@@ -156,7 +158,7 @@ class Dispatcher:
             raise
         except Exception as error:
             name = type(self.original).__name__
-            shapes = _shapes(args, kwargs)
+            shapes = shapes_of(args, kwargs)
             raise ExampleError(
                 f"{name} itself fails on the example inputs {shapes}: {type(error).__name__}: {error}; "
                 f"pass inputs that {name}.forward accepts"
@@ -167,6 +169,11 @@ class Dispatcher:
         graphs = [graph.compiled.weights for graph in self._graphs if graph.compiled.weights]
         outdated = [weights.refresh() for weights in graphs]  # all of them, whatever the first says
         return any(outdated)
+
+    @property
+    def graphs(self) -> Graphs[GuardedGraph]:
+        """Those that are kept now."""
+        return self._graphs
 
     def fall_back(self, reason: str) -> None:
         """Notes why the original runs; the first time for a model, says so."""
@@ -257,7 +264,7 @@ class Dispatcher:
 
         contest.look(lambda: graph.uncounted(*call.tensors), run_original, seconds)
         if contest.evidence is not None and before is None:
-            shapes = _shapes(call.args, call.kwargs)
+            shapes = shapes_of(call.args, call.kwargs)
             self.fall_back(f"calls like {shapes} run faster without a graph: {contest.evidence}")
 
     def _refused(self, graph: GuardedGraph, call: Call, problem: Exception) -> None:
@@ -372,9 +379,31 @@ class Dispatcher:
         FORKS.uses_threads = True
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
+        label = self._shelf.label(self._key(call), around)
+        stored = self._shelf.take(label, call, expected[1])
+        if stored is not None:
+            try:
+                return self._kept(stored, call, expected, around, written, is_stored=True)
+            except CaptureError as error:
+                self._shelf.refuse(error)
         known = [graph.shapes for graph in self._graphs.of(self._key(call))]
         varied = varied_axes([tensor.shape for tensor in call.tensors], known)
         captured = capture(self.original, call, self._options.tracer, rehearse=rehearse, varied=varied, around=around)
+        graph = self._kept(captured, call, expected, around, written)
+        self._shelf.keep(label, graph.text)
+        return graph
+
+    def _kept(
+        self,
+        captured: Captured,
+        call: Call,
+        expected: tuple[list[Any], pytree.TreeSpec],
+        around: Surroundings,
+        written: list[tuple[str, Tensor]],
+        is_stored: bool = False,
+    ) -> GuardedGraph:
+        """A captured graph, compiled, compared with the original, and kept for calls like this one."""
+        text = Text.of(captured, self.original, self._key(call))
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
             raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")
@@ -405,16 +434,18 @@ class Dispatcher:
             numbers=frozenset(call.numbers),
             pinned=pinned,
             constants=frozenset(call.constants),
+            text=text,
         )
-        self._keep(graph, call)
+        self._keep(graph, call, is_stored)
         if graph.races is not None:
             self._look(graph, graph.races.of(_elements(call.tensors)), call, race.CAPTURE_SECONDS)
         self._tell_refusals(compiled)
         return graph
 
-    def _keep(self, graph: GuardedGraph, call: Call) -> None:
+    def _keep(self, graph: GuardedGraph, call: Call, is_stored: bool) -> None:
         signature = f"{call}{' training' if self.original.training else ''}"
-        self._reports[graph] = self.report.add_graph(signature, graph.captured, graph.compiled, graph.races)
+        made = graph.captured, graph.compiled, graph.races
+        self._reports[graph] = self.report.add_graph(signature, *made, is_stored)
         tensors = set(map(id, (ModelState(self.original) if graph.effects.slots else graph.state).tensors))
         # What one reads is no longer the model's, or calls have an input where it has a constant.
         self._drop_all([g for g in self._graphs if not tensors.issuperset(map(id, g.state.tensors))])
@@ -467,8 +498,3 @@ def _is_traced() -> bool:
 
 def _cuda_devices(call: Call) -> list[torch.device]:
     return list({tensor.device for tensor in call.tensors if tensor.device.type == "cuda"})
-
-
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    named = [(name, leaf) for name, leaf in named_arguments(args, kwargs) if type(leaf) in TENSOR_TYPES]
-    return f"({', '.join(f'{name} {tensor.dtype}{list(tensor.shape)}' for name, tensor in named)})"

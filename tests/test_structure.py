@@ -20,6 +20,7 @@ ROOMS = [
     "graph",
     "analysis",
     "capture",
+    "stored",
     "match",
     "rewrite",
     "padding",
@@ -30,6 +31,7 @@ ROOMS = [
     "pipeline",
     "dispatch",
     "optimize",
+    "saving",
     "testing",
 ]
 CORE = sorted((ROOT / "fxbt").rglob("*.py"))

@@ -212,6 +212,12 @@ def named_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[t
         yield from named_leaves(value, name)
 
 
+def shapes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """A call's tensors for messages: `(input_ids torch.int64[8, 32])`."""
+    named = [(name, leaf) for name, leaf in named_arguments(args, kwargs) if type(leaf) in TENSOR_TYPES]
+    return f"({', '.join(f'{name} {tensor.dtype}{list(tensor.shape)}' for name, tensor in named)})"
+
+
 def _layout(tensor: Tensor) -> str:
     if tensor.is_nested:
         return "nested"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
@@ -28,7 +29,7 @@ from .constant_inputs import Constants, constant, knowing
 from .containers import Arguments, Given, named_leaves
 from .effects import Buffer, Effects, buffer_metas, check_buffers, make_inputs, unread, written_names
 from .functional import functional
-from .guards import and_values, erase_asserts, guards_of
+from .guards import and_values, assumptions, erase_asserts, guards_of
 from .model_state import HOOKS, ModelState, Slot
 from .regions import inline_regions
 from .size_scalars import Constant, Scalars
@@ -54,6 +55,8 @@ class Captured:
     out_spec: pytree.TreeSpec
     guards: Callable[..., None]  # guards(*tensors) raises AssertionError naming the condition that does not hold
     example: tuple[Tensor, ...]  # of all placeholders
+    assumed: list[sympy.Basic]  # of the sizes of inputs, which the guards assert
+    fixed: dict[int, Tensor] = field(default_factory=dict)  # the inputs, by number, whose values the guards compare
     read: list[Constant] = field(default_factory=list)  # tensors of the model whose values the guards compare
     seconds: float = 0.0
     effects: Effects = field(default_factory=Effects)
@@ -133,12 +136,14 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
     effects, metas = _effects(program, outputs, slots), buffer_metas(program)
     module = _flat_module(program, model, call, outputs, effects)
     assert outputs.spec is not None
-    guards = guards_of(module, call.names, fixed)
+    assumed = assumptions(module)
+    guards = guards_of(module, call.names, fixed, assumed)
     if outputs.read:
         guards = and_values(guards, outputs.read)
     check_buffers(model, effects.buffers)
     make_inputs(module, [buffer.name for buffer in effects.buffers], metas)
-    return Captured(module, outputs.spec, guards, (*tensors, *effects.inputs()), outputs.read, effects=effects)
+    example = (*tensors, *effects.inputs())
+    return Captured(module, outputs.spec, guards, example, assumed, fixed, outputs.read, effects=effects)
 
 
 def _effects(program: ExportedProgram, outputs: _Outputs, slots: Sequence[Slot]) -> Effects:

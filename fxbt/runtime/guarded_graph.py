@@ -18,6 +18,7 @@ from ..capture.number_inputs import as_tensor
 from ..capture.outputs import Rebuild
 from ..capture.rebinding import rebound
 from ..capture.surroundings import Surroundings
+from ..stored.shelf import Text
 from .compiled import Compiled
 from .race import Races
 
@@ -33,6 +34,7 @@ class GuardedGraph:
         shapes: of the inputs it was captured with.
         numbers: places of the call's numbers that are inputs; `pinned` those of them that have one value only,
             `constants` those that are none.
+        text: as it was captured, for other processes.
         served, refused: how many calls it ran, and how many went another way, which only running it shows.
         used: when it served last, in calls.
     """
@@ -46,6 +48,7 @@ class GuardedGraph:
     numbers: frozenset[str]
     pinned: frozenset[str]
     constants: frozenset[str]
+    text: Text
     served: int = 0
     refused: int = 0
     used: int = 0
@@ -69,7 +72,7 @@ class GuardedGraph:
 
     def applies(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the graph stands for a call with these tensors now."""
-        return accepts(self.guards, tensors) and self._holds() and not self.effects.hold(tensors)
+        return accepts(self.guards, tensors) and self.holds() and not self.effects.hold(tensors)
 
     def output(self, call: Call) -> Any:
         """What the model returns for a call; its effects are done."""
@@ -91,9 +94,10 @@ class GuardedGraph:
         self.effects.rebind(pairs)
         for constant in self.captured.read:
             constant.tensor = pairs.get(id(constant.tensor), constant.tensor)
-        return self._holds()
+        return self.holds()
 
-    def _holds(self) -> bool:
+    def holds(self) -> bool:
+        """Whether the model and its surroundings are those that it was captured in."""
         return self.state.holds() and self.around.holds(LOCK.captures_elsewhere())
 
 
