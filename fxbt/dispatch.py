@@ -40,7 +40,7 @@ from .runtime.compiled import Compiled
 from .runtime.failures import Failures
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
 from .runtime.guarded_graph import GuardedGraph, pinned_numbers, varied_axes
-from .stored.shelf import Shelf, Text
+from .stored.shelf import Label, Shelf, Text
 from .torch_compat import is_looked_through, pytree
 
 logger = logging.getLogger("fxbt")
@@ -379,18 +379,18 @@ class Dispatcher:
         FORKS.uses_threads = True
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
-        label = self._shelf.label(self._key(call), around)
+        label = Label.of(self.original, self._key(call), around)
         stored = self._shelf.take(label, call, expected[1])
         if stored is not None:
             try:
-                return self._kept(stored, call, expected, around, written, is_stored=True)
+                return self._kept(stored, call, expected, around, written, label, is_stored=True)
             except CaptureError as error:
                 self._shelf.refuse(error)
         known = [graph.shapes for graph in self._graphs.of(self._key(call))]
         varied = varied_axes([tensor.shape for tensor in call.tensors], known)
         captured = capture(self.original, call, self._options.tracer, rehearse=rehearse, varied=varied, around=around)
-        graph = self._kept(captured, call, expected, around, written)
-        self._shelf.keep(label, graph.text)
+        graph = self._kept(captured, call, expected, around, written, label)
+        self._shelf.keep(graph.text)
         return graph
 
     def _kept(
@@ -400,10 +400,11 @@ class Dispatcher:
         expected: tuple[list[Any], pytree.TreeSpec],
         around: Surroundings,
         written: list[tuple[str, Tensor]],
+        label: Label,
         is_stored: bool = False,
     ) -> GuardedGraph:
         """A captured graph, compiled, compared with the original, and kept for calls like this one."""
-        text = Text.of(captured, self.original, self._key(call))
+        text = Text.of(captured, self.original, label)
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
             raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")

@@ -12,10 +12,8 @@ from torch import nn
 from .errors import FxbtWarning, NotOptimizedError, callers_level
 from .optimize import Model, dispatcher_of, optimized_with
 from .options import Options
-from .runtime.guarded_graph import GuardedGraph
 from .stored.errors import Unstorable
-from .stored.shelf import Text
-from .stored.shelf import save as save_graph
+from .stored.files import Folder
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> list[Path]:
@@ -48,7 +46,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> list[Path]:
     saved, obstacles = [], []
     for graph in dispatcher.graphs:
         try:
-            saved.append(save_graph(Path(folder), dispatcher.original, _text_of(graph), graph.around))
+            saved.append(graph.text.write(Folder(Path(folder))))
         except Unstorable as obstacle:
             obstacles.append(str(obstacle))
     if not saved:
@@ -79,9 +77,3 @@ def load(folder: str | os.PathLike[str], model: Model, **options: Any) -> Model:
         raise FileNotFoundError(f"load() was given {path}, which is no folder; fxbt.save(fast, folder) makes one")
     example_inputs = options.pop("example_inputs", None)
     return optimized_with(model, Options(**options, folder=path.absolute()), example_inputs)
-
-
-def _text_of(graph: GuardedGraph) -> Text:
-    if not graph.holds():
-        raise Unstorable("the model is not as it was when the graph was captured")
-    return graph.text

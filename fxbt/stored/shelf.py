@@ -24,23 +24,51 @@ logger = logging.getLogger("fxbt")
 
 
 @dataclass(frozen=True)
-class Text:
-    """A captured graph as text, for calls of a key; or why there is none."""
+class Label:
+    """What tells graphs from others: the kind of the call, and what they rest on; or why nothing can."""
 
-    key: Hashable
+    signature: str = ""
+    conditions: Conditions | None = None
+    obstacle: str = ""
+
+    @classmethod
+    def of(cls, model: nn.Module, key: Hashable, around: Surroundings) -> Label:
+        """That of a graph of the model as it is now, for calls of a key."""
+        try:
+            return cls(signature_of(model, key), conditions_of(model, around))
+        except Exception as error:  # objects of anyone's making are read here
+            return cls(obstacle=_why(error))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A captured graph as text, or why it has none."""
+
+    label: Label
     graph: str = ""
     obstacle: str = ""
 
     @classmethod
-    def of(cls, captured: Captured, model: nn.Module, key: Hashable) -> Text:
+    def of(cls, captured: Captured, model: nn.Module, label: Label) -> Text:
         """The text of a graph that nothing has rewritten yet."""
+        if label.obstacle:
+            return cls(label, obstacle=label.obstacle)
         try:
-            return cls(key, json.dumps(written_graph(captured, model), separators=(",", ":")))
-        except Unstorable as obstacle:
-            return cls(key, obstacle=str(obstacle))
-        except Exception as fault:  # of fxbt's own: the graph itself is well without a text
-            logger.debug("fxbt failed to write a graph", exc_info=fault)
-            return cls(key, obstacle=f"fxbt itself failed ({type(fault).__name__}: {fault})")
+            return cls(label, json.dumps(written_graph(captured, model), separators=(",", ":")))
+        except Exception as error:  # of fxbt's own: the graph itself is well without a text
+            logger.debug("a graph has no text", exc_info=error)
+            return cls(label, obstacle=_why(error))
+
+    def write(self, folder: Folder) -> Path:
+        """Writes the graph to a folder.
+
+        Raises:
+            Unstorable: it has no text.
+            OSError: nothing can be written.
+        """
+        if self.obstacle or self.label.conditions is None:
+            raise Unstorable(self.obstacle)
+        return folder.write(self.label.signature, self.label.conditions, self.graph)
 
 
 class Shelf:
@@ -48,7 +76,7 @@ class Shelf:
 
     Example:
         >>> shelf = Shelf(model, Folder(), may_write=True, note=print)
-        >>> label = shelf.label(key, around)
+        >>> label = Label.of(model, key, around)
         >>> captured = shelf.take(label, call, spec) or capture(model, call)
     """
 
@@ -58,22 +86,15 @@ class Shelf:
         self._may_write = may_write
         self._note = note
 
-    def label(self, key: Hashable, around: Surroundings) -> Label | None:
-        """What tells the graphs for a call from others; None where there are none, or nothing could tell them."""
+    def take(self, label: Label, call: Call, spec: pytree.TreeSpec) -> Captured | None:
+        """A stored graph for a call that returns what `spec` says; None, and why in the report, where there is none."""
         if self._folder is None:
             return None
-        try:
-            return Label(signature_of(self._model, key), conditions_of(self._model, around))
-        except Exception as error:  # objects of anyone's making are read here
-            self._note(f"no graph is stored for this model: {_why(error)}")
-            return None
-
-    def take(self, label: Label | None, call: Call, spec: pytree.TreeSpec) -> Captured | None:
-        """A stored graph for a call that returns what `spec` says; None, and why in the report, where there is none."""
-        if label is None or self._folder is None:
+        if label.conditions is None:
+            self._note(f"no graph is stored for this model: {label.obstacle}")
             return None
         try:
-            return self._take(self._folder, label, call, spec)
+            return self._take(self._folder, label.signature, label.conditions, call, spec)
         except Exception as error:  # of fxbt's own: what is not read is captured
             self._note(f"stored graphs were not read: {_why(error)}")
             return None
@@ -82,25 +103,23 @@ class Shelf:
         """A stored graph could not be made to run."""
         self._note(f"a stored graph was not used: {error}")
 
-    def keep(self, label: Label | None, text: Text) -> None:
+    def keep(self, text: Text) -> None:
         """Stores a graph, where that is wanted."""
-        if label is None or self._folder is None or not self._may_write:
-            return
-        if text.obstacle:
-            self._note(f"a graph was not stored: {text.obstacle}")
+        if self._folder is None or not self._may_write or text.label.obstacle:
             return
         try:
-            self._folder.write(label.signature, label.conditions, text.graph)
-        except OSError as error:
-            self._note(f"a graph was not stored: {error}")
+            text.write(self._folder)
+        except (Unstorable, OSError) as error:
+            self._note(f"a graph was not stored: {_why(error)}")
 
-    def _take(self, folder: Folder, label: Label, call: Call, spec: pytree.TreeSpec) -> Captured | None:
-        exact = f"-{label.conditions.digest()}-"
-        names = folder.names(label.signature)
-        fitting = [name for name in names if exact in name]
+    def _take(
+        self, folder: Folder, signature: str, conditions: Conditions, call: Call, spec: pytree.TreeSpec
+    ) -> Captured | None:
+        names = folder.names(signature)
+        fitting = [name for name in names if f"-{conditions.digest()}-" in name]
         for name in fitting:
             try:
-                captured = _captured(folder, name, label, self._model, call, spec)
+                captured = _captured(folder, name, conditions, self._model, call, spec)
             except AssertionError:  # for other sizes than the call's
                 continue
             except (Malformed, CaptureError, Stale) as error:
@@ -108,18 +127,9 @@ class Shelf:
                 continue
             if captured is not None:
                 return captured
-        others = [name for name in names if exact not in name]
-        if others and not fitting:
-            self._note(f"{others[0]} was not used: {_difference(folder, others[0], label)}")
+        if names and not fitting:
+            self._note(f"{names[0]} was not used: {_difference(folder, names[0], conditions)}")
         return None
-
-
-@dataclass(frozen=True)
-class Label:
-    """What tells graphs from others: the kind of the call, and what they rest on."""
-
-    signature: str
-    conditions: Conditions
 
 
 class Stale(Exception):
@@ -127,12 +137,12 @@ class Stale(Exception):
 
 
 def _captured(
-    folder: Folder, name: str, label: Label, model: nn.Module, call: Call, spec: pytree.TreeSpec
+    folder: Folder, name: str, conditions: Conditions, model: nn.Module, call: Call, spec: pytree.TreeSpec
 ) -> Captured | None:
     data = folder.read(name)
     if data is None:
         return None
-    if difference := label.conditions.differs_from(conditions_in(data)):
+    if difference := conditions.differs_from(conditions_in(data)):
         raise Stale(difference)
     try:
         return read_graph(graph_in(data), model, call, spec)
@@ -142,10 +152,10 @@ def _captured(
         raise Malformed(f"it is no graph ({type(error).__name__}: {error})") from error
 
 
-def _difference(folder: Folder, name: str, label: Label) -> str:
+def _difference(folder: Folder, name: str, conditions: Conditions) -> str:
     try:
         data = folder.read(name)
-        return "it is gone" if data is None else str(label.conditions.differs_from(conditions_in(data)))
+        return "it is gone" if data is None else str(conditions.differs_from(conditions_in(data)))
     except Malformed as error:
         return str(error)
 
@@ -154,15 +164,3 @@ def _why(error: Exception) -> str:
     if isinstance(error, (Malformed, Unstorable, CaptureError, Stale)):
         return str(error)
     return f"{type(error).__name__}: {error}"
-
-
-def save(folder: Path, model: nn.Module, text: Text, around: Surroundings) -> Path:
-    """Writes a graph of a model that is as it was when the graph was captured.
-
-    Raises:
-        Unstorable: it has no text, or what it rests on has none.
-        OSError: nothing can be written.
-    """
-    if text.obstacle:
-        raise Unstorable(text.obstacle)
-    return Folder(folder).write(signature_of(model, text.key), conditions_of(model, around), text.graph)
