@@ -32,8 +32,8 @@ from torch._dynamo.source import ConstantSource
 # Marks of scopes (autocast, no_grad) that torch.export leaves in a graph.
 from torch._functorch import predispatch
 
-# The type of aten ops: `torch.ops.aten.add.Tensor` is one.
-from torch._ops import OpOverload
+# The types of aten ops: `torch.ops.aten.add.Tensor` is one, `torch.ops.aten.add` a packet of them.
+from torch._ops import OpOverload, OpOverloadPacket
 
 # Tensors of known kind and unknown values, in which torch.export and make_fx compute.
 from torch._subclasses import fake_tensor

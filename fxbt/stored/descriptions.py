@@ -19,7 +19,6 @@ import sys
 import types
 import typing
 import weakref
-import zlib
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -61,7 +60,7 @@ def name_of_kind(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1 << 14)
 def code_digest(code: types.CodeType) -> str:
     """What a code object does, whatever file it is in.
 
@@ -176,11 +175,11 @@ class Descriptions:
         name = f"{value.__module__}.{value.__qualname__}"
         code = value.__code__
         if depth > _DEEPEST:
-            return f"function {name} {zlib.crc32(code.co_code)}"
+            return f"function {name} {code_digest(code)}"
         self._known[id(value)] = (value, f"function {name}")  # within itself
         cells = [contents(cell) for cell in value.__closure__ or ()]
         given = self._each((value.__defaults__, value.__kwdefaults__, *cells), depth + 1)
-        text = digest(f"{zlib.crc32(code.co_code)} {given}")
+        text = digest(f"{code_digest(code)} {given}")
         self._known[id(value)] = (value, f"function {name} {text}")
         return f"function {name} {text}"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..torch_compat import OpOverload
+from ..torch_compat import OpOverload, OpOverloadPacket
 from .errors import Malformed, Unstorable, checked
 
 _OF_PYTHON: dict[str, Callable[..., Any]] = {
@@ -65,7 +65,7 @@ def operation(name: Any) -> Callable[..., Any]:
     return found
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def operation_of_torch(name: str) -> OpOverload | None:
     """An operation of torch's, or fxbt's, that computes and writes nowhere; None where there is no such one."""
     if name in _FXBTS:
@@ -80,9 +80,8 @@ def operation_of_torch(name: str) -> OpOverload | None:
 
 
 def _overload(namespace: Any, name: str, overload: str) -> OpOverload | None:
-    try:
-        packet = getattr(namespace, name)
-    except AttributeError:  # there is none
+    packet = getattr(namespace, name, None)
+    if not isinstance(packet, OpOverloadPacket) or overload not in packet.overloads():
         return None
-    found = getattr(packet, overload, None) if overload in packet.overloads() else None
+    found = getattr(packet, overload)
     return found if isinstance(found, OpOverload) else None
