@@ -20,7 +20,7 @@ BENCH_ARGS ?=
 export PYTHONDONTWRITEBYTECODE :=
 PIP = $(@D)/bin/pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: help demo test test-wheel test-hf4 zoo fuzz bench clean
+.PHONY: help demo test test-wheel test-hf4 zoo fuzz bench bench-cuda clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -30,6 +30,9 @@ demo: .venv/demo.done
 
 bench: .venv-bench/bench.done
 	.venv-bench/bin/python benchmarks/bench.py $(BENCH_ARGS)
+
+bench-cuda:
+	python3 benchmarks/cuda.py $(BENCH_ARGS)
 
 test: .venv/test.done
 	.venv/bin/ruff check

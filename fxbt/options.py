@@ -45,6 +45,7 @@ class Options:
     keep_original: bool = True
     cuda_graphs: bool | str = False
     max_captures: int = 8
+    strict: bool = False
     cache: bool = False
     folder: Path | None = None
     precision: type[Precision] | None = field(init=False)

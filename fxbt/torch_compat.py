@@ -137,7 +137,10 @@ def is_under_functorch() -> bool:
 
 
 def is_looked_through() -> bool:
-    """Whether someone sees each operation as it runs: compilers, tracers, modes, transforms, forward gradients."""
+    """Whether someone sees each operation as it runs.
+
+    Compilers, tracers, modes, transforms, forward gradients, and who records a CUDA graph of all that is launched.
+    """
     return bool(
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -145,6 +148,7 @@ def is_looked_through() -> bool:
         or count_of_function_modes()
         or is_under_functorch()
         or torch.autograd.forward_ad._current_level >= 0
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -170,27 +170,37 @@ def scores_operand(operands: Operands) -> Any:
 
 
 def sdpa(plan: Plan, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """SDPA as a plan says: causal or not, with dropout, with grouped heads."""
+    """SDPA as a plan says: causal or not, with dropout, with grouped heads.
+
+    One query for each of several heads that see the same keys (a decoder's step) is as many queries of one head.
+    """
     if bias is not None:
         bias = _with_batch_and_keys(bias, query, key)
     query, key, value, bias = same_dtype(query, key, value, bias)
-    return F.scaled_dot_product_attention(
-        query,
+    is_row_each = _is_one(query.shape[2]) and not plan.is_causal
+    folded = bool(plan.layout.groups) and is_row_each and (bias is None or _is_one(bias.shape[1]))
+    result = F.scaled_dot_product_attention(
+        query.reshape(query.shape[0], key.shape[1], -1, query.shape[3]) if folded else query,
         key,
         value,
         attn_mask=bias,
         dropout_p=plan.found.dropout,
         is_causal=plan.is_causal,
         scale=plan.found.scale,
-        enable_gqa=bool(plan.layout.groups),
+        enable_gqa=bool(plan.layout.groups) and not folded,
     )
+    return result.reshape(*query.shape[:3], value.shape[3]) if folded else result
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _with_batch_and_keys(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """`bias` with a batch and a key axis of full size: SDPA guards on the ones that it broadcasts itself."""
     shape = [-1] * 4
     for dim, size in ((0, query.shape[0]), (3, key.shape[2])):
-        if isinstance(bias.shape[dim], int) and bias.shape[dim] == 1:
+        if _is_one(bias.shape[dim]):
             shape[dim] = size
     return bias if shape == [-1] * 4 else bias.expand(shape)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxbt
-import fxbt.dispatch
+import fxbt.making
 import fxbt.stored.conditions
 
 SCALE = torch.tensor([2.0, 3.0])
@@ -70,13 +70,13 @@ class Remembering(nn.Module):
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the models that were captured."""
     seen: list[str] = []
-    original = fxbt.dispatch.capture
+    original = fxbt.making.capture
 
     def counted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         seen.append(type(model).__name__)
         return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(fxbt.dispatch, "capture", counted)
+    monkeypatch.setattr(fxbt.making, "capture", counted)
     return seen
 
 
@@ -426,13 +426,13 @@ def test_a_graph_that_computes_something_else_is_refused(cache: Path, captures: 
 PROGRAM = """
 import json, multiprocessing, sys
 import torch
-import fxbt, fxbt.dispatch
+import fxbt, fxbt.making
 from transformers import BertConfig, BertModel
 
 torch.set_num_threads(1)
 seen = []
-original = fxbt.dispatch.capture
-fxbt.dispatch.capture = lambda *args, **kwargs: (seen.append(1), original(*args, **kwargs))[1]
+original = fxbt.making.capture
+fxbt.making.capture = lambda *args, **kwargs: (seen.append(1), original(*args, **kwargs))[1]
 sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50)
 
 

@@ -61,8 +61,8 @@ def text(model: nn.Module) -> str:
 
 def read(text: Any, model: nn.Module) -> tuple[Any, Call]:
     call = make_call(model, torch.randn(2, 5, 4))
-    _, spec = pytree.tree_flatten(model(*call.args, **call.kwargs))
-    return read_graph(text, model, call, spec), call
+    expected = pytree.tree_flatten(model(*call.args, **call.kwargs))
+    return read_graph(text, model, call, expected), call
 
 
 def test_a_graph_comes_back_as_it_was(model: nn.Module, text: str) -> None:

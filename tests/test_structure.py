@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 # A room imports only from rooms above it; files without a room are the last ones.
 ROOMS = [
     "errors",
+    "progress",
     "torch_compat",
     "kernels",
     "graph",
@@ -29,9 +30,11 @@ ROOMS = [
     "explain",
     "options",
     "pipeline",
+    "making",
     "dispatch",
     "optimize",
     "saving",
+    "loading",
     "testing",
 ]
 CORE = sorted((ROOT / "fxbt").rglob("*.py"))

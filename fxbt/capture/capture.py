@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError
+from ..progress import part
 from .attempts import Axes, fresh, run_forward
 from .call import Call
 from .export import Captured, capture_export
@@ -47,7 +48,7 @@ def capture(
     start = time.perf_counter()
     _refuse_scripted(model)
     kept = contextlib.nullcontext() if around is None else around.kept()
-    with _plain_modes(), preserved(model), numpy_unmoved(), kept:
+    with part("capture"), _plain_modes(), preserved(model), numpy_unmoved(), kept:
         example = tuple(fresh(tensor) for tensor in call.tensors)
         slots = _rehearse(model, call, example, around) if rehearse else []
         state = ModelState(model)

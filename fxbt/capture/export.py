@@ -23,6 +23,7 @@ from ..torch_compat import SIZES_LOG, dynamo_config, export_trace, fx_config, py
 from . import outputs as forms
 from . import own_autograd
 from .attempts import Attempt, Axes, attempts, number_indices
+from .caches import growing_axes, same_lengths
 from .call import Call
 from .checkpointing import mark_blocks
 from .constant_inputs import Constants, constant, knowing
@@ -60,6 +61,9 @@ class Captured:
     read: list[Constant] = field(default_factory=list)  # tensors of the model whose values the guards compare
     seconds: float = 0.0
     effects: Effects = field(default_factory=Effects)
+    has_objects: bool = False  # among the call's arguments, which forward may change
+    is_stored: bool = False  # another process captured it
+    growing: tuple[int, ...] = ()  # the inputs that such an object holds a longer tensor for afterwards
 
 
 @dataclass
@@ -142,8 +146,18 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
         guards = and_values(guards, outputs.read)
     check_buffers(model, effects.buffers)
     make_inputs(module, [buffer.name for buffer in effects.buffers], metas)
-    example = (*tensors, *effects.inputs())
-    return Captured(module, outputs.spec, guards, example, assumed, fixed, outputs.read, effects=effects)
+    return Captured(
+        module,
+        outputs.spec,
+        guards,
+        (*tensors, *effects.inputs()),
+        assumed,
+        fixed,
+        outputs.read,
+        effects=effects,
+        has_objects=bool(call.objects),
+        growing=tuple(sorted({i for i, _ in growing_axes(call)})),
+    )
 
 
 def _effects(program: ExportedProgram, outputs: _Outputs, slots: Sequence[Slot]) -> Effects:
@@ -185,6 +199,7 @@ def _flat_forward(
 
     def forward(self: nn.Module, *tensors: Tensor) -> tuple[Any, ...]:
         _share_batch([tensor for i, tensor in enumerate(tensors) if i not in numbers])
+        _share_lengths(tensors, same_lengths(call))
         tensors = tuple(constant(fixed[i]) if i in fixed else tensor for i, tensor in enumerate(tensors))
         args, kwargs = call.rebuild(tensors)
         arguments = Arguments(args, kwargs)
@@ -205,6 +220,8 @@ def _flat_forward(
         _check_outputs(result, flat)
         if kept := [type(value).__name__ for value in forms.plain_objects(result) if state.knows(value)]:
             raise CaptureError(f"forward returns a {kept[0]} that the model keeps; a graph would return another")
+        if around := [type(value).__name__ for value in forms.plain_objects(result) if arguments.is_inside(value)]:
+            raise CaptureError(f"forward puts an argument into a new {around[0]}; a graph would put a copy there")
         outputs.constants = {i: leaf for i, leaf in enumerate(flat) if isinstance(leaf, _CONSTANTS)}
         return *(leaf for leaf in flat if not isinstance(leaf, _CONSTANTS)), *left
 
@@ -218,6 +235,13 @@ def _share_batch(tensors: Sequence[Tensor]) -> None:
         if tensor.ndim and isinstance(tensor.shape[0], SymInt):
             batch = first.setdefault(tensor.shape[0].node.hint, tensor.shape[0])
             torch._check(tensor.shape[0] == batch)
+
+
+def _share_lengths(tensors: Sequence[Tensor], groups: list[list[tuple[int, int]]]) -> None:
+    """What grows together has one size as one symbol (a guard): no operation on keys and values compares theirs."""
+    for (first, axis), *others in groups:
+        for other, its_axis in others:
+            torch._check(tensors[other].shape[its_axis] == tensors[first].shape[axis])
 
 
 def _check_outputs(result: Any, flat: list[Any]) -> None:

@@ -18,10 +18,13 @@ from ..capture.number_inputs import as_tensor
 from ..capture.outputs import Rebuild
 from ..capture.rebinding import rebound
 from ..capture.surroundings import Surroundings
+from ..errors import CaptureError
+from ..kernels.growing import owned
 from ..stored.shelf import Text
 from .compiled import Compiled
 from .race import Races
 
+MOST_UNUSED = 2  # graphs for calls with a cache that served none
 _OTHER_NUMBERS = (1, 2, 5, 64)  # beside one that a graph was captured with: does it take one of these?
 
 
@@ -61,6 +64,11 @@ class GuardedGraph:
         self.rebuild = Rebuild(self.captured.out_spec)
 
     @property
+    def is_stored(self) -> bool:
+        """Whether another process captured it."""
+        return self.captured.is_stored
+
+    @property
     def effects(self) -> Effects:
         """What calls change in the model."""
         return self.captured.effects
@@ -77,6 +85,10 @@ class GuardedGraph:
     def output(self, call: Call) -> Any:
         """What the model returns for a call; its effects are done."""
         effects = self.effects
+        if self.captured.growing and not effects:
+            with owned(call.tensors, self.captured.growing):
+                values = self.run(*call.tensors)
+            return self.rebuild(values, call.args, call.kwargs)
         if not effects:
             return self.rebuild(self.run(*call.tensors), call.args, call.kwargs)
         values = self.run(*call.tensors, *effects.inputs())
@@ -113,6 +125,19 @@ def accepts(guards: Callable[..., None], tensors: Sequence[Tensor]) -> bool:
 def pinned_numbers(captured: Captured, call: Call) -> frozenset[str]:
     """The numbers that a graph is for one value of, though they are inputs: its guards take no other near it."""
     return frozenset(place for place in call.numbers if not _takes_others(captured, call, place))
+
+
+def check_pinned(pinned: frozenset[str], call: Call, others: Sequence[GuardedGraph]) -> None:
+    """Whether another graph for such calls is worth it; `others` are those there are.
+
+    Raises:
+        CaptureError: graph after graph is for one value of a number, or for one call with a cache.
+    """
+    if call.past and sum(not graph.served for graph in others) >= MOST_UNUSED:
+        raise CaptureError("graph after graph for calls with this cache served no other one")
+    for place in () if call.past else pinned:  # the numbers of a cache go with its sizes
+        if others and all(place in other.pinned for other in others):
+            raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
 
 
 def _takes_others(captured: Captured, call: Call, place: str) -> bool:

@@ -13,8 +13,10 @@ from typing import Any
 from torch import SymInt, Tensor, fx, nn
 
 from ..capture.attempts import fresh
+from ..capture.caches import growing_axes
 from ..capture.call import Call
 from ..capture.checkpointing import regions_of
+from ..capture.containers import Given
 from ..capture.effects import Buffer, Effects, check_buffers
 from ..capture.export import Captured
 from ..capture.guards import and_values, environment_of_inputs, guards_of, sizes_of_inputs
@@ -93,8 +95,8 @@ def _written_node(node: fx.Node, places: dict[fx.Node, int], writer: KindsWriter
 # Reading
 
 
-def read_graph(text: Any, model: nn.Module, call: Call, spec: pytree.TreeSpec) -> Captured:
-    """What `written_graph` made, as a graph of `model` for a call that returns what `spec` says.
+def read_graph(text: Any, model: nn.Module, call: Call, expected: tuple[list[Any], pytree.TreeSpec]) -> Captured:
+    """What `written_graph` made, as a graph of `model` for a call that returns what is `expected`, flattened.
 
     Raises:
         Malformed: it is none of fxbt's, or another model's.
@@ -108,7 +110,7 @@ def read_graph(text: Any, model: nn.Module, call: Call, spec: pytree.TreeSpec) -
     buffers = _buffers(parts["buffers"], model)
     placeholders = module.graph.find_nodes(op="placeholder")
     _check_inputs(placeholders, [*call.tensors, *(buffer.tensor for buffer in buffers)])
-    _check_outputs(module, spec.num_leaves + len(buffers))
+    _set_given(module, expected[0], len(buffers))
     fixed = {checked(place, int): read_tensor(tensor) for place, tensor in _pairs(parts["fixed"])}
     if any(place not in range(len(call.tensors)) for place in fixed):
         raise Malformed("the graph has other inputs")
@@ -118,7 +120,19 @@ def read_graph(text: Any, model: nn.Module, call: Call, spec: pytree.TreeSpec) -
     guards(*call.tensors)
     effects = Effects(buffers)
     example = _example(call, placeholders, guards)
-    return Captured(module, spec, guards, (*example, *effects.inputs()), kinds.assumed, fixed, read, effects=effects)
+    return Captured(
+        module,
+        expected[1],
+        guards,
+        (*example, *effects.inputs()),
+        kinds.assumed,
+        fixed,
+        read,
+        effects=effects,
+        has_objects=bool(call.objects),
+        is_stored=True,
+        growing=tuple(sorted({i for i, _ in growing_axes(call)})),
+    )
 
 
 def _pairs(text: Any) -> Iterable[tuple[Any, Any]]:
@@ -231,10 +245,17 @@ def _check_inputs(placeholders: list[fx.Node], tensors: list[Tensor]) -> None:
         raise Malformed("the graph has other inputs")
 
 
-def _check_outputs(module: fx.GraphModule, count: int) -> None:
-    values = module.graph.output_node().args
-    if len(values) != 1 or not isinstance(values[0], tuple) or len(values[0]) != count:
+def _set_given(module: fx.GraphModule, expected: list[Any], more: int) -> None:
+    """Puts the arguments that a forward returns in their places; `more` values behind those returned are buffers'."""
+    output = module.graph.output_node()
+    values = output.args[0] if len(output.args) == 1 else None
+    if not isinstance(values, tuple) or len(values) != len(expected) + more:
         raise Malformed("the graph returns another number of values")
+    pairs = list(zip(values, expected, strict=False))
+    if any((type(value) is Given) is not (type(old) is Given) for value, old in pairs):
+        raise Malformed("the graph returns other arguments")
+    output.args = ((*(old if type(value) is Given else value for value, old in pairs), *values[len(expected) :]),)
+    module.recompile()
 
 
 def _example(call: Call, placeholders: list[fx.Node], guards: Any) -> tuple[Tensor, ...]:

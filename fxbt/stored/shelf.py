@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,8 @@ from .files import Folder, conditions_in, graph_in
 from .graphs import read_graph, written_graph
 
 logger = logging.getLogger("fxbt")
+
+Values = tuple[list[Any], pytree.TreeSpec]
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Shelf:
     Example:
         >>> shelf = Shelf(model, Folder(), may_write=True, note=print)
         >>> label = Label.of(model, key, around)
-        >>> captured = shelf.take(label, call, spec) or capture(model, call)
+        >>> captured = shelf.take(label, call, expected) or capture(model, call)
     """
 
     def __init__(self, model: nn.Module, folder: Folder | None, may_write: bool, note: Callable[[str], None]) -> None:
@@ -86,15 +89,15 @@ class Shelf:
         self._may_write = may_write
         self._note = note
 
-    def take(self, label: Label, call: Call, spec: pytree.TreeSpec) -> Captured | None:
-        """A stored graph for a call that returns what `spec` says; None, and why in the report, where there is none."""
+    def take(self, label: Label, call: Call, expected: Values) -> Captured | None:
+        """A stored graph for a call that returns what is `expected`; else None, and the report says why."""
         if self._folder is None:
             return None
         if label.conditions is None:
             self._note(f"no graph is stored for this model: {label.obstacle}")
             return None
         try:
-            return self._take(self._folder, label.signature, label.conditions, call, spec)
+            return self._take(self._folder, label.signature, label.conditions, call, expected)
         except Exception as error:  # of fxbt's own: what is not read is captured
             self._note(f"stored graphs were not read: {_why(error)}")
             return None
@@ -113,13 +116,13 @@ class Shelf:
             self._note(f"a graph was not stored: {_why(error)}")
 
     def _take(
-        self, folder: Folder, signature: str, conditions: Conditions, call: Call, spec: pytree.TreeSpec
+        self, folder: Folder, signature: str, conditions: Conditions, call: Call, expected: Values
     ) -> Captured | None:
         names = folder.names(signature)
         fitting = [name for name in names if f"-{conditions.digest()}-" in name]
         for name in fitting:
             try:
-                captured = _captured(folder, name, conditions, self._model, call, spec)
+                captured = _captured(folder, name, conditions, self._model, call, expected)
             except AssertionError:  # for other sizes than the call's
                 continue
             except (Malformed, CaptureError, Stale) as error:
@@ -137,7 +140,7 @@ class Stale(Exception):
 
 
 def _captured(
-    folder: Folder, name: str, conditions: Conditions, model: nn.Module, call: Call, spec: pytree.TreeSpec
+    folder: Folder, name: str, conditions: Conditions, model: nn.Module, call: Call, expected: Values
 ) -> Captured | None:
     data = folder.read(name)
     if data is None:
@@ -145,7 +148,7 @@ def _captured(
     if difference := conditions.differs_from(conditions_in(data)):
         raise Stale(difference)
     try:
-        return read_graph(graph_in(data), model, call, spec)
+        return read_graph(graph_in(data), model, call, expected)
     except (Malformed, AssertionError, CaptureError):
         raise
     except Exception as error:  # a file that no fxbt wrote may fail torch or sympy in any way

@@ -61,7 +61,7 @@ def written_argument(value: Any, places: dict[fx.Node, int]) -> Any:
     if type(value) is float:
         return ["float", value.hex()]
     if type(value) is Given:
-        return ["given", value.number]
+        return ["given", None]
     if isinstance(value, (list, tuple)):
         word = "list" if isinstance(value, list) else "tuple"
         return [word, *[written_argument(item, places) for item in value]]
@@ -147,8 +147,9 @@ def _device(text: Any) -> torch.device:
     return torch.device(text)
 
 
-def _given(number: Any) -> Given:
-    return Given(checked(number, int))
+def _given(_: Any) -> Given:
+    """An argument of the call that forward returns: which, the original's own result says (`graphs.read_graph`)."""
+    return Given(())
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
