@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
@@ -29,7 +30,7 @@ from .constant_inputs import Constants, constant, knowing
 from .containers import Arguments, Given, named_leaves
 from .effects import Buffer, Effects, buffer_metas, check_buffers, make_inputs, unread, written_names
 from .functional import functional
-from .guards import and_values, erase_asserts, guards_of
+from .guards import and_values, assumptions, erase_asserts, guards_of
 from .model_state import HOOKS, ModelState, Slot
 from .regions import inline_regions
 from .size_scalars import Constant, Scalars
@@ -55,10 +56,13 @@ class Captured:
     out_spec: pytree.TreeSpec
     guards: Callable[..., None]  # guards(*tensors) raises AssertionError naming the condition that does not hold
     example: tuple[Tensor, ...]  # of all placeholders
+    assumed: list[sympy.Basic]  # of the sizes of inputs, which the guards assert
+    fixed: dict[int, Tensor] = field(default_factory=dict)  # the inputs, by number, whose values the guards compare
     read: list[Constant] = field(default_factory=list)  # tensors of the model whose values the guards compare
     seconds: float = 0.0
     effects: Effects = field(default_factory=Effects)
     has_objects: bool = False  # among the call's arguments, which forward may change
+    is_stored: bool = False  # another process captured it
     growing: tuple[int, ...] = ()  # the inputs that such an object holds a longer tensor for afterwards
 
 
@@ -136,7 +140,8 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
     effects, metas = _effects(program, outputs, slots), buffer_metas(program)
     module = _flat_module(program, model, call, outputs, effects)
     assert outputs.spec is not None
-    guards = guards_of(module, call.names, fixed)
+    assumed = assumptions(module)
+    guards = guards_of(module, call.names, fixed, assumed)
     if outputs.read:
         guards = and_values(guards, outputs.read)
     check_buffers(model, effects.buffers)
@@ -146,6 +151,8 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
         outputs.spec,
         guards,
         (*tensors, *effects.inputs()),
+        assumed,
+        fixed,
         outputs.read,
         effects=effects,
         has_objects=bool(call.objects),
