@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .match.rule import Match, Rule, rule
     from .pipeline import default_rules
     from .runtime.warmup import Warmup
+    from .saving import load, save
 
 __version__ = "0.1.0"
 
@@ -61,10 +62,12 @@ _HOMES = {
     "default_rules": "pipeline",
     "is_causal": "analysis.causality",
     "is_float_cast": "match.naming",
+    "load": "saving",
     "lowering": "graph.lowerings",
     "nearest_sources": "analysis.sources",
     "op_of": "match.naming",
     "rule": "match.rule",
+    "save": "saving",
 }
 
 __all__ = [
@@ -88,6 +91,7 @@ __all__ = [
     "default_rules",
     "is_causal",
     "is_float_cast",
+    "load",
     "lowering",
     "masks",
     "nearest_sources",
@@ -98,6 +102,7 @@ __all__ = [
     "refresh",
     "restore",
     "rule",
+    "save",
     "scores",
     "testing",
     "weights",

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from . import pipeline
 from .capture import outputs
-from .capture.caches import growing_axes, is_too_short, with_growth
+from .capture.caches import is_too_short, with_growth
 from .capture.call import Binder, Call, shown_shapes
-from .capture.capture import capture
 from .capture.containers import Arguments, Changed
-from .capture.effects import Effects, written_buffers
+from .capture.effects import written_buffers
 from .capture.isolated import collecting_rarely, isolated
 from .capture.locks import LOCK
 from .capture.model_state import ModelState, foreign_hook, preserved, versions
@@ -28,19 +27,19 @@ from .capture.recording import Recording, is_recording
 from .capture.saved_tensors import active_hooks, comes_from_hook, hidden
 from .capture.surroundings import Surroundings
 from .capture.value_branches import goes_another_way
-from .errors import CaptureError, ExampleError, FallbackError, FxbtWarning, NotCapturable, RuleError, callers_level
+from .errors import CaptureError, ExampleError, FallbackError, FxbtWarning, NotCapturable, callers_level
 from .explain.graph_report import GraphReport
 from .explain.report import Report
-from .kernels import autotune, native
+from .kernels import native
 from .kernels.forks import FORKS
+from .making import Maker
 from .options import Options
 from .progress import part, watched
 from .runtime import race
-from .runtime.compare import Comparison
 from .runtime.compiled import Compiled
 from .runtime.failures import Failures
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
-from .runtime.guarded_graph import GuardedGraph, check_pinned, pinned_numbers, varied_axes
+from .runtime.guarded_graph import GuardedGraph
 from .runtime.warmup import Warmup
 from .torch_compat import is_looked_through, pytree
 
@@ -51,10 +50,6 @@ _LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _FOR_THE_CALLER = (FxbtWarning, FallbackError)
 _OWN_FORWARD = "the model object has its own attribute `forward`, which comes before any class's"
 _WITH_GRADIENTS = "an argument is an object (a KV cache) that forward may change, with gradients enabled"
-_NESTED = (
-    "forward computes on nested tensors, after which padding is 0, and a graph could not drop padding ({why}); "
-    "nn.TransformerEncoder(..., enable_nested_tensor=False) does not"
-)
 
 
 class _ModelError(Exception):
@@ -89,9 +84,9 @@ class Dispatcher:
         self._graphs: Graphs[GuardedGraph] = Graphs(options.max_captures)
         self._reports: WeakKeyDictionary[GuardedGraph, GraphReport] = WeakKeyDictionary()
         self._failures = Failures(original)
+        self._maker = Maker(original, options, self._rules, self._numbers, self._graphs, self.report.add_note)
         self._unlike: ModelState | None = None  # in which no graph could be rebound
-        self._faults = 0
-        self._warned = False
+        self._faults, self._warned = 0, False
         self._user_rules = {rule.name for rule in self._rules} - {rule.name for rule in pipeline.default_rules()}
         self._told: set[str] = set()  # names of rules
 
@@ -181,6 +176,11 @@ class Dispatcher:
         graphs = [graph.compiled.weights for graph in self._graphs if graph.compiled.weights]
         outdated = [weights.refresh() for weights in graphs]  # all of them, whatever the first says
         return any(outdated)
+
+    @property
+    def graphs(self) -> Graphs[GuardedGraph]:
+        """Those that are kept now."""
+        return self._graphs
 
     def fall_back(self, reason: str) -> None:
         """Notes why the original runs; the first time for a model, says so. With the option `strict`, raises it."""
@@ -407,51 +407,17 @@ class Dispatcher:
         FORKS.uses_threads = True
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
-        known = [graph.shapes for graph in self._graphs.of(self._key(call))]
-        varied = varied_axes([tensor.shape for tensor in call.tensors], known) | growing_axes(call)
-        how: dict[str, Any] = {"rehearse": rehearse, "varied": varied, "around": around, "verify": self._options.verify}
-        captured = capture(self.original, call, self._options.tracer, **how)
-        effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
-        if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
-            raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")
-        pinned = pinned_numbers(captured, call)
-        check_pinned(pinned, call, self._graphs.of(self._key(call)))
-        try:
-            compiled = pipeline.compile(captured, self._rules, self._options)
-            if around.nests and compiled.unpadding is None:
-                why = next((str(miss) for miss in compiled.misses if miss.rule == "padding"), 'padding="keep"')
-                raise CaptureError(_NESTED.format(why=why))
-            problem = Comparison(self.original, captured, compiled).all(call, expected, self._numbers)
-        except RuleError as error:
-            raise CaptureError(str(error)) from error
-        except CaptureError:
-            raise
-        except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
-            raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
-        if problem is not None:
-            raise CaptureError(f"the graph's outputs are not the original's: {problem}")
-        if compiled.weights is not None and not self._options.keep_original:
-            compiled.spilled = compiled.weights.spill()
-        graph = GuardedGraph(
-            captured,
-            compiled,
-            ModelState(self.original, effects.slots),
-            around,
-            self._races(compiled, effects),
-            [tensor.shape for tensor in call.tensors],
-            numbers=frozenset(call.numbers),
-            pinned=pinned,
-            constants=frozenset(call.constants),
-        )
+        graph = self._maker.graph(self._key(call), call, expected, around, written, rehearse)
         self._keep(graph, call)
         if graph.races is not None:
             self._look(graph, graph.races.of(_elements(call.tensors)), call, race.CAPTURE_SECONDS)
-        self._tell_refusals(compiled)
+        self._tell_refusals(graph.compiled)
         return graph
 
     def _keep(self, graph: GuardedGraph, call: Call) -> None:
         signature = f"{call}{' training' if self.original.training else ''}"
-        self._reports[graph] = self.report.add_graph(signature, graph.captured, graph.compiled, graph.races)
+        made = graph.captured, graph.compiled, graph.races
+        self._reports[graph] = self.report.add_graph(signature, *made, graph.is_stored)
         tensors = set(map(id, (ModelState(self.original) if graph.effects.slots else graph.state).tensors))
         # What one reads is no longer the model's, or calls have an input where it has a constant.
         self._drop_all([g for g in self._graphs if not tensors.issuperset(map(id, g.state.tensors))])
@@ -476,15 +442,6 @@ class Dispatcher:
                 FxbtWarning,
                 stacklevel=callers_level(),
             )
-
-    def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
-        """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file.
-
-        And without effects, which a call has once, and where the original may serve.
-        """
-        options = self._options
-        may_not = torch.is_grad_enabled() or compiled.stochastic or not options.keep_original or options.strict
-        return race.Races() if autotune.is_enabled() and not (may_not or effects) else None
 
 
 def _elements(tensors: Sequence[Tensor]) -> int:

@@ -39,6 +39,7 @@ def optimize(
     cuda_graphs: bool | str = False,
     max_captures: int = 8,
     strict: bool = False,
+    cache: bool = False,
 ) -> Model:
     """A model of the same class that shares everything with `model` but computes its forward by optimised graphs.
 
@@ -78,6 +79,8 @@ def optimize(
         strict: raise `FallbackError` with the reason where a call would run the original forward otherwise. Left as
             they are: calls that someone traces (`torch.compile`, `torch.func`), and those of a model that is a part of
             another optimised one. Which of the two is faster is not asked then: graphs serve all calls.
+        cache: keep captured graphs in the cache folder (`FXBT_CACHE_DIR`, else `~/.cache/fxbt`), so that another
+            process need not capture them. See `fxbt.save`, which does so in a folder of your own.
 
     Raises:
         TypeError: `model` is no `nn.Module`, a rule is no `Rule` instance, or `example_inputs` is no mapping or tuple.
@@ -107,9 +110,21 @@ def optimize(
         cuda_graphs=cuda_graphs,
         max_captures=max_captures,
         strict=strict,
+        cache=cache,
     )
+    return optimized_with(model, options, example_inputs)
+
+
+def optimized_with(
+    model: Model, options: Options, example_inputs: Mapping[str, Any] | Sequence[Any] | None = None
+) -> Model:
+    """`optimize` with these options, as one object.
+
+    Raises what `optimize` does.
+    """
+    _check_model(model)
     args, kwargs = _example_call(example_inputs)
-    if _dispatcher_of(model) is not None:
+    if dispatcher_of(model) is not None:
         model = restore(model)
     fast = _optimized(model, options)
     if example_inputs is not None:
@@ -126,7 +141,7 @@ def restore(model: Model) -> Model:
         >>> fxbt.restore(fxbt.optimize(model)) is model
         True
     """
-    dispatcher = _dispatcher_of(model)
+    dispatcher = dispatcher_of(model)
     if dispatcher is None:
         raise NotOptimizedError(
             f"restore() was given a {type(model).__name__} that is not optimised; pass what optimize() returned"
@@ -154,7 +169,7 @@ def refresh(model: nn.Module) -> bool:
         >>> fxbt.refresh(fast)
         True
     """
-    dispatchers = [found for part in model.modules() if (found := _dispatcher_of(part)) is not None]
+    dispatchers = [found for part in model.modules() if (found := dispatcher_of(part)) is not None]
     if not dispatchers:
         raise NotOptimizedError(
             f"refresh() was given a {type(model).__name__} with nothing optimised in it; pass what optimize() returned"
@@ -302,12 +317,13 @@ def _deepcopied(original: Any, fast: Any, options: Options, memo: dict[int, Any]
         return memo[id(fast)]
     model = object.__new__(type(original))
     copied = _optimized(model, options)
-    memo[id(fast)], memo[id(original)] = copied, _dispatcher_of(copied).original  # type: ignore[union-attr]
+    memo[id(fast)], memo[id(original)] = copied, dispatcher_of(copied).original  # type: ignore[union-attr]
     vars(model).update(copy.deepcopy(vars(original), memo))
     return copied
 
 
-def _dispatcher_of(model: Any) -> Dispatcher | None:
+def dispatcher_of(model: Any) -> Dispatcher | None:
+    """What serves the calls of an optimised model; None for others."""
     dispatcher = getattr(type(model), "_fxbt_dispatcher", None)
     return dispatcher if dispatcher is not None and dispatcher.stands_for(model) else None
 

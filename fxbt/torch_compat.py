@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 import torch._dynamo.config as dynamo_config
 import torch.export._trace as export_trace  # torch.export itself loads it at its first call, in 0.5 s
@@ -32,8 +33,8 @@ from torch._dynamo.source import ConstantSource
 # Marks of scopes (autocast, no_grad) that torch.export leaves in a graph.
 from torch._functorch import predispatch
 
-# The type of aten ops: `torch.ops.aten.add.Tensor` is one.
-from torch._ops import OpOverload
+# The types of aten ops: `torch.ops.aten.add.Tensor` is one, `torch.ops.aten.add` a packet of them.
+from torch._ops import OpOverload, OpOverloadPacket
 
 # Tensors of known kind and unknown values, in which torch.export and make_fx compute.
 from torch._subclasses import fake_impls, fake_tensor
@@ -55,6 +56,8 @@ from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     GuardOnDataDependentSymNode,
     ShapeEnv,
+    ShapeGuard,
+    SLoc,
     StatelessSymbolicContext,
     free_unbacked_symbols,
     guard_or_false,
@@ -70,14 +73,23 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # What sizes are computed with, beside sympy's own.
+from torch.utils._sympy import functions as size_functions
 from torch.utils._sympy.functions import FloorDiv, Max, Min
+from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.value_ranges import ValueRanges
 
 # Raised through autograd to end a recomputation early: none of our failures.
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 SIZES_LOG = "torch.fx.experimental.symbolic_shapes"  # torch's logger of guards
 FAKES_LOG = "torch._subclasses.fake_tensor"
+
+# All of these that compute whole numbers of whole numbers; torch 2.11 to 2.14 have them under these names.
+SIZE_FUNCTIONS: tuple[type, ...] = tuple(
+    getattr(size_functions, name)
+    for name in ("FloorDiv", "CleanDiv", "CeilToInt", "FloorToInt", "TruncToInt", "IntTrueDiv", "ToFloat", "Max", "Min")
+) + tuple(getattr(size_functions, name) for name in ("Mod", "PythonMod", "ModularIndexing", "PowByNatural", "Where"))
 
 # In place, past Python: `F.silu(x, inplace=True)` is two Python frames more a call.
 silu, silu_, gelu_ = torch._C._nn.silu, torch._C._nn.silu_, torch._C._nn.gelu_  # type: ignore[attr-defined]
@@ -95,7 +107,6 @@ is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # What the processor has: `torch.backends.cpu.get_cpu_capability()` knows neither.
 is_avx512_supported: Callable[[], bool] = torch.cpu._is_avx512_supported
 is_vnni_supported: Callable[[], bool] = torch.cpu._is_vnni_supported
-is_amx_tile_supported: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 
 # The places that a trace patches, as (owner, name).
 RUN_BACKWARD = (torch.autograd, "_engine_run_backward")
@@ -371,3 +382,31 @@ def compile_by_inductor(graph_module: torch.fx.GraphModule, tensors: Sequence[Te
         node.meta["example_value"] = node.meta.get("val")  # where it looks for the sizes
     compiled: Callable[..., Any] = standalone_compile(graph_module, inputs, dynamic_shapes="from_graph")
     return compiled
+
+
+def environment_of(
+    sizes: Mapping[sympy.Symbol, tuple[int, int, int | None]], facts: Sequence[sympy.Basic]
+) -> tuple[ShapeEnv, dict[sympy.Symbol, torch.SymInt]]:
+    """An environment of sizes, as a trace leaves one, and each size in it.
+
+    Torch's own `add_backed_var_to_val` and its like go by another name in each version.
+
+    Args:
+        sizes: a symbol's value in the example, the least that it can be and the most (None: anything).
+        facts: what guards say about them.
+    """
+    environment: Any = ShapeEnv()
+    values = environment.backed_var_to_val if hasattr(environment, "backed_var_to_val") else environment.var_to_val
+    made = {}
+    for symbol, (hint, lower, upper) in sizes.items():
+        values[symbol] = sympy.Integer(hint)
+        environment.var_to_range[symbol] = ValueRanges(lower, int_oo if upper is None else upper)
+        environment.var_to_sources[symbol] = [ConstantSource(symbol.name)]
+        made[symbol] = environment.create_symintnode(symbol, hint=hint)
+    environment.guards += [ShapeGuard(fact, SLoc("stored", None), False) for fact in facts]
+    return environment, made
+
+
+def fake_like(value: Tensor, mode: FakeTensorMode, device: torch.device) -> FakeTensor:
+    """A fake tensor of a meta tensor's kind: 7 us, where a factory on symbolic sizes takes 500."""
+    return FakeTensor(mode, value, device)

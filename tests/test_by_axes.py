@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from tracing import graph_of
 
 import fxbt
+from fxbt.graph.canonical import canonicalize
 from fxbt.patterns import Attention
+from fxbt.rewrite.trace_key import match_key
 from fxbt.testing import assert_rewrites, assert_untouched
 
 HEADS, DIM = 2, 4
@@ -220,6 +223,58 @@ def test_another_axis_is_summed() -> None:
     assert_untouched(KernelAttention(), Model(over_heads).eval(), INPUTS[0])
 
 
+class NamedBatch(KernelAttention):
+    """The same without "...": one batch axis for all operands."""
+
+    name = "named_batch"
+
+    def pattern(self, op: Any, query: Any, key: Any, value: Any) -> Any:
+        scores = op.contract("b q d, b k d -> b q k", query, key)
+        return op.contract("b q k, b k v -> b q v", scores, value)
+
+    def replace(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.bmm(query, torch.bmm(key.mT, value))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_named_axis_stands_for_several(spelling: Any) -> None:
+    assert_rewrites(NamedBatch(), model_of(spelling, lambda s: s), *INPUTS, times=1)
+
+
+def test_an_axis_without_a_name() -> None:
+    def one_value_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bhqk,bkd->bqhd", torch.einsum("bqhd,bkhd->bhqk", q, k), v[:, :, 0])
+
+    model = Model(one_value_head).eval()
+    report = assert_untouched(NamedBatch(), model, INPUTS[0])
+    assert any("is no axis of" in miss.reason for miss in report.misses)
+    assert_rewrites(KernelAttention(), model, *INPUTS, times=1)
+
+
+class Weights(fxbt.Rule):
+    """softmax(Q K^T), the weights themselves, as a softmax by hand"""
+
+    name = "weights"
+
+    def pattern(self, op: Any, query: Any, key: Any) -> Any:
+        return op.softmax(op.contract("... q d, ... k d -> ... q k", query, key), over="k")
+
+    def replace(self, query: Tensor, key: Tensor) -> Tensor:
+        exponentials = (query @ key.mT).exp()
+        return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_a_softmax_alone(dim: int) -> None:
+    """Over the queries too: that is the axis k of the pattern, then."""
+
+    def weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(dim)
+
+    report = assert_rewrites(Weights(), Model(weights).eval(), *INPUTS, times=1)
+    assert "[weights]" in report.after, "and canonical: a softmax again"
+
+
 def test_a_value_inside_that_is_read_elsewhere() -> None:
     def leaking(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         scores = q.transpose(1, 2) @ k.transpose(1, 2).mT
@@ -266,6 +321,10 @@ WRONG = {
         lambda op, x, y: op.contract("a b, b c -> a c", op.tanh(x), y),
         "is a variable",
     ),
+    "a variable twice": (
+        lambda op, x, y: op.contract("a b, b c -> a c", op.contract("a d, d b -> a b", x, y), y),
+        "once",
+    ),
     "steps on a variable": (lambda op, x, y: op.contract("a b, b c -> a c", op.steps(x, "s"), y), "not"),
     "a curve around": (lambda op, x, y: op.tanh(op.contract("a b, b c -> a c", x, y)), "op.contract"),
 }
@@ -293,3 +352,20 @@ def test_the_attention_rules_share_one_reading(monkeypatch: pytest.MonkeyPatch) 
     assert "attention_by_products" in report.after, "the third rule took it"
     starts = [node for node in read if node.op == "call_function" and node.target is torch.ops.aten.tanh.default]
     assert len(starts) == 1
+
+
+@pytest.mark.parametrize("between", [last, lambda s: (s.tanh() * 5 + torch.arange(s.shape[-1])).softmax(-1)])
+def test_equal_layers_share_one_trace(between: Between) -> None:
+    """What `replace` gets of an attention is comparable, so that a model of twelve layers traces it once."""
+
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attended = by_matmul(q, k, v, between).unflatten(-1, (HEADS, DIM))
+        return by_matmul(attended, attended, attended, between)
+
+    module = graph_of(Model(twice).eval(), torch.randn(*SHAPES[0]))
+    canonicalize(module)
+    with torch.no_grad():
+        softmaxes = [node for node in module.graph.nodes if node.target in fxbt.attentions.SOFTMAX]
+        matches = [Attention().find(softmax) for softmax in softmaxes]
+    assert len(matches) == 2
+    assert all(match_key(match) is not None for match in matches)

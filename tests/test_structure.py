@@ -21,6 +21,7 @@ ROOMS = [
     "graph",
     "analysis",
     "capture",
+    "stored",
     "match",
     "rewrite",
     "padding",
@@ -29,8 +30,10 @@ ROOMS = [
     "explain",
     "options",
     "pipeline",
+    "making",
     "dispatch",
     "optimize",
+    "saving",
     "loading",
     "testing",
 ]

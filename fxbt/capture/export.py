@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
@@ -30,7 +31,7 @@ from .containers import Arguments, Given, named_leaves
 from .effects import Buffer, Effects, buffer_metas, check_buffers, make_inputs, unread, written_names
 from .equal_layers import EqualLayers
 from .functional import functional
-from .guards import and_values, erase_asserts, guards_of
+from .guards import and_values, assumptions, erase_asserts, guards_of
 from .model_state import HOOKS, ModelState, Slot
 from .regions import inline_regions
 from .size_scalars import Constant, Scalars
@@ -56,11 +57,14 @@ class Captured:
     out_spec: pytree.TreeSpec
     guards: Callable[..., None]  # guards(*tensors) raises AssertionError naming the condition that does not hold
     example: tuple[Tensor, ...]  # of all placeholders
+    assumed: list[sympy.Basic]  # of the sizes of inputs, which the guards assert
+    fixed: dict[int, Tensor] = field(default_factory=dict)  # the inputs, by number, whose values the guards compare
     read: list[Constant] = field(default_factory=list)  # tensors of the model whose values the guards compare
     seconds: float = 0.0
     effects: Effects = field(default_factory=Effects)
     copied: int = 0  # layers that were not traced, as an equal one was
     has_objects: bool = False  # among the call's arguments, which forward may change
+    is_stored: bool = False  # another process captured it
     growing: tuple[int, ...] = ()  # the inputs that such an object holds a longer tensor for afterwards
 
 
@@ -139,7 +143,8 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
     effects, metas = _effects(program, outputs, slots), buffer_metas(program)
     module = _flat_module(program, model, call, outputs, effects)
     assert outputs.spec is not None
-    guards = guards_of(module, call.names, fixed)
+    assumed = assumptions(module)
+    guards = guards_of(module, call.names, fixed, assumed)
     if outputs.read:
         guards = and_values(guards, outputs.read)
     check_buffers(model, effects.buffers)
@@ -149,6 +154,8 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
         outputs.spec,
         guards,
         (*tensors, *effects.inputs()),
+        assumed,
+        fixed,
         outputs.read,
         effects=effects,
         copied=outputs.copied,

@@ -43,7 +43,10 @@ class AxisMatcher:
         (self._term,) = pattern.outputs
         self._optional = pattern.names - always_bound(pattern.outputs)
         self._softmax, self._steps, self._contract = _around_the_softmax(self._term)
-        self._specs = dict(_axes_of_variables(self._term))
+        specs = list(_axes_of_variables(self._term))
+        self._specs = dict(specs)
+        if len(specs) > len(self._specs):
+            raise RuleError("a variable stands in a formula with named axes once; two may stand for the same value")
         self._result = _contract_in(self._term).equation.result
 
     def anchors(self, graph: fx.Graph) -> list[fx.Node]:
@@ -135,12 +138,18 @@ class AxisMatcher:
 
 
 def _laid_out(spec: tuple[str, ...], labels: axes.Axes, reading: Reading) -> axes.Axes:
-    """One dim for each axis of "...", of size one where `labels` have none, and one for each named axis."""
+    """One dim for each axis of "...", of size one where `labels` have none, and one for each named axis.
+
+    Raises:
+        Miss: there is an axis that the equations have no name for.
+    """
     present = axes.atoms_of(labels)
     target: list[axes.Label] = []
     for name in spec:
         atoms = reading.along.get(name, ())
         target += [(atom,) if atom in present else () for atom in atoms] if name == REST else [atoms]
+    if unnamed := set(present) - set(axes.atoms_of(tuple(target))):
+        raise Miss(f"{unnamed} is no axis of {' '.join(spec)}", node=reading.output)
     return tuple(target)
 
 

@@ -20,6 +20,7 @@ from ..capture.rebinding import rebound
 from ..capture.surroundings import Surroundings
 from ..errors import CaptureError
 from ..kernels.growing import owned
+from ..stored.shelf import Text
 from .compiled import Compiled
 from .race import Races
 
@@ -36,6 +37,7 @@ class GuardedGraph:
         shapes: of the inputs it was captured with.
         numbers: places of the call's numbers that are inputs; `pinned` those of them that have one value only,
             `constants` those that are none.
+        text: as it was captured, for other processes.
         served, refused: how many calls it ran, and how many went another way, which only running it shows.
         used: when it served last, in calls.
     """
@@ -49,6 +51,7 @@ class GuardedGraph:
     numbers: frozenset[str]
     pinned: frozenset[str]
     constants: frozenset[str]
+    text: Text
     served: int = 0
     refused: int = 0
     used: int = 0
@@ -59,6 +62,11 @@ class GuardedGraph:
     def __post_init__(self) -> None:
         self.run, self.guards = self.compiled.serve, self.captured.guards
         self.rebuild = Rebuild(self.captured.out_spec)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether another process captured it."""
+        return self.captured.is_stored
 
     @property
     def effects(self) -> Effects:
@@ -72,7 +80,7 @@ class GuardedGraph:
 
     def applies(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the graph stands for a call with these tensors now."""
-        return accepts(self.guards, tensors) and self._holds() and not self.effects.hold(tensors)
+        return accepts(self.guards, tensors) and self.holds() and not self.effects.hold(tensors)
 
     def output(self, call: Call) -> Any:
         """What the model returns for a call; its effects are done."""
@@ -98,9 +106,10 @@ class GuardedGraph:
         self.effects.rebind(pairs)
         for constant in self.captured.read:
             constant.tensor = pairs.get(id(constant.tensor), constant.tensor)
-        return self._holds()
+        return self.holds()
 
-    def _holds(self) -> bool:
+    def holds(self) -> bool:
+        """Whether the model and its surroundings are those that it was captured in."""
         return self.state.holds() and self.around.holds(LOCK.captures_elsewhere())
 
 
