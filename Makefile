@@ -5,6 +5,7 @@
 # make test-hf4  the tests that apply on transformers 4, with its fx tracer
 # make zoo       every model type of transformers, shrunk, judged against its original: writes docs/coverage.md
 # make fuzz      the generator of attention modules, on cases nobody has seen
+# make bench-cuda  the same on a CUDA device, with the python3 that is there
 # make bench     fxbt against its peers on this machine; writes benchmarks/results/ and docs/benchmark.png
 #
 # torch comes first and by its exact version: a range would pull the newest build with gigabytes of CUDA.
@@ -22,7 +23,7 @@ BENCH_ARGS ?=
 export PYTHONDONTWRITEBYTECODE :=
 PIP = $(@D)/bin/pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: help demo lint test test-wheel test-hf4 zoo fuzz bench clean
+.PHONY: help demo lint test test-wheel test-hf4 zoo fuzz bench bench-cuda clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -32,6 +33,9 @@ demo: $(VENV)/demo.done
 
 bench: .venv-bench/bench.done
 	.venv-bench/bin/python benchmarks/bench.py $(BENCH_ARGS)
+
+bench-cuda:
+	python3 benchmarks/cuda.py $(BENCH_ARGS)
 
 # Types are those of one torch.
 lint: .venv/test.done

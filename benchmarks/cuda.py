@@ -1,8 +1,9 @@
 """Milliseconds a call on a CUDA device, fxbt beside its peers, as a table: `python benchmarks/cuda.py [--models ...]`.
 
-Each engine has a process of its own for each model. All get ready at once (they import, compile and check their outputs
-against float32 on the same device); then one after the other takes its turn and times all columns alone. Needs torch
-and transformers only. Wall clock with synchronisation, medians of at least five calls in 0.25 s.
+Each engine has a process of its own for each model. Those that torch compiles get ready at once, which takes minutes;
+then one after the other takes its turn: gets ready, if it is not, checks its outputs against float32 on the device, and
+times all columns alone. Needs torch, transformers and tabulate only. Wall clock with synchronisation, medians of at
+least five calls in 0.25 s.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch.utils.flop_counter import FlopCounterMode
 
 SEED, VOCAB = 0, 30522
 DENSE = {"1x16": (1, 16), "1x128": (1, 128), "8x128": (8, 128), "32x128": (32, 128), "16x512": (16, 512)}
@@ -113,17 +115,29 @@ def optimized(**options: Any) -> Callable[[Any], Run]:
         import fxbt
 
         fast = fxbt.optimize(model, **options)
-        prepare.fast = fast  # type: ignore[attr-defined]
-        return lambda batch: fast(**batch).last_hidden_state
+
+        def call(batch: Batch) -> torch.Tensor:
+            return fast(**batch).last_hidden_state
+
+        call.fast = fast  # type: ignore[attr-defined]
+        return call
 
     return prepare
 
 
+def encoder_fast_path(model: Any) -> Run:
+    """nn.TransformerEncoder's, which BetterTransformer ran."""
+    import engines
+
+    return engines.fast_path(model, {}, 1)
+
+
 ENGINES: dict[str, Callable[[Any], Run]] = {
     "HF sdpa": hugging_face,
+    "nn.TransformerEncoder": encoder_fast_path,
     "torch.compile, dynamic": compiled(dynamic=True),
     "torch.compile, reduce-overhead": compiled(mode="reduce-overhead", dynamic=False),
-    "torch.compile, max-autotune": compiled(mode="max-autotune", dynamic=False),
+    "torch.compile, max-autotune": compiled(mode="max-autotune", dynamic=False),  # minutes until ready
     "fxbt": optimized(),
     "fxbt, padding kept": optimized(padding="keep"),
     "fxbt, cuda_graphs": optimized(cuda_graphs=True),
@@ -136,36 +150,49 @@ DEFAULT = [name for name in ENGINES if "max-autotune" not in name and "kept" not
 
 def work(name: str, engine: str, dtype: torch.dtype, turn: Path) -> dict[str, Any]:
     """Gets ready, waits for its turn, and times."""
-    start = time.perf_counter()
     torch.manual_seed(SEED)
     model_class, config = MODELS[name]()
     batches = {column: {k: v.cuda() for k, v in batch.items()} for column, batch in columns(name).items()}
-    exact = model_class._from_config(config, attn_implementation="sdpa").eval().cuda()
-    made = time.perf_counter()
+    model = model_class._from_config(config, attn_implementation="sdpa").eval().cuda()
     with torch.no_grad():
-        expected = {
-            column: _valid(exact(**_to(batch, None)).last_hidden_state, batch) for column, batch in batches.items()
-        }
-        model = exact.to(dtype)
-        run = ENGINES[engine](model)
+        expected = {column: _valid(model(**batch).last_hidden_state, batch) for column, batch in batches.items()}
+        flops = {column: _flops(model, batch) for column, batch in batches.items()}
+        batches = {column: _to(batch, dtype) for column, batch in batches.items()}
+        run = ENGINES[engine](model.to(dtype))
+        if not engine.startswith("torch.compile"):
+            _wait_for(turn)
         ready, errors = {}, {}
         for column, batch in batches.items():
-            batch = batches[column] = _to(batch, dtype)
             begin = time.perf_counter()
             for _ in range(3):  # the second records, the third replays
                 output = run(batch)
             torch.cuda.synchronize()
             ready[column] = time.perf_counter() - begin
-            found = _valid(output, batch)
-            errors[column] = float((found - expected[column]).norm() / expected[column].norm())
+            errors[column] = float((_valid(output, batch) - expected[column]).norm() / expected[column].norm())
             del output
-        print("READY", flush=True)
-        while not turn.exists():
-            time.sleep(0.02)
+        if engine.startswith("torch.compile"):
+            _wait_for(turn)
         times = {column: _milliseconds(run, batch) for column, batch in batches.items()}
-    fast = getattr(ENGINES[engine], "fast", None)
-    report = str(fast.report) if fast is not None else ""
-    return {"times": times, "errors": errors, "ready": ready, "setup": made - start, "report": report}
+    fast = getattr(run, "fast", None)
+    return {
+        "times": times,
+        "errors": errors,
+        "ready": ready,
+        "flops": flops,
+        "report": str(fast.report) if fast else "",
+    }
+
+
+def _wait_for(turn: Path) -> None:
+    print("READY", flush=True)
+    while not turn.exists():
+        time.sleep(0.02)
+
+
+def _flops(model: Any, batch: Batch) -> float:
+    with FlopCounterMode(display=False) as counter:
+        model(**batch)
+    return float(counter.get_total_flops())
 
 
 def _to(batch: Batch, dtype: torch.dtype) -> Batch:
@@ -209,23 +236,32 @@ def measure(models: list[str], engines: list[str], dtype: str, patience: float) 
         end = time.monotonic() + patience
         for _, _, place, process, _ in started:
             log_file = place.with_suffix(".log")
-            while process.poll() is None and "READY" not in log_file.read_text() and time.monotonic() < end:
+            while process.poll() is None and "READY" not in log_file.read_text():
+                if time.monotonic() > end:  # it would disturb the others
+                    process.kill()
                 time.sleep(0.1)
-            if process.poll() is None and "READY" not in log_file.read_text():
-                process.kill()  # before the others are timed
         for name, engine, place, process, _ in started:
             place.touch()  # its turn
             process.wait()
             result = place.with_suffix(".json")
             log_text = place.with_suffix(".log").read_text()
             found[name][engine] = json.loads(result.read_text()) if result.exists() else {"failed": log_text[-1500:]}
+            print(name, engine, found[name][engine].get("times", "failed"), file=sys.stderr, flush=True)
     return found
 
 
+def peak(dtype: torch.dtype) -> float:
+    """Operations a second of a large product on this device."""
+    x = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+    seconds = _milliseconds(lambda batch: x @ x, {}) / 1e3
+    return 2 * 8192**3 / seconds
+
+
 def tables(found: dict[str, dict[str, Any]], dtype: str) -> str:
-    """The tables as Markdown: times, errors, and seconds until ready."""
+    """The tables as Markdown: times, the largest error, seconds until ready, and the share of the peak."""
+    most = peak(getattr(torch, dtype))
     where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {dtype}, ms a call"
-    parts = [where]
+    parts = [f"{where}; a product of 8192x8192 runs at {most / 1e12:.0f} TFLOP/s"]
     for name, engines in found.items():
         names = list(columns(name))
         rows = []
@@ -235,6 +271,9 @@ def tables(found: dict[str, dict[str, Any]], dtype: str) -> str:
                 continue
             ready, worst = sum(result["ready"].values()), max(result["errors"].values())
             rows.append([engine, *(f"{result['times'][c]:.2f}" for c in names), f"{worst:.1e}", f"{ready:.1f}"])
+            if engine == "fxbt, cuda_graphs":
+                shares = [result["flops"][c] / (result["times"][c] / 1e3) / most for c in names]
+                rows.append(["  its share of the peak", *(f"{100 * share:.0f} %" for share in shares)])
         parts.append(tabulate(rows, [name, *names, "error", "ready, s"], tablefmt="github", disable_numparse=True))
     return "\n\n".join(parts)
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from . import pipeline
 from .capture import outputs
-from .capture.call import TENSOR_TYPES, Binder, Call, named_arguments
-from .capture.capture import capture
-from .capture.containers import Arguments
-from .capture.effects import Effects, written_buffers
+from .capture.caches import is_too_short, with_growth
+from .capture.call import Binder, Call, shown_shapes
+from .capture.containers import Arguments, Changed
+from .capture.effects import written_buffers
 from .capture.isolated import collecting_rarely, isolated
 from .capture.locks import LOCK
 from .capture.model_state import ModelState, foreign_hook, preserved, versions
@@ -27,29 +27,29 @@ from .capture.recording import Recording, is_recording
 from .capture.saved_tensors import active_hooks, comes_from_hook, hidden
 from .capture.surroundings import Surroundings
 from .capture.value_branches import goes_another_way
-from .errors import CaptureError, ExampleError, FxbtWarning, NotCapturable, RuleError, callers_level
+from .errors import CaptureError, ExampleError, FallbackError, FxbtWarning, NotCapturable, callers_level
 from .explain.graph_report import GraphReport
 from .explain.report import Report
-from .kernels import autotune, native
+from .kernels import native
 from .kernels.forks import FORKS
+from .making import Maker
 from .options import Options
+from .progress import part, watched
 from .runtime import race
-from .runtime.compare import Comparison
 from .runtime.compiled import Compiled
 from .runtime.failures import Failures
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
-from .runtime.guarded_graph import GuardedGraph, pinned_numbers, varied_axes
+from .runtime.guarded_graph import GuardedGraph
+from .runtime.warmup import Warmup
 from .torch_compat import is_looked_through, pytree
 
 logger = logging.getLogger("fxbt")
 
 MOST_FAULTS = 8  # of fxbt's own in the calls of one model; from then on it stays out of the way
 _LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
+_FOR_THE_CALLER = (FxbtWarning, FallbackError)
 _OWN_FORWARD = "the model object has its own attribute `forward`, which comes before any class's"
-_NESTED = (
-    "forward computes on nested tensors, after which padding is 0, and a graph could not drop padding ({why}); "
-    "nn.TransformerEncoder(..., enable_nested_tensor=False) does not"
-)
+_WITH_GRADIENTS = "an argument is an object (a KV cache) that forward may change, with gradients enabled"
 
 
 class _ModelError(Exception):
@@ -84,9 +84,9 @@ class Dispatcher:
         self._graphs: Graphs[GuardedGraph] = Graphs(options.max_captures)
         self._reports: WeakKeyDictionary[GuardedGraph, GraphReport] = WeakKeyDictionary()
         self._failures = Failures(original)
+        self._maker = Maker(original, options, self._rules, self._numbers, self._graphs, self.report.add_note)
         self._unlike: ModelState | None = None  # in which no graph could be rebound
-        self._faults = 0
-        self._warned = False
+        self._faults, self._warned = 0, False
         self._user_rules = {rule.name for rule in self._rules} - {rule.name for rule in pipeline.default_rules()}
         self._told: set[str] = set()  # names of rules
 
@@ -95,13 +95,14 @@ class Dispatcher:
 
         Raises:
             FxbtWarning: the caller's filters make errors of warnings, and this call runs the original.
+            FallbackError: the option `strict` is set, and this call would run the original.
         """
         error: Exception | None = None
         try:
             served = self._serve(args, kwargs)
         except _ModelError as raised:
             served, error = None, raised.error
-        except FxbtWarning:
+        except _FOR_THE_CALLER:
             raise
         except Exception as fault:  # of fxbt's own: the model runs well without it
             served = None
@@ -116,7 +117,7 @@ class Dispatcher:
 
     def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         """The call's output by a graph, or by the original where this ran already; None where it is to run."""
-        if self._faults >= MOST_FAULTS or _is_traced():
+        if (self._faults >= MOST_FAULTS and not self._options.strict) or _is_traced():
             return None
         if "forward" in vars(self.original):
             self.fall_back(_OWN_FORWARD)
@@ -126,6 +127,9 @@ class Dispatcher:
         except NotCapturable as obstacle:
             if not obstacle.silent:
                 self.fall_back(str(obstacle))
+            return None
+        if call.objects and (torch.is_grad_enabled() or active_hooks()):
+            self.fall_back(_WITH_GRADIENTS)
             return None
         graph = self._find(call)
         if graph is not None:
@@ -138,29 +142,34 @@ class Dispatcher:
         ends = "; no more calls are tried" if self._faults == MOST_FAULTS else ""
         try:
             self.fall_back(f"fxbt itself failed ({type(fault).__name__}: {fault}), not the model{ends}")
-        except FxbtWarning:
+        except _FOR_THE_CALLER:
             raise
         except Exception as another:  # not even that can be noted
             logger.debug("fxbt could not note its own failure", exc_info=another)
 
-    def warmup(self, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any]) -> None:
+    def warmup(self, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any]) -> Warmup:
         """Captures the graph for such a call of the model's `forward` ahead.
 
         Raises:
             ExampleError: the model itself rejects the call.
+            FallbackError: the option `strict` is set, and the call would run the original.
         """
+        graphs, fallbacks = set(self.report.graphs), set(self.report.fallbacks)
         try:
-            with preserved(self.original):
+            with watched(self.original) as watch, preserved(self.original):
                 forward(*args, **kwargs)
-        except FxbtWarning:
+        except _FOR_THE_CALLER:
             raise
         except Exception as error:
             name = type(self.original).__name__
-            shapes = _shapes(args, kwargs)
+            shapes = shown_shapes(args, kwargs)
             raise ExampleError(
                 f"{name} itself fails on the example inputs {shapes}: {type(error).__name__}: {error}; "
                 f"pass inputs that {name}.forward accepts"
             ) from error
+        captured = [signature for signature in self.report.graphs if signature not in graphs]
+        found = [reason for reason in self.report.fallbacks if reason not in fallbacks]
+        return Warmup(tuple(captured), tuple(found), watch.seconds)
 
     def refresh(self) -> bool:
         """Derives anew what graphs keep of weights; whether some of it was out of date."""
@@ -168,9 +177,16 @@ class Dispatcher:
         outdated = [weights.refresh() for weights in graphs]  # all of them, whatever the first says
         return any(outdated)
 
+    @property
+    def graphs(self) -> Graphs[GuardedGraph]:
+        """Those that are kept now."""
+        return self._graphs
+
     def fall_back(self, reason: str) -> None:
-        """Notes why the original runs; the first time for a model, says so."""
+        """Notes why the original runs; the first time for a model, says so. With the option `strict`, raises it."""
         self.report.add_fallback(reason)
+        if self._options.strict:
+            raise FallbackError(f"{type(self.original).__name__} would run its original forward: {reason}")
         if self._warned:
             return
         self._warned = True
@@ -208,7 +224,8 @@ class Dispatcher:
     def _original_output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original's output inside of what may fail on fxbt's side. Its own error comes as a `_ModelError`."""
         try:
-            return self._run_original(args, kwargs)
+            with part("run the original"):
+                return self._run_original(args, kwargs)
         except Exception as error:
             raise _ModelError(error) from error
 
@@ -237,7 +254,7 @@ class Dispatcher:
             return _Served(output)
         if not isinstance(problem, _LACKS_MEMORY):  # a smaller call may have enough
             self._graphs.drop(graph)
-            self._failures.remember(self._key(call), graph.around)
+            self._failures.remember(self._key(call), graph.around, str(problem))
         self.fall_back(f"the graph for {call} failed where the original does not ({type(problem).__name__}: {problem})")
         return _Served(output)
 
@@ -257,7 +274,7 @@ class Dispatcher:
 
         contest.look(lambda: graph.uncounted(*call.tensors), run_original, seconds)
         if contest.evidence is not None and before is None:
-            shapes = _shapes(call.args, call.kwargs)
+            shapes = shown_shapes(call.args, call.kwargs)
             self.fall_back(f"calls like {shapes} run faster without a graph: {contest.evidence}")
 
     def _refused(self, graph: GuardedGraph, call: Call, problem: Exception) -> None:
@@ -269,24 +286,32 @@ class Dispatcher:
 
     def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         # Inside the first call of a model that this one is a part of: that one is captured whole.
-        if LOCK.captures_here() or self._failures.have(self._key(call)):
+        if LOCK.captures_here() or self._has_failed(call):
             return None
         if LOCK.runs_here():
-            self.fall_back("called from within the original forward of another optimised model")
+            if not self._options.strict:  # it is the other's to say
+                self.fall_back("called from within the original forward of another optimised model")
             return None
         if not self._may_rebind(call) and not self._may_capture():
             return None
         served = None
         with LOCK.capturing(self.original, is_alone=self._options.tracer == "hf-fx"):
             graph = self._find(call) or self._rebound(call)  # another thread may have captured it meanwhile
-            if graph is None and not self._failures.have(self._key(call)) and self._may_capture():
-                served = self._run_and_capture(call, args, kwargs)
+            if graph is None and not self._has_failed(call) and self._may_capture():
+                with watched(self.original):
+                    served = self._run_and_capture(call, args, kwargs)
         if served is not None:
             return served
         if graph is None and call.numbers:  # they may have become constants
             call = self._binder.call(args, kwargs)
         graph = graph or self._find(call)
         return self._run_graph(graph, call, args, kwargs) if graph else None
+
+    def _has_failed(self, call: Call) -> bool:
+        has_failed = self._failures.have(self._key(call))
+        if has_failed and self._options.strict:
+            self.fall_back(self._failures.reasons[self._key(call)])
+        return has_failed
 
     def _may_capture(self) -> bool:
         if self._graphs.may_capture():
@@ -301,9 +326,9 @@ class Dispatcher:
     def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         """Runs the original, then captures the call. The caller sees the model's own errors only.
 
-        Returns the original's output if there is no graph, or if it draws random numbers or changes the model, as
-        what the original did is to be seen then. Under hooks on saved tensors, which must see one way of computing
-        throughout, it is None.
+        Returns the original's output if there is no graph, or if it draws random numbers or changes the model or the
+        call's arguments, as what the original did is to be seen then. Under hooks on saved tensors, which must see one
+        way of computing throughout, it is None.
         """
         if hook := foreign_hook(self.original):
             self.fall_back(hook)
@@ -322,13 +347,22 @@ class Dispatcher:
                 if is_watched:
                     state.restore()
                 return None if is_watched else _Served(output)
-            self._graphs.note_capture()
-            around, expected = recording.surroundings(), outputs.flatten(given.seen_in(output))
-            rehearse = recording.wrote or not state.holds()
-            graph = self._try_capture(call, expected, around, rehearse, (watched, before))
+            graph = None
+            try:
+                seen, around = given.seen_in(output), recording.surroundings()
+                rehearse = recording.wrote or not state.holds()
+                call = with_growth(call, self._binder, args, kwargs)
+                if not is_too_short(call):
+                    self._graphs.note_capture()
+                    graph = self._try_capture(call, outputs.flatten(seen), around, rehearse, (watched, before))
+            except _FOR_THE_CALLER:
+                raise
+            except Exception as fault:  # of fxbt's own: what the original did is done
+                self._note_fault(fault)
             if is_watched and graph is None:
                 state.restore()  # it runs again
-        is_graphs = is_watched or (graph is not None and not graph.compiled.stochastic and not graph.effects)
+        changes = graph is not None and (graph.compiled.stochastic or graph.effects or isinstance(seen, Changed))
+        is_graphs = is_watched or (graph is not None and not changes)
         return None if is_graphs else _Served(output)
 
     def _try_capture(
@@ -347,11 +381,12 @@ class Dispatcher:
             with preserved(self.original), collecting_rarely(), isolated():
                 return self._capture(call, expected, around, written, rehearse=rehearse)
         except CaptureError as error:
-            if call.numbers:  # once more, with them as constants
+            if call.numbers and not call.past:  # once more, with them as constants; a cache counts on at each call
                 call = self._with_constants(call, error)
                 return self._try_capture(call, expected, around, rehearse, versions_before)
-            self._failures.remember(self._key(call), None if isinstance(around, str) else around)
-            self.fall_back(f"{call} cannot be captured: {error}")
+            reason = f"{call} cannot be captured: {error}"
+            self._failures.remember(self._key(call), None if isinstance(around, str) else around, reason)
+            self.fall_back(reason)
             return None
 
     def _with_constants(self, call: Call, error: CaptureError) -> Call:
@@ -372,49 +407,17 @@ class Dispatcher:
         FORKS.uses_threads = True
         if not torch.is_grad_enabled() and all(tensor.device.type == "cpu" for tensor in call.tensors):
             native.compile_ahead()
-        known = [graph.shapes for graph in self._graphs.of(self._key(call))]
-        varied = varied_axes([tensor.shape for tensor in call.tensors], known)
-        captured = capture(self.original, call, self._options.tracer, rehearse=rehearse, varied=varied, around=around)
-        effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
-        if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
-            raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")
-        self._check_pinned(pinned := pinned_numbers(captured, call), call)
-        try:
-            compiled = pipeline.compile(captured, self._rules, self._options)
-            if around.nests and compiled.unpadding is None:
-                why = next((str(miss) for miss in compiled.misses if miss.rule == "padding"), 'padding="keep"')
-                raise CaptureError(_NESTED.format(why=why))
-            problem = Comparison(self.original, captured, compiled).all(call, expected, self._numbers)
-        except RuleError as error:
-            raise CaptureError(str(error)) from error
-        except CaptureError:
-            raise
-        except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
-            raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
-        if problem is not None:
-            raise CaptureError(f"the graph's outputs are not the original's: {problem}")
-        if compiled.weights is not None and not self._options.keep_original:
-            compiled.spilled = compiled.weights.spill()
-        graph = GuardedGraph(
-            captured,
-            compiled,
-            ModelState(self.original, effects.slots),
-            around,
-            self._races(compiled, effects),
-            [tensor.shape for tensor in call.tensors],
-            numbers=frozenset(call.numbers),
-            pinned=pinned,
-            constants=frozenset(call.constants),
-        )
+        graph = self._maker.graph(self._key(call), call, expected, around, written, rehearse)
         self._keep(graph, call)
         if graph.races is not None:
             self._look(graph, graph.races.of(_elements(call.tensors)), call, race.CAPTURE_SECONDS)
-        self._tell_refusals(compiled)
+        self._tell_refusals(graph.compiled)
         return graph
 
     def _keep(self, graph: GuardedGraph, call: Call) -> None:
         signature = f"{call}{' training' if self.original.training else ''}"
-        self._reports[graph] = self.report.add_graph(signature, graph.captured, graph.compiled, graph.races)
+        made = graph.captured, graph.compiled, graph.races
+        self._reports[graph] = self.report.add_graph(signature, *made, graph.is_stored)
         tensors = set(map(id, (ModelState(self.original) if graph.effects.slots else graph.state).tensors))
         # What one reads is no longer the model's, or calls have an input where it has a constant.
         self._drop_all([g for g in self._graphs if not tensors.issuperset(map(id, g.state.tensors))])
@@ -440,21 +443,6 @@ class Dispatcher:
                 stacklevel=callers_level(),
             )
 
-    def _check_pinned(self, pinned: frozenset[str], call: Call) -> None:
-        """Raises CaptureError where graph after graph is for one value of a number: as a constant it is no worse."""
-        others = self._graphs.of(self._key(call))
-        for place in pinned:
-            if others and all(place in other.pinned for other in others):
-                raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
-
-    def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
-        """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file.
-
-        And without effects, which a call has once.
-        """
-        may_not = torch.is_grad_enabled() or compiled.stochastic or not self._options.keep_original or effects
-        return race.Races() if autotune.is_enabled() and not may_not else None
-
 
 def _elements(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
@@ -467,8 +455,3 @@ def _is_traced() -> bool:
 
 def _cuda_devices(call: Call) -> list[torch.device]:
     return list({tensor.device for tensor in call.tensors if tensor.device.type == "cuda"})
-
-
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    named = [(name, leaf) for name, leaf in named_arguments(args, kwargs) if type(leaf) in TENSOR_TYPES]
-    return f"({', '.join(f'{name} {tensor.dtype}{list(tensor.shape)}' for name, tensor in named)})"

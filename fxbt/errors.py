@@ -66,6 +66,14 @@ class ExampleError(FxbtError, ValueError):
     """
 
 
+class FallbackError(FxbtError, RuntimeError):
+    """A model optimised with `strict=True` was called in a way that would run its original forward; it says why.
+
+    Example:
+        >>> fxbt.optimize(model, strict=True)(**inputs)  # raises FallbackError, if no graph is proven for the call
+    """
+
+
 class RuleError(FxbtError, ValueError):
     """A rule that cannot work, found when it is registered, before any model runs.
 

@@ -6,17 +6,20 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from .capture.twins import share, twin
-from .dispatch import Dispatcher
 from .errors import NotOptimizedError
-from .explain.report import Report
-from .match.rule import Rule
-from .options import Options
+
+if TYPE_CHECKING:  # `import fxbt` loads none of what a capture needs
+    from .dispatch import Dispatcher
+    from .explain.report import Report
+    from .match.rule import Rule
+    from .options import Options
+    from .runtime.warmup import Warmup
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,6 +38,8 @@ def optimize(
     keep_original: bool = True,
     cuda_graphs: bool | str = False,
     max_captures: int = 8,
+    strict: bool = False,
+    cache: bool = False,
 ) -> Model:
     """A model of the same class that shares everything with `model` but computes its forward by optimised graphs.
 
@@ -71,6 +76,11 @@ def optimize(
         max_captures: how many graphs are kept at once. The one that was used least recently makes place for another,
             if graphs served some calls since the last time: a model whose every call needs a graph of its own runs its
             original.
+        strict: raise `FallbackError` with the reason where a call would run the original forward otherwise. Left as
+            they are: calls that someone traces (`torch.compile`, `torch.func`), and those of a model that is a part of
+            another optimised one. Which of the two is faster is not asked then: graphs serve all calls.
+        cache: keep captured graphs in the cache folder (`FXBT_CACHE_DIR`, else `~/.cache/fxbt`), so that another
+            process need not capture them. See `fxbt.save`, which does so in a folder of your own.
 
     Raises:
         TypeError: `model` is no `nn.Module`, a rule is no `Rule` instance, or `example_inputs` is no mapping or tuple.
@@ -78,12 +88,15 @@ def optimize(
             yet, `max_captures` is less than 1, or `keep_original=False` would free no memory (not on Linux, or `TMPDIR`
             is in memory).
         ExampleError: the model itself rejects `example_inputs`.
+        FallbackError: `strict`, and `example_inputs` cannot be captured.
 
     Example:
         >>> fast = fxbt.optimize(model)
         >>> fast(**tokenizer(texts, padding=True, return_tensors="pt"))  # the same ModelOutput
         >>> print(fast.report)
     """
+    from .options import Options  # loads what a capture needs: see `fxbt.preload`
+
     _check_model(model)
     options = Options(
         rules=rules,
@@ -96,9 +109,22 @@ def optimize(
         keep_original=keep_original,
         cuda_graphs=cuda_graphs,
         max_captures=max_captures,
+        strict=strict,
+        cache=cache,
     )
+    return optimized_with(model, options, example_inputs)
+
+
+def optimized_with(
+    model: Model, options: Options, example_inputs: Mapping[str, Any] | Sequence[Any] | None = None
+) -> Model:
+    """`optimize` with these options, as one object.
+
+    Raises what `optimize` does.
+    """
+    _check_model(model)
     args, kwargs = _example_call(example_inputs)
-    if _dispatcher_of(model) is not None:
+    if dispatcher_of(model) is not None:
         model = restore(model)
     fast = _optimized(model, options)
     if example_inputs is not None:
@@ -115,7 +141,7 @@ def restore(model: Model) -> Model:
         >>> fxbt.restore(fxbt.optimize(model)) is model
         True
     """
-    dispatcher = _dispatcher_of(model)
+    dispatcher = dispatcher_of(model)
     if dispatcher is None:
         raise NotOptimizedError(
             f"restore() was given a {type(model).__name__} that is not optimised; pass what optimize() returned"
@@ -143,7 +169,7 @@ def refresh(model: nn.Module) -> bool:
         >>> fxbt.refresh(fast)
         True
     """
-    dispatchers = [found for part in model.modules() if (found := _dispatcher_of(part)) is not None]
+    dispatchers = [found for part in model.modules() if (found := dispatcher_of(part)) is not None]
     if not dispatchers:
         raise NotOptimizedError(
             f"refresh() was given a {type(model).__name__} with nothing optimised in it; pass what optimize() returned"
@@ -191,6 +217,8 @@ class Forward:
 
 
 def _optimized(model: Any, options: Options) -> Any:
+    from .dispatch import Dispatcher
+
     original = share(model, type(model)) if options.inplace else model
     dispatcher = Dispatcher(original, options)
     fast = twin(model, _namespace(type(model), dispatcher, options))
@@ -216,9 +244,16 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
         """`type(fast)(config)` and `type(fast).from_pretrained(...)` make models that nobody optimised."""
         return base(*args, **kwargs)
 
-    def warmup(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Captures the graph for calls like this one ahead; the model's buffers and random state stay as they are."""
-        dispatcher.warmup(args, kwargs, self.forward)
+    def warmup(self: Any, *args: Any, **kwargs: Any) -> Warmup:
+        """Captures the graph for calls like this one ahead, and says what it did and how long each part took.
+
+        The model's buffers and random state stay as they are.
+
+        Example:
+            >>> print(fast.warmup(**inputs))
+            captured (input_ids i64[2, 16], attention_mask i64[2, 16]) in 2.1 s: capture 1.1, run rules 0.1, ...
+        """
+        return dispatcher.warmup(args, kwargs, self.forward)
 
     def report(self: Any) -> Report:
         """What was captured, which rules fired where, and which calls run the original forward and why."""
@@ -282,12 +317,13 @@ def _deepcopied(original: Any, fast: Any, options: Options, memo: dict[int, Any]
         return memo[id(fast)]
     model = object.__new__(type(original))
     copied = _optimized(model, options)
-    memo[id(fast)], memo[id(original)] = copied, _dispatcher_of(copied).original  # type: ignore[union-attr]
+    memo[id(fast)], memo[id(original)] = copied, dispatcher_of(copied).original  # type: ignore[union-attr]
     vars(model).update(copy.deepcopy(vars(original), memo))
     return copied
 
 
-def _dispatcher_of(model: Any) -> Dispatcher | None:
+def dispatcher_of(model: Any) -> Dispatcher | None:
+    """What serves the calls of an optimised model; None for others."""
     dispatcher = getattr(type(model), "_fxbt_dispatcher", None)
     return dispatcher if dispatcher is not None and dispatcher.stands_for(model) else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from .capture.hf_fx import hf_fx_missing
 from .lower.cpu.precision import Precision, precision_of
 from .lower.spill import check_can_spill
 from .match.rule import Rule, check_rules
+from .stored.files import Folder
 
 PADDINGS = ("drop", "keep")
 
@@ -21,6 +23,7 @@ class Options:
     """The options of `fxbt.optimize`, which says what each is.
 
     Attributes:
+        folder: of graphs that `fxbt.save` wrote, which are read.
         precision: how linears compute, as `dtype` and `quantize` say; None is the model's own.
 
     Raises:
@@ -42,6 +45,9 @@ class Options:
     keep_original: bool = True
     cuda_graphs: bool | str = False
     max_captures: int = 8
+    strict: bool = False
+    cache: bool = False
+    folder: Path | None = None
     precision: type[Precision] | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +67,12 @@ class Options:
         if not self.keep_original:
             check_can_spill()
         object.__setattr__(self, "rules", check_rules(self.rules))
+
+    @property
+    def graphs(self) -> Folder | None:
+        """Where graphs are that other processes captured; hf-fx's guards have no text."""
+        is_wanted = (self.cache or self.folder is not None) and self.tracer != "hf-fx"
+        return Folder(self.folder) if is_wanted else None
 
 
 def _check_tracer(tracer: str) -> None:

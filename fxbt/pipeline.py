@@ -28,6 +28,7 @@ from .options import Options
 from .padding.drop import drop_padding
 from .padding.sequences import batch_of
 from .padding.without_masks import unmask
+from .progress import part
 from .rewrite.layout import Order, keep_orders, returned_orders
 from .rewrite.outline import inline
 from .rewrite.stage import run_stage
@@ -130,7 +131,8 @@ def run_rules(work: Work) -> None:
     is_needed = work.options.verify or not all(rule.proven or rule.outline for rule in work.rules)
     verifier = Verifier(work.module, work.captured.example, every=work.options.verify) if is_needed else None
     for rule in work.rules:
-        work.note(run_stage(work.module, rule, verifier, work.assumes))
+        with part("run rules", rule.name):
+            work.note(run_stage(work.module, rule, verifier, work.assumes))
 
 
 def keep_output_strides(work: Work) -> None:
@@ -178,6 +180,8 @@ def drop_padded_tokens(work: Work) -> None:
     with _recorded("padding", work.inlined) as record:
         weights = _at_inference(work, "padding is dropped")
         _check_effects(work.captured, "padding is kept")
+        if work.captured.has_objects:
+            raise Miss("values go to an object among the arguments (a KV cache), where a later call may read padding")
         devices = {tensor.device for tensor in work.captured.example}
         if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
             raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))
@@ -215,7 +219,8 @@ def compile(captured: Captured, rules: Sequence[Rule], options: Options | None =
     work = Work.of(captured, rules, options or Options())
     with log.listening():
         for step in STEPS:
-            step(work)
+            with part(step.__name__.replace("_", " ")):
+                step(work)
     return _compiled(work, start)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 import torch._dynamo.config as dynamo_config
 import torch.export._trace as export_trace  # torch.export itself loads it at its first call, in 0.5 s
@@ -32,8 +33,8 @@ from torch._dynamo.source import ConstantSource
 # Marks of scopes (autocast, no_grad) that torch.export leaves in a graph.
 from torch._functorch import predispatch
 
-# The type of aten ops: `torch.ops.aten.add.Tensor` is one.
-from torch._ops import OpOverload
+# The types of aten ops: `torch.ops.aten.add.Tensor` is one, `torch.ops.aten.add` a packet of them.
+from torch._ops import OpOverload, OpOverloadPacket
 
 # Tensors of known kind and unknown values, in which torch.export and make_fx compute.
 from torch._subclasses import fake_impls, fake_tensor
@@ -45,6 +46,9 @@ from torch._tensor_str import PRINT_OPTS
 # The class below `torch.autograd.Function`, and the class of both.
 from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 
+# A GraphModule whose code is written at its first call: writing it takes longer than most of what is done to a graph.
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+
 # Symbolic sizes: what is known of them without a guard, and the errors where a guard would be needed.
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -52,6 +56,8 @@ from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     GuardOnDataDependentSymNode,
     ShapeEnv,
+    ShapeGuard,
+    SLoc,
     StatelessSymbolicContext,
     free_unbacked_symbols,
     guard_or_false,
@@ -67,14 +73,23 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # What sizes are computed with, beside sympy's own.
+from torch.utils._sympy import functions as size_functions
 from torch.utils._sympy.functions import FloorDiv, Max, Min
+from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.value_ranges import ValueRanges
 
 # Raised through autograd to end a recomputation early: none of our failures.
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 SIZES_LOG = "torch.fx.experimental.symbolic_shapes"  # torch's logger of guards
 FAKES_LOG = "torch._subclasses.fake_tensor"
+
+# All of these that compute whole numbers of whole numbers; torch 2.11 to 2.14 have them under these names.
+SIZE_FUNCTIONS: tuple[type, ...] = tuple(
+    getattr(size_functions, name)
+    for name in ("FloorDiv", "CleanDiv", "CeilToInt", "FloorToInt", "TruncToInt", "IntTrueDiv", "ToFloat", "Max", "Min")
+) + tuple(getattr(size_functions, name) for name in ("Mod", "PythonMod", "ModularIndexing", "PowByNatural", "Where"))
 
 # In place, past Python: `F.silu(x, inplace=True)` is two Python frames more a call.
 silu, silu_, gelu_ = torch._C._nn.silu, torch._C._nn.silu_, torch._C._nn.gelu_  # type: ignore[attr-defined]
@@ -113,8 +128,25 @@ IS_FX_TRACING_OF_ALL_THREADS = hasattr(*IS_FX_TRACING)
 _APPLIES_IN_PYTHON = isinstance(vars(torch.autograd.Function)["apply"], classmethod)
 AppliedFunction: Any = _SingleLevelFunction if _APPLIES_IN_PYTHON else torch.autograd.Function
 
+# What calls modules while torch.export traces, and knows their paths.
+ModuleStackTracer: Any = proxy_tensor._ModuleStackTracer
+
 # How many `TorchFunctionMode`s are on; a default device is one.
 count_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+
+
+@contextlib.contextmanager
+def unseen_by_modes() -> Iterator[None]:
+    """No `TorchFunctionMode` sees what this block reads of tensors: each is some 60 us while a model is traced."""
+    with torch._C.DisableTorchFunction():
+        yield
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """What runs in this block leaves no trace in a graph that is being made."""
+    with proxy_tensor.disable_proxy_modes_tracing(), unseen_by_modes():
+        yield
 
 
 def past_python(op: OpOverload) -> Callable[..., Any]:
@@ -138,7 +170,10 @@ def is_under_functorch() -> bool:
 
 
 def is_looked_through() -> bool:
-    """Whether someone sees each operation as it runs: compilers, tracers, modes, transforms, forward gradients."""
+    """Whether someone sees each operation as it runs.
+
+    Compilers, tracers, modes, transforms, forward gradients, and who records a CUDA graph of all that is launched.
+    """
     return bool(
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -146,6 +181,7 @@ def is_looked_through() -> bool:
         or count_of_function_modes()
         or is_under_functorch()
         or torch.autograd.forward_ad._current_level >= 0
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 
@@ -346,3 +382,31 @@ def compile_by_inductor(graph_module: torch.fx.GraphModule, tensors: Sequence[Te
         node.meta["example_value"] = node.meta.get("val")  # where it looks for the sizes
     compiled: Callable[..., Any] = standalone_compile(graph_module, inputs, dynamic_shapes="from_graph")
     return compiled
+
+
+def environment_of(
+    sizes: Mapping[sympy.Symbol, tuple[int, int, int | None]], facts: Sequence[sympy.Basic]
+) -> tuple[ShapeEnv, dict[sympy.Symbol, torch.SymInt]]:
+    """An environment of sizes, as a trace leaves one, and each size in it.
+
+    Torch's own `add_backed_var_to_val` and its like go by another name in each version.
+
+    Args:
+        sizes: a symbol's value in the example, the least that it can be and the most (None: anything).
+        facts: what guards say about them.
+    """
+    environment: Any = ShapeEnv()
+    values = environment.backed_var_to_val if hasattr(environment, "backed_var_to_val") else environment.var_to_val
+    made = {}
+    for symbol, (hint, lower, upper) in sizes.items():
+        values[symbol] = sympy.Integer(hint)
+        environment.var_to_range[symbol] = ValueRanges(lower, int_oo if upper is None else upper)
+        environment.var_to_sources[symbol] = [ConstantSource(symbol.name)]
+        made[symbol] = environment.create_symintnode(symbol, hint=hint)
+    environment.guards += [ShapeGuard(fact, SLoc("stored", None), False) for fact in facts]
+    return environment, made
+
+
+def fake_like(value: Tensor, mode: FakeTensorMode, device: torch.device) -> FakeTensor:
+    """A fake tensor of a meta tensor's kind: 7 us, where a factory on symbolic sizes takes 500."""
+    return FakeTensor(mode, value, device)

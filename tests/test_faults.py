@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxbt
-from fxbt import dispatch, pipeline
+from fxbt import dispatch, making, pipeline
 
 X = torch.randn(2, 3, 8)
 
@@ -38,6 +38,9 @@ STAGES = {
     "traced": (dispatch, "_is_traced"),
     "binder": (dispatch.Binder, "call"),
     "key": (dispatch.Dispatcher, "_key"),
+    "label": (making.Label, "of"),
+    "text": (making.Text, "of"),
+    "shelf": (making.Shelf, "take"),
     "find": (dispatch.Dispatcher, "_find"),
     "run graph": (dispatch.Dispatcher, "_run_graph"),
     "first call": (dispatch.Dispatcher, "_first_call"),
@@ -46,7 +49,7 @@ STAGES = {
     "hooks": (dispatch, "foreign_hook"),
     "preserved": (dispatch, "preserved"),
     "arguments": (dispatch, "Arguments"),
-    "capture": (dispatch, "capture"),
+    "capture": (making, "capture"),
     "compile": (pipeline, "compile"),
     "canonicalize": (pipeline, "canonicalize"),
     "rules": (pipeline, "run_stage"),
@@ -54,7 +57,7 @@ STAGES = {
     "padding": (pipeline, "drop_padding"),
     "parts": (pipeline, "batch_of"),
     "snapshot": (pipeline, "Snapshot"),
-    "compare": (dispatch.Comparison, "all"),
+    "compare": (making.Comparison, "all"),
     "remember": (dispatch.Failures, "remember"),
     "report": (dispatch.Report, "add_graph"),
     "fallbacks": (dispatch.Report, "add_fallback"),
@@ -131,7 +134,7 @@ def test_a_users_interrupt_passes_through(monkeypatch: pytest.MonkeyPatch) -> No
         raise KeyboardInterrupt
 
     fast: Any = fxbt.optimize(Net().eval())
-    monkeypatch.setattr(dispatch, "capture", interrupted)
+    monkeypatch.setattr(making, "capture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fast(X)
     monkeypatch.undo()

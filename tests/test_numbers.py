@@ -10,7 +10,7 @@ from torch import nn
 
 import fxbt
 from fxbt.capture.call import Binder
-from fxbt.capture.number_inputs import Numbers, as_tensor
+from fxbt.capture.number_inputs import Number, Numbers, as_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning")
 X = torch.randn(2, 7, 32)
@@ -276,7 +276,17 @@ def test_which_places_vary():
     assert [numbers.varies("big", value) for value in (1, 2, 2**63)] == [False, True, False]
     numbers.refuse("t", "it picks a module")
     assert not numbers.varies("t", 5) and numbers.varies("f", 0.5)
-    assert numbers.first("f", float) == 0.0
+    assert numbers.first("f", Number(0, float)) == 0.0
+
+
+def test_an_attribute_counts_by_what_stands_beside_it():
+    numbers = Numbers()
+    assert [numbers.varies("length", value, among) for value, among in ((0, "empty"), (5, "full"), (6, "full"))] == [
+        False,
+        False,
+        True,
+    ]
+    assert not numbers.varies("length", 0, "empty") and numbers.varies("length", 5, "full")
 
 
 def test_a_call_is_rebuilt_with_its_numbers():

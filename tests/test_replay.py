@@ -297,6 +297,24 @@ def test_a_whole_program_is_replayed(torchs_kernels):  # the tape has no others
     assert recorded.replay.calls == {"of a new shape": 3, "recorded": 2, "replayed": 2}
 
 
+def test_a_program_that_is_bound_to_what_it_has_keeps_its_recordings(torchs_kernels):
+    """A call that no graph takes has all graphs look for other weights."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    fast: Any = fxbt.optimize(model, example_inputs=(torch.randn(2, 4),), cuda_graphs=True)
+    compiled = fast.report.latest.compiled
+    replay = compiled.dense.replay
+    replay.obstacle, replay._recorder = None, TapeRecorder()  # as if on CUDA
+    for _ in range(3):
+        fast(torch.randn(3, 4))
+    weights = list(model.parameters())
+    compiled.rebind({id(weight): weight for weight in weights})
+    fast(torch.randn(3, 4))
+    assert replay.calls["replayed"] == 2
+    compiled.rebind({id(weight): weight.detach().clone() for weight in weights})
+    fast(torch.randn(3, 4))
+    assert replay.calls["replayed"] == 2 and replay.calls["of a new shape"] == 2
+
+
 def test_only_graphs_on_one_cuda_device_are_recorded():
     elsewhere, there = (program(on("BertModel", torch.float32)).replay for on in (graph_on_cpu, graph_on_cuda))
     assert elsewhere is not None and elsewhere.obstacle == "not all of its tensors are on one CUDA device"
@@ -344,4 +362,16 @@ def test_replays_agree_on_a_gpu(dtype):
         found, expected = (m(input_ids=ids, attention_mask=mask).last_hidden_state for m in (fast, model))
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 if dtype is torch.float16 else 1e-5)
     assert fast.report.latest.cuda_graphs["replayed"] > 0
-    fast(input_ids=torch.randint(3, VOCAB, MASK.shape).cuda(), attention_mask=MASK.cuda())  # padded: as ever
+    fast(input_ids=torch.randint(3, VOCAB, MASK.shape).cuda(), attention_mask=MASK.cuda())  # padded
+
+
+@needs_gpu
+def test_what_was_forgotten_is_recorded_again_on_a_gpu():
+    recorder, x = Recorder(), torch.randn(8, 4, device="cuda")
+    replay = Replay(lambda x, weight: (torch.relu(x @ weight),), 1, recorder)
+    weight = torch.randn(4, 4, device="cuda")
+    for _ in range(3):
+        for _ in range(3):
+            torch.testing.assert_close(replay(x, weight)[0], torch.relu(x @ weight))
+        replay.forget()
+    assert replay.calls == {"of a new shape": 3, "recorded": 3, "replayed": 3} and replay.obstacle is None

@@ -160,10 +160,28 @@ def test_what_a_graph_cannot_take(value, words):
     assert not caught.value.silent
 
 
-def test_a_cache_is_named():
-    transformers = pytest.importorskip("transformers")
-    with pytest.raises(NotCapturable, match="argument past_key_values holds a DynamicCache"):
-        key(X, past_key_values=transformers.DynamicCache())
+class Holder:
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+def test_an_object_is_its_attributes():
+    length = [key(X, mask=Holder(x=X, length=length)) for length in (3, 3, 4)]
+    assert length[0] == length[1] != length[2]
+    assert key(X, mask=Holder(x=X)) == key(X, mask=Holder(x=X)) != key(X, mask=Holder(y=X))
+    assert key(X, mask=Holder(kind=Holder)) != key(X, mask=Holder(kind=Opaque))
+
+
+def test_one_object_in_two_places_is_another_call():
+    one, other = Holder(x=X), Holder(x=X)
+    assert key(X, mask=[one, one]) != key(X, mask=[one, other])
+
+
+def test_an_object_that_holds_itself_is_no_tree():
+    holder = Holder(x=X)
+    holder.again = [holder]
+    with pytest.raises(NotCapturable, match=r"argument mask.again\[0\] is a Holder that holds itself"):
+        key(X, mask=holder)
 
 
 def test_tracing_tensors_are_refused_silently():

@@ -226,3 +226,34 @@ def test_what_modules_are_traced_with_is_patched_by_name() -> None:
     assert isinstance(traced, torch.fx.GraphModule)
     for name in ("CURRENT_PATCHER", "_Patcher", "_PatchedFnSetAttr"):
         assert hasattr(torch_compat.fx_trace, name), name
+
+
+def test_a_tracer_of_modules_is_patched_by_name() -> None:
+    assert callable(torch_compat.ModuleStackTracer.call_module)
+    for name in ("get_proxy_slot", "track_tensor_tree", "disable_proxy_modes_tracing"):
+        assert hasattr(torch_compat.proxy_tensor, name), name
+
+
+def test_a_lazy_graph_module_computes_what_its_graph_says() -> None:
+    graph = torch.fx.symbolic_trace(lambda x: x.exp() + 1).graph
+    module = torch_compat.LazyGraphModule({}, graph)
+    x = torch.randn(3)
+    assert torch.equal(module(x), x.exp() + 1)
+    assert "exp" in module.code
+
+
+def test_reads_of_tensors_go_unseen_by_modes_in_a_block() -> None:
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(3)
+    with Mode():
+        with torch_compat.unseen_by_modes():
+            x.sin()
+        assert not seen
+        x.sin()
+    assert seen

@@ -208,8 +208,28 @@ def test_mixed_batches_agree_on_a_gpu(name, settings, cuda_graphs, monkeypatch):
         found, eager = (m(**there).last_hidden_state.cpu().double()[mask.bool()] for m in (fast, model))
         assert (found - right).norm() <= 2 * (eager - right).norm() + 1e-5
     graph = fast.report.latest
-    assert graph.calls["packed"] >= 10
+    assert graph.calls["packed"] >= 8  # a pooler reads position 0, which every third batch pads
     assert not cuda_graphs or (graph.cuda_graphs["recorded"] > 0 and graph.cuda_graphs["replayed"] > 0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_callers_own_recording_is_of_the_original(cuda_graphs):
+    model = huggingface("BertModel", **SETTINGS)("eager").eval().to("cuda", torch.float16)
+    fast: Any = fxbt.optimize(model, cuda_graphs=cuda_graphs)
+    ids, mask = torch.randint(3, VOCAB, (4, 48)).cuda(), torch.ones(4, 48, dtype=torch.long).cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fast(input_ids=ids, attention_mask=mask)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = fast(input_ids=ids, attention_mask=mask).last_hidden_state
+    ids.copy_(torch.randint(3, VOCAB, (4, 48)))
+    graph.replay()
+    expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
 
 
 @needs_gpu

@@ -103,6 +103,33 @@ def implies_causal(value: Any, query: sympy.Symbol, key: sympy.Symbol) -> bool:
     return any(slack is not None and (query - key - slack).is_nonnegative for slack in slacks)
 
 
+def without_bounds(value: Any, index: Index, shape: Sequence[Any]) -> Any:
+    """An evaluated boolean mask without the comparisons that hold at every position of a tensor of this shape.
+
+    Positions run from 0 to the size less one: `key <= length` holds where there are `length + 1` keys.
+    """
+    if not isinstance(value, Truth):
+        return value
+    sizes: dict[Any, Any] = dict(zip(index, shape, strict=True))
+    return sympy.And(*(term for term in sympy.And.make_args(value) if not _always_holds(term, sizes)))
+
+
+def _always_holds(term: Any, sizes: dict[Any, Any]) -> bool:
+    slack = slack_of(term)
+    if slack is None or slack.atoms(AppliedUndef):
+        return False
+    for position, size in sizes.items():
+        slope = sympy.diff(slack, position)
+        if not slope.is_number:
+            return False
+        last = size.node.expr - 1 if isinstance(size, torch.SymInt) else sympy.Integer(size - 1)
+        slack = slack.subs(position, 0 if slope >= 0 else last)  # where it is the least
+    slack = sympy.expand(slack)
+    known = [size.node.shape_env for size in sizes.values() if isinstance(size, torch.SymInt)]
+    in_range = known and slack.free_symbols <= known[0].var_to_range.keys()
+    return bool(slack.is_nonnegative or (in_range and known[0].bound_sympy(slack).lower >= 0))
+
+
 def slack_of(term: Any) -> Any | None:
     """The integer expression that is >= 0 exactly where the comparison `term` holds."""
     if not isinstance(term, Relational):

@@ -469,6 +469,7 @@ def proves_unmasked(
     except (masks.Opaque, TypeError):  # sympy raises TypeError on NaN: not proven either
         return None
     attend = _attends(step, value, later)
+    attend = masks.without_bounds(attend, index, step.node.meta["val"].shape)
     if attend is sympy.true:
         return Unmasked(False, tuple(constants))
     if attend is None or not seq or seq not in labels or keys not in labels:

@@ -39,9 +39,10 @@ def attempts(
 ) -> Iterator[Attempt]:
     """What to try, most general first; `errors` are those of the attempts so far."""
     larger = [example]
-    # An axis of size one is taken for a constant, so that it is made larger where the model agrees.
+    # An axis of size one is taken for a constant, so that it is made larger where the model agrees. Beside a cache it
+    # is one token's step, whose graph needs no mask.
     inputs = [i for i in range(len(example)) if i not in number_indices(call)]
-    for axes in ((0,), (0, 1)):
+    for axes in ((0,),) if call.past else ((0,), (0, 1)):
         enlarged = _enlarge(example, axes, inputs)
         is_new = enlarged is not None and all(_shapes(enlarged) != _shapes(tensors) for tensors in larger)
         if enlarged is not None and is_new and _accepts(model, call, enlarged):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from ..errors import NotCapturable
 from ..torch_compat import is_any_autocast_enabled
-from .containers import Attribute, Unread, children, named_leaves, place_of, rebuilt
+from .containers import (
+    Attribute,
+    Unread,
+    children,
+    is_plain_object,
+    is_registered,
+    named_leaves,
+    place_of,
+    pytree_parts,
+    rebuilt,
+)
 from .number_inputs import Number, Numbers, as_tensor
 
 TENSOR_TYPES = (Tensor, nn.Parameter)
@@ -31,6 +41,9 @@ STATIC_TYPES = frozenset(
     ]
 )
 
+_MARKS = "_dynamo"  # torch's own marks on tensors, of a static cache's for example
+_LEAST_DIMS = 3  # of keys and values
+
 
 @dataclass(slots=True)
 class Call:
@@ -38,6 +51,7 @@ class Call:
 
     Two calls with equal `key` differ only in the shapes and values of their tensors. Those include what stands for
     `numbers`, Python numbers (by their place) that change from call to call; `constants` are the places of the others.
+    `objects` is how many objects of a plain class there are, a KV cache and its layers for example.
     """
 
     args: tuple[Any, ...]
@@ -47,6 +61,9 @@ class Call:
     unread: dict[int, Unread] = field(default_factory=dict)  # by the id of attributes that no graph can know
     numbers: dict[str, Number] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
+    past: frozenset[int] = frozenset()  # the tensors that are an object's attributes, as those of a KV cache
+    objects: int = 0
+    growing: frozenset[tuple[str, int]] = frozenset()  # axes of them, by name, that a forward makes longer
 
     def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with `tensors` in the places of `self.tensors`, in fresh containers."""
@@ -103,7 +120,17 @@ class Binder:
             parts += (name, reader.key(value, name))
         tensors = reader.tensors
         key = (len(args), *parts, *_modes(tensors))
-        return Call(args, kwargs, tuple(tensors), key, reader.unread, reader.numbers, tuple(reader.constants))
+        return Call(
+            args,
+            kwargs,
+            tuple(tensors),
+            key,
+            reader.unread,
+            reader.numbers,
+            tuple(reader.constants),
+            frozenset(reader.past),
+            reader.objects,
+        )
 
     def _by_keyword(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Flags given by position stay there: decorators around a forward may look for them among the keywords only.
@@ -129,29 +156,61 @@ class _Reader:
         self.unread: dict[int, Unread] = {}  # by the id of attributes that no graph can know
         self.numbers: dict[str, Number] = {}
         self.constants: list[str] = []
+        self.past: set[int] = set()
+        self.objects = 0
         self._seen: dict[int, int] = {}
         self._known = known
+        self._outer: list[int] = []  # the ids of the containers around what is read
+        self._containers: dict[int, int] = {}  # by id: the how manyth it is
 
     def key(self, value: Any, place: str) -> Hashable:
         kind = type(value)
         if kind in TENSOR_TYPES:
             return self._tensor_key(value, place)
+        if kind is Unread:
+            raise NotCapturable(f"argument {place} was not read")
         if kind is int or kind is float:
             return self._number_key(value, place)
-        if kind in STATIC_TYPES or isinstance(value, enum.Enum):
+        if kind in STATIC_TYPES or isinstance(value, (enum.Enum, type)):
             return (kind, value)
         if kind is complex:
             return (kind, repr(value))  # -0.0 == 0.0 and nan != nan
         items = children(value)
         if items is None:
             raise _not_capturable(value, place)
-        return (kind, *items, *[self._part_key(name, item, place) for name, item in items.items()])
+        return self._container_key(value, items, place)
+
+    def _container_key(self, value: Any, items: dict[Any, Any], place: str) -> Hashable:
+        if id(value) in self._outer:
+            raise _Circular(f"argument {place} is a {type(value).__name__} that holds itself; a graph takes trees")
+        is_again = id(value) in self._containers and type(value) is not tuple
+        first = self._containers.setdefault(id(value), len(self._containers))
+        self._outer.append(id(value))
+        parts = self._object_key(items, place) if _is_object(value) else self._parts_key(items, place)
+        self._outer.pop()
+        return (type(value), *_context(value, place), *items, *parts, *(("same", first) if is_again else ()))
+
+    def _parts_key(self, items: dict[Any, Any], place: str) -> list[Hashable]:
+        return [self._part_key(name, item, place) for name, item in items.items()]
+
+    def _object_key(self, items: dict[Any, Any], place: str) -> list[Hashable]:
+        """The keys of an object's attributes; those of numbers, which come last, know what stands beside them."""
+        self.objects += 1
+        numbers = {name: item for name, item in items.items() if type(item) in (int, float)}
+        others = {name: item for name, item in items.items() if name not in numbers}
+        count = len(self.tensors)
+        parts = self._parts_key(others, place)
+        self.past.update(i for i in range(count, len(self.tensors)) if self.tensors[i].ndim >= _LEAST_DIMS)
+        among = hash((*others, *parts)) if numbers else None
+        return [*parts, *(self._number_key(item, place_of(place, name), among) for name, item in numbers.items())]
 
     def _part_key(self, name: Any, item: Any, place: str) -> Hashable:
         """The key of a container's part. An attribute that holds what no graph can take counts by its type alone."""
         count = len(self.tensors)
         try:
             return self.key(item, place_of(place, name))
+        except _Circular:
+            raise
         except NotCapturable:
             if not isinstance(name, Attribute):
                 raise
@@ -159,6 +218,7 @@ class _Reader:
             self._seen.pop(id(tensor), None)
         del self.tensors[count:]
         self.numbers = {place: number for place, number in self.numbers.items() if number.index < count}
+        self.past = {index for index in self.past if index < count}
         self.unread[id(item)] = Unread(name)
         return (type(item), "not read")
 
@@ -168,7 +228,7 @@ class _Reader:
             return ("same tensor", first)
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
             raise NotCapturable(f"argument {place} is a {_layout(tensor)} tensor; graphs take dense tensors")
-        if tensor.__dict__ and type(tensor) is Tensor:
+        if tensor.__dict__ and type(tensor) is Tensor and not all(name.startswith(_MARKS) for name in tensor.__dict__):
             raise NotCapturable(
                 f"argument {place} has attributes of its own ({', '.join(tensor.__dict__)}), which forward may read"
             )
@@ -177,14 +237,37 @@ class _Reader:
         self.tensors.append(tensor)
         return (tensor.dtype, tensor.device, tensor.ndim, tensor.requires_grad)
 
-    def _number_key(self, value: int | float, place: str) -> Hashable:
+    def _number_key(self, value: int | float, place: str, among: Hashable = None) -> Hashable:
         kind = type(value)
-        if self._known is None or not self._known.varies(place, value):
-            self.constants.append(place)
+        if self._known is None or not self._known.varies(place, value, among):
+            self.constants += [place] if among is None else []
             return (kind, repr(value))
-        self.numbers[place] = Number(len(self.tensors), kind, kind is int and value < 0)
+        self.numbers[place] = Number(len(self.tensors), kind, kind is int and value < 0, among)
         self.tensors.append(as_tensor(value))
         return (kind, "any", self.numbers[place].is_negative)
+
+
+class _Circular(NotCapturable):
+    """An argument is part of itself."""
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a container is an object of a plain class, and no mapping or dataclass."""
+    return is_plain_object(value) and not isinstance(value, Mapping) and not is_dataclass(value)
+
+
+def _context(value: Any, place: str) -> tuple[Hashable, ...]:
+    """What pytree remakes an object of a registered class with, beside its parts; () for other containers."""
+    if is_plain_object(value) or not is_registered(value) or isinstance(value, Mapping):
+        return ()
+    context = pytree_parts(value)[1]
+    try:
+        hash(context)
+    except TypeError as error:
+        raise NotCapturable(
+            f"argument {place} holds a {type(value).__name__}, whose pytree context is no key: {error}"
+        ) from error
+    return (context,)
 
 
 def _not_capturable(value: Any, place: str) -> NotCapturable:
@@ -210,6 +293,12 @@ def named_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[t
     yield from named_leaves(args, "args")
     for name, value in kwargs.items():
         yield from named_leaves(value, name)
+
+
+def shown_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The tensors of a call as a reader sees them: `(input_ids torch.int64[2, 7], mask torch.bool[2, 7])`."""
+    named = [(name, leaf) for name, leaf in named_arguments(args, kwargs) if type(leaf) in TENSOR_TYPES]
+    return f"({', '.join(f'{name} {tensor.dtype}{list(tensor.shape)}' for name, tensor in named)})"
 
 
 def _layout(tensor: Tensor) -> str:

@@ -1,15 +1,17 @@
 """The containers that arguments of a call may be: their parts, how to make them anew, and what a forward did to them.
 
-Lists, tuples and dicts are their items; a `Mapping` of another kind (`UserDict`, a tokenizer's `BatchEncoding`) and a
-dataclass are their attributes.
+Lists, tuples and dicts are their items; a `Mapping` of another kind (`UserDict`, a tokenizer's `BatchEncoding`), a
+dataclass and an object of a plain class (a KV cache and its layers) are their attributes; an object of any other class
+that pytree knows is what pytree makes of it.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import CaptureError
 from ..torch_compat import pytree
+
+_OWN_WAY_OF_COPYING = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__new__", "__del__", "__slots__")
 
 
 class Attribute(str):
@@ -67,7 +71,38 @@ def children(value: Any) -> dict[Any, Any] | None:
         return dict(enumerate(value))
     if isinstance(value, Mapping) or dataclasses.is_dataclass(kind):
         return _attributes(value)
-    return None
+    if is_plain_object(value):
+        return _attributes(value) or None
+    return dict(enumerate(pytree_parts(value)[0])) if is_registered(value) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_plain_class(kind: Hashable) -> bool:
+    """Whether objects of a class are made by Python's `object` alone, from nothing but their `__dict__`."""
+    assert isinstance(kind, type)
+    if issubclass(kind, (Tensor, nn.Module, type, torch.SymInt, torch.SymFloat, torch.SymBool, Unread)):
+        return False
+    bases = kind.__mro__[:-1]
+    is_known = kind.__module__ != "builtins" and bool(bases) and bases[-1].__base__ is object
+    own = any(vars(base).get(name) for base in bases for name in (*_OWN_WAY_OF_COPYING, "__call__"))
+    return is_known and not own
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether an object is its class and its `__dict__` and nothing else."""
+    return _is_plain_class(type(value)) and hasattr(value, "__dict__")  # type: ignore[arg-type]
+
+
+def is_registered(value: Any) -> bool:
+    """Whether value is of a class of somebody's own that pytree knows how to take apart and put together."""
+    kind = type(value)
+    return kind in pytree.SUPPORTED_NODES and kind.__module__.partition(".")[0] not in ("builtins", "torch")
+
+
+def pytree_parts(value: Any) -> tuple[list[Any], Any]:
+    """What pytree makes of an object of a registered class: its parts, and the context that it is remade with."""
+    parts, context = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
+    return list(parts), context
 
 
 def named_leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -107,7 +142,9 @@ def rebuilt(value: Any, place: str, leaves: dict[int, Any], numbers: dict[str, A
         return kind(*parts.values())
     if kind is MappingProxyType:
         return MappingProxyType(parts)
-    return _like(value, parts)
+    if any(type(name) is Attribute for name in parts) or isinstance(value, dict):
+        return _like(value, parts)
+    return pytree.SUPPORTED_NODES[kind].unflatten_fn(list(parts.values()), pytree_parts(value)[1])
 
 
 def _like(value: Any, parts: dict[Any, Any]) -> Any:
@@ -137,19 +174,26 @@ def _attributes(value: Any) -> dict[Any, Any] | None:
 
 # What a forward did to the containers that it was given
 
+Place = tuple[Any, ...]  # of a container in a call: a keyword or the number of an argument, then names of parts
+
+GONE = "fxbt: this attribute was deleted"
+
 
 @dataclass(frozen=True)
 class Given:
-    """In a result: the container of the call's arguments with this number, itself and no copy of it."""
+    """In a result: the container at this place of the call's arguments, itself and no copy of it."""
 
-    number: int
+    place: Place
 
 
 class Changed(NamedTuple):
-    """A forward's result, and the containers among its arguments that it changed, as they are afterwards."""
+    """A forward's result, and the containers among its arguments that it changed, as they are afterwards.
+
+    Of containers that are their attributes, those that it set, and `GONE` for those that it deleted.
+    """
 
     result: Any
-    contents: dict[int, dict[Any, Any]]
+    contents: dict[Place, dict[Any, Any]]
 
 
 class Arguments:
@@ -157,42 +201,80 @@ class Arguments:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._containers = containers(args, kwargs)
-        self._before = [children(container) or {} for container in self._containers]
+        self._before = {place: children(container) or {} for place, container in self._containers.items()}
 
     def seen_in(self, result: Any) -> Any:
-        """`result`, or, where the call's containers are in it or were changed, a `Changed` with their numbers."""
-        numbers = {id(container): number for number, container in enumerate(self._containers)}
+        """`result`, or, where the call's containers are in it or were changed, a `Changed` with their places."""
+        places: dict[int, Place] = {}
+        for place, container in self._containers.items():
+            places.setdefault(id(container), place)
         contents = {}
-        for number, (container, before) in enumerate(zip(self._containers, self._before, strict=True)):
-            now = children(container) or {}
-            if list(now) != list(before) or any(now[name] is not before[name] for name in now):
-                contents[number] = _numbered(now, numbers)
-        marked = _numbered(result, numbers)
+        for place, container in self._containers.items():
+            before, now = self._before[place], children(container) or {}
+            if list(now) != list(before) or any(_differs(now[name], before[name]) for name in now):
+                contents[place] = _marked(_written(container, before, now), places)
+        marked = _marked(result, places)
         return Changed(marked, contents) if contents or _has_given(marked) else result
 
+    def is_inside(self, value: Any) -> bool:
+        """Whether a new object's attributes have one of the call's containers among them."""
+        known = set(map(id, self._containers.values()))
+        found = containers((value,), {}).values()
+        return any(id(container) in known for container in found)
 
-def containers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The containers inside a call's arguments, in order, outer ones first."""
-    found = []
-    waiting = [*args, *kwargs.values()][::-1]
+
+def _differs(now: Any, before: Any) -> bool:
+    return now is not before and not (type(now) is type(before) is int and now == before)
+
+
+def _written(container: Any, before: dict[Any, Any], now: dict[Any, Any]) -> dict[Any, Any]:
+    if not _is_attributes(container, now):
+        return now
+    changed = {name: part for name, part in now.items() if name not in before or _differs(part, before[name])}
+    return changed | {name: GONE for name in before if name not in now}
+
+
+def _is_attributes(container: Any, parts: dict[Any, Any]) -> bool:
+    return not isinstance(container, dict) and all(type(name) is Attribute for name in parts)
+
+
+def containers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Place, Any]:
+    """The containers inside a call's arguments by their places, in order, outer ones first."""
+    found = {}
+    waiting: list[tuple[Place, Any]] = [((name,), value) for name, value in [*enumerate(args), *kwargs.items()]][::-1]
     while waiting:
-        value = waiting.pop()
+        place, value = waiting.pop()
         if (items := children(value)) is not None:
-            found.append(value)
-            waiting.extend(reversed(items.values()))
+            found[place] = value
+            waiting.extend(((*place, name), part) for name, part in reversed(items.items()))
     return found
 
 
 def put_back(changed: Changed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Does to a call's containers what the forward did to those it was traced with; returns the call's result."""
-    found = containers(args, kwargs)
+    found = {place: _at(place, args, kwargs) for place in changed.contents}  # all, before one of them is changed
 
     def given(leaf: Any) -> Any:
-        return found[leaf.number] if type(leaf) is Given else leaf
+        return _at(leaf.place, args, kwargs) if type(leaf) is Given else leaf
 
-    for number, content in changed.contents.items():
-        _fill(found[number], pytree.tree_map(given, content))
-    return pytree.tree_map(given, changed.result)
+    result = pytree.tree_map(given, changed.result)
+    contents = {place: pytree.tree_map(given, content) for place, content in changed.contents.items()}
+    for place, content in contents.items():
+        _fill(found[place], content)
+    return result
+
+
+def _at(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    first, *rest = place
+    value = args[first] if isinstance(first, int) else kwargs[first]
+    for name in rest:
+        value = vars(value)[name] if type(name) is Attribute and hasattr(value, "__dict__") else _part(value, name)
+    return value
+
+
+def _part(value: Any, name: Any) -> Any:
+    is_items = type(value) in (list, tuple, dict)
+    return value[name] if is_items else (children(value) or {})[name]
 
 
 def _fill(container: Any, content: dict[Any, Any]) -> None:
@@ -201,10 +283,15 @@ def _fill(container: Any, content: dict[Any, Any]) -> None:
     elif isinstance(container, dict):
         _fill_dict(container, content)
     else:
-        for name in children(container).keys() - content.keys():  # type: ignore[union-attr]
-            object.__delattr__(container, name)
         for name, part in content.items():
-            object.__setattr__(container, name, part)
+            _set_attribute(container, name, part)
+
+
+def _set_attribute(container: Any, name: str, part: Any) -> None:
+    if isinstance(part, str) and part == GONE:
+        object.__delattr__(container, name)
+    else:
+        object.__setattr__(container, name, part)
 
 
 def _fill_dict(container: dict[Any, Any], content: dict[Any, Any]) -> None:
@@ -217,11 +304,13 @@ def _fill_dict(container: dict[Any, Any], content: dict[Any, Any]) -> None:
         base.__setitem__(container, name, part)
 
 
-def _numbered(value: Any, numbers: dict[int, int]) -> Any:
+def _marked(value: Any, places: dict[int, Place]) -> Any:
     def mark(leaf: Any) -> Any:
-        return Given(numbers[id(leaf)]) if id(leaf) in numbers else leaf
+        if id(leaf) in places:
+            return Given(places[id(leaf)])
+        return leaf
 
-    return pytree.tree_map(mark, value, is_leaf=lambda part: id(part) in numbers)
+    return pytree.tree_map(mark, value, is_leaf=lambda part: id(part) in places)
 
 
 def _has_given(value: Any) -> bool:

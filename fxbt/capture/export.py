@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
@@ -22,13 +23,15 @@ from ..torch_compat import SIZES_LOG, dynamo_config, export_trace, fx_config, py
 from . import outputs as forms
 from . import own_autograd
 from .attempts import Attempt, Axes, attempts, number_indices
+from .caches import growing_axes, same_lengths
 from .call import Call
 from .checkpointing import mark_blocks
 from .constant_inputs import Constants, constant, knowing
 from .containers import Arguments, Given, named_leaves
 from .effects import Buffer, Effects, buffer_metas, check_buffers, make_inputs, unread, written_names
+from .equal_layers import EqualLayers
 from .functional import functional
-from .guards import and_values, erase_asserts, guards_of
+from .guards import and_values, assumptions, erase_asserts, guards_of
 from .model_state import HOOKS, ModelState, Slot
 from .regions import inline_regions
 from .size_scalars import Constant, Scalars
@@ -54,9 +57,15 @@ class Captured:
     out_spec: pytree.TreeSpec
     guards: Callable[..., None]  # guards(*tensors) raises AssertionError naming the condition that does not hold
     example: tuple[Tensor, ...]  # of all placeholders
+    assumed: list[sympy.Basic]  # of the sizes of inputs, which the guards assert
+    fixed: dict[int, Tensor] = field(default_factory=dict)  # the inputs, by number, whose values the guards compare
     read: list[Constant] = field(default_factory=list)  # tensors of the model whose values the guards compare
     seconds: float = 0.0
     effects: Effects = field(default_factory=Effects)
+    copied: int = 0  # layers that were not traced, as an equal one was
+    has_objects: bool = False  # among the call's arguments, which forward may change
+    is_stored: bool = False  # another process captured it
+    growing: tuple[int, ...] = ()  # the inputs that such an object holds a longer tensor for afterwards
 
 
 @dataclass
@@ -68,6 +77,7 @@ class _Outputs:
     originals: dict[str, Tensor] = field(default_factory=dict)  # the model's buffers
     read: list[Constant] = field(default_factory=list)  # those whose value is part of the graph
     replaced: set[str] = field(default_factory=set)  # those in whose places other tensors stand after it
+    copied: int = 0  # layers that were not traced
 
 
 def capture_export(
@@ -133,12 +143,25 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
     effects, metas = _effects(program, outputs, slots), buffer_metas(program)
     module = _flat_module(program, model, call, outputs, effects)
     assert outputs.spec is not None
-    guards = guards_of(module, call.names, fixed)
+    assumed = assumptions(module)
+    guards = guards_of(module, call.names, fixed, assumed)
     if outputs.read:
         guards = and_values(guards, outputs.read)
     check_buffers(model, effects.buffers)
     make_inputs(module, [buffer.name for buffer in effects.buffers], metas)
-    return Captured(module, outputs.spec, guards, (*tensors, *effects.inputs()), outputs.read, effects=effects)
+    return Captured(
+        module,
+        outputs.spec,
+        guards,
+        (*tensors, *effects.inputs()),
+        assumed,
+        fixed,
+        outputs.read,
+        effects=effects,
+        copied=outputs.copied,
+        has_objects=bool(call.objects),
+        growing=tuple(sorted({i for i, _ in growing_axes(call)})),
+    )
 
 
 def _effects(program: ExportedProgram, outputs: _Outputs, slots: Sequence[Slot]) -> Effects:
@@ -180,6 +203,7 @@ def _flat_forward(
 
     def forward(self: nn.Module, *tensors: Tensor) -> tuple[Any, ...]:
         _share_batch([tensor for i, tensor in enumerate(tensors) if i not in numbers])
+        _share_lengths(tensors, same_lengths(call))
         tensors = tuple(constant(fixed[i]) if i in fixed else tensor for i, tensor in enumerate(tensors))
         args, kwargs = call.rebuild(tensors)
         arguments = Arguments(args, kwargs)
@@ -190,16 +214,19 @@ def _flat_forward(
             Followed(answers, is_user_code),
             Scalars(self, outputs.originals) as scalars,
             unread(slots) as values_left,
+            EqualLayers(self, lambda: len(scalars.read), may_copy=not (fixed or answers or slots)) as equal,
         ):
             buffers = dict(self.named_buffers())
             result = arguments.seen_in(run(self, *args, **kwargs))
             left = values_left()
-        outputs.read = scalars.read
+        outputs.read, outputs.copied = scalars.read, equal.copied
         outputs.replaced = {name for name, value in self.named_buffers() if value is not buffers.get(name)}
         flat, outputs.spec = forms.flatten(result)
         _check_outputs(result, flat)
         if kept := [type(value).__name__ for value in forms.plain_objects(result) if state.knows(value)]:
             raise CaptureError(f"forward returns a {kept[0]} that the model keeps; a graph would return another")
+        if around := [type(value).__name__ for value in forms.plain_objects(result) if arguments.is_inside(value)]:
+            raise CaptureError(f"forward puts an argument into a new {around[0]}; a graph would put a copy there")
         outputs.constants = {i: leaf for i, leaf in enumerate(flat) if isinstance(leaf, _CONSTANTS)}
         return *(leaf for leaf in flat if not isinstance(leaf, _CONSTANTS)), *left
 
@@ -213,6 +240,13 @@ def _share_batch(tensors: Sequence[Tensor]) -> None:
         if tensor.ndim and isinstance(tensor.shape[0], SymInt):
             batch = first.setdefault(tensor.shape[0].node.hint, tensor.shape[0])
             torch._check(tensor.shape[0] == batch)
+
+
+def _share_lengths(tensors: Sequence[Tensor], groups: list[list[tuple[int, int]]]) -> None:
+    """What grows together has one size as one symbol (a guard): no operation on keys and values compares theirs."""
+    for (first, axis), *others in groups:
+        for other, its_axis in others:
+            torch._check(tensors[other].shape[its_axis] == tensors[first].shape[axis])
 
 
 def _check_outputs(result: Any, flat: list[Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -37,12 +37,16 @@ def erase_asserts(graph: fx.Graph) -> list[sympy.Basic]:
     return conditions
 
 
-def guards_of(module: fx.GraphModule, names: list[str], fixed: dict[int, Tensor]) -> Callable[..., None]:
-    """A function of the call's tensors that asserts all that was assumed of their shapes and values while tracing."""
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+def guards_of(
+    module: fx.GraphModule, names: list[str], fixed: Mapping[int, Tensor], assumed: Sequence[sympy.Basic]
+) -> Callable[..., None]:
+    """A function of the call's tensors that asserts all that was `assumed` of their shapes and values while tracing.
+
+    The first placeholders are the call's tensors, with these `names`; the values of those in `fixed` are constants.
+    """
+    placeholders = module.graph.find_nodes(op="placeholder")[: len(names)]
     conditions: list[tuple[str, str]] = []  # python over t0, t1, ...; what to say
     size_of: dict[sympy.Symbol, tuple[str, str]] = {}
-    environment: ShapeEnv | None = None
     unsettled: list[tuple[str, str, sympy.Basic]] = []
     for i, (node, name) in enumerate(zip(placeholders, names, strict=True)):
         for axis, size in enumerate(node.meta["val"].shape):
@@ -50,7 +54,7 @@ def guards_of(module: fx.GraphModule, names: list[str], fixed: dict[int, Tensor]
             if not isinstance(size, SymInt):
                 conditions.append((f"{code} == {size}", f"{text} == {size}"))
                 continue
-            environment, expression = size.node.shape_env, size.node.expr
+            expression = size.node.expr
             if isinstance(expression, sympy.Symbol) and expression not in size_of:
                 size_of[expression] = (code, text)
             else:
@@ -66,15 +70,29 @@ def guards_of(module: fx.GraphModule, names: list[str], fixed: dict[int, Tensor]
         conditions.append((f"{code} >= 1", f"{text} >= 1"))  # a trace takes for granted that no size is 0
     for code, text, expression in unsettled:
         conditions.append((f"{code} == {printed(expression)[0]}", f"{text} == {printed(expression)[1]}"))
-    for expression in _assumptions(module, environment, set(size_of)):
+    for expression in assumed:
         conditions.append(printed(expression))
     for i, tensor in fixed.items():
         conditions.append((f"t{i}.tolist() == {tensor.tolist()}", f"{names[i]} == {tensor.tolist()}"))
     return assertions(len(names), conditions)
 
 
-def _assumptions(module: fx.GraphModule, environment: ShapeEnv | None, sizes: set[sympy.Symbol]) -> list[sympy.Basic]:
-    """Everything the trace took for true about the sizes of inputs."""
+def environment_of_inputs(module: fx.GraphModule) -> ShapeEnv | None:
+    """What is known of the sizes of a graph's inputs; None where all are numbers."""
+    values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    return next((size.node.shape_env for value in values for size in value.shape if isinstance(size, SymInt)), None)
+
+
+def sizes_of_inputs(module: fx.GraphModule) -> list[sympy.Symbol]:
+    """The symbols that are sizes of a graph's inputs, in order."""
+    values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    sizes = [size.node.expr for value in values for size in value.shape if isinstance(size, SymInt)]
+    return list(dict.fromkeys(size for size in sizes if isinstance(size, sympy.Symbol)))
+
+
+def assumptions(module: fx.GraphModule) -> list[sympy.Basic]:
+    """Everything the trace took for true about the sizes of inputs, of a module that still says what was asserted."""
+    environment, sizes = environment_of_inputs(module), sizes_of_inputs(module)
     found = [*module.meta.pop("fxbt_asserted"), *_unsqueezed(module)]
     if environment is None:
         return found

@@ -19,11 +19,15 @@ LARGEST = 2**62  # of a size
 
 @dataclass(frozen=True)
 class Number:
-    """How a number stands among the tensors of a call: as which one, and what a call makes of that."""
+    """How a number stands among the tensors of a call: as which one, and what a call makes of that.
+
+    `among` is what stands beside it in an object of the caller's.
+    """
 
     index: int
     kind: type
     is_negative: bool = False
+    among: Hashable = None
 
     def of(self, tensors: Any) -> Any:
         """The number: Python's own, or, of traced tensors, a symbol."""
@@ -40,6 +44,9 @@ class Number:
 class Numbers:
     """Which number arguments of a model change from call to call; `place` says where one stands (`t`, `args[1]`).
 
+    An attribute of an object counts by its place and by what is beside it (`among`): the length of a cache is 0 as long
+    as it has no tensors, and changes once it has.
+
     Example:
         >>> numbers = Numbers()
         >>> [numbers.varies("t", value) for value in (3, 3, 4, 3)]
@@ -47,21 +54,21 @@ class Numbers:
     """
 
     def __init__(self) -> None:
-        self._first: dict[tuple[str, type], Hashable] = {}
-        self._varying: set[tuple[str, type]] = set()
+        self._first: dict[tuple[str, type, Hashable], Any] = {}
+        self._varying: set[tuple[str, type, Hashable]] = set()
         self.refused: dict[str, str] = {}  # places whose numbers a graph cannot have as inputs, and why
 
-    def varies(self, place: str, value: int | float) -> bool:
+    def varies(self, place: str, value: int | float, among: Hashable = None) -> bool:
         """Notes a value; whether this place has had another one, and takes any."""
-        where = place, type(value)
+        where = place, type(value), among
         if where not in self._varying and repr(self._first.setdefault(where, value)) != repr(value):
             self._varying.add(where)
         is_small = isinstance(value, float) or abs(value) < LARGEST
         return where in self._varying and is_small and place not in self.refused
 
-    def first(self, place: str, kind: type) -> Any:
+    def first(self, place: str, number: Number) -> Any:
         """The value that this place had first."""
-        return self._first[place, kind]
+        return self._first[place, number.kind, number.among]
 
     def refuse(self, place: str, reason: str) -> None:
         """From now on, every value of this place is a constant of its own graph."""

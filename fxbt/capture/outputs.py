@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..torch_compat import pytree
-from .containers import Changed, is_record, put_back
+from .containers import Changed, is_plain_object, is_record, put_back
 
 # Numbers are values, not part of the spec: while tracing, those that follow from shapes are symbols.
 _PART_OF_SPEC = (type(None), bool, str, torch.dtype, torch.device, type)
-_OWN_WAY_OF_COPYING = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__new__", "__del__", "__slots__")
 
 
 @dataclass
@@ -145,16 +143,6 @@ def _packed(value: Any, seen: set[int]) -> Any:
         return _Object(type(leaf), values, constants)
 
     return pytree.tree_map(pack, value)
-
-
-def is_plain_object(value: Any) -> bool:
-    """Whether an object is its class and its `__dict__` and nothing else."""
-    kind = type(value)
-    if isinstance(value, (Tensor, nn.Module, type, torch.SymInt, torch.SymFloat, torch.SymBool)) or callable(value):
-        return False
-    bases = kind.__mro__[:-1]
-    own = any(vars(base).get(name) for base in bases for name in _OWN_WAY_OF_COPYING)
-    return hasattr(value, "__dict__") and kind.__module__ != "builtins" and bases[-1].__base__ is object and not own
 
 
 def plain_objects(result: Any) -> list[Any]:

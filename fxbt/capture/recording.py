@@ -138,6 +138,7 @@ class Recording:
         self.wrote |= around.contents() > known
         around.settings = self._settings if self._asks_settings else None
         around.nests = self._nests
+        around.codes = [code for code in codes if is_model_code(code.co_filename)]
         return around.obstacle or around.ready()
 
     # Events

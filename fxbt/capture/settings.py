@@ -84,6 +84,11 @@ class Settings:
         self._filters = list(warnings.filters)
         self._modules = len(sys.modules)
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """What they were, by name."""
+        return dict(self._values)
+
     def changed(self) -> list[str]:
         """The names of those that differ now. A module that was imported since may have warning filters of its own."""
         differing = [name for name, get in _GETTERS.items() if get() != self._values[name]]

@@ -8,6 +8,7 @@ does not accept it asserts in the graph, and a call for which that does not hold
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 
 from ..errors import CaptureError
 from ..torch_compat import (
@@ -240,6 +241,15 @@ def _first_step(layer: Callable[..., Any]) -> Callable[..., Any]:
     return stand_in
 
 
+def _linear_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, linear: Any) -> Tensor:
+    """A linear layer, of one row of each sequence (the last token's, in front of a decoder's head) laid out anew.
+
+    The product's shape is found by a view, which for such rows would ask whether the batch is of size one.
+    """
+    is_a_row_each = x.ndim == 3 and isinstance(x.shape[1], int) and x.shape[1] == 1 and isinstance(x.stride(0), SymInt)
+    return linear(x.clone(memory_format=torch.contiguous_format) if is_a_row_each else x, weight, bias)
+
+
 def _gelu_by_operations(self: Any, x: Tensor) -> Tensor:
     from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
 
@@ -322,6 +332,12 @@ PATCHES = (
             "loops over the tokens to find the shape of an LSTM's or GRU's output",
         )
         for layer in ("one_layer_lstm", "one_layer_rnn")
+    ),
+    Patch(
+        "torch.nn.functional",
+        "linear",
+        functools.partial(_linear_of_rows, linear=F.linear),
+        "asks whether a batch of single rows is of size one",
     ),
     *(
         Patch(

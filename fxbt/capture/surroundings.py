@@ -67,6 +67,7 @@ class Surroundings:
         self.obstacle: str | None = None
         self.tensors: list[Tensor] = []
         self.settings: Settings | None = None  # of the process, if code asks for some
+        self.codes: list[types.CodeType] = []  # of the model and its library, that ran
         self.nests = False  # whether code makes, or would make, nested tensors of what is not padding
         self._state = state
         self._seen: set[int] = set()
@@ -185,6 +186,15 @@ class Surroundings:
         """How many places are containers, objects and tensors, whose contents can change while their names do not."""
         kinds = (places.Names, places.Class, places.Function, places.Cell)
         return sum(not isinstance(place, kinds) for place in self._all())
+
+    @property
+    def read(self) -> frozenset[str]:
+        """Every attribute that some of the model's code names."""
+        return frozenset(self._read)
+
+    def places(self) -> Iterator[Place]:
+        """All that is compared, with what each place held."""
+        return self._all()
 
     def _all(self) -> Iterator[Place]:
         return itertools.chain(self._counted, self._others, self._cells)

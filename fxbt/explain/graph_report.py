@@ -46,6 +46,7 @@ class GraphReport:
     left: list[str]  # what its calls change in the model
     capture_seconds: float
     races: Races | None = None
+    is_stored: bool = False  # another process captured it
 
     @property
     def captured(self) -> Snapshot:

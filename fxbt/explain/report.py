@@ -26,7 +26,8 @@ class Report:
     """What fxbt did to one model; `print` shows it as tables.
 
     `graphs` holds a `GraphReport` for each call signature in the order of their captures, `fallbacks` the
-    reasons for which the original forward ran instead. The report's own `hits`, `before`, `after`, `diff()`
+    reasons for which the original forward ran instead,
+    `notes` what became of stored graphs. The report's own `hits`, `before`, `after`, `diff()`
     and `why()` speak of the latest graph.
 
     Example::
@@ -40,6 +41,7 @@ class Report:
 
     graphs: dict[str, GraphReport] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # why stored graphs were not used, or graphs not stored
     made: int = 0  # graphs, with those that made place for others
 
     @property
@@ -98,13 +100,21 @@ class Report:
         return self.latest.why(rule, at) if self.latest else NOTHING_YET
 
     def add_graph(
-        self, signature: str, captured: Captured, compiled: Compiled, races: Races | None = None
+        self,
+        signature: str,
+        captured: Captured,
+        compiled: Compiled,
+        races: Races | None = None,
+        is_stored: bool = False,
     ) -> GraphReport:
-        """Record a captured graph under its call signature (numbered, should the text occur twice)."""
+        """Record a captured graph under its call signature (numbered, should the text occur twice).
+
+        `is_stored` is whether another process captured it.
+        """
         self.made += 1
         name = next(n for n in _numbered(signature) if n not in self.graphs)
         self.graphs[name] = GraphReport(
-            signature, compiled, captured.out_spec, captured.effects.names, captured.seconds, races
+            signature, compiled, captured.out_spec, captured.effects.names, captured.seconds, races, is_stored
         )
         return self.graphs[name]
 
@@ -117,12 +127,19 @@ class Report:
         if reason not in self.fallbacks:
             self.fallbacks.append(reason)
 
+    def add_note(self, note: str) -> None:
+        """Record what became of stored graphs; each note once."""
+        if note not in self.notes:
+            self.notes.append(note)
+
     def __str__(self) -> str:
         dropped = self.made - len(self.graphs)
         title = f"graphs ({dropped} more made place for them)" if dropped else "graphs"
         sections = [(title, _graph_table(dict(self.graphs))), *_latest_sections(self.latest)]
         if self.fallbacks:
             sections.append(("the original forward ran because", _bullets(self.fallbacks)))
+        if self.notes:
+            sections.append(("stored graphs", _bullets(self.notes)))
         return "\n\n".join(f"{title}\n{body}" for title, body in sections)
 
 
@@ -137,7 +154,7 @@ def _graph_table(graphs: dict[str, GraphReport]) -> str:
         [
             key,
             f"{graph.nodes_before} -> {graph.nodes_after}",
-            f"{graph.capture_seconds:.2f}",
+            "from disk" if graph.is_stored else f"{graph.capture_seconds:.2f}",
             f"{graph.rewrite_seconds:.2f}",
             f"{graph.derived_bytes / 2**20:.1f}",
             "" if graph.peak_bytes is None else f"{graph.peak_bytes / 2**20:.1f}",

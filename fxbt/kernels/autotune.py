@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..progress import part
 from . import cache
 from .clock import CLEARLY, CLOCK, TAKEN_PER_CALL, TAKEN_PER_SECOND, Clock, is_steady
 
@@ -79,7 +80,8 @@ class Tuner:
         if times is None and is_enabled() and self._left > 0:
             start = CLOCK.now()
             try:
-                times = cache.once("measuring", lambda: _known(contest), lambda: _measured(contest), self._left)
+                with part("measure kernels", contest.key):
+                    times = cache.once("measuring", lambda: _known(contest), lambda: _measured(contest), self._left)
             except _Disturbed:
                 is_disturbed = True
             self._left -= CLOCK.now() - start

@@ -48,11 +48,14 @@ class Distrusted(OSError):
     """A place where another user may write, or none at all; the text says which, and what to do."""
 
 
-def find(name: str) -> Found | None:
-    """Reads a file of the cache; None where there is none that only this user (or root) may write."""
+def find(name: str, most: int | None = None) -> Found | None:
+    """Reads a file of the cache; None where there is none that only this user (or root) may write.
+
+    One of more than `most` bytes is not read either.
+    """
     for folder in _folders():
         try:
-            return Found(folder / name, _read(folder / name))
+            return Found(folder / name, read(folder / name, most))
         except FileNotFoundError:
             continue
         except OSError as error:  # made anew by whoever asks
@@ -66,7 +69,16 @@ def write(name: str, data: bytes) -> Path:
     Raises:
         OSError: nothing can be written.
     """
-    path = place() / name
+    return write_to(place(), name, data)
+
+
+def write_to(folder: Path, name: str, data: bytes) -> Path:
+    """Writes a file of any folder whole.
+
+    Raises:
+        OSError: nothing can be written.
+    """
+    path = folder / name
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # of mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
@@ -76,6 +88,26 @@ def write(name: str, data: bytes) -> Path:
         os.unlink(temporary)
         raise
     return path
+
+
+def names(prefix: str) -> list[str]:
+    """The files of the cache that are called so, those that were written last first."""
+    found = [path for folder in _folders() for path in folder.glob(f"{prefix}*")]
+    return [path.name for path in sorted(found, key=_written_at, reverse=True)]
+
+
+def remove(name: str) -> None:
+    """Removes a file of the cache, if it is there and may be removed."""
+    for folder in _folders():
+        with contextlib.suppress(OSError):
+            os.unlink(folder / name)
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return os.lstat(path).st_mtime
+    except OSError:  # another process removed it
+        return 0.0
 
 
 def place() -> Path:
@@ -191,16 +223,26 @@ def _is_writable(folder: Path) -> bool:
 # Whom to trust
 
 
-def _read(path: Path) -> bytes:
-    """The bytes of a file that only this user or root may write; what is opened is what is looked at."""
+def read(path: Path, most: int | None = None, of_anyone: bool = False) -> bytes:
+    """The bytes of a file that only this user or root may write; what is opened is what is looked at.
+
+    Args:
+        most: the bytes that it may have.
+        of_anyone: whether others may write it too.
+
+    Raises:
+        OSError: it is no such file, or a symlink.
+    """
     no_surprise = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with os.fdopen(os.open(path, os.O_RDONLY | no_surprise), "rb") as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise Distrusted(f"{path} is no file")
-        if fault := _fault(path, facts):
+        if not of_anyone and (fault := _fault(path, facts)):
             raise Distrusted(fault)
-        return file.read()
+        if most is not None and facts.st_size > most:
+            raise Distrusted(f"{path} has {facts.st_size} bytes")
+        return file.read() if most is None else file.read(most)
 
 
 def _refuse(folder: Path, to_make_in: bool = False) -> None:

@@ -27,6 +27,7 @@ from .cpu.precision import Precision, narrow_linears
 from .cuda.graphs import Recorder, Replay, obstacle
 from .cuda.pointwise import FusedRegion, fuse_pointwise
 from .derived_weights import Weights, weight_only
+from .growing_caches import append_in_place
 from .memory import peak_bytes
 from .once import look_up_once, make_masks_once, split_heads_once
 from .recompute import recomputing
@@ -100,6 +101,7 @@ class Program:
         attend_fast(graph, weights.tuner)
         make_masks_once(graph)
         split_heads_once(graph)
+        append_in_place(graph)
         self.kernels = weights.tuner.answers
         self._places = weights.add(module, graph, constant)
         self._derived = weights if self._places else None

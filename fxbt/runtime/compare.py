@@ -16,6 +16,7 @@ from ..capture.effects import Effects
 from ..capture.export import Captured
 from ..capture.model_state import ModelState, preserved, versions
 from ..capture.number_inputs import Numbers, as_tensor
+from ..progress import part
 from ..rewrite.verify import difference, tolerance_of_outputs
 from ..torch_compat import pytree
 from .compiled import Compiled
@@ -45,10 +46,11 @@ class Comparison:
     def all(self, call: Call, expected: Values, numbers: Numbers) -> str | None:
         """What differs on a call, whose original's values are `expected`, on an earlier one, or in gradients."""
         effects, is_stochastic = self._captured.effects, self._compiled.stochastic
-        expected = self._again(call) if effects else expected  # what it changed, it reads
-        problem = None if is_stochastic else self.outputs(call, expected)
-        problem = problem or (None if is_stochastic else self._earlier(call, numbers))
-        return problem or self._gradients(call, effects)
+        with part("compare with the original"):
+            expected = self._again(call) if effects else expected  # what it changed, it reads
+            problem = None if is_stochastic else self.outputs(call, expected)
+            problem = problem or (None if is_stochastic else self._earlier(call, numbers))
+            return problem or self._gradients(call, effects)
 
     def outputs(self, call: Call, expected: Values) -> str | None:
         """What differs between the graph's outputs and the original's, which are `expected`."""
@@ -90,7 +92,7 @@ class Comparison:
             return None
         tensors = list(call.tensors)
         for place, number in call.numbers.items():
-            earlier = numbers.first(place, number.kind)
+            earlier = numbers.first(place, number)
             if (earlier < 0) == number.is_negative:
                 tensors[number.index] = as_tensor(earlier)
         if not accepts(self._captured.guards, tensors):  # another way through the model

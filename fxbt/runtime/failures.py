@@ -15,8 +15,11 @@ from ..capture.surroundings import Surroundings
 class Failures:
     """The keys of calls that failed, each with what the model and its surroundings were.
 
+    Attributes:
+        reasons: why, for each key.
+
     Example:
-        >>> failures.remember(key, around)
+        >>> failures.remember(key, around, "output holds a DynamicCache")
         >>> failures.have(key)
         True
     """
@@ -25,9 +28,11 @@ class Failures:
         self._original = original
         self._failed: dict[Hashable, tuple[ModelState, Surroundings | None]] = {}
         self._given_up: set[Hashable] = set()
+        self.reasons: dict[Hashable, str] = {}
 
-    def remember(self, key: Hashable, around: Surroundings | None) -> None:
+    def remember(self, key: Hashable, around: Surroundings | None, reason: str) -> None:
         """Notes a failure; the second one of a key, after an edit of the model, is its last."""
+        self.reasons[key] = reason
         if key in self._failed:
             self._given_up.add(key)
             del self._failed[key]  # it holds the weights that the model has now

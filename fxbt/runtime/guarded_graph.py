@@ -18,9 +18,13 @@ from ..capture.number_inputs import as_tensor
 from ..capture.outputs import Rebuild
 from ..capture.rebinding import rebound
 from ..capture.surroundings import Surroundings
+from ..errors import CaptureError
+from ..kernels.growing import owned
+from ..stored.shelf import Text
 from .compiled import Compiled
 from .race import Races
 
+MOST_UNUSED = 2  # graphs for calls with a cache that served none
 _OTHER_NUMBERS = (1, 2, 5, 64)  # beside one that a graph was captured with: does it take one of these?
 
 
@@ -33,6 +37,7 @@ class GuardedGraph:
         shapes: of the inputs it was captured with.
         numbers: places of the call's numbers that are inputs; `pinned` those of them that have one value only,
             `constants` those that are none.
+        text: as it was captured, for other processes.
         served, refused: how many calls it ran, and how many went another way, which only running it shows.
         used: when it served last, in calls.
     """
@@ -46,6 +51,7 @@ class GuardedGraph:
     numbers: frozenset[str]
     pinned: frozenset[str]
     constants: frozenset[str]
+    text: Text
     served: int = 0
     refused: int = 0
     used: int = 0
@@ -56,6 +62,11 @@ class GuardedGraph:
     def __post_init__(self) -> None:
         self.run, self.guards = self.compiled.serve, self.captured.guards
         self.rebuild = Rebuild(self.captured.out_spec)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether another process captured it."""
+        return self.captured.is_stored
 
     @property
     def effects(self) -> Effects:
@@ -69,11 +80,15 @@ class GuardedGraph:
 
     def applies(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the graph stands for a call with these tensors now."""
-        return accepts(self.guards, tensors) and self._holds() and not self.effects.hold(tensors)
+        return accepts(self.guards, tensors) and self.holds() and not self.effects.hold(tensors)
 
     def output(self, call: Call) -> Any:
         """What the model returns for a call; its effects are done."""
         effects = self.effects
+        if self.captured.growing and not effects:
+            with owned(call.tensors, self.captured.growing):
+                values = self.run(*call.tensors)
+            return self.rebuild(values, call.args, call.kwargs)
         if not effects:
             return self.rebuild(self.run(*call.tensors), call.args, call.kwargs)
         values = self.run(*call.tensors, *effects.inputs())
@@ -91,9 +106,10 @@ class GuardedGraph:
         self.effects.rebind(pairs)
         for constant in self.captured.read:
             constant.tensor = pairs.get(id(constant.tensor), constant.tensor)
-        return self._holds()
+        return self.holds()
 
-    def _holds(self) -> bool:
+    def holds(self) -> bool:
+        """Whether the model and its surroundings are those that it was captured in."""
         return self.state.holds() and self.around.holds(LOCK.captures_elsewhere())
 
 
@@ -109,6 +125,19 @@ def accepts(guards: Callable[..., None], tensors: Sequence[Tensor]) -> bool:
 def pinned_numbers(captured: Captured, call: Call) -> frozenset[str]:
     """The numbers that a graph is for one value of, though they are inputs: its guards take no other near it."""
     return frozenset(place for place in call.numbers if not _takes_others(captured, call, place))
+
+
+def check_pinned(pinned: frozenset[str], call: Call, others: Sequence[GuardedGraph]) -> None:
+    """Whether another graph for such calls is worth it; `others` are those there are.
+
+    Raises:
+        CaptureError: graph after graph is for one value of a number, or for one call with a cache.
+    """
+    if call.past and sum(not graph.served for graph in others) >= MOST_UNUSED:
+        raise CaptureError("graph after graph for calls with this cache served no other one")
+    for place in () if call.past else pinned:  # the numbers of a cache go with its sizes
+        if others and all(place in other.pinned for other in others):
+            raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
 
 
 def _takes_others(captured: Captured, call: Call, place: str) -> bool:

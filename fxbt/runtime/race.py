@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.clock import CLEARLY, CLOCK, TAKEN_PER_CALL, TAKEN_PER_SECOND, Clock, is_steady
+from ..progress import part
 
 logger = logging.getLogger("fxbt")
 
@@ -98,7 +99,8 @@ class Race:
         if not self._looking.acquire(blocking=False):  # another thread looks already
             return
         try:
-            self._look(graph, original, seconds)
+            with part("time against the original"):
+                self._look(graph, original, seconds)
         except Exception as error:  # a call that goes another way than the graph, say: the caller's own run has told
             logger.debug("graph and original are not compared: %s: %s", type(error).__name__, error)
             self._finish(self.evidence)

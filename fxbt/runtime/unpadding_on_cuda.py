@@ -28,10 +28,12 @@ class FactsAtOnce(Facts):
     Args:
         sizes: of the masks, each [batch, length].
         values: whether each mask is 1 throughout, how many tokens each has, and whether each guard holds.
+        bound: what masks and packed calls read besides inputs.
     """
 
-    def __init__(self, sizes: Sequence[int], values: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], values: Sequence[int], bound: Sequence[Tensor] = ()) -> None:
         super().__init__((), lambda: values[2 * len(sizes) :])
+        self.bound = bound
         self.positions = sum(sizes)
         self.are_ones = all(values[: len(sizes)])
         self.counts = list(values[len(sizes) : 2 * len(sizes)])
@@ -90,7 +92,9 @@ class UnpaddingOnCuda(Unpadding):
 
     def _facts(self, tensors: Sequence[Tensor]) -> Facts:
         values, *sizes = self._read(*tensors, *self._masks.bound(), *self._guards.bound())
-        return FactsAtOnce(sizes, values.tolist())
+        self.packed.check_assumptions()  # this and the next line while the device is at work
+        bound = [*self._masks.bound(), *self.packed.bound()]
+        return FactsAtOnce(sizes, values.tolist(), bound)
 
     def _facts_on_device(self, *arguments: Any) -> tuple[Any, ...]:
         """The values of `FactsAtOnce` as one tensor, and the sizes of the masks."""
@@ -105,15 +109,14 @@ class UnpaddingOnCuda(Unpadding):
         assert isinstance(facts, FactsAtOnce)
         if self._recorded is None or self._recorded.obstacle is not None:
             return functools.partial(self._on_tokens_of, facts.counts)
-        return functools.partial(self._replayed, facts.buckets)
+        return functools.partial(self._replayed, facts)
 
     def _on_tokens_of(self, counts: Sequence[int], *tensors: Tensor) -> tuple[Any, ...]:
         return self.packed(*tensors, *map(Tokens.on_device, self._masks(*tensors), counts))
 
-    def _replayed(self, buckets: tuple[int, ...], *tensors: Tensor) -> tuple[Any, ...]:
+    def _replayed(self, facts: FactsAtOnce, *tensors: Tensor) -> tuple[Any, ...]:
         assert self._recorded is not None
-        self.packed.check_assumptions()
-        return self._recorded(*tensors, *self._masks.bound(), *self.packed.bound(), buckets=buckets)
+        return self._recorded(*tensors, *facts.bound, buckets=facts.buckets)
 
     def _on_buckets(self, *arguments: Any, buckets: tuple[int, ...]) -> tuple[Any, ...]:
         tensors, bound = arguments[: self.dense.count], arguments[self.dense.count :]

@@ -81,7 +81,7 @@ class Recorder:
     def __init__(self, is_static: bool = False) -> None:
         self.is_static = is_static
         self.lock = threading.RLock()
-        self._pools: dict[Any, Any] = {}
+        self._pools: dict[Any, tuple[Any, Any]] = {}  # by stream: a pool, and a recording in it that stays
 
     def serving(self, run: Run) -> Run:
         """`run` for a caller's call; fxbt's own, which compare outputs, get copies."""
@@ -97,12 +97,23 @@ class Recorder:
     def record(self, run: Run, arguments: Sequence[Tensor]) -> tuple[Callable[[], None], tuple[Any, ...]]:
         """Runs a program once to warm up and once to record it: (what repeats its kernels, their outputs)."""
         current = torch.cuda.current_stream()
-        pool = self._pools.get(current) or self._pools.setdefault(current, torch.cuda.graph_pool_handle())
         stream = torch.cuda.Stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             run(*arguments)  # libraries make their workspaces at a first call, which must not be recorded
         current.wait_stream(stream)
+        with torch.cuda.stream(current):  # which a recording that cannot begin would leave for another one
+            return self._recorded(run, arguments, self._pool(current))
+
+    def _pool(self, stream: Any) -> Any:
+        """The pool of what is recorded on a stream. torch frees it with its last recording, so one always stays."""
+        if stream not in self._pools:
+            pool = torch.cuda.graph_pool_handle()
+            replay, _ = self._recorded(lambda: (torch.zeros(1, device=stream.device),), (), pool)
+            self._pools[stream] = pool, replay
+        return self._pools[stream][0]
+
+    def _recorded(self, run: Run, arguments: Sequence[Tensor], pool: Any) -> tuple[Callable[[], None], tuple[Any, ...]]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = run(*arguments)

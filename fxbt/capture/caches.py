@@ -1,0 +1,80 @@
+"""KV caches among a call's arguments: what one run of the original shows of how they change from call to call.
+
+A cache is an object whose attributes are a call's tensors and numbers (`containers.py`), of whatever class. Which axes
+grow is seen in the original's own call, so that the first graph for such calls serves all lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import NotCapturable
+from .call import Binder, Call
+
+Growing = frozenset[tuple[str, int]]  # (name of a tensor, axis)
+
+
+def with_growth(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """`call`, served by now, with what `args` and `kwargs` show of the objects in them: what grows, and what counts.
+
+    Numbers that a forward counts on are inputs in the call that comes back, and axes of tensors that it made longer are
+    `growing`. Tensors that are the same attribute of other objects (the keys of a cross-attention's layers, which grow
+    from one generation to the next) count as growing in the same axes.
+
+    Example:
+        >>> with_growth(call, binder, args, kwargs).growing
+        frozenset({('past_key_values.layers[0].keys', 2), ('past_key_values.layers[0].values', 2)})
+    """
+    if not call.objects:
+        return call
+    try:
+        after = binder.call(args, kwargs)  # first, as it shows which numbers vary
+    except NotCapturable:  # the next call with them says why
+        return call
+    return _grown(binder.call(call.args, call.kwargs), after)
+
+
+def _grown(call: Call, after: Call) -> Call:
+    now = dict(zip(after.names, after.tensors, strict=True))
+    before = {name: tensor for name, tensor in zip(call.names, call.tensors, strict=True) if "." in name}
+    axes: dict[str, set[int]] = {}
+    for name, tensor in before.items():
+        if name in now:
+            axes.setdefault(_attribute(name), set()).update(_longer(tensor, now[name]))
+    grown = [(n, axis) for n, t in before.items() for axis in axes.get(_attribute(n), ()) if axis < t.ndim]
+    return replace(call, growing=frozenset(grown))
+
+
+def _attribute(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _longer(before: Tensor, after: Tensor) -> list[int]:
+    if before.ndim != after.ndim:
+        return []
+    return [axis for axis in range(before.ndim) if after.shape[axis] > before.shape[axis]]
+
+
+def is_too_short(call: Call) -> bool:
+    """Whether a growing axis is of size one, which a trace would take for a constant: the next call is a better one."""
+    named = dict(zip(call.names, call.tensors, strict=True))
+    return any(named[name].shape[axis] == 1 for name, axis in call.growing)
+
+
+def same_lengths(call: Call) -> list[list[tuple[int, int]]]:
+    """The growing axes (which tensor, which axis) of each object that are of one size: its keys' and its values'."""
+    index = {name: i for i, name in enumerate(call.names)}
+    groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for name, axis in sorted(call.growing):
+        i = index[name]
+        groups.setdefault((name.rpartition(".")[0], call.tensors[i].shape[axis]), []).append((i, axis))
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def growing_axes(call: Call) -> frozenset[tuple[int, int]]:
+    """The growing axes as (which tensor, which axis)."""
+    index = {name: i for i, name in enumerate(call.names)}
+    return frozenset((index[name], axis) for name, axis in call.growing)

@@ -1,0 +1,36 @@
+"""`preload`: what a capture needs is loaded in a thread, while something else takes its time."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+
+# In the order they load; with the first come torch.export and dynamo, which are most of the time.
+_NEEDED = ("torch_compat", "dispatch", "pipeline", "patterns")
+
+
+def preload() -> threading.Thread:
+    """Loads in a thread what `optimize` and the first capture need, so that the first call does not wait for it.
+
+    `import fxbt` loads none of that (torch.export, dynamo, sympy: some 1.5 s). Call this once the libraries that define
+    the model are imported, and load its weights meanwhile.
+
+    Returns:
+        the thread, a daemon: `join` it to wait. What it cannot load raises again where it is needed.
+
+    Example:
+        >>> fxbt.preload()
+        >>> model = AutoModel.from_pretrained(name)
+        >>> fast = fxbt.optimize(model)
+    """
+    thread = threading.Thread(target=_load, name="fxbt-preload", daemon=True)
+    thread.start()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=thread.join)  # a child would wait for ever for modules that are half loaded
+    return thread
+
+
+def _load() -> None:
+    for name in _NEEDED:
+        importlib.import_module(f"{__package__}.{name}")

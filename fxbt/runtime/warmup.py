@@ -1,0 +1,38 @@
+"""`Warmup`: what a call of `fast.warmup(...)` did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_SHOWN = 0.05  # seconds: what took less is in `seconds` alone
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What `fast.warmup(...)` did, and how long each part of it took.
+
+    Attributes:
+        captured: the signatures of new graphs, as in `report.graphs`; () where a graph served the call already, or
+            none can.
+        fallbacks: why such calls run the original forward, where that was found out now.
+        seconds: of each part, in the order they began; they add up to `total`.
+
+    Example:
+        >>> done = fast.warmup(**inputs)
+        >>> done.captured, done.total, done.seconds["capture"]
+    """
+
+    captured: tuple[str, ...]
+    fallbacks: tuple[str, ...]
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Seconds of all parts together."""
+        return sum(self.seconds.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in self.seconds.items() if seconds >= _SHOWN)
+        did = [f"captured {signature}" for signature in self.captured]
+        did += [f"runs the original: {reason}" for reason in self.fallbacks]
+        return f"{'; '.join(did) or 'captured nothing new'} in {self.total:.1f} s{f': {parts}' if parts else ''}"

@@ -1,0 +1,169 @@
+"""`Shelf`: the stored graphs of one model: which of them stands for a call, why others do not, and how to keep one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..capture.call import Call
+from ..capture.export import Captured
+from ..capture.surroundings import Surroundings
+from ..errors import CaptureError
+from ..torch_compat import pytree
+from .conditions import Conditions, conditions_of, signature_of
+from .errors import Malformed, Unstorable
+from .files import Folder, conditions_in, graph_in
+from .graphs import read_graph, written_graph
+
+logger = logging.getLogger("fxbt")
+
+Values = tuple[list[Any], pytree.TreeSpec]
+
+
+@dataclass(frozen=True)
+class Label:
+    """What tells graphs from others: the kind of the call, and what they rest on; or why nothing can."""
+
+    signature: str = ""
+    conditions: Conditions | None = None
+    obstacle: str = ""
+
+    @classmethod
+    def of(cls, model: nn.Module, key: Hashable, around: Surroundings) -> Label:
+        """That of a graph of the model as it is now, for calls of a key."""
+        try:
+            return cls(signature_of(model, key), conditions_of(model, around))
+        except Exception as error:  # objects of anyone's making are read here
+            return cls(obstacle=_why(error))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A captured graph as text, or why it has none."""
+
+    label: Label
+    graph: str = ""
+    obstacle: str = ""
+
+    @classmethod
+    def of(cls, captured: Captured, model: nn.Module, label: Label) -> Text:
+        """The text of a graph that nothing has rewritten yet."""
+        if label.obstacle:
+            return cls(label, obstacle=label.obstacle)
+        try:
+            return cls(label, json.dumps(written_graph(captured, model), separators=(",", ":")))
+        except Exception as error:  # of fxbt's own: the graph itself is well without a text
+            logger.debug("a graph has no text", exc_info=error)
+            return cls(label, obstacle=_why(error))
+
+    def write(self, folder: Folder) -> Path:
+        """Writes the graph to a folder.
+
+        Raises:
+            Unstorable: it has no text.
+            OSError: nothing can be written.
+        """
+        if self.obstacle or self.label.conditions is None:
+            raise Unstorable(self.obstacle)
+        return folder.write(self.label.signature, self.label.conditions, self.graph)
+
+
+class Shelf:
+    """The stored graphs of one model, in a folder that may be none.
+
+    Example:
+        >>> shelf = Shelf(model, Folder(), may_write=True, note=print)
+        >>> label = Label.of(model, key, around)
+        >>> captured = shelf.take(label, call, expected) or capture(model, call)
+    """
+
+    def __init__(self, model: nn.Module, folder: Folder | None, may_write: bool, note: Callable[[str], None]) -> None:
+        self._model = model
+        self._folder = folder
+        self._may_write = may_write
+        self._note = note
+
+    def take(self, label: Label, call: Call, expected: Values) -> Captured | None:
+        """A stored graph for a call that returns what is `expected`; else None, and the report says why."""
+        if self._folder is None:
+            return None
+        if label.conditions is None:
+            self._note(f"no graph is stored for this model: {label.obstacle}")
+            return None
+        try:
+            return self._take(self._folder, label.signature, label.conditions, call, expected)
+        except Exception as error:  # of fxbt's own: what is not read is captured
+            self._note(f"stored graphs were not read: {_why(error)}")
+            return None
+
+    def refuse(self, error: CaptureError) -> None:
+        """A stored graph could not be made to run."""
+        self._note(f"a stored graph was not used: {error}")
+
+    def keep(self, text: Text) -> None:
+        """Stores a graph, where that is wanted."""
+        if self._folder is None or not self._may_write or text.label.obstacle:
+            return
+        try:
+            text.write(self._folder)
+        except (Unstorable, OSError) as error:
+            self._note(f"a graph was not stored: {_why(error)}")
+
+    def _take(
+        self, folder: Folder, signature: str, conditions: Conditions, call: Call, expected: Values
+    ) -> Captured | None:
+        names = folder.names(signature)
+        fitting = [name for name in names if f"-{conditions.digest()}-" in name]
+        for name in fitting:
+            try:
+                captured = _captured(folder, name, conditions, self._model, call, expected)
+            except AssertionError:  # for other sizes than the call's
+                continue
+            except (Malformed, CaptureError, Stale) as error:
+                self._note(f"{name} was not used: {_why(error)}")
+                continue
+            if captured is not None:
+                return captured
+        if names and not fitting:
+            self._note(f"{names[0]} was not used: {_difference(folder, names[0], conditions)}")
+        return None
+
+
+class Stale(Exception):
+    """A stored graph rests on what is no longer so; the message says what."""
+
+
+def _captured(
+    folder: Folder, name: str, conditions: Conditions, model: nn.Module, call: Call, expected: Values
+) -> Captured | None:
+    data = folder.read(name)
+    if data is None:
+        return None
+    if difference := conditions.differs_from(conditions_in(data)):
+        raise Stale(difference)
+    try:
+        return read_graph(graph_in(data), model, call, expected)
+    except (Malformed, AssertionError, CaptureError):
+        raise
+    except Exception as error:  # a file that no fxbt wrote may fail torch or sympy in any way
+        raise Malformed(f"it is no graph ({type(error).__name__}: {error})") from error
+
+
+def _difference(folder: Folder, name: str, conditions: Conditions) -> str:
+    try:
+        data = folder.read(name)
+        return "it is gone" if data is None else str(conditions.differs_from(conditions_in(data)))
+    except Malformed as error:
+        return str(error)
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, (Malformed, Unstorable, CaptureError, Stale)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,76 @@
+"""Tensors of a graph: the model's own by their names, small constants of the trace by their values."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import Malformed, Unstorable, checked
+from .values import DTYPES
+
+MOST_BYTES = 1 << 20  # of one constant: a table that a forward makes is an operation, not a constant
+
+
+def own_tensor(model: nn.Module, path: str) -> Tensor | None:
+    """The model's own tensor of that name; None where there is none. No code of the model's runs.
+
+    Example:
+        >>> own_tensor(nn.Linear(2, 3), "bias").shape
+        torch.Size([3])
+    """
+    *parents, name = path.split(".")
+    module: Any = model
+    for parent in parents:
+        module = vars(module)["_modules"].get(parent)
+        if not isinstance(module, nn.Module):
+            return None
+    namespace = vars(module)
+    found = [namespace[kind].get(name) for kind in ("_parameters", "_buffers")]
+    return next((value for value in [*found, namespace.get(name)] if isinstance(value, Tensor)), None)
+
+
+def written_tensor(value: Tensor) -> list[Any]:
+    """A constant as what `json` takes.
+
+    Raises:
+        Unstorable: it is large, or no plain tensor on the CPU.
+    """
+    is_plain = type(value) is Tensor and value.layout is torch.strided and not value.is_quantized
+    if not is_plain or value.device.type != "cpu" or value.is_complex() or value.requires_grad:
+        raise Unstorable(f"the trace made a constant, a {type(value).__name__} on {value.device}")
+    if value.numel() * value.element_size() > MOST_BYTES:
+        raise Unstorable(f"the trace made a constant of {value.numel()} elements")
+    return [str(value.dtype), list(value.shape), base64.b64encode(content(value)).decode()]
+
+
+def content(value: Tensor) -> bytes:
+    """The bytes of a tensor's values, in order."""
+    plain = value.detach().cpu().contiguous().reshape(-1)
+    return bytes(plain.view(torch.uint8).numpy().data) if plain.numel() else b""
+
+
+def read_tensor(text: Any) -> Tensor:
+    """What `written_tensor` made.
+
+    Raises:
+        Malformed: it is none of fxbt's.
+    """
+    dtype, shape, encoded = text if type(text) is list and len(text) == 3 else ("", None, "")
+    if DTYPES.get(checked(dtype, str)) is None or len(encoded) > 2 * MOST_BYTES:
+        raise Malformed("no constant")
+    sizes = [checked(size, int) for size in checked(shape, list)]
+    try:
+        data = bytearray(base64.b64decode(checked(encoded, str), validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise Malformed(f"no constant: {error}") from error
+    kind = DTYPES[dtype]
+    if len(sizes) > 32 or min(sizes, default=0) < 0 or math.prod(sizes) * kind.itemsize != len(data):
+        raise Malformed("a constant of another size")
+    if not data:
+        return torch.empty(sizes, dtype=kind)
+    return torch.frombuffer(data, dtype=torch.uint8).clone().view(kind).reshape(sizes)
