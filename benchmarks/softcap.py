@@ -8,7 +8,6 @@ flex_attention compiled by Inductor, which needs a C++ compiler and compiles ane
 from __future__ import annotations
 
 import argparse
-import contextlib
 import time
 from collections.abc import Callable
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from fxbt.kernels.attention_products import by_products
-from fxbt.lower.cpu.attention import by_onednn, onednn_is_exact
 
 CAP, HEADS, DIM, ROUNDS = 50.0, 8, 64, 7
 
@@ -30,10 +28,8 @@ def chain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As fxbt's op computes it, by the library that wins at the length: oneDNN from 128 tokens."""
-    context = by_onednn if onednn_is_exact() and q.shape[2] >= 128 else contextlib.nullcontext()
-    with context:
-        return by_products(q, k, v, [], [], DIM**-0.5 / CAP, CAP)
+    """As fxbt's op computes it."""
+    return by_products(q, k, v, [], [], DIM**-0.5 / CAP, CAP)
 
 
 def softcapped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

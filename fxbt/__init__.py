@@ -20,7 +20,7 @@ from .optimize import optimize, refresh, restore
 # take three times as long as torch.
 if TYPE_CHECKING:
     from . import testing
-    from .analysis import attentions, axes, masks, scores
+    from .analysis import axes, masks, scores, weights
     from .analysis.causality import is_causal
     from .analysis.operands import Operands
     from .analysis.sources import nearest_sources
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .graph.lowerings import lowering
     from .graph.miss import Miss
     from .graph.node import argument
+    from .match import attentions
     from .match.found import Found
     from .match.naming import is_float_cast, op_of
     from .match.one_of import OneOf
@@ -40,12 +41,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "attentions": "analysis.attentions",
+    "attentions": "match.attentions",
     "axes": "analysis.axes",
     "masks": "analysis.masks",
     "ops": "graph.blocks",
     "scores": "analysis.scores",
     "testing": "testing",
+    "weights": "analysis.weights",
 }
 _HOMES = {
     "Found": "match.found",
@@ -103,6 +105,7 @@ __all__ = [
     "save",
     "scores",
     "testing",
+    "weights",
 ]
 
 

@@ -347,45 +347,23 @@ class Dispatcher:
                 if is_watched:
                     state.restore()
                 return None if is_watched else _Served(output)
+            graph = None
             try:
                 seen, around = given.seen_in(output), recording.surroundings()
                 rehearse = recording.wrote or not state.holds()
-                call = self._with_growth(call, args, kwargs)
-                graph = self._capture_seen(call, seen, around, rehearse, (watched, before))
-            except FxbtWarning:
+                call = with_growth(call, self._binder, args, kwargs)
+                if not is_too_short(call):
+                    self._graphs.note_capture()
+                    graph = self._try_capture(call, outputs.flatten(seen), around, rehearse, (watched, before))
+            except _FOR_THE_CALLER:
                 raise
             except Exception as fault:  # of fxbt's own: what the original did is done
                 self._note_fault(fault)
-                graph = None
             if is_watched and graph is None:
                 state.restore()  # it runs again
         changes = graph is not None and (graph.compiled.stochastic or graph.effects or isinstance(seen, Changed))
         is_graphs = is_watched or (graph is not None and not changes)
         return None if is_graphs else _Served(output)
-
-    def _capture_seen(
-        self,
-        call: Call,
-        seen: Any,
-        around: Surroundings | str,
-        rehearse: bool,
-        versions_before: tuple[list[Tensor], list[int]],
-    ) -> GuardedGraph | None:
-        """The graph for a call that the original just served; `seen` is what it returned and made of its arguments."""
-        if is_too_short(call):
-            return None
-        self._graphs.note_capture()
-        return self._try_capture(call, outputs.flatten(seen), around, rehearse, versions_before)
-
-    def _with_growth(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """`call`, served by now, with what became of the objects among its arguments: what grows and counts in them."""
-        if not call.objects:
-            return call
-        try:
-            after = self._binder.call(args, kwargs)
-        except NotCapturable:  # the next call with them says why
-            return call
-        return with_growth(self._binder.call(call.args, call.kwargs), after)
 
     def _try_capture(
         self,

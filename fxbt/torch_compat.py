@@ -11,6 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import sympy
 import torch
@@ -18,7 +19,7 @@ import torch._dynamo.config as dynamo_config
 import torch.export._trace as export_trace  # torch.export itself loads it at its first call, in 0.5 s
 import torch.fx._symbolic_trace as fx_trace
 import torch.fx.experimental._config as fx_config
-from torch import Tensor
+from torch import SymInt, Tensor
 
 # Versions and kinds of dicts and tensors, as dynamo's guards compare them: some 30 ns each.
 from torch._C._dynamo.guards import TensorGuards, dict_version
@@ -36,14 +37,14 @@ from torch._functorch import predispatch
 from torch._ops import OpOverload, OpOverloadPacket
 
 # Tensors of known kind and unknown values, in which torch.export and make_fx compute.
-from torch._subclasses import fake_tensor
+from torch._subclasses import fake_impls, fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 # What `torch.set_printoptions` sets, which nothing returns.
 from torch._tensor_str import PRINT_OPTS
 
-# The class below `torch.autograd.Function`, whose `apply` a trace watches.
-from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+# The class below `torch.autograd.Function`, and the class of both.
+from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 
 # Symbolic sizes: what is known of them without a guard, and the errors where a guard would be needed.
 from torch.fx.experimental import proxy_tensor
@@ -56,6 +57,7 @@ from torch.fx.experimental.symbolic_shapes import (
     SLoc,
     StatelessSymbolicContext,
     free_unbacked_symbols,
+    guard_or_false,
     statically_known_true,
 )
 
@@ -102,15 +104,26 @@ is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # What the processor has: `torch.backends.cpu.get_cpu_capability()` knows neither.
 is_avx512_supported: Callable[[], bool] = torch.cpu._is_avx512_supported
 is_vnni_supported: Callable[[], bool] = torch.cpu._is_vnni_supported
-is_amx_tile_supported: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 
 # The places that a trace patches, as (owner, name).
 RUN_BACKWARD = (torch.autograd, "_engine_run_backward")
-CHECKPOINT = (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator")
+_GENERATOR = "_checkpoint_without_reentrant_generator"  # from torch 2.14 on, a shim for others
+_IMPLEMENTATION = f"{_GENERATOR}_impl"
+CHECKPOINT = (
+    torch.utils.checkpoint,
+    _IMPLEMENTATION if hasattr(torch.utils.checkpoint, _IMPLEMENTATION) else _GENERATOR,
+)
 IS_COMPILING = (torch.compiler, "_is_compiling_flag")
 IS_EXPORTING = (torch.compiler, "_is_exporting_flag")
 EXPORTS_FLAGS = (export_trace, "_compiling_state_context")
 NEW_PATCHER = (fx_trace, "_new_patcher")
+IS_FX_TRACING = (fx_trace, "_is_fx_tracing_flag")  # torch 2.14 has one for each thread, by another name
+IS_FX_TRACING_OF_ALL_THREADS = hasattr(*IS_FX_TRACING)
+
+# The class whose `apply` a trace replaces. Up to torch 2.13 `Function.apply` is Python that calls the one below it,
+# from 2.14 on it is C.
+_APPLIES_IN_PYTHON = isinstance(vars(torch.autograd.Function)["apply"], classmethod)
+AppliedFunction: Any = _SingleLevelFunction if _APPLIES_IN_PYTHON else torch.autograd.Function
 
 # How many `TorchFunctionMode`s are on; a default device is one.
 count_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
@@ -150,6 +163,56 @@ def is_looked_through() -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
+
+
+def function_apply() -> Callable[..., Any]:
+    """What `Function.apply` calls by now, as a function of the class and its arguments.
+
+    Example:
+        >>> function_apply()(MyFunction, x)  # MyFunction.apply(x)
+    """
+    stand_in = vars(AppliedFunction).get("apply")
+    return stand_in.__func__ if isinstance(stand_in, classmethod) else _apply
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return super(AppliedFunction, cls).apply(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def watching_functions(watch: Callable[[type], None]) -> Iterator[None]:
+    """Calls `watch(cls)` wherever a `torch.autograd.Function` is applied in this block, by any thread.
+
+    A model may have kept `MyFunction.apply` under a name of its own. From torch 2.14 on, that is C, which asks the
+    class for its `_backward_cls` first.
+    """
+    apply = function_apply()
+
+    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        watch(cls)
+        return apply(cls, *args, **kwargs)
+
+    def attribute(cls: type, name: str) -> Any:
+        if name == "_backward_cls":
+            watch(cls)
+        return type.__getattribute__(cls, name)
+
+    with (
+        mock.patch.object(AppliedFunction, "apply", classmethod(applied))
+        if _APPLIES_IN_PYTHON
+        else mock.patch.object(FunctionMeta, "__getattribute__", attribute)
+    ):
+        yield
+
+
+_CHECKPOINT_SIGNATURE = inspect.signature(getattr(*CHECKPOINT))
+
+
+def checkpoint_settings(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What `CHECKPOINT` is told, by name: `context_fn`, `preserve_rng_state`, `determinism_check`, `early_stop`."""
+    bound = _CHECKPOINT_SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 class NeedsGuard(RuntimeError):
@@ -208,6 +271,67 @@ def varlen_attention(
     return varlen_attn(query, key, value, *args, **options)
 
 
+_attention = torch._C._nn.scaled_dot_product_attention  # while another stands in the public name's place
+ATTENTION_ASKS_FOR_ONE = torch.__version__ < "2.13"  # its choice of a kernel guards on a mask's batch of 1
+
+
+def attention_of_any_batch(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **options: Any
+) -> Tensor:
+    """`F.scaled_dot_product_attention` in a trace where `ATTENTION_ASKS_FOR_ONE`: a batch of one has the same graph.
+
+    The sizes that the kernels need to be equal are asserted here, so that the guards of their choice are not needed:
+    the graph holds the op itself, which chooses anew at each call.
+
+    Shapes: query (..., queries, width), key (..., keys, width), value (..., keys, columns) and a mask that broadcasts
+        to (..., queries, keys); the result is (..., queries, columns).
+    """
+    pairs = [] if attn_mask is None else _equal_sizes(query, key, value, attn_mask)
+    if not pairs or any(_hint(one) != _hint(other) for one, other in pairs):
+        return _attention(query, key, value, attn_mask, *args, **options)
+    for one, other in pairs:
+        torch._check(one == other)
+    symbol = next(size for pair in pairs for size in pair if isinstance(size, SymInt))
+    with symbol.node.shape_env.suppress_guards():
+        return _attention(query, key, value, attn_mask, *args, **options)
+
+
+def _equal_sizes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tuple[int | SymInt, int | SymInt]]:
+    """The pairs of sizes, one of them a symbol, that are equal in an attention without broadcasts of its operands."""
+    scores = (*query.shape[:-1], key.shape[-2])
+    pairs = [
+        *(pair for pair in zip(reversed(mask.shape), reversed(scores), strict=False) if not _is_one(pair[0])),
+        *zip(key.shape[:-2], query.shape[:-2], strict=False),
+        *zip(value.shape[:-1], key.shape[:-1], strict=False),
+        (key.shape[-1], query.shape[-1]),
+    ]
+    return [pair for pair in pairs if any(isinstance(size, SymInt) for size in pair)]
+
+
+def _is_one(size: int | SymInt) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _hint(size: int | SymInt) -> int | None:
+    return size.node.hint if isinstance(size, SymInt) else size
+
+
+SLICES_ARE_UNKNOWN = torch.__version__ < "2.12"  # how long `x[:n]` is, if n may be more than there is
+_place_in_slice = fake_impls._compute_slice_index  # while another stands in its place
+
+
+def place_in_slice(size: int | SymInt, index: int | SymInt) -> int | SymInt | None:
+    """Where a slice of `size` elements begins or ends at `index`, as torch 2.12 knows it; None where nothing tells.
+
+    Where `SLICES_ARE_UNKNOWN`, `positions[:, :length]` would have a length that no input tells.
+    """
+    if (known := _place_in_slice(size, index)) is not None:
+        return known
+    if guard_or_false(index >= 0):
+        return torch.sym_min(index, size)
+    return torch.sym_max(index + size, 0) if guard_or_false(index < 0) else None
+
+
 def compile_by_inductor(graph_module: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     """A graph of tensors as one function that returns a tuple, compiled by torch's Inductor.
 
@@ -224,9 +348,7 @@ def compile_by_inductor(graph_module: torch.fx.GraphModule, tensors: Sequence[Te
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False, specialize_zero_one=False))
     inputs: list[Any] = []
     for node, tensor in zip(graph_module.graph.find_nodes(op="placeholder"), tensors, strict=True):
-        sizes = [
-            DimDynamic.DYNAMIC if isinstance(s, torch.SymInt) else DimDynamic.STATIC for s in node.meta["val"].shape
-        ]
+        sizes = [DimDynamic.DYNAMIC if isinstance(s, SymInt) else DimDynamic.STATIC for s in node.meta["val"].shape]
         context: Any = StatelessSymbolicContext(sizes, constraint_sizes=[None] * len(sizes))
         source = ConstantSource(f"input_{len(inputs)}")
         inputs.append(mode.from_tensor(tensor, source=source, symbolic_context=context))

@@ -7,13 +7,14 @@ cross-attention. The merged weights stay an expression of the originals in the g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
-from fxbt import Match, Miss, Rule, argument, nearest_sources, ops
+import fxbt
+from fxbt import Miss, argument, nearest_sources, ops
 
 aten = torch.ops.aten
 
@@ -22,48 +23,35 @@ LINEAR = aten.linear.default
 BARRIERS = {*ops.ATTENTIONS, aten.detach.default}
 
 
-@dataclass
-class Projections:
-    """Output sizes of the merged linears, and which of them have a bias."""
-
-    sizes: list[int]
-    has_bias: list[bool]
-
-
-class MergeQKV(Rule):
+class MergeQKV(fxbt.Rule):
     """x Wq^T, x Wk^T, x Wv^T  ->  split(x [Wq; Wk; Wv]^T)"""
 
     name = "qkv"
     proven = True
     targets = ops.ATTENTIONS
 
-    def find(self, anchor: fx.Node) -> Match:
-        operands = (argument(anchor, name) for name in ("query", "key", "value"))
-        linears = _sharing_an_input([source for operand in operands if (source := _projection(operand))])
-        linears.sort()
-        weights = [argument(linear, "weight") for linear in linears]
-        biases = [argument(linear, "bias") for linear in linears]
-        for weight in weights:
-            if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-                raise Miss("a projection's weight is computed, not a parameter", node=linears[0])
-        facts = Projections(
-            [int(weight.meta["val"].shape[0]) for weight in weights],
-            [bias is not None for bias in biases],
-        )
-        inputs = (argument(linears[0], "input"), *weights, *(bias for bias in biases if bias is not None))
-        return Match(anchor, inputs, tuple(linears), facts)
+    def pattern(self, op: Any, query: Any, key: Any, value: Any) -> Any:
+        return op.attention(query, key, value)
 
-    def replace(self, facts: Projections, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        matrices, given = weights[: len(facts.sizes)], iter(weights[len(facts.sizes) :])
-        bias = None
-        if any(facts.has_bias):
-            bias = torch.cat(
-                [
-                    next(given) if has else matrix.new_zeros(matrix.shape[0])
-                    for has, matrix in zip(facts.has_bias, matrices, strict=True)
-                ]
-            )
-        return F.linear(x, torch.cat(matrices), bias).split(facts.sizes, dim=-1)
+    def check(self, m: fxbt.Found) -> None:
+        projections = [source for name in ("query", "key", "value") if (source := _projection(m[name]))]
+        linears = sorted(_sharing_an_input(projections))
+        weights = [argument(linear, "weight") for linear in linears]
+        is_parameter = all(isinstance(weight, fx.Node) and weight.op == "get_attr" for weight in weights)
+        m.need(is_parameter, "a projection's weight is computed, not a parameter")
+        biases = [argument(linear, "bias") for linear in linears]
+        m.stand_for(*linears)
+        m.bind(x=argument(linears[0], "input"), weights=weights, has_bias=[bias is not None for bias in biases])
+        m.bind(biases=[bias for bias in biases if bias is not None])
+
+    def replace(
+        self, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], has_bias: list[bool]
+    ) -> tuple[Tensor, ...]:
+        given, bias = iter(biases), None
+        if biases:
+            pairs = zip(weights, has_bias, strict=True)
+            bias = torch.cat([next(given) if has else weight.new_zeros(len(weight)) for weight, has in pairs])
+        return F.linear(x, torch.cat(weights), bias).split([len(weight) for weight in weights], dim=-1)
 
 
 def _projection(operand: object) -> fx.Node | None:

@@ -12,14 +12,14 @@ Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.1; torch's
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxbt import Match, Miss, Operands, Rule, attentions, axes, ops, scores
+from fxbt import Found, Miss, Operands, Rule, attentions, ops, scores
 from fxbt.patterns.bias import bias_of, kept_by, times
 
 QUERY, KEY, VALUE = "batch heads seq head_dim", "batch key_heads keys head_dim", "batch key_heads keys value_dim"
@@ -28,18 +28,13 @@ SCORES, PER_QUERY, RESULT = "batch heads seq keys", "batch heads seq 1", "batch 
 
 @dataclass
 class Plan:
-    """What `replace` needs: everything static; tensors come in the order of `Match.inputs`."""
+    """What `replace` needs beside the tensors: an attention without a mask that was proven, and its axes by name."""
 
     found: attentions.Attention
     layout: attentions.Layout
-    written: Any  # how scores are written out that SDPA cannot express, else None
-    unmasked: scores.Unmasked | None
-    known: list[axes.Axes]
-    position: dict[fx.Node, int]
-
-    @property
-    def is_causal(self) -> bool:
-        return self.found.causal or bool(self.unmasked and self.unmasked.causal)
+    written: Any = None  # how scores are written out that SDPA cannot express
+    is_causal: bool = False
+    is_masked: bool = True
 
 
 class AttentionRule(Rule):
@@ -50,16 +45,35 @@ class AttentionRule(Rule):
     makes = frozenset({"attention"})
     targets = attentions.SOFTMAX
 
+    def pattern(self, op: Any, query: Any, key: Any, value: Any) -> Any:
+        scores = op.steps(op.contract("... q d, ... k d -> ... q k", query, key), "scores")
+        weights = op.steps(op.softmax(scores, over="k", sink=op.maybe(op.any("sink"))), "weights")
+        return op.contract("... q k, ... k v -> ... q v", weights, value)
+
+    def written(self, found: attentions.Attention, m: Found) -> Any:
+        """How scores are written out that SDPA cannot express, else None.
+
+        Raises:
+            Miss: the attention is none of this rule's.
+        """
+        raise NotImplementedError
+
+    def check(self, m: Found) -> None:
+        found = attentions.attentions_of(m)
+        written = self.written(found[0], m)
+        scores.check_gradient(found[0].steps)
+        scale = written.scale if written else scores.scale_of(found[0].steps)
+        plan(m, [replace(each, scale=each.scale * scale) for each in found], written)
+
     def kernel(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> Tensor:
         """The attention itself: tensors as SDPA's to a result (batch, heads, seq, value_dim)."""
         raise NotImplementedError
 
-    def replace(self, plans: list[Plan], *tensors: Tensor) -> list[Tensor]:
-        return [self._attend(plan, tensors) for plan in plans]
+    def replace(self, plans: list[Plan], operands: Operands) -> list[Tensor]:
+        return [self._attend(plan, operands.by(plan.layout.named)) for plan in plans]
 
-    def _attend(self, plan: Plan, tensors: tuple[Tensor, ...]) -> Tensor:
+    def _attend(self, plan: Plan, operands: Operands) -> Tensor:
         found = plan.found
-        operands = Operands(tensors, plan.position, plan.known, plan.layout.named)
         query = operands(found.query, found.query_axes, QUERY)
         key = operands(found.key, found.key_axes, KEY)
         value = operands(found.value, found.value_axes, VALUE)
@@ -78,11 +92,9 @@ class AttentionRule(Rule):
 class SoftmaxAttention(AttentionRule):
     """softmax(scale * Q K^T + bias) V  ->  scaled_dot_product_attention(Q, K, V, bias, scale)"""
 
-    def find(self, anchor: fx.Node) -> Match:
-        found = attentions.from_softmax(anchor)
-        if found[0].sink or scores.beyond_sdpa(found[0].steps, found[0].dtype):
-            raise another_rules(anchor)
-        return match_of(anchor, found)
+    def written(self, found: attentions.Attention, m: Found) -> None:
+        if found.sink or scores.beyond_sdpa(found.steps, found.dtype):
+            raise another_rules(m)
 
     def kernel(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> Tensor:
         query, bias = query_and_bias(plan, query, operands)
@@ -94,61 +106,47 @@ class CalledAttention(SoftmaxAttention):
 
     targets = frozenset({ops.SDPA})
 
-    def find(self, anchor: fx.Node) -> Match:
-        found = attentions.from_sdpa(anchor)
-        if not found:
-            return Match(anchor, replaces=False)
-        layouts = attentions.layouts_of(found)
-        unmasked = attentions.proven_mask(found[0], layouts[0], found[0].steps)
-        if not layouts[0].groups and unmasked is None:
-            return Match(anchor, replaces=False)
-        return planned(anchor, found, layouts, unmasked)
+    def pattern(self, op: Any, query: Any, key: Any, value: Any) -> Any:
+        return op.attention(query, key, value)
+
+    def check(self, m: Found) -> None:
+        found = attentions.from_sdpa(m.outputs[0])
+        if not found or not is_improved(found):
+            m.keep()
+        else:
+            plan(m, found)
 
 
-def another_rules(anchor: fx.Node) -> Miss:
+def is_improved(found: list[attentions.Attention]) -> bool:
+    """Whether a call of SDPA can do without its mask, or without expanded heads."""
+    layout = attentions.layout_of(found[0])
+    return bool(layout.groups or attentions.proven_mask(found[0], layout, found[0].steps))
+
+
+def another_rules(m: Found) -> Miss:
     """A softmax that another of the attention rules speaks of."""
-    return Miss("another kind of attention", node=anchor, total=1)
+    return Miss("another kind of attention", node=m.outputs[0], total=1)
 
 
-def match_of(softmax: fx.Node, found: list[attentions.Attention], written: Any = None) -> Match:
-    """The match of attentions that were read at a softmax; `written`: how their scores are written out.
+def plan(m: Found, found: list[attentions.Attention], written: Any = None) -> None:
+    """Binds the plans of attentions, without the mask where it is proven to mask nothing but later keys.
 
     Raises:
-        Miss: something else reads the scores, or an operand has an axis that SDPA has no place for.
+        Miss: an operand has an axis that SDPA has no place for.
     """
-    scores.check_gradient(found[0].steps)
-    attentions.check_closed(found, softmax)
-    for each in found:
-        each.scale *= written.scale if written else scores.scale_of(each.steps)
     layouts = attentions.layouts_of(found)
     masking = written.after if written else found[0].steps
-    return planned(softmax, found, layouts, attentions.proven_mask(found[0], layouts[0], masking), written)
-
-
-def planned(
-    anchor: fx.Node,
-    found: list[attentions.Attention],
-    layouts: list[attentions.Layout],
-    unmasked: scores.Unmasked | None,
-    written: Any = None,
-) -> Match:
-    """A match whose plans drop the mask where it is proven to mask nothing but later keys."""
-    masking = written.after if written else found[0].steps
+    unmasked = attentions.proven_mask(found[0], layouts[0], masking)
     dropped = [step for step in masking if isinstance(step, scores.Add | scores.Fill)] if unmasked else []
-    operands: dict[fx.Node, axes.Axes] = {}
-    for each in found:
-        for node, labels in each.operands(dropped):
-            operands.setdefault(node, labels)
-    position = {node: place for place, node in enumerate(operands)}
-    known = [axes.resolve(labels) for labels in operands.values()]
-    plans = [Plan(*pair, written, unmasked, known, position) for pair in zip(found, layouts, strict=True)]
-    outputs = tuple(each.output for each in found)
-    return Match(anchor, tuple(operands), outputs, plans, assumes=unmasked.assumes if unmasked else ())
+    m.lay_out({node: labels for each in found for node, labels in each.operands(dropped)})
+    m.assume(*(unmasked.assumes if unmasked else ()))
+    is_causal = found[0].causal or bool(unmasked and unmasked.causal)
+    m.bind(plans=[Plan(*pair, written, is_causal, not unmasked) for pair in zip(found, layouts, strict=True)])
 
 
 def query_and_bias(plan: Plan, query: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
     """The query, and what SDPA adds to its scaled product with the key: (batch | 1, heads | 1, seq | 1, keys | 1)."""
-    if plan.unmasked:
+    if not plan.is_masked:
         return query, None
     found = plan.found
     on_scores = scores_operand(operands)

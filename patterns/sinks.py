@@ -13,20 +13,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxbt import Match, Operands, attentions, scores
-from fxbt.patterns.sdpa import PER_QUERY, AttentionRule, Plan, another_rules, match_of, query_and_bias, sdpa
+from fxbt import Found, Operands, attentions, scores
+from fxbt.patterns.sdpa import PER_QUERY, AttentionRule, Plan, another_rules, query_and_bias, sdpa
 
 
 class SinkAttention(AttentionRule):
     """softmax([scale * Q K^T + bias, sink]) [V, 0]  ->  SDPA with one more key and value of zeros"""
 
-    def find(self, anchor: fx.Node) -> Match:
-        found = attentions.from_softmax(anchor)
-        if not found[0].sink or scores.beyond_sdpa(found[0].steps, found[0].dtype):
-            raise another_rules(anchor)
-        return match_of(anchor, found)
+    def written(self, found: attentions.Attention, m: Found) -> None:
+        if not found.sink or scores.beyond_sdpa(found.steps, found.dtype):
+            raise another_rules(m)
 
     def kernel(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> Tensor:
         sink: Any = plan.found.sink

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxbt import Match, Miss, Operands, attentions, ops, scores
+from fxbt import Found, Miss, Operands, attentions, ops, scores
 from fxbt.patterns.bias import Operand, bias_of, kept_by
-from fxbt.patterns.sdpa import AttentionRule, Plan, another_rules, match_of, same_dtype, scores_operand
+from fxbt.patterns.sdpa import AttentionRule, Plan, another_rules, same_dtype, scores_operand
 
 
 @dataclass
@@ -50,22 +50,21 @@ class WrittenOut:
 class WrittenOutAttention(AttentionRule):
     """softmax(c * tanh(scale * Q K^T + before) + after) V  ->  fxbt.ops.attention_by_products"""
 
-    def find(self, anchor: fx.Node) -> Match:
-        found = attentions.from_softmax(anchor)
-        first = found[0]
-        reason = scores.beyond_sdpa(first.steps, first.dtype)
+    def written(self, found: attentions.Attention, m: Found) -> WrittenOut:
+        reason = scores.beyond_sdpa(found.steps, found.dtype)
         if reason is None:
-            raise another_rules(anchor)
-        written = written_out(first.steps, anchor, reason)
-        if first.dropout or first.sink or first.zeroed or first.zeroes_nan:
-            raise Miss("the scores need writing out, with a dropout, a sink or zeroed weights on top", node=anchor)
-        if anchor.target is attentions.SAFE_SOFTMAX:
-            raise Miss("the scores need writing out, and rows without any key are 0 in this softmax", node=anchor)
-        return match_of(anchor, found, written)
+            raise another_rules(m)
+        softmax = m.softmax
+        written = written_out(found.steps, softmax, reason)
+        if found.dropout or found.sink or found.zeroed or found.zeroes_nan:
+            raise Miss("the scores need writing out, with a dropout, a sink or zeroed weights on top", node=softmax)
+        if softmax.target is attentions.SAFE_SOFTMAX:
+            raise Miss("the scores need writing out, and rows without any key are 0 in this softmax", node=softmax)
+        return written
 
     def kernel(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> Tensor:
         written: WrittenOut = plan.written
-        on_scores, is_masked = scores_operand(operands), not plan.unmasked
+        on_scores, is_masked = scores_operand(operands), plan.is_masked
         before, after = written.biases(on_scores, is_masked)
         kept = written.kept(on_scores, is_masked)
         like = query.new_empty((), dtype=written.dtype)

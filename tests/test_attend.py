@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,12 +19,6 @@ WINDOW = {"sliding_window": 4, "num_key_value_heads": 4, "use_cache": False}
 
 KERNELS = [
     attention.products,
-    pytest.param(
-        attention.products_by_onednn,
-        marks=pytest.mark.skipif(
-            not attention.onednn_is_exact(), reason="oneDNN computes products in bfloat16 here where that is allowed"
-        ),
-    ),
     pytest.param(native.library() and native.library().attention, marks=by_native),
 ]
 SHAPES = [(1, 2, 5, 5, 4), (3, 2, 16, 16, 8), (2, 3, 7, 12, 4), (4, 2, 33, 33, 8), (1, 1, 1, 9, 3)]
@@ -159,35 +151,6 @@ def test_a_blocked_row_stays_zero(dtype):
     mask[:, :, 2] = False
     mask = mask if dtype is torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     assert (always(attention.products)(query, key, value, attention.Mask.of(mask))[:, :, 2] == 0).all()
-
-
-@pytest.mark.skipif(not attention.onednn_is_exact(), reason="products do not go to oneDNN here")
-def test_the_setting_of_products_is_put_back():
-    setting = torch.backends.mkldnn.matmul
-    before = setting.fp32_precision
-    inside, outside = threading.Event(), threading.Event()
-
-    def other():
-        with attention.by_onednn:
-            inside.set()
-            outside.wait()
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    inside.wait()
-    attention.products_by_onednn(*operands(1, 2, 5, 5, 4))
-    assert setting.fp32_precision == "bf16"  # the other thread's products are still running
-    outside.set()
-    thread.join()
-    assert setting.fp32_precision == before
-
-
-def test_an_error_puts_the_setting_back():
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    query, key, value = operands(1, 2, 5, 5, 4)
-    with pytest.raises(RuntimeError):
-        attention.products_by_onednn(query, key[..., :2], value)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_real_attentions_can_be_measured(monkeypatch, tmp_path):

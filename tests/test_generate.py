@@ -183,6 +183,18 @@ def test_scores_of_each_step() -> None:
     assert type(found.past_key_values) is type(expected.past_key_values)
 
 
+def test_whisper() -> None:
+    config = {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 80}
+    config |= {"suppress_tokens": None, "begin_suppress_tokens": None, "forced_decoder_ids": None}
+    model, fast = made(lambda: transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**config)))
+    for batch in (2, 1, 3):
+        features = torch.randn(batch, 8, 40)
+        options = {"max_new_tokens": 60, "do_sample": False, "decoder_input_ids": torch.full((batch, 3), 2)}
+        new, old = (each.generate(features, **options) for each in (fast, model))
+        assert torch.equal(new, old)
+    assert served(fast) > 3 * 50 and len(graphs_of(fast)) <= 3 and not fast.report.fallbacks
+
+
 # Step by step
 
 

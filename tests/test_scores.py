@@ -13,6 +13,7 @@ from tracing import graph_of, nodes, returned
 import fxbt
 from fxbt import Miss, attentions, axes, scores
 from fxbt.graph.canonical import canonicalize
+from fxbt.patterns import SoftmaxAttention
 
 aten = torch.ops.aten
 SHAPE = (2, 3, 5, 4)  # batch, heads, seq, head_dim
@@ -27,6 +28,12 @@ def softmax_of(function: Callable[..., Tensor], *tensors: Tensor) -> fx.Node:
     canonicalize(module)
     (softmax,) = (node for node in module.graph.nodes if node.target in attentions.SOFTMAX)
     return softmax
+
+
+def read(softmax: fx.Node) -> list[attentions.Attention]:
+    """The attentions around a softmax, as the pattern of the attention rules finds them."""
+    (found,) = SoftmaxAttention().matcher.find(softmax)
+    return attentions.attentions_of(found)
 
 
 def attention(chain: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -54,7 +61,7 @@ CHAINS = {
 @pytest.mark.parametrize("name", CHAINS)
 def test_steps_come_innermost_first(name: str) -> None:
     chain, expected = CHAINS[name]
-    (found,) = attentions.from_softmax(softmax_of(attention(chain), *operands()))
+    (found,) = read(softmax_of(attention(chain), *operands()))
     assert [type(step) for step in found.steps] == expected
     assert [node.name for node in (found.query, found.key, found.value)] == ["args_0", "args_1", "args_2"]
 
@@ -72,11 +79,11 @@ REFUSED = {
 def test_what_is_no_step_is_refused(name: str) -> None:
     chain, reason = REFUSED[name]
     with pytest.raises(Miss, match=reason):
-        attentions.from_softmax(softmax_of(attention(chain), *operands()))
+        read(softmax_of(attention(chain), *operands()))
 
 
 def test_axes_have_the_names_of_their_roles() -> None:
-    (found,) = attentions.from_softmax(softmax_of(attention(lambda s: s * 0.5), *operands()))
+    (found,) = read(softmax_of(attention(lambda s: s * 0.5), *operands()))
     layout = attentions.layout_of(found)
     assert layout.named("batch heads seq head_dim") == axes.resolve(found.query_axes)
     assert layout.named("batch key_heads keys value_dim") == axes.resolve(found.value_axes)
@@ -89,14 +96,14 @@ def test_heads_of_the_query_that_share_a_key_head_are_groups() -> None:
         return torch.einsum("bgrqk,bgkd->bgrqd", torch.einsum("bgrqd,bgkd->bgrqk", q, k).softmax(-1), v)
 
     tensors = torch.randn(2, 3, 6, 5, 4), torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
-    (found,) = attentions.from_softmax(softmax_of(grouped, *tensors))
+    (found,) = read(softmax_of(grouped, *tensors))
     layout = attentions.layout_of(found)
     assert [atom.size for atom in layout.groups] == [6]
     assert not set(layout.groups) & set(axes.atoms_of(found.key_axes))
 
 
 def proven(chain: Callable[[Tensor], Tensor]) -> scores.Unmasked | None:
-    (found,) = attentions.from_softmax(softmax_of(attention(chain), *operands()))
+    (found,) = read(softmax_of(attention(chain), *operands()))
     return attentions.proven_mask(found, attentions.layout_of(found), found.steps)
 
 
@@ -110,7 +117,7 @@ def test_what_a_mask_proves() -> None:
 
 def test_what_sdpa_cannot_express() -> None:
     def reason(chain: Callable[[Tensor], Tensor]) -> str | None:
-        (found,) = attentions.from_softmax(softmax_of(attention(chain), *operands()))
+        (found,) = read(softmax_of(attention(chain), *operands()))
         return scores.beyond_sdpa(found.steps, found.dtype)
 
     assert reason(lambda s: s * 2 + torch.arange(5.0)) is None
@@ -125,9 +132,8 @@ def test_scores_that_are_read_elsewhere_are_not_closed() -> None:
         return inner.softmax(-1) @ v, inner
 
     softmax = softmax_of(leaking, *operands())
-    found = attentions.from_softmax(softmax)
     with pytest.raises(Miss, match="used elsewhere"):
-        attentions.check_closed(found, softmax)
+        read(softmax)
 
 
 def test_a_call_of_sdpa_is_read_alike() -> None:

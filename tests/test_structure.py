@@ -118,6 +118,8 @@ def test_rules_are_formulas(path: Path) -> None:
     """A rule walks no graph: no node's arguments or users, no worklist. That is for fxbt/analysis and fxbt/match."""
     for node in ast.walk(tree_of(path)):
         assert not isinstance(node, ast.While), f"{path.name}:{node.lineno} loops until something is done"
+        is_reading = isinstance(node, ast.FunctionDef) and node.name == "find"
+        assert not is_reading, f"{path.name}:{getattr(node, 'lineno', 0)} finds its meaning by itself: write a pattern"
         is_walk = isinstance(node, ast.Attribute) and node.attr in {"args", "kwargs", "users", "all_input_nodes"}
         assert not is_walk, f"{path.name}:{getattr(node, 'lineno', 0)} reads a graph op by op"
 

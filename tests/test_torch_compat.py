@@ -100,7 +100,7 @@ def test_autocast_of_any_device_is_seen() -> None:
 
 
 def test_the_processor_is_known() -> None:
-    answers = [getattr(torch_compat, f"is_{name}_supported")() for name in ("avx512", "vnni", "amx_tile")]
+    answers = [getattr(torch_compat, f"is_{name}_supported")() for name in ("avx512", "vnni")]
     assert all(isinstance(answer, bool) for answer in answers)
 
 
@@ -160,14 +160,14 @@ def test_a_function_of_ones_own_is_applied_by_the_class_that_a_trace_watches() -
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
             return 2 * x
 
-    assert torch_compat.SingleLevelFunction in torch.autograd.Function.__mro__
+    assert torch_compat.AppliedFunction in torch.autograd.Function.__mro__
     seen = []
 
     def watched(cls: Any, *args: Any) -> Any:
         seen.append(cls)
-        return super(torch_compat.SingleLevelFunction, cls).apply(*args)
+        return super(torch_compat.AppliedFunction, cls).apply(*args)
 
-    with mock.patch.object(torch_compat.SingleLevelFunction, "apply", classmethod(watched)):
+    with mock.patch.object(torch_compat.AppliedFunction, "apply", classmethod(watched)):
         Double.apply(torch.randn(3))
     assert seen == [Double]
 
@@ -175,5 +175,5 @@ def test_a_function_of_ones_own_is_applied_by_the_class_that_a_trace_watches() -
 def test_what_modules_are_traced_with_is_patched_by_name() -> None:
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
     assert isinstance(traced, torch.fx.GraphModule)
-    for name in ("CURRENT_PATCHER", "_is_fx_tracing_flag", "_Patcher", "_PatchedFnSetAttr"):
+    for name in ("CURRENT_PATCHER", "_Patcher", "_PatchedFnSetAttr"):
         assert hasattr(torch_compat.fx_trace, name), name

@@ -205,7 +205,6 @@ def test_the_largest_size_is_left_out_where_one_kernel_wins_before(at_third_size
 
 
 def test_the_only_kernel_there_is_can_be_measured():
-    """As products are where oneDNN does not compute in float32."""
     calls = [[lambda: None]]
     contest = Contest("x", ("a",), (1, 4, 16, 64), (2, 8, 32), lambda size: calls, "a")
     assert autotune.Tuner().choose(contest) == ("a",) * 4

@@ -32,8 +32,13 @@ class Operands:
         known: Sequence[axes.Axes],
         named: Callable[[str], axes.Axes],
     ):
+        self._known = known
         self._tensors, self._position, self._named = tensors, position, named
         self._sizes = axes.sizes_from(axes.size_table(known), tensors)
+
+    def by(self, named: Callable[[str], axes.Axes]) -> Operands:
+        """The same tensors, with other names for the axes."""
+        return Operands(self._tensors, self._position, self._known, named)
 
     def __call__(self, node: fx.Node, labels: axes.Axes, names: str, expand: bool = True) -> Any:
         """The tensor of `node`, whose axes are `labels`, with the axes `names`; a number computed from sizes as it is.

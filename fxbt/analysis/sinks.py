@@ -20,6 +20,11 @@ from .scores import MULTIPLY, Add, check_not_coarser, unexpanded
 aten = torch.ops.aten
 
 
+def joins(scores: fx.Node) -> bool:
+    """Whether a softmax takes scores that were joined with others."""
+    return scores.target is aten.cat.default
+
+
 def cut_off(softmax: fx.Node, weights: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, Add]:
     """(scores, their axes, sink) of weights = softmax([scores, sink])[..., :keys], as the weights stand without it.
 

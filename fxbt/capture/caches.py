@@ -7,31 +7,44 @@ grow is seen in the original's own call, so that the first graph for such calls 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from .call import Call
+from ..errors import NotCapturable
+from .call import Binder, Call
 
 Growing = frozenset[tuple[str, int]]  # (name of a tensor, axis)
 
 
-def with_growth(call: Call, after: Call) -> Call:
-    """`call` with the axes of its tensors that its forward made longer, once its arguments are `after`.
+def with_growth(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """`call`, served by now, with what `args` and `kwargs` show of the objects in them: what grows, and what counts.
 
-    Tensors that are the same attribute of other objects (the keys of a cross-attention's layers, which grow from one
-    generation to the next) count as growing in the same axes.
+    Numbers that a forward counts on are inputs in the call that comes back, and axes of tensors that it made longer are
+    `growing`. Tensors that are the same attribute of other objects (the keys of a cross-attention's layers, which grow
+    from one generation to the next) count as growing in the same axes.
 
     Example:
-        >>> with_growth(call, binder.call(args, kwargs)).growing
+        >>> with_growth(call, binder, args, kwargs).growing
         frozenset({('past_key_values.layers[0].keys', 2), ('past_key_values.layers[0].values', 2)})
     """
+    if not call.objects:
+        return call
+    try:
+        after = binder.call(args, kwargs)  # first, as it shows which numbers vary
+    except NotCapturable:  # the next call with them says why
+        return call
+    return _grown(binder.call(call.args, call.kwargs), after)
+
+
+def _grown(call: Call, after: Call) -> Call:
     now = dict(zip(after.names, after.tensors, strict=True))
     before = {name: tensor for name, tensor in zip(call.names, call.tensors, strict=True) if "." in name}
     axes: dict[str, set[int]] = {}
     for name, tensor in before.items():
         if name in now:
             axes.setdefault(_attribute(name), set()).update(_longer(tensor, now[name]))
-    grown = [(name, axis) for name, tensor in before.items() for axis in axes[_attribute(name)] if axis < tensor.ndim]
+    grown = [(n, axis) for n, t in before.items() for axis in axes.get(_attribute(n), ()) if axis < t.ndim]
     return replace(call, growing=frozenset(grown))
 
 

@@ -19,7 +19,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, fx
 
 from ..errors import CaptureError
-from ..torch_compat import CHECKPOINT, SingleLevelFunction, get_proxy_mode
+from ..torch_compat import CHECKPOINT, AppliedFunction, checkpoint_settings, function_apply, get_proxy_mode
 
 REGIONS = "fxbt_recomputed"
 _NUMBERS = itertools.count()
@@ -61,7 +61,7 @@ def run_plainly() -> Iterator[None]:
 
     with (
         mock.patch.object(*CHECKPOINT, without_reentrance),
-        mock.patch.object(SingleLevelFunction, "apply", classmethod(applied)),
+        mock.patch.object(AppliedFunction, "apply", classmethod(applied)),
     ):
         yield
 
@@ -78,37 +78,16 @@ def _reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: An
         return function(*args)
 
 
-def _region(
-    fn: Callable[..., Any],
-    preserve_rng_state: bool = True,
-    context_fn: Callable[..., Any] = torch_checkpoint.noop_context_fn,
-    determinism_check: str = "default",
-    debug: bool = False,
-    early_stop: bool = True,
-    *args: Any,
-    **kwargs: Any,
-) -> Iterator[None]:
+def _region(*args: Any, **kwargs: Any) -> Iterator[None]:
     if not torch.is_grad_enabled():
         yield
         return
-    if context_fn is not torch_checkpoint.noop_context_fn:
+    told = checkpoint_settings(*args, **kwargs)
+    if told["context_fn"] is not torch_checkpoint.noop_context_fn:
         raise CaptureError("a checkpoint says by a context_fn what it keeps; a graph would not ask it")
-    with _marked(Region(next(_NUMBERS), preserve_rng_state, determinism_check, early_stop)):
+    region = Region(next(_NUMBERS), told["preserve_rng_state"], told["determinism_check"], told["early_stop"])
+    with _marked(region):
         yield
-
-
-def function_apply() -> Callable[..., Any]:
-    """What `Function.apply` calls by now, as a function of the class and its arguments.
-
-    Example:
-        >>> function_apply()(MyFunction, x)  # MyFunction.apply(x)
-    """
-    stand_in = vars(SingleLevelFunction).get("apply")
-    return stand_in.__func__ if stand_in else _apply
-
-
-def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    return super(SingleLevelFunction, cls).apply(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from ..torch_compat import EXPORTS_FLAGS, IS_COMPILING, IS_EXPORTING, NEW_PATCHER, fx_trace, proxy_tensor
+from ..torch_compat import (
+    EXPORTS_FLAGS,
+    IS_COMPILING,
+    IS_EXPORTING,
+    IS_FX_TRACING,
+    IS_FX_TRACING_OF_ALL_THREADS,
+    NEW_PATCHER,
+    fx_trace,
+    proxy_tensor,
+)
 
 OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own number is 700
 
@@ -108,14 +117,13 @@ def _is_covered(patch: Any) -> bool:
 
 @contextlib.contextmanager
 def _own_patcher() -> Iterator[fx_trace._Patcher]:
-    before, is_tracing, patcher = fx_trace.CURRENT_PATCHER, fx_trace._is_fx_tracing_flag, _OwnPatcher()
+    before, patcher = fx_trace.CURRENT_PATCHER, _OwnPatcher()
     fx_trace.CURRENT_PATCHER = patcher
-    fx_trace._is_fx_tracing_flag = _Here()  # type: ignore[assignment]
     try:
-        yield patcher
+        with mock.patch.object(*IS_FX_TRACING, _Here()) if IS_FX_TRACING_OF_ALL_THREADS else contextlib.nullcontext():
+            yield patcher
     finally:
         patcher.end()
-        fx_trace._is_fx_tracing_flag = is_tracing
         if fx_trace.CURRENT_PATCHER is patcher:  # no other thread's, which it takes back itself
             fx_trace.CURRENT_PATCHER = before
 

@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, line_at
-from ..torch_compat import RUN_BACKWARD, SingleLevelFunction, get_proxy_mode, is_under_functorch
-from .checkpointing import function_apply, run_plainly
+from ..torch_compat import RUN_BACKWARD, get_proxy_mode, is_under_functorch, watching_functions
+from .checkpointing import run_plainly
 
 # What it does to gradients, by the name of the method of a tensor.
 _METHODS = {
@@ -43,24 +43,23 @@ def refused(
     `is_model_code` says of a file whether its lines are the model's.
     Without gradients all of that is as good as not there, but for what it does to those.
     """
-    with run_plainly(), _no_functions(is_model_code), _Methods(arguments, kept, is_model_code):
+    with _no_functions(is_model_code), run_plainly(), _Methods(arguments, kept, is_model_code):
         yield
 
 
 @contextlib.contextmanager
 def _no_functions(is_model_code: Callable[[str], bool]) -> Iterator[None]:
     """What is called by functions and classes of torch, under whatever name the model has them."""
-    apply, enter = function_apply(), saved_tensors_hooks.__enter__
+    enter = saved_tensors_hooks.__enter__
     run_engine = getattr(*RUN_BACKWARD)
 
     def refuse(what: str) -> None:
         if _is_traced_here():
             raise CaptureError(f"forward {what}; a graph has the gradients of its operations", _line(is_model_code))
 
-    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and not cls.__module__.startswith(_OF_OPERATIONS) and not _is_checkpoint(cls):
+    def watch(cls: type) -> None:
+        if torch.is_grad_enabled() and not cls.__module__.startswith(_OF_OPERATIONS):
             refuse(f"applies a torch.autograd.Function, {cls.__qualname__}, which has a backward of its own")
-        return apply(cls, *args, **kwargs)
 
     def entered(self: saved_tensors_hooks) -> Any:
         if torch.is_grad_enabled():
@@ -72,15 +71,11 @@ def _no_functions(is_model_code: Callable[[str], bool]) -> Iterator[None]:
         return run_engine(*args, **kwargs)
 
     with (
-        mock.patch.object(SingleLevelFunction, "apply", classmethod(applied)),
+        watching_functions(watch),
         mock.patch.object(saved_tensors_hooks, "__enter__", entered),
         mock.patch.object(*RUN_BACKWARD, run),
     ):
         yield
-
-
-def _is_checkpoint(function: type) -> bool:
-    return function is torch.utils.checkpoint.CheckpointFunction
 
 
 def _is_traced_here() -> bool:

@@ -153,7 +153,7 @@ class Scalars(TorchFunctionMode):
 
         def size(value: Any) -> Any:
             if isinstance(value, slice):
-                return slice(*map(as_size, (value.start, value.stop, value.step)))
+                return slice(*map(_as_number, map(as_size, (value.start, value.stop, value.step))))
             return value if name in _INDEXES else as_size(value)
 
         def as_size(value: Any) -> Any:
@@ -162,6 +162,12 @@ class Scalars(TorchFunctionMode):
 
         rest, kwargs = pytree.tree_map(size, (args[len(kept) :], kwargs))
         return (*kept, *rest), kwargs
+
+
+def _as_number(bound: Any) -> Any:
+    """A slice's bound; of a 0-d tensor the value, which torch takes itself from 2.13 on."""
+    is_tensor = isinstance(bound, Tensor) and bound.dim() == 0 and bound.dtype is torch.int64
+    return bound.item() if is_tensor else bound
 
 
 def _in_dtype(number: _Number, dtype: torch.dtype) -> _Number | None:

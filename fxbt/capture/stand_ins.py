@@ -20,12 +20,16 @@ from torch import SymInt, Tensor, nn
 
 from ..errors import CaptureError
 from ..torch_compat import (
+    ATTENTION_ASKS_FOR_ONE,
+    SLICES_ARE_UNKNOWN,
     FakeTensor,
     FakeTensorMode,
     _disable_current_modes,
     assert_async,
+    attention_of_any_batch,
     decompositions,
     get_proxy_mode,
+    place_in_slice,
 )
 from .isolated import here_only
 from .scan import selective_scan
@@ -252,7 +256,23 @@ def _gelu_by_operations(self: Any, x: Tensor) -> Tensor:
     return bloom_gelu_forward(x)
 
 
+_ATTENTION = Patch(
+    "torch.nn.functional",
+    "scaled_dot_product_attention",
+    attention_of_any_batch,
+    "asks whether a mask's batch is 1 to choose its kernel, which the graph's own op does anew",
+)
+
+_SLICES = Patch(
+    "torch._subclasses.fake_impls",
+    "_compute_slice_index",
+    place_in_slice,
+    "takes the length of a slice for unknown where it is the smaller of two sizes",
+)
+
 PATCHES = (
+    *((_ATTENTION,) if ATTENTION_ASKS_FOR_ONE else ()),
+    *((_SLICES,) if SLICES_ARE_UNKNOWN else ()),
     Patch(
         "torch.nn.modules.module",
         "Module._apply",

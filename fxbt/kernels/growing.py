@@ -74,15 +74,15 @@ def _held_by(room: _Room) -> int:
     return sys.getrefcount(room.buffer)
 
 
-def _uses() -> int:
-    """How many uses the memory of a buffer has while one view of it is all there is."""
-    buffer = torch.empty(2)
-    view = buffer[:1]
-    return storage_uses(view.untyped_storage())
+def _uses() -> tuple[int, int]:
+    """How many uses the memory of a buffer, and the buffer, have while one view of it is all there is."""
+    view = torch.empty(2)[:1]
+    room = _Room(view._base, ())  # type: ignore[arg-type]
+    return storage_uses(view.untyped_storage()), _held_by(room)
 
 
-_HELD_ONCE, _SHARED_ONCE = _references(), _uses()
-_HELD_BY_ROOM = _held_by(_Room(torch.empty(1), ()))
+_HELD_ONCE = _references()
+_SHARED_ONCE, _HELD_BY_ROOM = _uses()
 
 
 @contextlib.contextmanager

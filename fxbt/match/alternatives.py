@@ -6,7 +6,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from .terms import Either, Maybe, NumberVariable, Pointwise, Product, Sum, Term, Variable, WeightVariable, children
+from .terms import (
+    Either,
+    Maybe,
+    NumberVariable,
+    Pointwise,
+    Product,
+    Steps,
+    Sum,
+    Term,
+    Variable,
+    WeightVariable,
+    children,
+)
 
 
 def always_bound(terms: Iterable[Any]) -> set[str]:
@@ -16,7 +28,7 @@ def always_bound(terms: Iterable[Any]) -> set[str]:
         match term:
             case Variable() | NumberVariable() | WeightVariable():
                 bound.add(term.name)
-            case Pointwise():
+            case Pointwise() | Steps():
                 bound |= always_bound(children(term)) | ({term.bound} - {""})
             case Maybe():
                 continue

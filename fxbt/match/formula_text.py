@@ -8,6 +8,7 @@ from typing import Any
 from .terms import (
     Call,
     ComputedFrom,
+    Contract,
     Either,
     Maybe,
     NumberVariable,
@@ -16,6 +17,8 @@ from .terms import (
     Product,
     Size,
     Slice,
+    Softmax,
+    Steps,
     Sum,
     Term,
     Variable,
@@ -61,6 +64,12 @@ def _text(term: Any, depth: int) -> str:
             return f"[{_text(term.term, depth)}]"
         case Pointwise():
             return f"{' or '.join(name for name, _ in term.functions)} of {_text(term.source, depth - 1)}"
+        case Contract():
+            return f"contract({term.equation}: {_text(term.lhs, depth - 1)}, {_text(term.rhs, depth - 1)})"
+        case Softmax():
+            return f"softmax({_text(term.source, depth - 1)} over {term.over})"
+        case Steps():
+            return f"{term.bound}({_text(term.source, depth - 1)})"
         case ComputedFrom():
             return f"from {_text(term.source, depth)}"
         case tuple():

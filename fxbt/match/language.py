@@ -19,11 +19,15 @@ from .normal_form import power, product, times, total
 from .terms import (
     Call,
     ComputedFrom,
+    Contract,
     Either,
+    Equation,
     Maybe,
     NumberVariable,
     Pointwise,
     Size,
+    Softmax,
+    Steps,
     Term,
     Variable,
     WeightVariable,
@@ -144,6 +148,27 @@ class Expression:
         return formula(self.term)
 
 
+def equation_of(text: str) -> Equation:
+    """Raises RuleError where the text is no equation of two operands."""
+    given, arrow, result = text.partition("->")
+    operands = [tuple(operand.split()) for operand in given.split(",")]
+    names = tuple(result.split())
+    if not arrow or len(operands) != 2:
+        raise RuleError(f"op.contract takes an equation like '... q d, ... k d -> ... q k', not {text!r}")
+    for axes in (*operands, names):
+        if len(set(axes)) != len(axes):
+            raise RuleError(f"op.contract: {' '.join(axes)!r} names an axis twice")
+    made = Equation(operands[0], operands[1], names)
+    alone = (set(made.lhs) ^ set(made.rhs)) - set(names)
+    if alone or set(names) - {*made.lhs, *made.rhs} or "..." in made.summed:
+        raise RuleError(f"op.contract: {text!r} sums an axis of one operand alone, or its result has one of neither")
+    if len(made.summed) != 1:
+        raise RuleError(
+            f"op.contract: {text!r} sums over {len(made.summed)} axes, expected one (of any number of dims)"
+        )
+    return made
+
+
 @dataclass(frozen=True)
 class _Shape:
     source: Term
@@ -216,6 +241,49 @@ class Op:
         if not all(callable(each) for each in functions.values()):
             raise RuleError(f"op.pointwise takes a function of one tensor, or several by name, not {function!r}")
         return Expression(Pointwise(tuple(functions.items()), term_of(x), name))
+
+    def contract(self, equation: str, lhs: Expression, rhs: Expression) -> Expression:
+        """lhs and rhs multiplied, and summed over the axes that the result lacks, however it is written.
+
+        A matmul, bmm, einsum, linear without a bias, or a product that is summed; transposes, reshapes and expansions
+        do not matter. The equation names axes, separated by spaces; "..." stands for any number of others. `replace`
+        gets each variable laid out as its equation says (one dim for each axis of "...", of size one where it has
+        none), and gives its result as the last equation says.
+
+        Raises:
+            RuleError: the equation is none.
+
+        Example::
+
+            scores = op.contract("... q d, ... k d -> ... q k", query, key)
+        """
+        return Expression(Contract(equation_of(equation), term_of(lhs), term_of(rhs)))
+
+    def softmax(self, x: Expression, dim: Any = None, *, over: str = "", sink: Expression | None = None) -> Expression:
+        """softmax(x) over the axis named `over` (or, of a formula without named axes, over `dim`).
+
+        With a `sink`, one more score for each row, of a key that is cut off afterwards; `op.maybe(sink)` may be absent.
+
+        Example::
+
+            op.softmax(op.contract("... q d, ... k d -> ... q k", query, key), over="k")
+        """
+        if not over:
+            return _applied("softmax", x, dim)
+        return Expression(Softmax(term_of(x), over, term_of(sink)))
+
+    def steps(self, x: Expression, name: str) -> Expression:
+        """x, then steps in any number and order, whose list is bound to `name`.
+
+        On what a softmax takes: a scale, a factor for each row, a bias, a mask that fills, a cast, tanh
+        (`fxbt.scores.Step`). On what it gives: a scale, a factor for each row, dropout, a mask of zeros
+        (`fxbt.weights.Step`).
+
+        Example::
+
+            op.softmax(op.steps(op.contract("... q d, ... k d -> ... q k", query, key), "scores"), over="k")
+        """
+        return Expression(Steps(term_of(x), name))
 
     def attention(self, *args: Any, **kwargs: Any) -> Expression:
         """SDPA, or what the attention rule turned into it: query, key, value (batch, heads, seq, head_dim), mask."""

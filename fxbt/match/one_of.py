@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,25 +12,29 @@ from torch import fx
 
 from ..errors import RuleError
 from ..graph.miss import Miss
+from .found import Found
 from .rule import Match, Rule, check_rule
+from .terms import Term
+
+Read = tuple[list[Found], Miss | None]  # all matches of a pattern at an anchor, and why there are no more
 
 
 @dataclass
 class Chosen:
-    """The place of the rule that matched among the rules, and its facts."""
+    """The place of the rule that matched among the rules, and its match."""
 
     place: int
-    facts: Any
+    match: Match
 
 
 class OneOf(Rule):
     """Rules that share a name, a stage and a count in `report.hits`: at each anchor the first that matches replaces.
 
     What one of them makes is offered to all again. Where none matches, the report tells why of the nearest. Each of
-    the rules overrides `targets` and `find`.
+    the rules has `targets`, and a `pattern` or a `find` of its own; a pattern that several share is matched once.
 
     Raises:
-        RuleError: a rule among them cannot work, has a pattern, or a tolerance of its own.
+        RuleError: a rule among them cannot work, has no targets, or has a tolerance of its own.
 
     Example::
 
@@ -40,8 +45,8 @@ class OneOf(Rule):
         self.name, self.rules = name, rules
         for rule in rules:
             check_rule(rule)
-            if not rule.targets or hasattr(rule, "pattern") or rule.outline:
-                raise RuleError(f"rule {name!r}: {type(rule).__name__} has no targets and find of its own")
+            if not rule.targets or rule.outline:
+                raise RuleError(f"rule {name!r}: {type(rule).__name__} has no targets of its own")
         if len({(rule.proven, rule.tolerance) for rule in rules}) != 1:
             raise RuleError(f"rule {name!r}: its rules must be proven alike, within the same tolerance")
         self.makes = frozenset().union(*(rule.makes for rule in rules))
@@ -55,17 +60,43 @@ class OneOf(Rule):
             Miss: none has. It is the first that gives a reason without counting ops, else that of the nearest.
         """
         misses: list[Miss] = []
+        known: dict[tuple[Term, ...], Read] = {}
         for place, rule in enumerate(self.rules):
             if anchor.target not in rule.targets:
                 continue
             try:
-                match = rule.find(anchor)
+                match = _find(rule, anchor, known)
             except Miss as miss:
                 misses.append(miss)
                 continue
-            return dataclasses.replace(match, facts=Chosen(place, match.facts))
+            return dataclasses.replace(match, facts=Chosen(place, dataclasses.replace(match, assumes=())))
         raise max(misses, key=lambda miss: (not miss.total, miss.nearness))
 
     def replace(self, chosen: Chosen, *tensors: torch.Tensor) -> Any:
         """What the rule that matched computes instead."""
-        return self.rules[chosen.place].replace(chosen.facts, *tensors)
+        return self.rules[chosen.place].results(chosen.match, tensors)
+
+
+def _find(rule: Rule, anchor: fx.Node, known: dict[tuple[Term, ...], Read]) -> Match:
+    """The rule's match, its pattern being looked up in `known`, where it is kept."""
+    if not hasattr(rule, "pattern"):
+        return rule.find(anchor)
+    pattern = rule.formula.outputs
+    if pattern not in known:
+        known[pattern] = _read(rule, anchor)
+    return rule.first_of(_again(*known[pattern]), anchor)
+
+
+def _read(rule: Rule, anchor: fx.Node) -> Read:
+    found: list[Found] = []
+    try:
+        found.extend(rule.matcher.find(anchor))
+    except Miss as miss:
+        return found, miss
+    return found, None
+
+
+def _again(matches: list[Found], miss: Miss | None) -> Iterator[Found]:
+    yield from (match.anew() for match in matches)
+    if miss is not None:
+        raise miss

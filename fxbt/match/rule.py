@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..analysis import axes
+from ..analysis.operands import Operands
 from ..errors import RuleError
 from ..graph.blocks import FUSED
 from ..graph.miss import Miss
+from .by_axes import AxisMatcher
 from .found import Found
 from .language import Expression, Op, term_of
 from .matcher import Matcher
@@ -39,6 +43,7 @@ from .terms import (
 from .trial import check_results
 
 ENTRY_POINTS = "fxbt.rules"
+Layouts = tuple[axes.Axes, axes.Axes]  # of a tensor as it stands in the graph, and as `replace` has it
 
 
 @dataclass
@@ -65,14 +70,46 @@ class Match:
 
 @dataclass
 class Arguments:
-    """What `replace` of a pattern rule receives by name: which inputs, and what is no tensor."""
+    """What `replace` of a pattern rule receives by name: which inputs (a count for a list of them), and the rest."""
 
-    tensors: tuple[str, ...]
+    tensors: dict[str, int | None]
     static: dict[str, Any]
     passes_casts: bool
+    layouts: dict[str, Layouts]
 
-    def named(self, tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
-        return {**self.static, **dict(zip(self.tensors, tensors, strict=True))}
+    def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """The tensors by name, each laid out as the pattern says."""
+        given, sizes = iter(tensors), self._sizes(tensors)
+        named: dict[str, Any] = {}
+        for name, count in self.tensors.items():
+            named[name] = next(given) if count is None else tuple(itertools.islice(given, count))
+            if name in self.layouts:
+                named[name] = axes.arrange(named[name], *self.layouts[name], sizes)
+        return {**self.static, **named}
+
+    def back(self, result: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The result laid out as it is in the graph."""
+        was, now = self.layouts[""]
+        return axes.arrange(result, now, was, self._sizes(tensors))
+
+    def _sizes(self, tensors: Sequence[torch.Tensor]) -> axes.Sizes:
+        known = [self.layouts[name][0] if name in self.layouts else () for name in self.tensors]
+        return axes.sizes_from(axes.size_table(known), tensors)
+
+
+@dataclass
+class ByAxes(Arguments):
+    """The same where `check` asked for `fxbt.Operands`: `position` and `labels` are theirs."""
+
+    position: dict[fx.Node, int]
+    labels: list[axes.Axes]
+
+    def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+        return {**self.static, "operands": Operands(tensors, self.position, self.labels, _no_names)}
+
+
+def _no_names(names: str) -> axes.Axes:
+    raise RuleError(f"the axes {names!r} have no names yet: give them by operands.by(...)")
 
 
 class Rule:
@@ -110,8 +147,8 @@ class Rule:
 
         fast = fxbt.optimize(model, rules=[TanhGelu()])
 
-    A meaning that no formula can say (attention, whatever its layout) overrides `targets` and `find` instead; its
-    `replace(self, facts, *inputs)` gets the `Match`'s own.
+    A meaning that no formula can say overrides `targets` and `find` instead; its `replace(self, facts, *inputs)` gets
+    the `Match`'s own.
     """
 
     name: str = ""
@@ -138,13 +175,16 @@ class Rule:
         return _formula(self, parameters[1:], Op())
 
     @functools.cached_property
-    def _matcher(self) -> Matcher:
-        return Matcher(self.formula, loose=bool(self.outline))
+    def matcher(self) -> Matcher | AxisMatcher:
+        """What finds the formula in a graph."""
+        return AxisMatcher(self.formula) if self.formula.has_axes else Matcher(self.formula, loose=bool(self.outline))
 
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """The nodes at which `find` is tried: for patterns from the last to the first, so that the largest wins."""
         if self.targets:
             return (node for node in graph.nodes if node.op == "call_function" and node.target in self.targets)
+        if isinstance(self.matcher, AxisMatcher):
+            return iter(self.matcher.anchors(graph))
         heads = _heads(self.formula.outputs[0])
         ops = ((node, op_of(node)) for node in reversed(graph.nodes))
         return (node for node, op in ops if op in heads or (op and ANY_OP in heads))
@@ -155,20 +195,28 @@ class Rule:
         Raises:
             Miss: this is not the rule's meaning, or it cannot be proven; the reason goes into the report.
         """
+        return self.first_of(self.matcher.find(anchor), anchor)
+
+    def first_of(self, matches: Iterator[Found], anchor: fx.Node) -> Match:
+        """The first of the pattern's matches at `anchor` that the rule's own conditions let pass.
+
+        Raises:
+            Miss: there is none; the first reason of those that came furthest.
+        """
         refusal: Miss | None = None
-        matches = self._matcher.find(anchor)
         while True:
             try:
                 found = next(matches)
                 _check_precision(found)
                 self._call_check(found, anchor)
-                return self._match(found)
+                return self._match(found, anchor)
             except StopIteration:
                 raise refusal or Miss("the pattern is not here", node=anchor, total=self.formula.size) from None
             except Miss as miss:
                 if refusal is None or miss.matched > refusal.matched:
                     refusal = miss
-                miss.matched, miss.total = miss.matched or self.formula.size, max(self.formula.size, miss.matched)
+                if isinstance(self.matcher, Matcher) and self.formula.size > 1:  # else a reason says more than a count
+                    miss.matched, miss.total = miss.matched or self.formula.size, max(self.formula.size, miss.matched)
 
     def _call_check(self, found: Found, anchor: fx.Node) -> None:
         try:
@@ -178,12 +226,25 @@ class Rule:
         except Exception as error:
             raise Miss(f"check raises {type(error).__name__}: {error}", node=anchor) from error
 
-    def _match(self, found: Found) -> Match:
-        tensors = {name: value for name, value in found.values.items() if isinstance(value, fx.Node)}
-        static = {name: value for name, value in found.values.items() if name not in tensors}
+    def _match(self, found: Found, anchor: fx.Node) -> Match:
+        values = found.values
+        if not self.outline:
+            wanted = inspect.signature(self.replace).parameters
+            takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+            values = {name: value for name, value in values.items() if takes_all or name in wanted}
+        tensors = {name: value for name, value in values.items() if _is_of_nodes(value)}
+        static = {name: value for name, value in values.items() if name not in tensors}
         casts = any(is_float_cast(node) for node in found.interior)
-        facts = Arguments(tuple(tensors), static, casts)
-        return Match(found.outputs[0], tuple(tensors.values()), found.outputs, facts, replaces=not found.is_kept)
+        counts = {name: None if isinstance(value, fx.Node) else len(value) for name, value in tensors.items()}
+        inputs = [node for value in tensors.values() for node in ((value,) if isinstance(value, fx.Node) else value)]
+        facts = Arguments(counts, static, casts, found.layouts)
+        if found.laid_out:
+            inputs, labels = list(found.laid_out), [axes.resolve(each) for each in found.laid_out.values()]
+            facts = ByAxes({}, static, False, {}, {node: place for place, node in enumerate(inputs)}, labels)
+        elif len(found.readings) > 1:
+            raise Miss("several products read the same weights", node=anchor, expected="a rule that lays them out")
+        keeps, assumes = found.is_kept, found.assumes
+        return Match(anchor, tuple(inputs), found.outputs, facts, replaces=not keeps, assumes=assumes)
 
     def results(self, match: Match, tensors: tuple[torch.Tensor, ...]) -> Any:
         """What `replace` gives for a match, its inputs being `tensors`."""
@@ -195,10 +256,18 @@ class Rule:
             tensors = tuple(_widened(tensor, dtypes[0]) for tensor in tensors)
         given = match.facts.named(tensors)
         results = self.replace(**{name: given[name] for name in wanted if name in given})
+        if "" in match.facts.layouts:
+            results = match.facts.back(results, tensors)
         if not match.facts.passes_casts:
             return results
         results = results if isinstance(results, tuple) else (results,)
         return tuple(result.to(dtype) for result, dtype in zip(results, dtypes, strict=True))
+
+
+def _is_of_nodes(value: Any) -> bool:
+    """Whether a value is a node, or some nodes in a tuple or list."""
+    items = value if isinstance(value, tuple | list) else (value,)
+    return bool(items) and all(isinstance(item, fx.Node) for item in items)
 
 
 def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -376,6 +445,7 @@ def check_rule(given: Rule) -> None:
     if not has_pattern:
         return
     bound = given.formula.names
+    _check_matcher(given)
     if given.outline:
         return
     # What `check` binds is known only once it ran.
@@ -388,6 +458,15 @@ def check_rule(given: Rule) -> None:
         )
     if not binds_more:
         check_results(given.pattern, given.replace, isinstance(given, _FunctionRule), _called(given))
+
+
+def _check_matcher(given: Rule) -> None:
+    try:
+        made = given.matcher
+    except RuleError as error:
+        raise RuleError(f"{_called(given)}: {error}") from error
+    if given.outline and isinstance(made, AxisMatcher):
+        raise RuleError(f"{_called(given)}: an outline has no layout of its own; define replace(self, ...)")
 
 
 def _required(function: Callable[..., Any]) -> list[str]:

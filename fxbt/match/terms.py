@@ -34,6 +34,23 @@ class Term:
     """A formula as data: compared by its parts, and hashed once."""
 
 
+@dataclass(frozen=True)
+class Equation:
+    """The names of the axes of two operands and of their product; "..." stands for any number of others."""
+
+    lhs: tuple[str, ...]
+    rhs: tuple[str, ...]
+    result: tuple[str, ...]
+
+    @property
+    def summed(self) -> set[str]:
+        """The axes that the result lacks."""
+        return {*self.lhs, *self.rhs} - {*self.result}
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.lhs)}, {' '.join(self.rhs)} -> {' '.join(self.result)}"
+
+
 @_term
 class Variable(Term):
     """Any value; the same name is the same value."""
@@ -129,6 +146,32 @@ class Pointwise(Term):
 
 
 @_term
+class Contract(Term):
+    """The sum of `lhs` * `rhs` over the axes that the result lacks, in whatever layout they lie."""
+
+    equation: Equation
+    lhs: Term
+    rhs: Term
+
+
+@_term
+class Softmax(Term):
+    """The softmax of `source` over the axis `over`; `sink` is one more score for each row, cut off afterwards."""
+
+    source: Term
+    over: str
+    sink: Term | None = None
+
+
+@_term
+class Steps(Term):
+    """`source`, then steps on it in any number and order; `bound` is the name that the list of them is bound to."""
+
+    source: Term
+    bound: str
+
+
+@_term
 class ComputedFrom(Term):
     """Any value that is computed from `source`; each is one of its own."""
 
@@ -157,7 +200,11 @@ def children(term: Any) -> tuple[Any, ...]:
             return term.options
         case Maybe():
             return (term.term,)
-        case Part() | Slice() | ComputedFrom() | Size() | Pointwise():
+        case Contract():
+            return term.lhs, term.rhs
+        case Softmax():
+            return (term.source,) if term.sink is None else (term.source, term.sink)
+        case Part() | Slice() | ComputedFrom() | Size() | Pointwise() | Steps():
             return (term.source,)
     return ()
 
@@ -191,7 +238,7 @@ def shared(term: Any) -> set[Term]:
 def names(term: Term) -> frozenset[str]:
     """The names of all variables, numbers and weights of a term."""
     leaves = (Variable, NumberVariable, WeightVariable)
-    bound = {found.bound for found in walk(term) if isinstance(found, Pointwise)} - {""}
+    bound = {found.bound for found in walk(term) if isinstance(found, Pointwise | Steps)} - {""}
     return frozenset(found.name for found in walk(term) if isinstance(found, leaves)) | bound
 
 
@@ -221,4 +268,5 @@ class Formula:
     def __post_init__(self) -> None:
         self.names = set().union(*(names(term) for term in self.outputs))
         self.size = sum(size(term) for term in self.outputs)
+        self.has_axes = any(isinstance(t, Contract | Softmax | Steps) for term in self.outputs for t in walk(term))
         self.ops = {t.op for term in self.outputs for t in walk(term) if isinstance(t, Call)}

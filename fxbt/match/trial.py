@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import itertools
 import logging
+import string
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from ..errors import RuleError
 from ..torch_compat import FAKES_LOG, FakeTensorMode
+from .language import equation_of
 
 # Shapes that most formulas over activations and weights take: ops broadcast, matmuls are square.
 VALUES = ((2, 4, 4), (2, 2, 4, 4), (4, 4))
@@ -50,6 +52,20 @@ class _TorchOp:
         if name:
             self.made[name] = first
         return compute(x)
+
+    def contract(self, equation: str, lhs: Any, rhs: Any) -> Any:
+        made = equation_of(equation)
+        names = [name for name in dict.fromkeys((*made.lhs, *made.rhs)) if name != "..."]
+        letters = {"...": "...", **dict(zip(names, string.ascii_letters, strict=False))}
+        spelled = ["".join(letters[name] for name in spec) for spec in (made.lhs, made.rhs, made.result)]
+        return torch.einsum(f"{spelled[0]},{spelled[1]}->{spelled[2]}", lhs, rhs)
+
+    def softmax(self, x: Any, dim: Any = -1, *, over: str = "", sink: Any = None) -> Any:
+        return torch.softmax(x, -1 if over else dim)
+
+    def steps(self, x: Any, name: str) -> Any:
+        self.made[name] = []
+        return x
 
     def number(self, name: str, where: Any = None) -> Any:
         return self.made.setdefault(name, NUMBER)

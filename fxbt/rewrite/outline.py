@@ -47,7 +47,7 @@ def outline(module: fx.GraphModule, rule: Rule, match: Match) -> Rewrite:
         call = graph.call_function(FUSED[rule.outline], (reference, *inputs))
     call.meta = {**provenance(output, output, rule), "nn_module_stack": _common_stack(order)}
     if isinstance(match.facts, Arguments):
-        call.meta[OPERANDS] = Names(match.facts.tensors, match.facts.static)
+        call.meta[OPERANDS] = Names(tuple(match.facts.tensors), match.facts.static)
     output.replace_all_uses_with(call)
     removed = tuple(map(Entry.of, order))
     for node in reversed(order):

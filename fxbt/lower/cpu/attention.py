@@ -2,17 +2,15 @@
 
 torch 2.13's flash kernel multiplies blocks of 32 queries through MKL there. Products of all heads of a few sequences,
 or of a block of queries, are larger and faster as long as their scores stay in the cache: with 12 heads on Zen 5
-1.6 times with MKL at 16 to 128 tokens, 1.8 with oneDNN from 128 on; on Zen 3, only in batches of 16 to 64 tokens. The
+1.6 times with MKL at 16 to 128 tokens; on Zen 3, only in batches of 16 to 64 tokens. The
 kernel of `native` takes 0.8 to 1.0 of SDPA's time there from 64 tokens on, and sequences of all lengths in one call.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import math
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,19 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...graph.blocks import BY_PRODUCTS, SDPA
+from ...graph.blocks import SDPA
 from ...graph.node import argument, parameters
 from ...kernels import native, packed
-from ...kernels.attention_products import Kernel, by_products, products, sdpa
+from ...kernels.attention_products import Kernel, products, sdpa
 from ...kernels.autotune import Calls, Contest, Tuner, bucket_of
-from ...kernels.forks import FORKS
-from ...torch_compat import is_amx_tile_supported
 from ..once import additive
 from .heads import Heads, projected
 
 LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a sequence that are measured
 UP_TO = (24, 48, 96, 192, 384)
-BY_ONEDNN = "oneDNN products"
 SEVERAL = 512  # tokens of several sequences: SDPA spreads them over threads, products hold the scores of all
 
 
@@ -40,12 +35,9 @@ def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
     """Let attentions choose their kernel by length, in a dense graph or a packed one."""
     read: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.target not in (SDPA, BY_PRODUCTS, packed.attention) or not _can_be_products(node):
+        if node.target not in (SDPA, packed.attention) or not _can_be_products(node):
             continue
         heads, head_dim = node.args[0].meta["val"].shape[1::2]
-        if node.target is BY_PRODUCTS:
-            node.target = ByProducts(tuner.choose(ways_to_multiply(heads, head_dim)))
-            continue
         kernels = attention_kernels()
         one, several = (
             [kernels[name] for name in tuner.choose(attentions(heads, head_dim, several))] for several in (False, True)
@@ -95,7 +87,7 @@ def _read_mask(graph: fx.Graph, given: dict[str, Any], read: dict[fx.Node, fx.No
 
 
 def _can_be_products(node: fx.Node) -> bool:
-    """Whether an attention is in float32 on the CPU; in SDPA's place products need a key head for each query head."""
+    """Whether an attention is in float32 on the CPU, with a key head for each query head."""
     values: list[Any] = [operand.meta.get("val") for operand in node.args[:3] if isinstance(operand, fx.Node)]
     if len(values) != 3 or torch.is_autocast_enabled("cpu"):
         return False
@@ -105,7 +97,7 @@ def _can_be_products(node: fx.Node) -> bool:
     if not isinstance(heads, int) or not isinstance(head_dim, int):
         return False
     drops_out = node.target is SDPA and argument(node, "dropout_p") != 0
-    return node.target is BY_PRODUCTS or not drops_out and all(x.shape[1] == heads for x in values)
+    return not drops_out and all(x.shape[1] == heads for x in values)
 
 
 @dataclass(frozen=True)
@@ -188,93 +180,17 @@ class AttendProjection:
         return self._run(projection, seen.bias if seen else None, is_causal, scale)
 
 
-class ByProducts:
-    """`attention_by_products` with the products that were `chosen` for the length."""
-
-    def __init__(self, chosen: tuple[str, ...]):
-        self._contexts = [by_onednn if name == BY_ONEDNN else contextlib.nullcontext() for name in chosen]
-        self.__name__ = "attend_by_products"
-
-    def __call__(self, query: Tensor, key: Tensor, *others: Any, **options: Any) -> Tensor:
-        with self._contexts[bucket_of(key.shape[2], UP_TO)]:
-            return by_products(query, key, *others, **options)
-
-
-# --- products by oneDNN -----------------------------------------------------------------------------------------
-
-
-class _ByOneDNN:
-    """`with by_onednn:` sends float32 products to oneDNN, where `onednn_is_exact`.
-
-    Torch takes it for them only where bfloat16 would do; without instructions for that, oneDNN computes in float32.
-    The setting is the process's own: other threads' products go there too meanwhile, and are as exact.
-    """
-
-    def __init__(self) -> None:
-        self._setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        self._lock = FORKS.lock()
-        self._running, self._before = 0, "none"
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._running:
-                self._before, self._setting.fp32_precision = self._setting.fp32_precision, "bf16"
-            self._running += 1
-
-    def __exit__(self, *error: Any) -> None:
-        with self._lock:
-            self._running -= 1
-            if not self._running:
-                self._setting.fp32_precision = self._before
-
-
-by_onednn = _ByOneDNN()
-
-
-def products_by_onednn(*operands: Any, **options: Any) -> Tensor:
-    """`products`, computed by oneDNN's float32 kernels, which are twice as fast as MKL's on AMD's processors."""
-    with by_onednn:
-        return products(*operands, **options)
-
-
-@functools.cache
-def onednn_is_exact() -> bool:
-    """Whether oneDNN computes products in float32 here though bfloat16 is allowed: not with AMX. Tried, too."""
-    if platform.machine() not in ("x86_64", "AMD64") or is_amx_tile_supported():
-        return False
-    if not torch.backends.mkldnn.is_available():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), by_onednn:
-        for rows, inner, columns in ((16, 16, 16), (64, 64, 64), (128, 32, 128), (48, 300, 80)):
-            a, b = (torch.randn(4, *shape, generator=generator) for shape in ((rows, inner), (inner, columns)))
-            gap = (torch.bmm(a, b) - torch.bmm(a.double(), b.double())).abs().max()
-            if gap > 1e-5 * math.sqrt(inner):  # bfloat16 would be off by 1e-3 and more
-                return False
-    return True
-
-
 def attention_kernels() -> dict[str, Kernel]:
     """The kernels for an attention, by name."""
-    kernels: dict[str, Kernel] = {"SDPA": sdpa, **product_kernels()}
+    kernels: dict[str, Kernel] = {"SDPA": sdpa, "products": products}
     library = native.library()
     return kernels if library is None else {**kernels, "native": library.attention}
-
-
-def product_kernels() -> dict[str, Kernel]:
-    """Products by torch's default library, and by oneDNN where that computes in float32."""
-    return {"products": products, **({BY_ONEDNN: products_by_onednn} if onednn_is_exact() else {})}
 
 
 def attentions(heads: int, head_dim: int, several: bool) -> Contest:
     """The kernels for one sequence of so many heads or for several, by their length."""
     name = f"attention {heads}x{head_dim} float32" + (", several" if several else "")
     return _contest(name, heads, head_dim, attention_kernels(), several)
-
-
-def ways_to_multiply(heads: int, head_dim: int) -> Contest:
-    """The products, as `attentions` of one sequence."""
-    return _contest(f"products {heads}x{head_dim} float32", heads, head_dim, product_kernels())
 
 
 def _contest(name: str, heads: int, head_dim: int, kernels: Mapping[str, Kernel], several: bool = False) -> Contest:
