@@ -330,6 +330,16 @@ def test_what_has_no_text_is_not_saved(tmp_path: Path, cache: Path) -> None:
     assert not list(tmp_path.glob("graph-*"))
 
 
+def test_large_tensors_beside_the_weights_are_not_compared(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fxbt.stored.tensors, "MOST_COMPARED", 4)
+    model, x = Tower().eval(), torch.randn(2, 5, 8)
+    fast = fxbt.optimize(model, cache=True)
+    torch.testing.assert_close(fast(x)["hidden"], model(x)["hidden"])
+    assert not fast.report.fallbacks
+    assert "too large to compare" in str(fast.report.notes)
+    assert not list(cache.glob("graph-*"))
+
+
 def test_a_graph_is_saved_for_the_model_as_it_was(tmp_path: Path, captures: list[str]) -> None:
     model, x = Tower().eval(), torch.randn(2, 5, 8)
     fast = fxbt.optimize(model)
