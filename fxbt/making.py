@@ -91,7 +91,8 @@ class Maker:
                 self._shelf.refuse(error)
         known = [graph.shapes for graph in others]
         varied = varied_axes([tensor.shape for tensor in call.tensors], known) | growing_axes(call)
-        captured = capture(self._original, call, self._options.tracer, rehearse=rehearse, varied=varied, around=around)
+        how: dict[str, Any] = {"rehearse": rehearse, "varied": varied, "around": around, "verify": self._options.verify}
+        captured = capture(self._original, call, self._options.tracer, **how)
         text = Text.of(captured, self._original, label)
         graph = self._made(captured, call, expected, around, written, others, text)
         self._shelf.keep(text)

@@ -46,6 +46,9 @@ from torch._tensor_str import PRINT_OPTS
 # The class below `torch.autograd.Function`, and the class of both.
 from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 
+# A GraphModule whose code is written at its first call: writing it takes longer than most of what is done to a graph.
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+
 # Symbolic sizes: what is known of them without a guard, and the errors where a guard would be needed.
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -125,8 +128,25 @@ IS_FX_TRACING_OF_ALL_THREADS = hasattr(*IS_FX_TRACING)
 _APPLIES_IN_PYTHON = isinstance(vars(torch.autograd.Function)["apply"], classmethod)
 AppliedFunction: Any = _SingleLevelFunction if _APPLIES_IN_PYTHON else torch.autograd.Function
 
+# What calls modules while torch.export traces, and knows their paths.
+ModuleStackTracer: Any = proxy_tensor._ModuleStackTracer
+
 # How many `TorchFunctionMode`s are on; a default device is one.
 count_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+
+
+@contextlib.contextmanager
+def unseen_by_modes() -> Iterator[None]:
+    """No `TorchFunctionMode` sees what this block reads of tensors: each is some 60 us while a model is traced."""
+    with torch._C.DisableTorchFunction():
+        yield
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """What runs in this block leaves no trace in a graph that is being made."""
+    with proxy_tensor.disable_proxy_modes_tracing(), unseen_by_modes():
+        yield
 
 
 def past_python(op: OpOverload) -> Callable[..., Any]:

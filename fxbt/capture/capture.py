@@ -13,6 +13,7 @@ from ..errors import CaptureError
 from ..progress import part
 from .attempts import Axes, fresh, run_forward
 from .call import Call
+from .equal_layers import graph_difference, one_by_one
 from .export import Captured, capture_export
 from .hf_fx import capture_hf_fx
 from .model_state import ModelState, Slot, preserved
@@ -31,6 +32,7 @@ def capture(
     rehearse: bool = True,
     varied: Axes = frozenset(),
     around: Surroundings | None = None,
+    verify: bool = False,
 ) -> Captured:
     """Captures `model` as `call` calls it, under the caller's grad mode and autocast and the model's training flags.
 
@@ -38,6 +40,7 @@ def capture(
     changes its attributes at every call; a caller that just saw a call change nothing can save that.
     `varied` are axes past the second of inputs of four dims and more, as (input, axis), that are dynamic too. For all
     of them that would take minutes for some vision models (window attention), and hide what a head's size is.
+    `verify` traces layers that are equal one by one as well, and refuses where that gives another graph.
     The model's attributes, and its surroundings (`around`), are left as they were before tracing, whatever happens.
     Raises `CaptureError` with the reason and the line of the model's code where it stopped.
 
@@ -54,6 +57,9 @@ def capture(
         state = ModelState(model)
         try:
             captured = _capture(model, call, example, tracer, varied, slots)
+            if verify and captured.copied:
+                with one_by_one():
+                    _check_same(captured, _capture(model, call, example, tracer, varied, slots))
         except CaptureError:
             raise
         except Exception as error:
@@ -78,6 +84,11 @@ def _capture(
             raise CaptureError(f"forward changes attributes of the model ({slots[0].name}); a graph would not")
         return capture_hf_fx(model, call, example)
     return capture_export(model, call, example, type(model).forward, varied, slots)
+
+
+def _check_same(captured: Captured, whole: Captured) -> None:
+    if found := graph_difference(captured.module.graph, whole.module.graph):
+        raise CaptureError(f"layers that look equal are traced differently: {found}")
 
 
 def _rehearse(model: nn.Module, call: Call, example: tuple[Tensor, ...], around: Surroundings | None) -> list[Slot]:

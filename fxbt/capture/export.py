@@ -29,6 +29,7 @@ from .checkpointing import mark_blocks
 from .constant_inputs import Constants, constant, knowing
 from .containers import Arguments, Given, named_leaves
 from .effects import Buffer, Effects, buffer_metas, check_buffers, make_inputs, unread, written_names
+from .equal_layers import EqualLayers
 from .functional import functional
 from .guards import and_values, assumptions, erase_asserts, guards_of
 from .model_state import HOOKS, ModelState, Slot
@@ -61,6 +62,7 @@ class Captured:
     read: list[Constant] = field(default_factory=list)  # tensors of the model whose values the guards compare
     seconds: float = 0.0
     effects: Effects = field(default_factory=Effects)
+    copied: int = 0  # layers that were not traced, as an equal one was
     has_objects: bool = False  # among the call's arguments, which forward may change
     is_stored: bool = False  # another process captured it
     growing: tuple[int, ...] = ()  # the inputs that such an object holds a longer tensor for afterwards
@@ -75,6 +77,7 @@ class _Outputs:
     originals: dict[str, Tensor] = field(default_factory=dict)  # the model's buffers
     read: list[Constant] = field(default_factory=list)  # those whose value is part of the graph
     replaced: set[str] = field(default_factory=set)  # those in whose places other tensors stand after it
+    copied: int = 0  # layers that were not traced
 
 
 def capture_export(
@@ -155,6 +158,7 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
         fixed,
         outputs.read,
         effects=effects,
+        copied=outputs.copied,
         has_objects=bool(call.objects),
         growing=tuple(sorted({i for i, _ in growing_axes(call)})),
     )
@@ -210,11 +214,12 @@ def _flat_forward(
             Followed(answers, is_user_code),
             Scalars(self, outputs.originals) as scalars,
             unread(slots) as values_left,
+            EqualLayers(self, lambda: len(scalars.read), may_copy=not (fixed or answers or slots)) as equal,
         ):
             buffers = dict(self.named_buffers())
             result = arguments.seen_in(run(self, *args, **kwargs))
             left = values_left()
-        outputs.read = scalars.read
+        outputs.read, outputs.copied = scalars.read, equal.copied
         outputs.replaced = {name for name, value in self.named_buffers() if value is not buffers.get(name)}
         flat, outputs.spec = forms.flatten(result)
         _check_outputs(result, flat)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..torch_compat import pytree, statically_known_true
+from ..torch_compat import LazyGraphModule, pytree, statically_known_true
 
 
 def value_of(node: Any) -> Any:
@@ -46,7 +46,7 @@ def attribute(module: Any, node: fx.Node) -> Any:
 def with_graph(module: Any, graph: fx.Graph) -> fx.GraphModule:
     """A module of its own for `graph`, whose weights and constants are those of `module`."""
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    return fx.GraphModule({name: operator.attrgetter(name)(module) for name in names}, graph)
+    return LazyGraphModule({name: operator.attrgetter(name)(module) for name in names}, graph)
 
 
 def writes(node: fx.Node) -> bool:

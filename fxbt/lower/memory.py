@@ -31,12 +31,16 @@ class _Watched(fx.Interpreter):
     def __init__(self, graph: fx.Graph, arguments: Sequence[Any]) -> None:
         super().__init__(nn.Module(), garbage_collect_values=True, graph=graph)
         self.peak = 0
-        self._given = _storages(arguments).keys()
+        self._given = _storages(arguments)
+        self._held: dict[fx.Node, dict[int, int]] = {}  # by values that are still to be read, and are not given
 
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
-        held = _storages((*self.env.values(), result))
-        self.peak = max(self.peak, sum(held[storage] for storage in held.keys() - self._given))
+        held = {} if node.op == "placeholder" else _storages([result])
+        self._held = {earlier: memory for earlier, memory in self._held.items() if earlier in self.env}
+        self._held[node] = {storage: size for storage, size in held.items() if storage not in self._given}
+        memory = {storage: size for memory in self._held.values() for storage, size in memory.items()}
+        self.peak = max(self.peak, sum(memory.values()))
         return result
 
 

@@ -14,6 +14,7 @@ from ..graph.miss import Miss, module_path
 from ..graph.node import argument, attribute, is_weight, with_graph
 from ..graph.record import Entry, Rewrite
 from ..match.rule import Arguments, Match, Rule
+from ..torch_compat import LazyGraphModule
 from .splice import provenance
 
 
@@ -41,7 +42,7 @@ def outline(module: fx.GraphModule, rule: Rule, match: Match) -> Rewrite:
         copies[node] = body.node_copy(node, copies.__getitem__)
     body.output(copies[output])
     name = _unused_name(module, rule.outline)
-    module.add_submodule(name, fx.GraphModule(modules, body, "Body"))
+    module.add_submodule(name, LazyGraphModule(modules, body, "Body"))
     with graph.inserting_before(output):
         reference = graph.get_attr(name)
         call = graph.call_function(FUSED[rule.outline], (reference, *inputs))
