@@ -43,6 +43,17 @@ def test_a_model_of_ones_own(example: str, compared: int, hits: dict[str, int]) 
         assert re.search(rf"^{rule} +{count} ", done.stdout, re.MULTILINE), rule
 
 
+def test_graphs_are_saved_and_loaded(tmp_path: Path) -> None:
+    for is_first in (True, False):
+        done = run("examples/saved_graphs.py", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        difference = re.search(r"largest difference (\S+)", done.stdout)
+        assert difference and float(difference[1]) < 1e-5
+        assert ("Wrote graph-" in done.stdout) is is_first
+        assert ("from disk" in done.stdout) is not is_first
+        assert "the original forward ran" not in done.stdout
+
+
 RULES = {
     "rule_tanh_gelu": (r"^-.*= tanh\(", r"^\+.*= gelu\(%x, approximate=tanh\)"),
     "rule_gated_attention": (r"^-.*= softmax\(", r"^\+.*= sdpa\("),  # theirs, then the built-in rule's

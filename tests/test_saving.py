@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxbt
 import fxbt.making
@@ -329,6 +330,16 @@ def test_what_has_no_text_is_not_saved(tmp_path: Path, cache: Path) -> None:
     assert not list(tmp_path.glob("graph-*"))
 
 
+def test_large_tensors_beside_the_weights_are_not_compared(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fxbt.stored.tensors, "MOST_COMPARED", 4)
+    model, x = Tower().eval(), torch.randn(2, 5, 8)
+    fast = fxbt.optimize(model, cache=True)
+    torch.testing.assert_close(fast(x)["hidden"], model(x)["hidden"])
+    assert not fast.report.fallbacks
+    assert "too large to compare" in str(fast.report.notes)
+    assert not list(cache.glob("graph-*"))
+
+
 def test_a_graph_is_saved_for_the_model_as_it_was(tmp_path: Path, captures: list[str]) -> None:
     model, x = Tower().eval(), torch.randn(2, 5, 8)
     fast = fxbt.optimize(model)
@@ -421,6 +432,24 @@ def test_a_graph_that_computes_something_else_is_refused(cache: Path, captures: 
     torch.testing.assert_close(fast(x)["hidden"], model(x)["hidden"])
     assert captures == ["Tower"]
     assert "not the original's" in str(fast.report.notes)
+
+
+def test_generation_reads_both_of_its_graphs(cache: Path, captures: list[str]) -> None:
+    """The graph of the prompt, and that of a step, whose cache of keys and values is an argument that it changes."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50, pad_token_id=0, eos_token_id=None)).eval()
+    ids = torch.randint(3, 50, (2, 7))
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    expected = model.generate(ids, max_new_tokens=9, **options)
+    for count in (2, 0):
+        captures.clear()
+        fast = fxbt.optimize(model, cache=True)
+        for tokens in (9, 5):
+            assert torch.equal(fast.generate(ids, max_new_tokens=tokens, **options), expected[:, : 7 + tokens])
+        assert len(captures) == count
+        assert not fast.report.fallbacks
+        assert not fast.report.notes
+        assert [graph.is_stored for graph in fast.report.graphs.values()] == 2 * [count == 0]
 
 
 PROGRAM = """

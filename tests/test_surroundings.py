@@ -18,6 +18,7 @@ import threading
 import time
 import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -745,3 +746,27 @@ def test_a_function_that_is_looked_up_under_a_computed_name_is_watched(monkeypat
         monkeypatch.setattr(activations, "relu", lambda x: x - 1)
         for _ in range(2):
             torch.testing.assert_close(fast(x), model.linear(x) - 1)
+
+
+class Instances(OrderedDict):  # type: ignore[type-arg]
+    """Gives out an instance of what it holds, as `ACT2FN` of transformers."""
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return super().__getitem__(name)()
+
+
+ACTIVATIONS = Instances(silu=nn.SiLU)
+
+
+class Activated(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ACTIVATIONS["silu"](x)
+
+
+def test_a_dict_that_gives_out_others_is_watched_and_restored_by_what_it_holds() -> None:
+    fast = fxbt.optimize(Activated().eval())
+    for _ in range(3):
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(fast(x), torch.nn.functional.silu(x))
+    assert not fast.report.fallbacks and fast.report.latest is not None
+    assert dict.get(ACTIVATIONS, "silu") is nn.SiLU

@@ -172,6 +172,55 @@ def test_a_function_of_ones_own_is_applied_by_the_class_that_a_trace_watches() -
     assert seen == [Double]
 
 
+def test_a_function_is_watched_under_a_name_of_ones_own() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    seen, double = [], Double.apply
+    with torch_compat.watching_functions(seen.append):
+        double(torch.randn(3))
+        Double.apply(torch.randn(3))
+    Double.apply(torch.randn(3))
+    assert seen == [Double, Double]
+
+
+def test_what_a_checkpoint_is_told_is_known_by_name() -> None:
+    told = []
+
+    def generator(*args: Any, **kwargs: Any) -> Any:
+        told.append(torch_compat.checkpoint_settings(*args, **kwargs))
+        yield
+
+    with mock.patch.object(*torch_compat.CHECKPOINT, generator):
+        checkpoint.checkpoint(torch.sin, torch.randn(3), use_reentrant=False, preserve_rng_state=False)
+    names = ("context_fn", "preserve_rng_state", "determinism_check", "early_stop")
+    assert [told[0][name] for name in names] == [checkpoint.noop_context_fn, False, "default", True]
+
+
+def test_a_batch_of_one_is_no_other_attention() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return torch_compat.attention_of_any_batch(x, x, x, mask)
+
+    sizes = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}, {0: torch.export.Dim.AUTO})
+    inputs = (torch.randn(3, 2, 5, 4), torch.zeros(3, 1, 1, 1))
+    with torch_compat.fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        program = torch.export.export(Attention(), inputs, strict=False, dynamic_shapes=sizes)
+    environment = program.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0].node.shape_env
+    assert not any("Ne(" in str(guard.expr) for guard in environment.guards), environment.guards
+
+
+def test_a_slice_ends_where_its_tensor_does() -> None:
+    x, _ = symbolic()
+    length = x.shape[0]
+    assert torch_compat.place_in_slice(4, 2) == 2
+    assert torch_compat.place_in_slice(4, 9) == 4
+    with torch_compat.fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        assert str(torch_compat.place_in_slice(4, length)) == f"Min(4, {length})"
+
+
 def test_what_modules_are_traced_with_is_patched_by_name() -> None:
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
     assert isinstance(traced, torch.fx.GraphModule)

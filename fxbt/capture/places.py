@@ -63,7 +63,7 @@ class Dict(Place):
         self._mark = mark
 
     def read(self) -> dict[Any, Any]:
-        return dict(self.owner)
+        return dict(dict.items(self.owner))  # as they are kept: a class may give others out (ACT2FN of transformers)
 
     def holds(self) -> bool:
         return not self._differing()

@@ -341,7 +341,7 @@ class Surroundings:
         self._mark(value)
         if not self._state.covers(value):
             self._add(self._counted, places.Dict(value, place))
-        for key, inner in list(value.items()):
+        for key, inner in list(dict.items(value)):
             self._visit(inner, f"{place}[{key!r}]", depth + 1)
 
     def _visit_object(self, value: Any, place: str, depth: int) -> None:

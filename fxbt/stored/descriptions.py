@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..capture.places import ABSENT, PLAIN, contents, slots_of
 from ..torch_compat import OpOverload
 from .errors import Unstorable
-from .tensors import content
+from .tensors import values_of
 
 _DEEPEST = 6  # the code that runs is compared in full; this is about what it may be given
 _CACHED = type(functools.lru_cache(len))
@@ -203,4 +203,4 @@ def _is_array(value: Any) -> bool:
 def _tensor(value: Tensor) -> str:
     if value.layout is not torch.strided or value.is_nested or value.is_meta or value.is_quantized:
         raise Unstorable(f"it reads a tensor of {value.layout}")
-    return f"tensor {value.dtype} {value.device} {list(value.shape)} {value.requires_grad} {digest(content(value))}"
+    return f"tensor {value.dtype} {value.device} {list(value.shape)} {value.requires_grad} {digest(values_of(value))}"

@@ -144,7 +144,7 @@ def _pairs(text: Any) -> Iterable[tuple[Any, Any]]:
 
 def _module(parts: dict[str, Any], kinds: KindsReader, model: nn.Module) -> fx.GraphModule:
     attributes: dict[str, Any] = {
-        _name(name): read_tensor(tensor) for name, tensor in checked(parts["constants"], dict).items()
+        _path(name): read_tensor(tensor) for name, tensor in checked(parts["constants"], dict).items()
     }
     graph, nodes = fx.Graph(), list[fx.Node]()
     for entry in checked(parts["nodes"], list):
@@ -180,6 +180,14 @@ def _name(text: Any) -> str:
     return str(text)
 
 
+def _path(text: Any) -> str:
+    """The name of a tensor: parts with dots between them, which may be numbers (`layers.0.weight`)."""
+    parts = checked(text, str).split(".")
+    if not all(part.isascii() and (_NAME.fullmatch(part) or part.isdigit()) for part in parts):
+        raise Malformed(f"a name {text[:80]!r}")
+    return str(text)
+
+
 def _node(entry: Any, graph: fx.Graph, nodes: list[fx.Node], kinds: KindsReader, texts: list[Any]) -> fx.Node:
     if type(entry) is not list or len(entry) != 8 or entry[0] not in _OPS:
         raise Malformed("no node")
@@ -202,10 +210,7 @@ def _target(op: str, text: Any) -> Any:
     if op == "call_function":
         return operation(text)
     if op == "get_attr":
-        # A part may be a number (`layers.0`); of the model's own tensors, which is looked at before anything is run.
-        if not all(part.isascii() and part.isidentifier() or part.isdigit() for part in checked(text, str).split(".")):
-            raise Malformed(f"a name {text[:80]!r}")
-        return text
+        return _path(text)
     return _name(text)
 
 

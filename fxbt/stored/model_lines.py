@@ -12,7 +12,7 @@ from ..capture.model_state import HOOKS, NOT_READ
 from ..capture.places import HEAP
 from .descriptions import Descriptions, digest, name_of_kind
 from .errors import Unstorable
-from .tensors import content
+from .tensors import values_of
 
 _OWN = ("_parameters", "_buffers", "_modules")
 
@@ -87,5 +87,5 @@ class _Lines:
         number = self._numbers.setdefault(id(tensor), len(self._numbers))
         where = self._memory.setdefault(tensor.untyped_storage()._cdata, number), tensor.storage_offset()
         kind = name_of_kind(type(tensor)), tensor.dtype, tensor.device, list(tensor.shape), tensor.stride()
-        values = "" if id(tensor) in self._weights else digest(content(tensor))
+        values = "" if id(tensor) in self._weights else digest(values_of(tensor))
         return f"tensor {number} {where} {kind} {tensor.requires_grad} {values}"

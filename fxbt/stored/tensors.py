@@ -14,6 +14,7 @@ from .errors import Malformed, Unstorable, checked
 from .values import DTYPES
 
 MOST_BYTES = 1 << 20  # of one constant: a table that a forward makes is an operation, not a constant
+MOST_COMPARED = 64 << 20  # bytes of one tensor beside parameters and buffers, whose values are part of what is compared
 
 
 def own_tensor(model: nn.Module, path: str) -> Tensor | None:
@@ -52,6 +53,19 @@ def content(value: Tensor) -> bytes:
     """The bytes of a tensor's values, in order."""
     plain = value.detach().cpu().contiguous().reshape(-1)
     return bytes(plain.view(torch.uint8).numpy().data) if plain.numel() else b""
+
+
+def values_of(value: Tensor) -> bytes:
+    """`content`, of what is not too large to look at for each graph.
+
+    Raises:
+        Unstorable: it is.
+    """
+    if value.numel() * value.element_size() > MOST_COMPARED:
+        raise Unstorable(
+            f"a tensor of {value.numel()} elements, which is no parameter or buffer, is too large to compare"
+        )
+    return content(value)
 
 
 def read_tensor(text: Any) -> Tensor:
