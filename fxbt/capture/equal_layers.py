@@ -113,7 +113,8 @@ class EqualLayers:
         self._read = read
         self._thread = threading.get_ident()
         self._is_inside = False
-        self._state = ModelState(model)  # a number that a loop leaves for its layers, say, would change it
+        # A number that a loop leaves for its layers, say, would change the model's state.
+        self._holds: Callable[[], bool] = ModelState(model).holds if self._may_copy else lambda: False
         self._group: dict[int, list[nn.Module]] = {}
         self._known: dict[int, list[_Traced]] = {}
         for container in model.modules():
@@ -156,7 +157,7 @@ class EqualLayers:
         call, path = _Call.of(args, kwargs), tracer.path_of_module(module)
         is_again = any(other.startswith(f"{path}.") for other in tracer.num_calls)
         with unseen_by_modes():
-            may_be_equal = call is not None and not is_again and self._state.holds()
+            may_be_equal = call is not None and not is_again and self._holds()
             traced, nodes = self._equal_of(tracer, module, call) if may_be_equal and call else (None, {})
         if call is None or not may_be_equal:
             return self._inside(forward, args, kwargs)
@@ -197,7 +198,7 @@ class EqualLayers:
             output = self._inside(forward, args, kwargs)
         nodes = _nodes_behind(last, tracer.graph)
         with unseen_by_modes():
-            is_pure = self._read() == read_before and values_of(module) == values and self._state.holds()
+            is_pure = self._read() == read_before and values_of(module) == values and self._holds()
             can_be_copied = outer is not None and is_pure and _can_be_copied(nodes, outer)
             if outer is None or not can_be_copied or not _is_known(tracer, output, call, nodes):
                 return output
