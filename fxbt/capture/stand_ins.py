@@ -37,12 +37,16 @@ from .scan import selective_scan
 
 @dataclass(frozen=True)
 class Patch:
-    """`replacement` stands for `function` ("name" or "Class.name") of `module`; `reason` says why it may."""
+    """`replacement` stands for `function` ("name" or "Class.name") of `module`; `reason` says why it may.
+
+    With `only_of`, for that function alone: one that somebody put in its place is traced as it is.
+    """
 
     module: str
     function: str
     replacement: Callable[..., Any]
     reason: str
+    only_of: Any = None
 
 
 def _padding_mask(input_ids: Tensor, padding_idx: int = 1) -> Tensor:
@@ -261,6 +265,7 @@ _ATTENTION = Patch(
     "scaled_dot_product_attention",
     attention_of_any_batch,
     "asks whether a mask's batch is 1 to choose its kernel, which the graph's own op does anew",
+    only_of=F.scaled_dot_product_attention,
 )
 
 _SLICES = Patch(
@@ -338,6 +343,7 @@ PATCHES = (
         "linear",
         functools.partial(_linear_of_rows, linear=F.linear),
         "asks whether a batch of single rows is of size one",
+        only_of=F.linear,
     ),
     *(
         Patch(
@@ -370,8 +376,8 @@ def patched() -> Iterator[None]:
             *inside, name = patch.function.split(".")
             for part in inside:
                 owner = getattr(owner, part, None)
-            if hasattr(owner, name):
-                original = getattr(owner, name)
+            original = getattr(owner, name, None)
+            if original is not None and patch.only_of in (None, original):
                 replaced.append((owner, name, original))
                 setattr(owner, name, here_only(patch.replacement, original))
         yield
