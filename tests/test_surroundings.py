@@ -755,12 +755,12 @@ class Instances(OrderedDict):  # type: ignore[type-arg]
         return super().__getitem__(name)()
 
 
-ACTIVATIONS = Instances(silu=nn.SiLU)
+LIKE_ACT2FN = Instances(silu=nn.SiLU)
 
 
 class Activated(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ACTIVATIONS["silu"](x)
+        return LIKE_ACT2FN["silu"](x)
 
 
 def test_a_dict_that_gives_out_others_is_watched_and_restored_by_what_it_holds() -> None:
@@ -769,4 +769,4 @@ def test_a_dict_that_gives_out_others_is_watched_and_restored_by_what_it_holds()
         x = torch.randn(3, 4)
         torch.testing.assert_close(fast(x), torch.nn.functional.silu(x))
     assert not fast.report.fallbacks and fast.report.latest is not None
-    assert dict.get(ACTIVATIONS, "silu") is nn.SiLU
+    assert dict.get(LIKE_ACT2FN, "silu") is nn.SiLU
