@@ -16,7 +16,6 @@ from tracing import by_native
 
 import fxbt
 from fxbt.kernels import cache, native, packed, toolchain
-from fxbt.lower.cpu import attention
 
 TORCHS = {
     "": lambda y: y,
@@ -207,7 +206,7 @@ def test_packed_sequences_see_themselves_alone(library, counts, is_causal):
     mask = torch.arange(max(counts, default=0))[None] < torch.tensor(counts)[:, None]
     where = packed.Tokens.of(mask)
     query, key, value = operands(1, 3, sum(counts), 8)
-    found = attention.PackedAtOnce(library)(query, key, value, where, is_causal=is_causal)
+    found = library.attention(query, key, value, None, is_causal, None, where.bounds, where.longest)
     assert found.shape == query.shape
     torch.testing.assert_close(found, packed.attention(query, key, value, where, is_causal=is_causal))
 
