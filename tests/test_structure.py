@@ -5,6 +5,7 @@ import graphlib
 import inspect
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,9 @@ def test_public_methods_have_a_docstring(name: str) -> None:
     for member, function in vars(getattr(fxbt, name)).items():
         if inspect.isfunction(function) and not member.startswith("_"):
             assert inspect.getdoc(function), f"fxbt.{name}.{member} has no docstring"
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = [".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fxbt").rglob("__init__.py")]
+    assert sorted(listed) == sorted([*found, "fxbt.patterns"])
