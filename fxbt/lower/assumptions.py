@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..capture.model_state import versions
 from .cuda.late_look import LateLook
 
 
@@ -58,5 +59,5 @@ class Assumptions:
         self._watch([pairs.get(id(tensor), tensor) for tensor in self._live])
 
 
-def _stamp(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
+def _stamp(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    return versions(tensors), list(map(Tensor.data_ptr, tensors))

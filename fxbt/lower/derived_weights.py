@@ -21,12 +21,11 @@ from ..graph.walk import ancestors
 from ..kernels.autotune import Tuner
 from ..kernels.forks import FORKS
 from .codegen import compile_graph
-from .cuda.late_look import CALLS_APART, LateLook
+from .cuda.late_look import CALLS_APART, INTEGERS, LateLook
 from .patrol import Patrol
 from .spill import Spilled, spilled
 
 _VERSION = attrgetter("_version")
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 _SAMPLE = 16  # elements looked at in each weight: each is a cache miss, and one in every row took 10 % of 1x16
 
 
@@ -114,7 +113,7 @@ def _sample(weight: torch.Tensor) -> np.ndarray:
     columns = max(1, weight.shape[-1]) if weight.dim() > 1 else 1
     rows_apart = max(1, -(-weight.numel() // (columns * _SAMPLE)))
     next_column = max(1, columns // _SAMPLE) if columns > 1 else 0
-    integers = weight.view(-1).view(_INTEGERS[weight.element_size()])
+    integers = weight.view(-1).view(INTEGERS[weight.element_size()])
     # .numpy() would forbid resizing the weight ever after
     return np.from_dlpack(integers[:: rows_apart * columns + next_column])
 
