@@ -90,7 +90,7 @@ def on_a_tape(monkeypatch, torchs_kernels):
         weights = Weights()
         dense = Program(module, {}, weights, recorder=recorder)
         unpadded = drop_padding(module)
-        made = UnpaddingOnCuda(dense, unpadded, unmask(module, unpadded.validities), weights, None, recorder)
+        made = UnpaddingOnCuda(dense, unpadded, unmask(module, unpadded.validities), weights, recorder=recorder)
         made._is_slower = lambda run, tensors: False  # type: ignore[method-assign]
         return made, Program(module, {}, Weights())
 

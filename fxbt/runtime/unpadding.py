@@ -68,6 +68,7 @@ class Unpadding:
         unmasked: Unmasked,
         weights: Weights,
         precision: type[Precision] | None = None,
+        *,
         recorder: Recorder | None = None,
         in_parts: Callable[[Run], Run] = lambda run: run,
     ):
@@ -92,7 +93,7 @@ class Unpadding:
         return [self.unmasked, self.packed, self._masks, self._guards]
 
     def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
-        run, verdict = self._decide(tensors)
+        run, verdict = self._choose(tensors)
         with self._counting:
             self.calls[verdict] += 1
         return run(*tensors)
@@ -109,8 +110,12 @@ class Unpadding:
     def forget_recordings(self) -> None:
         """Frees the CUDA graphs of what is no `Program`."""
 
+    def _choose(self, tensors: Sequence[Tensor]) -> tuple[Run, str]:
+        """What a caller's call runs, and how to count it."""
+        return self._decide(tensors)
+
     def _decide(self, tensors: Sequence[Tensor], worth: float = WORTH_DROPPING) -> tuple[Run, str]:
-        """What a call runs, and how to count it."""
+        """What a call may run, and how that is counted."""
         facts = self._facts(tensors)
         if facts.are_ones:
             return self._run_unmasked, DENSE

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.packed import Tokens, bucket, bucket_step
-from ..lower.cpu.precision import Precision
 from ..lower.cuda.graphs import Recorder, Replay
-from ..lower.derived_weights import Weights
-from ..lower.program import Program
-from ..padding.drop import Unpadded
-from ..padding.without_masks import Unmasked
 from .race import Races
 from .unpadding import PACKED, Facts, Run, Unpadding
 
@@ -28,12 +23,10 @@ class FactsAtOnce(Facts):
     Args:
         sizes: of the masks, each [batch, length].
         values: whether each mask is 1 throughout, how many tokens each has, and whether each guard holds.
-        bound: what masks and packed calls read besides inputs.
     """
 
-    def __init__(self, sizes: Sequence[int], values: Sequence[int], bound: Sequence[Tensor] = ()) -> None:
+    def __init__(self, sizes: Sequence[int], values: Sequence[int]) -> None:
         super().__init__((), lambda: values[2 * len(sizes) :])
-        self.bound = bound
         self.positions = sum(sizes)
         self.are_ones = all(values[: len(sizes)])
         self.counts = list(values[len(sizes) : 2 * len(sizes)])
@@ -47,17 +40,8 @@ class UnpaddingOnCuda(Unpadding):
     Where computing padding was clearly faster for calls of a size (see `Race`), the dense graph serves them.
     """
 
-    def __init__(
-        self,
-        dense: Program,
-        unpadded: Unpadded,
-        unmasked: Unmasked,
-        weights: Weights,
-        precision: type[Precision] | None = None,
-        recorder: Recorder | None = None,
-        in_parts: Callable[[Run], Run] = lambda run: run,
-    ) -> None:
-        super().__init__(dense, unpadded, unmasked, weights, precision, recorder, in_parts)
+    def __init__(self, *args: Any, recorder: Recorder | None = None, **options: Any) -> None:
+        super().__init__(*args, recorder=recorder, **options)
         self._races = Races()
         self._read: Run = self._facts_on_device
         self._recorded: Replay | None = None
@@ -75,13 +59,11 @@ class UnpaddingOnCuda(Unpadding):
             if isinstance(replay, Replay):
                 replay.forget()
 
-    def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
+    def _choose(self, tensors: Sequence[Tensor]) -> tuple[Run, str]:
         run, verdict = self._decide(tensors)
         if verdict == PACKED and self._is_slower(run, tensors):
-            run, verdict = self._run_dense, SLOWER
-        with self._counting:
-            self.calls[verdict] += 1
-        return run(*tensors)
+            return self._run_dense, SLOWER
+        return run, verdict
 
     def _is_slower(self, run_packed: Run, tensors: Sequence[Tensor]) -> bool:
         """Whether computing padding is known to be faster for calls of this size."""
@@ -92,35 +74,36 @@ class UnpaddingOnCuda(Unpadding):
 
     def _facts(self, tensors: Sequence[Tensor]) -> Facts:
         values, *sizes = self._read(*tensors, *self._masks.bound(), *self._guards.bound())
-        self.packed.check_assumptions()  # this and the next line while the device is at work
-        bound = [*self._masks.bound(), *self.packed.bound()]
-        return FactsAtOnce(sizes, values.tolist(), bound)
+        return FactsAtOnce(sizes, values.tolist())
 
     def _facts_on_device(self, *arguments: Any) -> tuple[Any, ...]:
         """The values of `FactsAtOnce` as one tensor, and the sizes of the masks."""
-        tensors, bound = arguments[: self.dense.count], arguments[self.dense.count :]
-        of_masks = len(self._masks.bound())
-        masks = self._masks.run(*tensors, *bound[:of_masks])
-        guards = self._guards.run(*tensors, *bound[of_masks:])
+        tensors, masks, bound = self._with_masks(arguments)
+        guards = self._guards.run(*tensors, *bound)
         values = [*((mask == 1).all() for mask in masks), *map(torch.count_nonzero, masks), *guards]
         return torch.stack([value.reshape(()).long() for value in values]), *map(torch.numel, masks)
+
+    def _with_masks(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """Inputs, their masks, and what else is bound, of arguments that are inputs and what masks read before that."""
+        tensors, bound = arguments[: self.dense.count], arguments[self.dense.count :]
+        of_masks = len(self._masks.bound())
+        return tensors, self._masks.run(*tensors, *bound[:of_masks]), bound[of_masks:]
 
     def _packed_run(self, facts: Facts) -> Run:
         assert isinstance(facts, FactsAtOnce)
         if self._recorded is None or self._recorded.obstacle is not None:
             return functools.partial(self._on_tokens_of, facts.counts)
-        return functools.partial(self._replayed, facts)
+        return functools.partial(self._replayed, facts.buckets)
 
     def _on_tokens_of(self, counts: Sequence[int], *tensors: Tensor) -> tuple[Any, ...]:
         return self.packed(*tensors, *map(Tokens.on_device, self._masks(*tensors), counts))
 
-    def _replayed(self, facts: FactsAtOnce, *tensors: Tensor) -> tuple[Any, ...]:
+    def _replayed(self, buckets: tuple[int, ...], *tensors: Tensor) -> tuple[Any, ...]:
         assert self._recorded is not None
-        return self._recorded(*tensors, *facts.bound, buckets=facts.buckets)
+        self.packed.check_assumptions()
+        return self._recorded(*tensors, *self._masks.bound(), *self.packed.bound(), buckets=buckets)
 
     def _on_buckets(self, *arguments: Any, buckets: tuple[int, ...]) -> tuple[Any, ...]:
-        tensors, bound = arguments[: self.dense.count], arguments[self.dense.count :]
-        of_masks = len(self._masks.bound())
-        masks = self._masks.run(*tensors, *bound[:of_masks])
+        tensors, masks, bound = self._with_masks(arguments)
         tokens = map(Tokens.on_device, masks, buckets, map(bucket_step, buckets))
-        return self.packed.run(*tensors, *tokens, *bound[of_masks:])
+        return self.packed.run(*tensors, *tokens, *bound)
