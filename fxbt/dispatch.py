@@ -19,7 +19,7 @@ from .capture.caches import is_too_short, with_growth
 from .capture.call import Binder, Call, shown_shapes
 from .capture.containers import Arguments, Changed
 from .capture.effects import written_buffers
-from .capture.isolated import collecting_rarely, isolated
+from .capture.isolated import collecting_rarely
 from .capture.locks import LOCK
 from .capture.model_state import ModelState, foreign_hook, preserved, versions
 from .capture.number_inputs import Numbers
@@ -378,7 +378,7 @@ class Dispatcher:
             written = written_buffers(self.original, *versions_before, call)
             if isinstance(around, str):
                 raise CaptureError(around)
-            with preserved(self.original), collecting_rarely(), isolated():
+            with preserved(self.original), collecting_rarely():
                 return self._capture(call, expected, around, written, rehearse=rehearse)
         except CaptureError as error:
             if call.numbers and not call.past:  # once more, with them as constants; a cache counts on at each call
@@ -433,7 +433,7 @@ class Dispatcher:
 
     def _tell_refusals(self, compiled: Compiled) -> None:
         """Says once where a rewrite by a rule of the user's changed the numbers, so that it was not done."""
-        for miss in compiled.misses:
+        for miss in compiled.misses if self._user_rules else ():  # of a graph from disk, asking takes its time
             if not miss.refused or miss.rule not in self._user_rules or miss.rule in self._told:
                 continue
             self._told.add(miss.rule)

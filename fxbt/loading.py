@@ -6,8 +6,8 @@ import importlib
 import os
 import threading
 
-# In the order they load; with the first come torch.export and dynamo, which are most of the time.
-_NEEDED = ("torch_compat", "dispatch", "pipeline", "patterns")
+# In the order they load; with the last come torch.export and what it needs, which no graph from disk does.
+_NEEDED = ("torch_compat", "dispatch", "pipeline", "patterns", "capture.capture")
 
 
 def preload() -> threading.Thread:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +15,10 @@ from torch import Tensor, nn
 from . import pipeline
 from .capture.caches import growing_axes
 from .capture.call import Call
-from .capture.capture import capture
+from .capture.captured import Captured
 from .capture.effects import Effects
-from .capture.export import Captured
+from .capture.isolated import isolated
+from .capture.locks import LOCK
 from .capture.model_state import ModelState
 from .capture.number_inputs import Numbers
 from .capture.surroundings import Surroundings
@@ -21,13 +26,15 @@ from .errors import CaptureError, RuleError
 from .kernels import autotune
 from .match.rule import Rule
 from .options import Options
-from .runtime import race
+from .runtime import finished, race
 from .runtime.compare import Comparison
-from .runtime.compiled import Compiled
+from .runtime.compiled import Compiled, History
 from .runtime.graph_cache import Graphs
 from .runtime.guarded_graph import GuardedGraph, check_pinned, pinned_numbers, varied_axes
-from .stored.shelf import Label, Shelf, Text
-from .torch_compat import pytree
+from .stored.shelf import Label, Shelf, Stored, Text
+from .torch_compat import frames_unread, is_any_autocast_enabled, pytree
+
+logger = logging.getLogger("fxbt")
 
 Values = tuple[list[Any], pytree.TreeSpec]
 _NESTED = (
@@ -58,7 +65,7 @@ class Maker:
         self._rules = rules
         self._numbers = numbers
         self._known = known
-        self._shelf = Shelf(original, options.graphs, options.cache, note)
+        self._shelf = Shelf(original, options.graphs, options.cache, note, self._finished)
 
     def graph(
         self,
@@ -81,39 +88,54 @@ class Maker:
         """
         others = self._known.of(key)
         label = Label.of(self._original, (key, sorted(call.growing)), around)
-        stored = self._shelf.take(label, call, expected)
+        with frames_unread():
+            stored = self._stored(label, call, expected, around, written, others)
         if stored is not None:
-            try:
-                return self._made(
-                    stored, call, expected, around, written, others, Text.of(stored, self._original, label)
-                )
-            except CaptureError as error:
-                self._shelf.refuse(error)
+            return stored
         known = [graph.shapes for graph in others]
         varied = varied_axes([tensor.shape for tensor in call.tensors], known) | growing_axes(call)
-        how: dict[str, Any] = {"rehearse": rehearse, "varied": varied, "around": around, "verify": self._options.verify}
-        captured = capture(self._original, call, self._options.tracer, **how)
-        text = Text.of(captured, self._original, label)
-        graph = self._made(captured, call, expected, around, written, others, text)
-        self._shelf.keep(text)
+        captured = _captured(self._original, call, self._options, rehearse=rehearse, varied=varied, around=around)
+        new = Stored(captured, Text.of(captured, self._original, label))
+        graph = self._made(new, call, expected, around, written, others)
+        self._shelf.keep(graph.text)
         return graph
 
-    def _made(
+    def _stored(
         self,
-        captured: Captured,
+        label: Label,
         call: Call,
         expected: Values,
         around: Surroundings,
         written: list[tuple[str, Tensor]],
         others: Sequence[GuardedGraph],
-        text: Text,
+    ) -> GuardedGraph | None:
+        """The graph of another process, where there is one that serves."""
+        stored = self._shelf.take(label, call, expected)
+        if stored is None:
+            return None
+        try:
+            return self._made(stored, call, expected, around, written, others)
+        except CaptureError as error:
+            self._shelf.refuse(error)
+            return None
+
+    def _made(
+        self,
+        stored: Stored,
+        call: Call,
+        expected: Values,
+        around: Surroundings,
+        written: list[tuple[str, Tensor]],
+        others: Sequence[GuardedGraph],
     ) -> GuardedGraph:
+        captured = stored.captured
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
             raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")
         pinned = pinned_numbers(captured, call)
         check_pinned(pinned, call, others)
-        compiled = self._compiled(captured, call, expected, around)
+        compiled = self._compiled(stored, call, expected, around)
+        text = stored.text if captured.is_stored else replace(stored.text, finish=self._finish(compiled))
         return GuardedGraph(
             captured,
             compiled,
@@ -127,10 +149,27 @@ class Maker:
             text=text,
         )
 
-    def _compiled(self, captured: Captured, call: Call, expected: Values, around: Surroundings) -> Compiled:
-        """A captured graph, compiled, whose numbers are the original's on the call."""
+    def _finished(self, text: Any) -> finished.Finished | None:
+        """What a graph became in another process, where that is what it would become here."""
+        return finished.read(text, self._options.padding, self._original) if self._rewrites_as_others_do() else None
+
+    def _finish(self, compiled: Compiled) -> Callable[[], str]:
+        """What makes the text of what a graph became; "" where that is nothing for others."""
+        graphs, padding, model = compiled.finished, self._options.padding, self._original
+        if graphs is None or not self._rewrites_as_others_do():
+            return str
+        return lambda: _text_of(graphs, padding, model)
+
+    def _rewrites_as_others_do(self) -> bool:
+        """Whether graphs become what they do in any process: by the built-in rules, without gradients or autocast."""
+        has_own_rules = [*map(type, self._rules)] != [*map(type, pipeline.default_rules())]
+        return not (has_own_rules or self._options.verify or torch.is_grad_enabled() or is_any_autocast_enabled())
+
+    def _compiled(self, stored: Stored, call: Call, expected: Values, around: Surroundings) -> Compiled:
+        """A graph, compiled, whose numbers are the original's on the call."""
+        captured = stored.captured
         try:
-            compiled = pipeline.compile(captured, self._rules, self._options)
+            compiled = self._programs(stored, call, expected)
             if around.nests and compiled.unpadding is None:
                 why = next((str(miss) for miss in compiled.misses if miss.rule == "padding"), 'padding="keep"')
                 raise CaptureError(_NESTED.format(why=why))
@@ -147,6 +186,21 @@ class Maker:
             compiled.spilled = compiled.weights.spill()
         return compiled
 
+    def _programs(self, stored: Stored, call: Call, expected: Values) -> Compiled:
+        if stored.finished is None:
+            with isolated():
+                return pipeline.compile(stored.captured, self._rules, self._options)
+        returned = [None if isinstance(value, Tensor) else value for value in expected[0]], expected[1]
+
+        def tell() -> History:
+            may_wait = not (LOCK.captures_here() or LOCK.runs_here())
+            alone = LOCK.capturing(self._original) if may_wait else contextlib.nullcontext()
+            with alone, isolated(), torch.inference_mode(False), torch.no_grad():
+                captured = stored.whole(self._original, call, returned)
+                return pipeline.compile(captured, self._rules, self._options).history
+
+        return pipeline.resume(stored.captured, stored.finished, self._options, tell)
+
     def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
         """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file.
 
@@ -155,3 +209,18 @@ class Maker:
         options = self._options
         may_not = torch.is_grad_enabled() or compiled.stochastic or not options.keep_original or options.strict
         return race.Races() if autotune.is_enabled() and not (may_not or effects) else None
+
+
+def _captured(model: nn.Module, call: Call, options: Options, **how: Any) -> Captured:
+    from .capture.capture import capture  # with it comes torch.export, which no graph of another process needs
+
+    with isolated():
+        return capture(model, call, options.tracer, verify=options.verify, **how)
+
+
+def _text_of(graphs: finished.Finished, padding: str, model: nn.Module) -> str:
+    try:
+        return json.dumps(finished.written(graphs, padding, model), separators=(",", ":"))
+    except Exception as error:  # of fxbt's own: other processes prove it anew
+        logger.debug("what a graph became has no text", exc_info=error)
+        return ""

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .capture.capture import TRACERS
-from .capture.hf_fx import hf_fx_missing
+from .capture.tracers import TRACERS, hf_fx_missing
 from .lower.cpu.precision import Precision, precision_of
 from .lower.spill import check_can_spill
 from .match.rule import Rule, check_rules

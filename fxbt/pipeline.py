@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .capture.export import Captured
+from .capture.captured import Captured
 from .explain import log
 from .graph.canonical import canonicalize
 from .graph.miss import Miss
@@ -25,15 +25,16 @@ from .lower.derived_weights import Weights
 from .lower.program import Program
 from .match.rule import Rule, check_rules, installed_rules
 from .options import Options
-from .padding.drop import drop_padding
-from .padding.sequences import batch_of
-from .padding.without_masks import unmask
+from .padding.drop import Unpadded, drop_padding
+from .padding.sequences import Batch, batch_of
+from .padding.without_masks import Unmasked, unmask
 from .progress import part
 from .rewrite.layout import Order, keep_orders, returned_orders
 from .rewrite.outline import inline
 from .rewrite.stage import run_stage
 from .rewrite.verify import Verifier
-from .runtime.compiled import Compiled
+from .runtime.compiled import Compiled, History
+from .runtime.finished import Finished
 from .runtime.parts import InParts
 from .runtime.unpadding import Run, Unpadding
 from .runtime.unpadding_on_cuda import UnpaddingOnCuda
@@ -99,7 +100,10 @@ class Work:
     recorder: Recorder | None = None  # of CUDA graphs
     dense: Program = field(init=False)
     parts: StageRecord = field(init=False)
+    batch: Batch | None = None
     in_parts: Callable[[Run], Run] = lambda run: run
+    unpadded: Unpadded | None = None
+    unmasked: Unmasked | None = None
     unpadding: Unpadding | None = None
 
     @classmethod
@@ -112,6 +116,10 @@ class Work:
     def module(self) -> fx.GraphModule:
         """The graph that rules rewrite, in place."""
         return self.captured.module
+
+    def history(self) -> History:
+        """What was done, once it is."""
+        return History(self.module, self.inlined, self.before, self.after, self.stages, self.parts)
 
     def note(self, record: StageRecord) -> None:
         """Keeps the record of a step for the report, and logs it."""
@@ -168,9 +176,13 @@ def run_in_parts(work: Work) -> None:
         _check_effects(work.captured, "batches stay whole")
         if any(tensor.device.type != "cpu" for tensor in work.captured.example):
             raise Miss("batches are parted on a CPU only")
-        made = functools.partial(InParts, batch=batch_of(work.inlined.graph), guards=work.captured.guards)
-        made(work.dense).check(work.captured.example, work.options.precision is not None)
-        work.in_parts = made
+        _run_in_parts(work, batch_of(work.inlined.graph))
+
+
+def _run_in_parts(work: Work, batch: Batch) -> None:
+    made = functools.partial(InParts, batch=batch, guards=work.captured.guards)
+    made(work.dense).check(work.captured.example, work.options.precision is not None)
+    work.batch, work.in_parts = batch, made
 
 
 def drop_padded_tokens(work: Work) -> None:
@@ -178,7 +190,7 @@ def drop_padded_tokens(work: Work) -> None:
     if work.options.padding != "drop":
         return
     with _recorded("padding", work.inlined) as record:
-        weights = _at_inference(work, "padding is dropped")
+        _at_inference(work, "padding is dropped")
         _check_effects(work.captured, "padding is kept")
         if work.captured.has_objects:
             raise Miss("values go to an object among the arguments (a KV cache), where a later call may read padding")
@@ -186,13 +198,18 @@ def drop_padded_tokens(work: Work) -> None:
         if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
             raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))
         unpadded = drop_padding(work.inlined)
-        unmasked = unmask(work.inlined, unpadded.validities)
-        kind = Unpadding if devices == {torch.device("cpu")} else UnpaddingOnCuda
-        more: dict[str, Any] = {"recorder": work.recorder, "in_parts": work.in_parts}
-        made = kind(work.dense, unpadded, unmasked, weights, work.options.precision, **more)
-        made.check(work.captured.example)
-        work.unpadding = made
+        _run_unpadded(work, unpadded, unmask(work.inlined, unpadded.validities))
     work.stages.append(record)
+
+
+def _run_unpadded(work: Work, unpadded: Unpadded, unmasked: Unmasked) -> None:
+    assert work.weights is not None
+    on_cuda = any(tensor.device.type == "cuda" for tensor in work.captured.example)
+    more: dict[str, Any] = {"recorder": work.recorder, "in_parts": work.in_parts}
+    kind = UnpaddingOnCuda if on_cuda else Unpadding
+    made = kind(work.dense, unpadded, unmasked, work.weights, work.options.precision, **more)
+    made.check(work.captured.example)
+    work.unpadded, work.unmasked, work.unpadding = unpadded, unmasked, made
 
 
 # The way of every graph. Nothing else touches it on its way.
@@ -224,35 +241,66 @@ def compile(captured: Captured, rules: Sequence[Rule], options: Options | None =
     return _compiled(work, start)
 
 
-def _compiled(work: Work, start: float) -> Compiled:
+def resume(captured: Captured, finished: Finished, options: Options, tell: Callable[[], History]) -> Compiled:
+    """Makes programs of graphs that another process took through `STEPS`, and checks them on the example as ever.
+
+    Args:
+        captured: its module has the inputs alone.
+        tell: what takes the captured graph through `STEPS` again, for those who ask what was done.
+
+    Raises:
+        Miss: a check on the example fails.
+    """
+    start = time.perf_counter()
+    work = Work.of(captured, (), options)
+    work.inlined, work.assumes = finished.dense, dict(finished.assumes)
+    with part("make programs"):
+        lower_whole(work)
+        if finished.batch is not None:
+            _run_in_parts(work, finished.batch)
+        if finished.unpadded is not None and finished.unmasked is not None:
+            _run_unpadded(work, finished.unpadded, finished.unmasked)
+    return _compiled(work, start, tell)
+
+
+def _compiled(work: Work, start: float, tell: Callable[[], History] | None = None) -> Compiled:
     weights, precision = work.weights, work.options.precision
+    dense, example = work.dense, work.captured.example
     return Compiled(
-        run=work.unpadding or work.in_parts(work.dense),
-        dense=work.dense,
+        run=work.unpadding or work.in_parts(dense),
+        dense=dense,
         unpadding=work.unpadding,
-        module=work.module,
-        inlined=work.inlined,
-        before=work.before,
-        after=work.after,
-        stages=work.stages,
-        parts=work.parts,
+        tell=tell or work.history,
         seconds=time.perf_counter() - start,
         stochastic=is_stochastic(work.inlined.graph),
         derived_bytes=weights.nbytes() if weights else 0,
-        peak_bytes=work.dense.peak_bytes(*work.captured.example) if weights else None,
-        kernels=work.dense.kernels,
+        measure=lambda: _peak_bytes(dense, example) if weights else None,
+        kernels=dense.kernels,
         weights=weights,
+        finished=_finished(work),
         recorder=work.recorder,
         precision=precision.name if precision and weights else None,
     )
 
 
-def _at_inference(work: Work, what: str) -> Weights:
+def _finished(work: Work) -> Finished | None:
+    """What another process would make programs of: on a CPU, without gradients."""
+    on_cpu = all(tensor.device.type == "cpu" for tensor in work.captured.example)
+    if not on_cpu or work.weights is None:
+        return None
+    return Finished(work.inlined, work.assumes, work.batch, work.unpadded, work.unmasked)
+
+
+def _peak_bytes(dense: Program, example: Sequence[torch.Tensor]) -> int:
+    with torch.inference_mode(False), torch.no_grad():
+        return dense.peak_bytes(*example)
+
+
+def _at_inference(work: Work, what: str) -> None:
     if work.weights is None:
         raise Miss(f"gradients are enabled; {what} at inference only")
     if is_stochastic(work.inlined.graph):
         raise Miss(f"the graph draws random numbers; {what} at inference only")
-    return work.weights
 
 
 def _check_effects(captured: Captured, what: str) -> None:

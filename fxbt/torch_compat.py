@@ -7,31 +7,22 @@ to 2.14 differ, the difference is made up for here.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import sympy
 import torch
-import torch._dynamo.config as dynamo_config
-import torch.export._trace as export_trace  # torch.export itself loads it at its first call, in 0.5 s
 import torch.fx._symbolic_trace as fx_trace
 import torch.fx.experimental._config as fx_config
 from torch import SymInt, Tensor
 
 # Versions and kinds of dicts and tensors, as dynamo's guards compare them: some 30 ns each.
 from torch._C._dynamo.guards import TensorGuards, dict_version
-
-# Functions that torch decomposes by Python, which are stood in for while a model is traced.
-from torch._decomp import decompositions
-
-# Where a size comes from that no input tells.
-from torch._dynamo.source import ConstantSource
-
-# Marks of scopes (autocast, no_grad) that torch.export leaves in a graph.
-from torch._functorch import predispatch
 
 # The types of aten ops: `torch.ops.aten.add.Tensor` is one, `torch.ops.aten.add` a packet of them.
 from torch._ops import OpOverload, OpOverloadPacket
@@ -50,7 +41,7 @@ from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 
 # Symbolic sizes: what is known of them without a guard, and the errors where a guard would be needed.
-from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental import proxy_tensor, symbolic_shapes
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -66,7 +57,6 @@ from torch.fx.experimental.symbolic_shapes import (
 
 # Values of a graph computed again, without data.
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.nn.attention.varlen import varlen_attn
 
 # Flattening of arguments and outputs: torch.utils.pytree has no register_dataclass, nor `LeafSpec` of all versions.
 from torch.utils import _pytree as pytree
@@ -81,6 +71,35 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 # Raised through autograd to end a recomputation early: none of our failures.
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
+
+if TYPE_CHECKING:
+    import torch._dynamo.config as dynamo_config
+    import torch.export._trace as export_trace
+    from torch._decomp import decompositions
+    from torch._functorch import predispatch
+
+    EXPORTS_FLAGS: tuple[Any, str]
+
+# What a capture needs, and nothing else: loaded when it is asked for the first time, in some 0.3 s.
+_AT_A_CAPTURE = {
+    "dynamo_config": "torch._dynamo.config",
+    "export_trace": "torch.export._trace",  # torch.export itself loads it at its first call
+    # Functions that torch decomposes by Python, which are stood in for while a model is traced.
+    "decompositions": "torch._decomp.decompositions",
+    # Marks of scopes (autocast, no_grad) that torch.export leaves in a graph.
+    "predispatch": "torch._functorch.predispatch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `_AT_A_CAPTURE`, or the place `EXPORTS_FLAGS` that a trace patches."""
+    if name == "EXPORTS_FLAGS":
+        return importlib.import_module(_AT_A_CAPTURE["export_trace"]), "_compiling_state_context"
+    if name not in _AT_A_CAPTURE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = module = importlib.import_module(_AT_A_CAPTURE[name])
+    return module
+
 
 SIZES_LOG = "torch.fx.experimental.symbolic_shapes"  # torch's logger of guards
 FAKES_LOG = "torch._subclasses.fake_tensor"
@@ -118,7 +137,6 @@ CHECKPOINT = (
 )
 IS_COMPILING = (torch.compiler, "_is_compiling_flag")
 IS_EXPORTING = (torch.compiler, "_is_exporting_flag")
-EXPORTS_FLAGS = (export_trace, "_compiling_state_context")
 NEW_PATCHER = (fx_trace, "_new_patcher")
 IS_FX_TRACING = (fx_trace, "_is_fx_tracing_flag")  # torch 2.14 has one for each thread, by another name
 IS_FX_TRACING_OF_ALL_THREADS = hasattr(*IS_FX_TRACING)
@@ -274,7 +292,12 @@ def _frozen(shape_env: ShapeEnv, check: Callable[[Any, Any], None]) -> Iterator[
         vars(environment).update({"_check_frozen": before} if before else {})
 
 
-_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
+@functools.cache
+def _varlen_attn() -> tuple[Any, bool]:
+    """torch's function, whose module takes 50 ms to load, and whether it takes groups of heads: from torch 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def varlen_attention(
@@ -286,9 +309,10 @@ def varlen_attention(
 
     Shapes: query (tokens, heads, head_dim), key and value (tokens, key_heads, head_dim); as the result, query's.
     """
-    if _TAKES_GROUPS:
+    attend, takes_groups = _varlen_attn()
+    if takes_groups:
         options["enable_gqa"] = enable_gqa
-    return varlen_attn(query, key, value, *args, **options)
+    return attend(query, key, value, *args, **options)
 
 
 _attention = torch._C._nn.scaled_dot_product_attention  # while another stands in the public name's place
@@ -363,6 +387,7 @@ def compile_by_inductor(graph_module: torch.fx.GraphModule, tensors: Sequence[Te
     Args:
         tensors: an example of its inputs, whose strides it is compiled for.
     """
+    from torch._dynamo.source import ConstantSource
     from torch._inductor import standalone_compile  # loads Triton: only where something is compiled
 
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False, specialize_zero_one=False))
@@ -385,26 +410,40 @@ def compile_by_inductor(graph_module: torch.fx.GraphModule, tensors: Sequence[Te
 
 
 def environment_of(
-    sizes: Mapping[sympy.Symbol, tuple[int, int, int | None]], facts: Sequence[sympy.Basic]
+    sizes: Mapping[sympy.Symbol, tuple[int | None, int, int | None]], facts: Sequence[sympy.Basic]
 ) -> tuple[ShapeEnv, dict[sympy.Symbol, torch.SymInt]]:
     """An environment of sizes, as a trace leaves one, and each size in it.
 
     Torch's own `add_backed_var_to_val` and its like go by another name in each version.
 
     Args:
-        sizes: a symbol's value in the example, the least that it can be and the most (None: anything).
+        sizes: a symbol's value in the example (None: no input tells it), the least that it can be and the most (None:
+            anything).
         facts: what guards say about them.
     """
+    from torch._dynamo.source import ConstantSource  # where a size comes from
+
     environment: Any = ShapeEnv()
     values = environment.backed_var_to_val if hasattr(environment, "backed_var_to_val") else environment.var_to_val
     made = {}
     for symbol, (hint, lower, upper) in sizes.items():
-        values[symbol] = sympy.Integer(hint)
         environment.var_to_range[symbol] = ValueRanges(lower, int_oo if upper is None else upper)
-        environment.var_to_sources[symbol] = [ConstantSource(symbol.name)]
+        if hint is not None:
+            values[symbol] = sympy.Integer(hint)
+            environment.var_to_sources[symbol] = [ConstantSource(symbol.name)]
         made[symbol] = environment.create_symintnode(symbol, hint=hint)
     environment.guards += [ShapeGuard(fact, SLoc("stored", None), False) for fact in facts]
     return environment, made
+
+
+@contextlib.contextmanager
+def frames_unread() -> Iterator[None]:
+    """Where torch asks for the user's line of code in this block, for its logs, no file is passed over.
+
+    To know which are, it loads torch.export and the partitioners of autograd, in 0.3 s.
+    """
+    with mock.patch.object(symbolic_shapes, "uninteresting_files", frozenset):
+        yield
 
 
 def fake_like(value: Tensor, mode: FakeTensorMode, device: torch.device) -> FakeTensor:

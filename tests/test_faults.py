@@ -49,7 +49,7 @@ STAGES = {
     "hooks": (dispatch, "foreign_hook"),
     "preserved": (dispatch, "preserved"),
     "arguments": (dispatch, "Arguments"),
-    "capture": (making, "capture"),
+    "capture": (making, "_captured"),
     "compile": (pipeline, "compile"),
     "canonicalize": (pipeline, "canonicalize"),
     "rules": (pipeline, "run_stage"),
@@ -134,7 +134,7 @@ def test_a_users_interrupt_passes_through(monkeypatch: pytest.MonkeyPatch) -> No
         raise KeyboardInterrupt
 
     fast: Any = fxbt.optimize(Net().eval())
-    monkeypatch.setattr(making, "capture", interrupted)
+    monkeypatch.setattr(making, "_captured", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fast(X)
     monkeypatch.undo()

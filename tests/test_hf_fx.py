@@ -7,7 +7,7 @@ from torch import nn
 
 from fxbt.capture.call import make_call
 from fxbt.capture.capture import capture
-from fxbt.capture.hf_fx import hf_fx_missing
+from fxbt.capture.tracers import hf_fx_missing
 from fxbt.errors import CaptureError
 from fxbt.optimize import optimize
 

@@ -16,7 +16,7 @@ from fxbt.capture.effects import Effects
 from fxbt.explain.report import Report
 from fxbt.graph.miss import Miss
 from fxbt.graph.record import Rewrite, Snapshot, StageRecord
-from fxbt.runtime.compiled import Compiled
+from fxbt.runtime.compiled import Compiled, History
 
 
 def miss(rule: str, where: str, reason: str, expected: str = "", found: str = "", **more: Any) -> Miss:
@@ -50,23 +50,20 @@ def filled(misses: list[Miss] | None = None, fired: tuple[str, ...] = ("encoder.
 def add(report: Report, misses: list[Miss], fired: tuple[str, ...] = (), signature: str = "x: f32[2, 3]") -> None:
     before, after = graph(torch.relu, "encoder.layer.3"), graph(torch.abs, "encoder.layer.1")
     module = fx.GraphModule(nn.Module(), after)
+    stages = [
+        StageRecord("attention", list(fired), [], misses, seconds=0.02, nodes_before=30, nodes_after=25),
+        StageRecord("qkv", seconds=0.001, nodes_before=25, nodes_after=25),
+    ]
+    history = History(module, module, Snapshot(before), Snapshot(after), stages, StageRecord("parts", [""]))
     compiled = Compiled(
         run=module,
         dense=SimpleNamespace(replay=None, regions=[]),  # type: ignore[arg-type]
         unpadding=None,
-        module=module,
-        inlined=module,
-        before=Snapshot(before),
-        after=Snapshot(after),
-        stages=[
-            StageRecord("attention", list(fired), [], misses, seconds=0.02, nodes_before=30, nodes_after=25),
-            StageRecord("qkv", seconds=0.001, nodes_before=25, nodes_after=25),
-        ],
-        parts=StageRecord("parts", [""]),
+        tell=lambda: history,
         seconds=0.5,
         stochastic=False,
         derived_bytes=3 * 2**20,
-        peak_bytes=5 * 2**20,
+        measure=lambda: 5 * 2**20,
         kernels={},
         weights=None,
     )

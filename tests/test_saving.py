@@ -71,13 +71,13 @@ class Remembering(nn.Module):
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the models that were captured."""
     seen: list[str] = []
-    original = fxbt.making.capture
+    original = fxbt.making._captured
 
     def counted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         seen.append(type(model).__name__)
         return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(fxbt.making, "capture", counted)
+    monkeypatch.setattr(fxbt.making, "_captured", counted)
     return seen
 
 
@@ -460,8 +460,8 @@ from transformers import BertConfig, BertModel
 
 torch.set_num_threads(1)
 seen = []
-original = fxbt.making.capture
-fxbt.making.capture = lambda *args, **kwargs: (seen.append(1), original(*args, **kwargs))[1]
+original = fxbt.making._captured
+fxbt.making._captured = lambda *args, **kwargs: (seen.append(1), original(*args, **kwargs))[1]
 sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50)
 
 

@@ -13,15 +13,14 @@ from ..errors import CaptureError
 from ..progress import part
 from .attempts import Axes, fresh, run_forward
 from .call import Call
+from .captured import Captured
 from .equal_layers import graph_difference, one_by_one
-from .export import Captured, capture_export
+from .export import capture_export
 from .hf_fx import capture_hf_fx
 from .model_state import ModelState, Slot, preserved
 from .settings import numpy_unmoved
 from .surroundings import Surroundings
 from .trace_errors import capture_error
-
-TRACERS = ("auto", "export", "hf-fx")
 
 
 def capture(

@@ -13,18 +13,19 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
 
 from ..errors import CaptureError
 from ..torch_compat import preserving_version
 from .call import Call
 from .codes import is_torchs
 from .model_state import Slot, versions
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 aten = torch.ops.aten
 
@@ -143,6 +144,8 @@ def kept(slots: Sequence[Slot]) -> Iterator[None]:
 
 def written_names(program: ExportedProgram) -> list[str]:
     """The buffers that a program without in-place writes has new values of, in the order of its outputs."""
+    from torch.export.graph_signature import OutputKind  # a graph from disk needs nothing of torch.export
+
     specs = program.graph_signature.output_specs
     return [str(spec.target) for spec in specs if spec.kind is OutputKind.BUFFER_MUTATION]
 

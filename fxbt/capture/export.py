@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
-import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
@@ -25,6 +24,7 @@ from . import own_autograd
 from .attempts import Attempt, Axes, attempts, number_indices
 from .caches import growing_axes, same_lengths
 from .call import Call
+from .captured import Captured
 from .checkpointing import mark_blocks
 from .constant_inputs import Constants, constant, knowing
 from .containers import Arguments, Given, named_leaves
@@ -44,28 +44,6 @@ from .value_branches import Answer, Followed
 logger = logging.getLogger("fxbt")
 _CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, Given)
 _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-
-
-@dataclass
-class Captured:
-    """A captured graph. Its placeholders are the call's tensors in order; its output is a flat tuple of values.
-
-    Those of its `effects` on the model come after both.
-    """
-
-    module: fx.GraphModule
-    out_spec: pytree.TreeSpec
-    guards: Callable[..., None]  # guards(*tensors) raises AssertionError naming the condition that does not hold
-    example: tuple[Tensor, ...]  # of all placeholders
-    assumed: list[sympy.Basic]  # of the sizes of inputs, which the guards assert
-    fixed: dict[int, Tensor] = field(default_factory=dict)  # the inputs, by number, whose values the guards compare
-    read: list[Constant] = field(default_factory=list)  # tensors of the model whose values the guards compare
-    seconds: float = 0.0
-    effects: Effects = field(default_factory=Effects)
-    copied: int = 0  # layers that were not traced, as an equal one was
-    has_objects: bool = False  # among the call's arguments, which forward may change
-    is_stored: bool = False  # another process captured it
-    growing: tuple[int, ...] = ()  # the inputs that such an object holds a longer tensor for afterwards
 
 
 @dataclass

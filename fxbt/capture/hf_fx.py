@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,21 +12,9 @@ from ..errors import CaptureError
 from ..torch_compat import pytree
 from .attempts import run_forward
 from .call import Call
-from .export import Captured, capture_export
+from .captured import Captured
+from .export import capture_export
 from .guards import assertions
-
-
-def hf_fx_missing() -> str | None:
-    """Why tracer="hf-fx" cannot be used here; None where it can."""
-    try:
-        from transformers.utils import fx as _  # noqa: F401
-    except ImportError:
-        if importlib.util.find_spec("transformers") is None:
-            return 'tracer="hf-fx" needs transformers 4.x, which is not installed; use tracer="export"'
-        version = importlib.metadata.version("transformers")
-        return f'tracer="hf-fx" needs transformers.utils.fx, which transformers {version} does not have (4.x did); \
-use tracer="export"'
-    return None
 
 
 def capture_hf_fx(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> Captured:

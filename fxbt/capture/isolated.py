@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 from ..torch_compat import (
-    EXPORTS_FLAGS,
     IS_COMPILING,
     IS_EXPORTING,
     IS_FX_TRACING,
@@ -147,6 +146,8 @@ def isolated() -> Iterator[None]:
         >>> with isolated():
         ...     torch.export.export(model, (x,), strict=False)
     """
+    from ..torch_compat import EXPORTS_FLAGS  # loads what no graph from disk needs
+
     with (
         mock.patch.object(*NEW_PATCHER, _own_patcher),
         mock.patch.object(*EXPORTS_FLAGS, _own_flags),

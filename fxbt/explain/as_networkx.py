@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx
 import torch
 from torch import fx
 
 from ..graph.miss import module_path
 from ..graph.record import RULE
 from .show import op_name
+
+if TYPE_CHECKING:
+    import networkx
 
 
 def as_networkx(graph: fx.Graph) -> networkx.DiGraph:
@@ -20,6 +22,8 @@ def as_networkx(graph: fx.Graph) -> networkx.DiGraph:
         >>> sorted(as_networkx(graph).predecessors("linear"))
         ['bias', 'weight', 'x']
     """
+    import networkx  # only here: it takes 0.1 s to load
+
     result = networkx.DiGraph()
     for node in graph.nodes:
         result.add_node(node.name, **_description(node))

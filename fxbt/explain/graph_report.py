@@ -8,9 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx
 from torch import fx
 
 from ..capture.outputs import paths
@@ -22,6 +21,9 @@ from ..runtime.race import Races
 from ..torch_compat import pytree
 from . import show
 from .as_networkx import as_networkx
+
+if TYPE_CHECKING:
+    import networkx
 
 _NEAR = 0.25  # of a pattern: where a rule fires elsewhere, a place with less of it is another thing altogether
 _ASKED = re.compile(r"\boutput_(\w+)=True")  # what a call asked to be returned: output_attentions=True

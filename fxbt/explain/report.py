@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ..capture.export import Captured
+from ..capture.captured import Captured
 from ..graph.miss import Miss
 from ..graph.record import StageRecord
 from ..lower.spill import Spilled

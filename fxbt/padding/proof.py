@@ -61,7 +61,7 @@ class AttentionMask:
         sizes = sizes_of(node)
         inner = tuple(sympy.Integer(0) if size == 1 else at for size, at in zip(sizes, self.index[-rank:], strict=True))
         constants = read_constants(node)
-        self.assumes = {str(constant.target) for constant, content in constants.items() if _is_read(content)}
+        self.assumes = {str(constant.target) for constant, content in constants.items() if is_read(content)}
         try:
             self.value = evaluate(node, inner, constants)
         except Opaque as error:
@@ -207,7 +207,7 @@ def attention_masks(graph: fx.Graph) -> dict[fx.Node, AttentionMask]:
     return {mask: AttentionMask(mask) for mask in dict.fromkeys(masks) if isinstance(mask, fx.Node)}
 
 
-def _is_read(content: torch.Tensor) -> bool:
+def is_read(content: torch.Tensor) -> bool:
     """Whether `masks` looks at a constant's content: a number or a square."""
     return content.numel() == 1 or (content.dim() > 1 and content.shape[-1] == content.shape[-2])
 

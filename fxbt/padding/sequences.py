@@ -6,6 +6,7 @@ not, nor one that computes with the number of sequences.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections import Counter
@@ -34,12 +35,40 @@ COUNTING = VIEWS - SELECTIONS | CASTS
 
 @dataclass(frozen=True)
 class Batch:
-    """A graph whose inputs and outputs have the batch as their first axis, where they have it at all."""
+    """A graph whose inputs and outputs have the batch as their first axis, where they have it at all.
+
+    Attributes:
+        values_of_sizes: (bytes, how many values are so large), over the `symbols` of the inputs' sizes.
+        returned_of_sizes: the bytes of the outputs.
+        symbols: of the inputs' sizes, one after the other.
+    """
 
     inputs: list[bool]
     outputs: list[bool]
-    values: Callable[..., list[tuple[int, int]]]  # sizes of the inputs -> (bytes, how many values are so large)
-    returned: Callable[..., int]  # sizes of the inputs -> bytes of the outputs
+    values_of_sizes: list[tuple[sympy.Expr, int]]
+    returned_of_sizes: sympy.Expr
+    symbols: list[sympy.Symbol]
+
+    @staticmethod
+    def symbols_of(inputs: Sequence[fx.Node]) -> list[sympy.Symbol]:
+        """A symbol for each size of the inputs; one of its own for a number."""
+        sizes = [size for node in inputs if isinstance(node.meta["val"], Tensor) for size in sizes_of(node)]
+        return [size if size.is_Symbol else sympy.Dummy() for size in sizes]
+
+    def values(self, *sizes: int) -> list[tuple[int, int]]:
+        """(bytes, how many values are so large) for sizes of the inputs."""
+        *found, _ = self._functions
+        counts = [count for _, count in self.values_of_sizes]
+        return [(int(nbytes(*sizes)), count) for nbytes, count in zip(found, counts, strict=True)]
+
+    def returned(self, *sizes: int) -> int:
+        """The bytes of the outputs for sizes of the inputs."""
+        return int(self._functions[-1](*sizes))
+
+    @functools.cached_property
+    def _functions(self) -> list[Callable[..., Any]]:
+        expressions = [*(nbytes for nbytes, _ in self.values_of_sizes), self.returned_of_sizes]
+        return [_function(self.symbols, expression) for expression in expressions]
 
 
 def batch_of(graph: fx.Graph) -> Batch:
@@ -57,8 +86,7 @@ def batch_of(graph: fx.Graph) -> Batch:
     if not any(outputs):
         raise Miss("no output has the batch")
     inputs = [node in follower.axes for node in graph.find_nodes(op="placeholder")]
-    values, in_returned = follower.sizes(returned)
-    return Batch(inputs, outputs, values, in_returned)
+    return Batch(inputs, outputs, *follower.sizes(returned))
 
 
 class _Follower:
@@ -184,21 +212,16 @@ class _Follower:
             raise Miss("the batch is not the first axis of an output", node=value)
         return axes is not None
 
-    def sizes(self, returned: Sequence[Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """What values take, those that are returned apart, as functions of the inputs' sizes."""
+    def sizes(self, returned: Sequence[Any]) -> tuple[list[tuple[sympy.Expr, int]], sympy.Expr, list[sympy.Symbol]]:
+        """What values take, those that are returned apart, over the symbols of the inputs' sizes."""
         out = {value for value in returned if isinstance(value, fx.Node) and value in self.axes}
         made = [node for node in self.axes if node.op == "call_function"]
         others = [node for node in made if node not in out and node.target not in VIEWS and len(tensors_of(node)) == 1]
         count = Counter(_bytes(node) for node in others)
-        expressions = [*count, sum(map(_bytes, out), sympy.Integer(0))]
-        symbols = [[size if size.is_Symbol else sympy.Dummy() for size in sizes_of(node)] for node in self._inputs]
-        given = {symbol for sizes in symbols for symbol in sizes}
-        if unknown := set().union(*(expression.free_symbols for expression in expressions)) - given:
+        total, symbols = sum(map(_bytes, out), sympy.Integer(0)), Batch.symbols_of(self._inputs)
+        if unknown := set().union(*(each.free_symbols for each in (*count, total))) - set(symbols):
             raise Miss("sizes that the inputs' do not tell", found=str(unknown))
-        flat = [symbol for sizes in symbols for symbol in sizes]
-        *found, last = (_function(flat, expression) for expression in expressions)
-        counts = list(count.values())
-        return lambda *at: [(int(f(*at)), n) for f, n in zip(found, counts, strict=True)], last
+        return list(count.items()), total, symbols
 
 
 def _bytes(node: fx.Node) -> Any:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..capture import outputs
 from ..capture.call import Call
+from ..capture.captured import Captured
 from ..capture.containers import Arguments
 from ..capture.effects import Effects
-from ..capture.export import Captured
 from ..capture.model_state import ModelState, preserved, versions
 from ..capture.number_inputs import Numbers, as_tensor
 from ..progress import part

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..graph.miss import Miss
 from ..graph.record import Snapshot, StageRecord, hits_of
@@ -15,32 +16,84 @@ from ..lower.cuda.graphs import Recorder, Replay
 from ..lower.derived_weights import Weights
 from ..lower.program import Program
 from ..lower.spill import Spilled
+from .finished import Finished
 from .unpadding import Unpadding
 
 
 @dataclass
-class Compiled:
-    """A graph ready to run, and the record of how it came to be."""
+class History:
+    """How a graph came to be: what each step did, and the graph before and after."""
 
-    run: Callable[..., tuple[Any, ...]]
-    dense: Program
-    unpadding: Unpadding | None  # `run`, if it can drop padding
     module: fx.GraphModule
     inlined: fx.GraphModule  # what was lowered; misses name its nodes
     before: Snapshot
     after: Snapshot
     stages: list[StageRecord]
     parts: StageRecord  # of what lets large batches run in parts
+
+
+@dataclass
+class Compiled:
+    """A graph ready to run, and the record of how it came to be, which `tell` makes where another process did it all.
+
+    Attributes:
+        run: what serves calls.
+        unpadding: `run`, if it can drop padding.
+        measure: the most bytes that the captured call's values hold at once.
+        weights: what the programs derive, without gradients.
+        finished: what another process would make programs of.
+    """
+
+    run: Callable[..., tuple[Any, ...]]
+    dense: Program
+    unpadding: Unpadding | None
+    tell: Callable[[], History]
     seconds: float
     stochastic: bool
     derived_bytes: int
-    peak_bytes: int | None  # of what the captured call computes, without gradients
+    measure: Callable[[], int | None]
     kernels: dict[str, str]
-    weights: Weights | None  # what the programs derive, without gradients
+    weights: Weights | None
+    finished: Finished | None = None
     recorder: Recorder | None = None  # of CUDA graphs, where that was asked for
     precision: str | None = None  # of linears, if it is not the model's own
     error: float | None = None  # of the outputs against the original's, in another precision
     spilled: Spilled | None = None  # what went from memory to a file
+
+    @cached_property
+    def history(self) -> History:
+        """How it came to be."""
+        return self.tell()
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The graph as the rules left it."""
+        return self.history.module
+
+    @property
+    def before(self) -> Snapshot:
+        """The graph as it was captured."""
+        return self.history.before
+
+    @property
+    def after(self) -> Snapshot:
+        """The graph as the rules left it, as records of its nodes."""
+        return self.history.after
+
+    @property
+    def stages(self) -> list[StageRecord]:
+        """What each step did, in the order they ran."""
+        return self.history.stages
+
+    @property
+    def parts(self) -> StageRecord:
+        """A hit if large batches run part after part, else the miss that says why not."""
+        return self.history.parts
+
+    @cached_property
+    def peak_bytes(self) -> int | None:
+        """The most memory that the captured call's values hold at once; None with gradients."""
+        return self.measure()
 
     @property
     def serve(self) -> Callable[..., tuple[Any, ...]]:
@@ -74,10 +127,16 @@ class Compiled:
             self.unpadding.forget_recordings()
         if self.weights is not None:
             self.weights.rebind(pairs)
-        for part in (*self.module.modules(), *self.inlined.modules()):
+        for part in self._modules():
             for attributes in (vars(part), part._parameters, part._buffers):
                 held: dict[str, Any] = {name: pairs[id(v)] for name, v in attributes.items() if id(v) in pairs}
                 attributes.update(held)
+
+    def _modules(self) -> list[nn.Module]:
+        """All that holds tensors of the model by their names, beside programs."""
+        graphs = [] if self.finished is None else self.finished.graphs
+        told = [self.module, self.history.inlined] if "history" in vars(self) else []
+        return [part for module in (*graphs, *told) for part in module.modules()]
 
     @property
     def replays(self) -> list[Replay]:

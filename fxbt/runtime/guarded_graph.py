@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.call import Call
+from ..capture.captured import Captured
 from ..capture.effects import Effects
-from ..capture.export import Captured
 from ..capture.locks import LOCK
 from ..capture.model_state import ModelState
 from ..capture.number_inputs import as_tensor

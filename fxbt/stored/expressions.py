@@ -19,7 +19,7 @@ _FUNCTIONS: dict[str, Any] = {
     **{kind.__name__: kind for kind in (sympy.Add, sympy.Mul, sympy.Pow, sympy.And, sympy.Or, sympy.Not)},
     **{kind.__name__: kind for kind in (sympy.Eq, sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge)},
 }
-_SYMBOL = re.compile(r"s[0-9]{1,6}")
+_SYMBOL, _COUNT = re.compile(r"s[0-9]{1,6}"), re.compile(r"u[0-9]{1,6}")
 _MOST = 2**63  # of a number's magnitude
 _MOST_EXPONENT = 8
 _MOST_ARGUMENTS = 64
@@ -42,7 +42,7 @@ def written(expression: Any) -> Any:
         return bool(expression)
     if isinstance(expression, sympy.Integer):
         return int(expression)
-    if isinstance(expression, sympy.Symbol) and is_symbol(expression.name):
+    if isinstance(expression, sympy.Symbol) and (is_symbol(expression.name) or is_count(expression.name)):
         return expression.name
     name = type(expression).__name__
     if _FUNCTIONS.get(name) is not type(expression):
@@ -80,6 +80,11 @@ def read(text: Any, symbols: dict[str, sympy.Symbol], depth: int = 0) -> Any:
 def is_symbol(name: Any) -> bool:
     """Whether a file may call a size so."""
     return type(name) is str and _SYMBOL.fullmatch(name) is not None
+
+
+def is_count(name: Any) -> bool:
+    """Whether a file may call a size so that no input tells, such as the number of tokens."""
+    return type(name) is str and _COUNT.fullmatch(name) is not None
 
 
 def _bounded(number: int) -> int:

@@ -1,6 +1,7 @@
 """Where stored graphs lie, and how they are called: flat files of a folder, replaced whole, found by parts of names.
 
-A file has two lines of JSON: what the graph rests on, then the graph. Neither can run code when it is read.
+A file has two or three lines of JSON: what the graph rests on, the graph as it was captured, and what it became. None
+can run code when it is read.
 """
 
 from __future__ import annotations
@@ -59,15 +60,15 @@ class Folder:
         except OSError as error:
             raise Malformed(str(error)) from error
 
-    def write(self, signature: str, conditions: Conditions, graph: str) -> Path:
-        """Writes a graph, as text, with what it rests on.
+    def write(self, signature: str, conditions: Conditions, graph: str, finished: str = "") -> Path:
+        """Writes a graph, as text, with what it rests on, and what it became, if that is known.
 
         Raises:
             OSError: nothing can be written.
         """
         name = f"graph-{signature}-{conditions.digest()}-{digest(graph)}.json"
         head = json.dumps({"format": FORMAT, **asdict(conditions)}, separators=(",", ":"))
-        data = f"{head}\n{graph}\n".encode()
+        data = "".join(f"{line}\n" for line in (head, graph, finished) if line).encode()
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
             return cache.write_to(self.path, name, data)
@@ -100,7 +101,17 @@ def graph_in(data: bytes) -> dict[str, Any]:
     Raises:
         Malformed: there is none.
     """
-    return _json(data.partition(b"\n")[2])
+    return _json(data.partition(b"\n")[2].partition(b"\n")[0])
+
+
+def finished_in(data: bytes) -> dict[str, Any] | None:
+    """What a graph became, as `runtime.finished.read` takes it; None where the file has the captured graph alone.
+
+    Raises:
+        Malformed: there is something else.
+    """
+    text = data.partition(b"\n")[2].partition(b"\n")[2]
+    return _json(text) if text else None
 
 
 def _json(data: bytes) -> dict[str, Any]:

@@ -5,8 +5,6 @@ What a call returns is not written: its structure is what the original returned 
 
 from __future__ import annotations
 
-import keyword
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,21 +13,18 @@ from torch import SymInt, Tensor, fx, nn
 from ..capture.attempts import fresh
 from ..capture.caches import growing_axes
 from ..capture.call import Call
-from ..capture.checkpointing import regions_of
+from ..capture.captured import Captured
 from ..capture.containers import Given
 from ..capture.effects import Buffer, Effects, check_buffers
-from ..capture.export import Captured
 from ..capture.guards import and_values, environment_of_inputs, guards_of, sizes_of_inputs
 from ..capture.size_scalars import Constant
-from ..torch_compat import pytree
+from ..torch_compat import LazyGraphModule, pytree
 from . import expressions
 from .errors import Malformed, Unstorable, checked
-from .operations import name_of, operation
+from .nodes import LENGTH, NodesReader, is_alike, name_in, path_in, written_node
 from .tensors import own_tensor, read_tensor, written_tensor
-from .values import KindsReader, KindsWriter, Table, read_argument, written_argument, written_sizes
+from .values import KindsReader, KindsWriter, Table, written_sizes
 
-_OPS = ("placeholder", "get_attr", "call_function", "output")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")  # a graph's names stand in the Python that is made of it
 _NAMES = ("class", "sizes", "assumed", "fixed", "read", "buffers", "constants", "kinds", "texts", "nodes")
 
 
@@ -76,17 +71,9 @@ def _attribute(module: fx.GraphModule, path: str) -> Any:
 
 
 def _written_node(node: fx.Node, places: dict[fx.Node, int], writer: KindsWriter, texts: Table) -> list[Any]:
-    if node.op not in _OPS or regions_of(node):
-        raise Unstorable(f"%{node.name} is a {node.op}{' to be recomputed' if regions_of(node) else ''}")
-    target = name_of(node.target) if node.op == "call_function" else str(node.target)
     stack = [[key, *map(str, entry)] for key, entry in (node.meta.get("nn_module_stack") or {}).items()]
     return [
-        node.op,
-        node.name,
-        target,
-        [written_argument(argument, places) for argument in node.args],
-        {name: written_argument(argument, places) for name, argument in node.kwargs.items()},
-        writer.place(node.meta["val"]) if "val" in node.meta else None,
+        *written_node(node, places, writer),
         texts.place(stack) if stack else None,
         texts.place(node.meta["stack_trace"]) if node.meta.get("stack_trace") else None,
     ]
@@ -95,8 +82,12 @@ def _written_node(node: fx.Node, places: dict[fx.Node, int], writer: KindsWriter
 # Reading
 
 
-def read_graph(text: Any, model: nn.Module, call: Call, expected: tuple[list[Any], pytree.TreeSpec]) -> Captured:
+def read_graph(
+    text: Any, model: nn.Module, call: Call, expected: tuple[list[Any], pytree.TreeSpec], is_whole: bool = True
+) -> Captured:
     """What `written_graph` made, as a graph of `model` for a call that returns what is `expected`, flattened.
+
+    If it is not to be whole, its module has the inputs alone.
 
     Raises:
         Malformed: it is none of fxbt's, or another model's.
@@ -105,12 +96,13 @@ def read_graph(text: Any, model: nn.Module, call: Call, expected: tuple[list[Any
     parts = checked(text, dict)
     if set(parts) != set(_NAMES):
         raise Malformed("a graph's parts are not what they are in this version")
-    kinds = KindsReader(parts["kinds"], parts["sizes"], parts["assumed"])
-    module = _module(parts, kinds, model)
+    kinds = KindsReader(parts["kinds"], parts["sizes"], parts["assumed"], [])
+    module = (_module if is_whole else _inputs)(parts, kinds, model)
     buffers = _buffers(parts["buffers"], model)
     placeholders = module.graph.find_nodes(op="placeholder")
     _check_inputs(placeholders, [*call.tensors, *(buffer.tensor for buffer in buffers)])
-    _set_given(module, expected[0], len(buffers))
+    if is_whole:
+        _set_given(module, expected[0], len(buffers))
     fixed = {checked(place, int): read_tensor(tensor) for place, tensor in _pairs(parts["fixed"])}
     if any(place not in range(len(call.tensors)) for place in fixed):
         raise Malformed("the graph has other inputs")
@@ -144,74 +136,45 @@ def _pairs(text: Any) -> Iterable[tuple[Any, Any]]:
 
 def _module(parts: dict[str, Any], kinds: KindsReader, model: nn.Module) -> fx.GraphModule:
     attributes: dict[str, Any] = {
-        _path(name): read_tensor(tensor) for name, tensor in checked(parts["constants"], dict).items()
+        path_in(name): read_tensor(tensor) for name, tensor in checked(parts["constants"], dict).items()
     }
-    graph, nodes = fx.Graph(), list[fx.Node]()
+    reader, texts = NodesReader(kinds), checked(parts["texts"], list)
     for entry in checked(parts["nodes"], list):
-        node = _node(entry, graph, nodes, kinds, checked(parts["texts"], list))
-        nodes.append(node)
+        node = _node(entry, reader, texts)
         if node.op == "get_attr":
             attributes[str(node.target)] = _own(node, attributes, model)
-    if not nodes or [node.op for node in nodes].index("output") != len(nodes) - 1:
-        raise Malformed("a graph that does not end in what it returns")
-    graph.lint()
-    return fx.GraphModule(attributes, graph, class_name=_name(parts["class"]))
+    return LazyGraphModule(attributes, reader.done(), class_name=name_in(parts["class"]))
+
+
+def _inputs(parts: dict[str, Any], kinds: KindsReader, model: nn.Module) -> fx.GraphModule:
+    """The inputs of a graph alone: all that its guards are about."""
+    reader = NodesReader(kinds)
+    for entry in checked(parts["nodes"], list):
+        if type(entry) is list and entry[:1] == ["placeholder"]:
+            reader.add(entry[:LENGTH])
+    reader.graph.output(())
+    return LazyGraphModule({}, reader.graph, class_name=name_in(parts["class"]))
 
 
 def _own(node: fx.Node, constants: dict[str, Any], model: nn.Module) -> Tensor:
     """The tensor that a node stands for: a constant of the file's, or the model's own, of the kind that it had."""
     value = constants.get(str(node.target))
     value = own_tensor(model, str(node.target)) if value is None else value
-    if value is None or not _is_alike(value, node.meta.get("val")):
+    if value is None or not is_alike(value, node.meta.get("val")):
         raise Malformed(f"the model has no {node.target} of the kind that the graph reads")
     return value
 
 
-def _is_alike(value: Tensor, kind: Any) -> bool:
-    same_rank = isinstance(kind, Tensor) and kind.ndim == value.ndim
-    if not same_rank or (kind.dtype, kind.device) != (value.dtype, value.device):
-        return False
-    return all(isinstance(size, SymInt) or size == now for size, now in zip(kind.shape, value.shape, strict=True))
-
-
-def _name(text: Any) -> str:
-    if not _NAME.fullmatch(checked(text, str)) or keyword.iskeyword(text):
-        raise Malformed(f"a name {text[:80]!r}")
-    return str(text)
-
-
-def _path(text: Any) -> str:
-    """The name of a tensor: parts with dots between them, which may be numbers (`layers.0.weight`)."""
-    parts = checked(text, str).split(".")
-    if not all(part.isascii() and (_NAME.fullmatch(part) or part.isdigit()) for part in parts):
-        raise Malformed(f"a name {text[:80]!r}")
-    return str(text)
-
-
-def _node(entry: Any, graph: fx.Graph, nodes: list[fx.Node], kinds: KindsReader, texts: list[Any]) -> fx.Node:
-    if type(entry) is not list or len(entry) != 8 or entry[0] not in _OPS:
+def _node(entry: Any, reader: NodesReader, texts: list[Any]) -> fx.Node:
+    if type(entry) is not list or len(entry) != LENGTH + 2:
         raise Malformed("no node")
-    op, name, target, args, kwargs, kind, stack, trace = entry
-    arguments = tuple([read_argument(argument, nodes) for argument in checked(args, list)])
-    named = {_name(key): read_argument(value, nodes) for key, value in checked(kwargs, dict).items()}
-    node = graph.create_node(op, _target(op, target), arguments, named, _name(name))
-    if node.name != name:
-        raise Malformed(f"two nodes are called {name}")
-    if kind is not None:
-        node.meta["val"] = kinds.value(kind)
+    *rest, stack, trace = entry
+    node = reader.add(rest)
     if stack is not None:
         node.meta["nn_module_stack"] = _stack(_entry(texts, stack))
     if trace is not None:
         node.meta["stack_trace"] = checked(_entry(texts, trace), str)
     return node
-
-
-def _target(op: str, text: Any) -> Any:
-    if op == "call_function":
-        return operation(text)
-    if op == "get_attr":
-        return _path(text)
-    return _name(text)
 
 
 def _entry(texts: list[Any], place: Any) -> Any:

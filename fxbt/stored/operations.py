@@ -1,4 +1,7 @@
-"""The operations that a file may name: torch's that only compute, and Python's on sizes. Nothing else is looked up."""
+"""The operations that a file may name: those of torch and fxbt that only compute, and Python's on sizes.
+
+Nothing else is looked up.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..kernels import packed
 from ..torch_compat import OpOverload, OpOverloadPacket
 from .errors import Malformed, Unstorable, checked
 
@@ -21,7 +25,16 @@ _OF_PYTHON: dict[str, Callable[..., Any]] = {
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
     **{f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_not", "sym_int", "sym_float")},
 }
-_NAMES = {function: name for name, function in _OF_PYTHON.items()}
+_OF_KERNELS: dict[str, Callable[..., Any]] = {
+    **{f"packed.{name}": getattr(packed, name) for name in ("attention", "softcapped_attention", "cross_attention")},
+    **{f"packed.{name}": getattr(packed, name) for name in ("varlen_attention", "gather", "gather_rows", "unpack")},
+    **{f"packed.{name}": getattr(packed, name) for name in ("blocks", "is_zero_or_one", "is_exact", "has_tokens_of")},
+    **{f"packed.{name}": getattr(packed, name) for name in ("is_valid_between", "is_valid_at", "is_padded_right")},
+    **{f"packed.{name}": getattr(packed, name) for name in ("is_bounded", "has_no_empty_row", "has_keys_for_queries")},
+    **{f"torch.{comparison.__name__}": comparison for comparison in packed.COMPARISONS.values()},
+}
+_PLAIN = {**_OF_PYTHON, **_OF_KERNELS}
+_NAMES = {function: name for name, function in _PLAIN.items()}
 _OF_TORCH = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 _READS_FILES = frozenset(["from_file"])
 # Operations with a leading underscore are torch's own affair, but for these, which traces have.
@@ -59,7 +72,7 @@ def operation(name: Any) -> Callable[..., Any]:
     Raises:
         Malformed: no operation that a file may name is called so.
     """
-    found = _OF_PYTHON.get(checked(name, str)) or operation_of_torch(name)
+    found = _PLAIN.get(checked(name, str)) or operation_of_torch(name)
     if found is None:
         raise Malformed(f"{name[:80]} is no operation that a stored graph may call")
     return found

@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 
 from ..capture.call import Call
-from ..capture.export import Captured
+from ..capture.captured import Captured
 from ..capture.surroundings import Surroundings
 from ..errors import CaptureError
 from ..torch_compat import pytree
 from .conditions import Conditions, conditions_of, signature_of
 from .errors import Malformed, Unstorable
-from .files import Folder, conditions_in, graph_in
+from .files import Folder, conditions_in, finished_in, graph_in
 from .graphs import read_graph, written_graph
 
 logger = logging.getLogger("fxbt")
@@ -50,6 +50,7 @@ class Text:
     label: Label
     graph: str = ""
     obstacle: str = ""
+    finish: Callable[[], str] = str  # makes the text of what the graph became; "" for none
 
     @classmethod
     def of(cls, captured: Captured, model: nn.Module, label: Label) -> Text:
@@ -71,25 +72,54 @@ class Text:
         """
         if self.obstacle or self.label.conditions is None:
             raise Unstorable(self.obstacle)
-        return folder.write(self.label.signature, self.label.conditions, self.graph)
+        return folder.write(self.label.signature, self.label.conditions, self.graph, self.finish())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A graph of another process: whole as it was captured, or its inputs alone with what it became (`finished`)."""
+
+    captured: Captured
+    text: Text
+    finished: Any = None
+
+    def whole(self, model: nn.Module, call: Call, expected: Values) -> Captured:
+        """The graph as it was captured, for a call that returns what is `expected`.
+
+        Raises:
+            Malformed: it is none of fxbt's.
+        """
+        return read_graph(json.loads(self.text.graph), model, call, expected)
 
 
 class Shelf:
     """The stored graphs of one model, in a folder that may be none.
 
+    Args:
+        read: makes of a text what a graph became; None where that is for other options.
+
     Example:
-        >>> shelf = Shelf(model, Folder(), may_write=True, note=print)
+        >>> shelf = Shelf(model, Folder(), may_write=True, note=print, read=lambda text: None)
         >>> label = Label.of(model, key, around)
-        >>> captured = shelf.take(label, call, expected) or capture(model, call)
+        >>> stored = shelf.take(label, call, expected)
+        >>> captured = stored.captured if stored else capture(model, call)
     """
 
-    def __init__(self, model: nn.Module, folder: Folder | None, may_write: bool, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Folder | None,
+        may_write: bool,
+        note: Callable[[str], None],
+        read: Callable[[Any], Any],
+    ) -> None:
         self._model = model
         self._folder = folder
         self._may_write = may_write
         self._note = note
+        self._read = read
 
-    def take(self, label: Label, call: Call, expected: Values) -> Captured | None:
+    def take(self, label: Label, call: Call, expected: Values) -> Stored | None:
         """A stored graph for a call that returns what is `expected`; else None, and the report says why."""
         if self._folder is None:
             return None
@@ -97,7 +127,7 @@ class Shelf:
             self._note(f"no graph is stored for this model: {label.obstacle}")
             return None
         try:
-            return self._take(self._folder, label.signature, label.conditions, call, expected)
+            return self._take(self._folder, label, label.conditions, call, expected)
         except Exception as error:  # of fxbt's own: what is not read is captured
             self._note(f"stored graphs were not read: {_why(error)}")
             return None
@@ -116,43 +146,46 @@ class Shelf:
             self._note(f"a graph was not stored: {_why(error)}")
 
     def _take(
-        self, folder: Folder, signature: str, conditions: Conditions, call: Call, expected: Values
-    ) -> Captured | None:
-        names = folder.names(signature)
+        self, folder: Folder, label: Label, conditions: Conditions, call: Call, expected: Values
+    ) -> Stored | None:
+        names = folder.names(label.signature)
         fitting = [name for name in names if f"-{conditions.digest()}-" in name]
         for name in fitting:
             try:
-                captured = _captured(folder, name, conditions, self._model, call, expected)
+                stored = self._stored(folder, name, label, conditions, call, expected)
             except AssertionError:  # for other sizes than the call's
                 continue
             except (Malformed, CaptureError, Stale) as error:
                 self._note(f"{name} was not used: {_why(error)}")
                 continue
-            if captured is not None:
-                return captured
+            if stored is not None:
+                return stored
         if names and not fitting:
             self._note(f"{names[0]} was not used: {_difference(folder, names[0], conditions)}")
         return None
 
+    def _stored(
+        self, folder: Folder, name: str, label: Label, conditions: Conditions, call: Call, expected: Values
+    ) -> Stored | None:
+        data = folder.read(name)
+        if data is None:
+            return None
+        if difference := conditions.differs_from(conditions_in(data)):
+            raise Stale(difference)
+        try:
+            text = finished_in(data)
+            finished = None if text is None else self._read(text)
+            captured = read_graph(graph_in(data), self._model, call, expected, is_whole=finished is None)
+        except (Malformed, AssertionError, CaptureError):
+            raise
+        except Exception as error:  # a file that no fxbt wrote may fail torch or sympy in any way
+            raise Malformed(f"it is no graph ({type(error).__name__}: {error})") from error
+        lines = data.decode().split("\n")
+        return Stored(captured, Text(label, lines[1], finish=lambda: lines[2]), finished)
+
 
 class Stale(Exception):
     """A stored graph rests on what is no longer so; the message says what."""
-
-
-def _captured(
-    folder: Folder, name: str, conditions: Conditions, model: nn.Module, call: Call, expected: Values
-) -> Captured | None:
-    data = folder.read(name)
-    if data is None:
-        return None
-    if difference := conditions.differs_from(conditions_in(data)):
-        raise Stale(difference)
-    try:
-        return read_graph(graph_in(data), model, call, expected)
-    except (Malformed, AssertionError, CaptureError):
-        raise
-    except Exception as error:  # a file that no fxbt wrote may fail torch or sympy in any way
-        raise Malformed(f"it is no graph ({type(error).__name__}: {error})") from error
 
 
 def _difference(folder: Folder, name: str, conditions: Conditions) -> str:

@@ -205,15 +205,18 @@ def _expression(size: int | SymInt) -> Any:
 class KindsReader:
     """Reads what `KindsWriter` wrote, into values of one environment of sizes; each call of `value` makes a new one."""
 
-    def __init__(self, kinds: Any, sizes: Any, assumed: Any) -> None:
+    def __init__(self, kinds: Any, sizes: Any, assumed: Any, counts: Any) -> None:
         self._kinds = checked(kinds, list)
-        self._symbols = {name: _symbol(name, flags) for name, *_, flags in map(_size_entry, checked(sizes, list))}
-        self.assumed = [expressions.read(text, self._symbols) for text in checked(assumed, list)]
-        ranges = {self._symbols[name]: (hint, low, most) for name, hint, low, most, _ in map(_size_entry, sizes)}
+        self.symbols = {name: _symbol(name, flags) for name, *_, flags in map(_size_entry, checked(sizes, list))}
+        self.assumed = [expressions.read(text, self.symbols) for text in checked(assumed, list)]
+        ranges: dict[sympy.Symbol, tuple[int | None, int, int | None]] = {}
+        ranges |= {self.symbols[name]: (hint, low, most) for name, hint, low, most, _ in map(_size_entry, sizes)}
+        self.symbols |= (of_counts := {name: _count(name) for name in checked(counts, list)})
+        ranges |= dict.fromkeys(of_counts.values(), (None, 0, None))
         self.environment, made = environment_of(ranges, self.assumed)
         self._mode = FakeTensorMode(shape_env=self.environment, allow_non_fake_inputs=True)
         self._sizes: dict[Any, SymInt] = dict(made)
-        self._like: dict[int, Tensor] = {}
+        self._like: dict[str, Tensor] = {}  # meta tensors, by their kinds: such a one takes 500 us
 
     def value(self, number: Any) -> Any:
         """A value of the kind of this number.
@@ -221,31 +224,28 @@ class KindsReader:
         Raises:
             Malformed: there is none, or it is none of fxbt's.
         """
-        return self._read(self._kinds[_below(number, len(self._kinds))], number)
+        return self._read(self._kinds[_below(number, len(self._kinds))])
 
-    def _read(self, text: Any, number: Any, depth: int = 0) -> Any:
+    def _read(self, text: Any, depth: int = 0) -> Any:
         word = text[0] if type(text) is list and text else None
         if word in ("list", "tuple"):
             if depth > _DEEPEST:
                 raise Malformed("a value is nested too deeply")
-            values = [self._read(part, None, depth + 1) for part in text[1:]]
+            values = [self._read(part, depth + 1) for part in text[1:]]
             return values if word == "list" else tuple(values)
         if word == "tensor":
-            return self._tensor(text, number)
+            return self._tensor(text)
         if word in ("size", "truth") and len(text) == 2:
-            return self._number(expressions.read(text[1], self._symbols), word == "truth")
+            return self._number(expressions.read(text[1], self.symbols), word == "truth")
         return read_argument(text, ())
 
-    def _tensor(self, text: list[Any], number: Any) -> Tensor:
+    def _tensor(self, text: list[Any]) -> Tensor:
         if len(text) != 6 or len(checked(text[4], list)) > _MOST_DIMS:
             raise Malformed("no kind of tensor")
-        device = _device(text[2])
-        if number is None or number not in self._like:
-            like = self._made(text)
-            self._like |= {} if number is None else {number: like}
-        else:
-            like = self._like[number]
-        made = fake_like(like, self._mode, device)
+        device, key = _device(text[2]), repr(text)
+        if key not in self._like:
+            self._like[key] = self._made(text)
+        made = fake_like(self._like[key], self._mode, device)
         return made.requires_grad_() if checked(text[3], bool) else made
 
     def _made(self, text: list[Any]) -> Tensor:
@@ -256,7 +256,7 @@ class KindsReader:
             raise Malformed(f"no kind of tensor: {error}") from error
 
     def _dim(self, text: Any) -> int | SymInt:
-        size = self._number(expressions.read(text, self._symbols), False)
+        size = self._number(expressions.read(text, self.symbols), False)
         if type(size) is bool:
             raise Malformed("a size is a truth")
         return size
@@ -278,8 +278,12 @@ class KindsReader:
             return bool(expression)
         return self.environment.create_symboolnode(expression)
 
-    def _hint(self, expression: sympy.Expr) -> int:
-        values = {symbol: size.node.hint for symbol, size in self._sizes.items() if symbol.is_Symbol}
+    def _hint(self, expression: sympy.Expr) -> int | None:
+        """The size in the example; None where no input tells it."""
+        hints = {symbol: size.node.hint for symbol, size in self._sizes.items() if symbol.is_Symbol}
+        values = {symbol: hint for symbol, hint in hints.items() if hint is not None}
+        if not expression.free_symbols <= values.keys():
+            return None
         value = expression.xreplace(values)
         if not value.is_Integer or abs(value) >= 2**63:
             raise Malformed(f"{expression} is no size")
@@ -314,6 +318,13 @@ def _size_entry(entry: Any) -> tuple[str, int, int, int | None, list[Any]]:
     if not all(0 <= checked(number, int) < _UNBOUNDED for number in numbers) or not expressions.is_symbol(name):
         raise Malformed("no size of an input")
     return name, hint, lower, most, checked(flags, list)
+
+
+def _count(name: Any) -> sympy.Symbol:
+    """A size that no input tells, of which no more is known than that it is none below 0."""
+    if not expressions.is_count(name):
+        raise Malformed("no size")
+    return sympy.Symbol(name, integer=True)
 
 
 def _symbol(name: str, flags: list[Any]) -> sympy.Symbol:

@@ -1,0 +1,119 @@
+"""Graphs that share a model's tensors and symbols of sizes as text: the nodes, and what is known of their values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from torch import Tensor, fx, nn
+
+from ..capture.guards import environment_of_inputs, sizes_of_inputs
+from ..graph.node import attribute
+from ..torch_compat import LazyGraphModule
+from . import expressions
+from .errors import Malformed, Unstorable, checked
+from .nodes import NodesReader, is_alike, path_in, written_node
+from .tensors import own_tensor, read_tensor, written_tensor
+from .values import KindsReader, KindsWriter, written_sizes
+
+_PARTS = ("sizes", "counts", "kinds", "constants", "graphs")
+_MOST_GRAPHS = 8
+
+
+class ModulesWriter:
+    """Writes graphs of one model, whose first has all the sizes of inputs.
+
+    Example:
+        >>> writer = ModulesWriter(model)
+        >>> writer.place(dense), writer.place(packed)
+        (0, 1)
+        >>> json.dumps(writer.written())
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kinds = KindsWriter()
+        self._constants: dict[str, Any] = {}
+        self._modules: list[fx.GraphModule] = []
+        self._graphs: list[Any] = []
+
+    def place(self, module: fx.GraphModule) -> int:
+        """The number of a graph.
+
+        Raises:
+            Unstorable: there is something in it that files have no word for.
+        """
+        for node in module.graph.find_nodes(op="get_attr"):
+            value, name = attribute(module, node), str(node.target)
+            if not isinstance(value, Tensor):
+                raise Unstorable(f"the graph has a graph of its own, {name}")
+            if name not in self._constants and own_tensor(self._model, name) is not value:
+                self._constants[name] = written_tensor(value)
+        places = {node: place for place, node in enumerate(module.graph.nodes)}
+        self._graphs.append([written_node(node, places, self._kinds) for node in module.graph.nodes])
+        self._modules.append(module)
+        return len(self._modules) - 1
+
+    def written(self) -> dict[str, Any]:
+        """All that were placed, as what `json` takes."""
+        first = self._modules[0]
+        environment, symbols = environment_of_inputs(first), sizes_of_inputs(first)
+        return {
+            "sizes": written_sizes(symbols, environment) if environment else [],
+            "counts": sorted(self._counts()),
+            "kinds": self._kinds.kinds.entries,
+            "constants": self._constants,
+            "graphs": self._graphs,
+        }
+
+    def _counts(self) -> set[str]:
+        """The names of sizes that no input tells: the number of valid tokens."""
+        nodes = [node for module in self._modules for node in module.graph.nodes]
+        values = [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), Tensor)]
+        sizes = [size.node.expr for value in values for size in value.shape if not isinstance(size, int)]
+        names = {symbol.name for size in set(sizes) for symbol in size.free_symbols}
+        return {name for name in names if expressions.is_count(name)}
+
+
+class ModulesReader:
+    """Reads what `ModulesWriter` wrote, as graphs of `model`.
+
+    Raises:
+        Malformed: it is none of fxbt's, or another model's.
+    """
+
+    def __init__(self, text: Any, model: nn.Module) -> None:
+        parts = checked(text, dict)
+        if set(parts) != set(_PARTS) or len(checked(parts["graphs"], list)) > _MOST_GRAPHS:
+            raise Malformed("the parts of graphs are not what they are in this version")
+        self._model = model
+        self._kinds = KindsReader(parts["kinds"], parts["sizes"], [], parts["counts"])
+        constants = checked(parts["constants"], dict)
+        self._constants = {path_in(name): read_tensor(tensor) for name, tensor in constants.items()}
+        self._graphs: list[Any] = parts["graphs"]
+
+    def expression(self, text: Any) -> sympy.Expr:
+        """A size over the symbols of these graphs."""
+        found = expressions.read(text, self._kinds.symbols)
+        if not isinstance(found, sympy.Expr):
+            raise Malformed(f"{found} is no size")
+        return found
+
+    def module(self, place: Any) -> fx.GraphModule:
+        """The graph of a number."""
+        if not 0 <= checked(place, int) < len(self._graphs):
+            raise Malformed(f"there is no graph {place}")
+        reader = NodesReader(self._kinds)
+        for entry in checked(self._graphs[place], list):
+            reader.add(entry)
+        graph = reader.done()
+        names = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
+        attributes = {name: self._tensor(name, node) for name, node in names.items()}
+        return LazyGraphModule(attributes, graph)
+
+    def _tensor(self, name: str, node: fx.Node) -> Tensor:
+        value = self._constants.get(name)
+        value = own_tensor(self._model, name) if value is None else value
+        if value is None or not is_alike(value, node.meta.get("val")):
+            raise Malformed(f"the model has no {name} of the kind that the graph reads")
+        return value

@@ -1,0 +1,102 @@
+"""Nodes of a graph as text: what they call, with what, and what is known of their values."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from typing import Any
+
+from torch import SymInt, Tensor, fx
+
+from ..capture.checkpointing import regions_of
+from .errors import Malformed, Unstorable, checked
+from .operations import name_of, operation
+from .values import KindsReader, KindsWriter, read_argument, written_argument
+
+LENGTH = 6  # of a node's entry
+_OPS = ("placeholder", "get_attr", "call_function", "output")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")  # a graph's names stand in the Python that is made of it
+
+
+def written_node(node: fx.Node, places: dict[fx.Node, int], kinds: KindsWriter) -> list[Any]:
+    """A node as what `json` takes; `places` are those of the nodes before it.
+
+    Raises:
+        Unstorable: there is something in it that files have no word for.
+    """
+    if node.op not in _OPS or regions_of(node):
+        raise Unstorable(f"%{node.name} is a {node.op}{' to be recomputed' if regions_of(node) else ''}")
+    return [
+        node.op,
+        node.name,
+        name_of(node.target) if node.op == "call_function" else str(node.target),
+        [written_argument(argument, places) for argument in node.args],
+        {name: written_argument(argument, places) for name, argument in node.kwargs.items()},
+        kinds.place(node.meta["val"]) if "val" in node.meta else None,
+    ]
+
+
+class NodesReader:
+    """Reads what `written_node` wrote, node by node, into one graph.
+
+    Raises:
+        Malformed: it is none of fxbt's.
+    """
+
+    def __init__(self, kinds: KindsReader) -> None:
+        self.graph = fx.Graph()
+        self._nodes: list[fx.Node] = []
+        self._kinds = kinds
+
+    def add(self, entry: Any) -> fx.Node:
+        """The next node."""
+        if type(entry) is not list or len(entry) != LENGTH or entry[0] not in _OPS:
+            raise Malformed("no node")
+        op, name, target, args, kwargs, kind = entry
+        arguments = tuple([read_argument(argument, self._nodes) for argument in checked(args, list)])
+        named = {name_in(key): read_argument(value, self._nodes) for key, value in checked(kwargs, dict).items()}
+        node = self.graph.create_node(op, _target(op, target), arguments, named, name_in(name))
+        if node.name != name:
+            raise Malformed(f"two nodes are called {name}")
+        if kind is not None:
+            node.meta["val"] = self._kinds.value(kind)
+        self._nodes.append(node)
+        return node
+
+    def done(self) -> fx.Graph:
+        """The graph, which ends in its one output, a tuple."""
+        outputs = [place for place, node in enumerate(self._nodes) if node.op == "output"]
+        is_ended = outputs == [len(self._nodes) - 1]
+        if not is_ended or len(self._nodes[-1].args) != 1 or not isinstance(self._nodes[-1].args[0], tuple):
+            raise Malformed("a graph that does not end in what it returns")
+        self.graph.lint()
+        return self.graph
+
+
+def name_in(text: Any) -> str:
+    """A name that may stand in the Python that is made of a graph."""
+    if not _NAME.fullmatch(checked(text, str)) or keyword.iskeyword(text):
+        raise Malformed(f"a name {text[:80]!r}")
+    return str(text)
+
+
+def path_in(text: Any) -> str:
+    """The name of a tensor: parts with dots between them, which may be numbers (`layers.0.weight`)."""
+    parts = checked(text, str).split(".")
+    if not all(part.isascii() and (_NAME.fullmatch(part) or part.isdigit()) for part in parts):
+        raise Malformed(f"a name {text[:80]!r}")
+    return str(text)
+
+
+def is_alike(value: Tensor, kind: Any) -> bool:
+    """Whether a tensor is of the kind that a graph reads."""
+    same_rank = isinstance(kind, Tensor) and kind.ndim == value.ndim
+    if not same_rank or (kind.dtype, kind.device) != (value.dtype, value.device):
+        return False
+    return all(isinstance(size, SymInt) or size == now for size, now in zip(kind.shape, value.shape, strict=True))
+
+
+def _target(op: str, text: Any) -> Any:
+    if op == "call_function":
+        return operation(text)
+    return path_in(text) if op == "get_attr" else name_in(text)
