@@ -23,7 +23,6 @@ from ..padding.padded_calls import GivenLengths, GivenMask
 from ..padding.proof import is_read
 from ..padding.sequences import Batch
 from ..padding.without_masks import Unmasked
-from ..stored import expressions
 from ..stored.descriptions import digest
 from ..stored.errors import Malformed, Unstorable, checked
 from ..stored.modules import ModulesReader, ModulesWriter
@@ -80,7 +79,7 @@ def written(finished: Finished, padding: str, model: nn.Module) -> dict[str, Any
         "padding": padding,
         "dense": writer.place(finished.dense),
         "assumes": sorted(finished.assumes),
-        "batch": None if finished.batch is None else _written_batch(finished.batch),
+        "batch": None if finished.batch is None else _written_batch(finished.batch, writer),
         "unpadded": None if finished.unpadded is None else _written_unpadded(finished.unpadded, writer),
         "unmasked": None if finished.unmasked is None else _written_unmasked(finished.unmasked, writer),
         "digests": finished.digests,
@@ -106,12 +105,12 @@ def _rested_on(finished: Finished) -> dict[str, Tensor]:
     return found
 
 
-def _written_batch(batch: Batch) -> dict[str, Any]:
+def _written_batch(batch: Batch, writer: ModulesWriter) -> dict[str, Any]:
     return {
         "inputs": batch.inputs,
         "outputs": batch.outputs,
-        "values": [[expressions.written(nbytes), count] for nbytes, count in batch.values_of_sizes],
-        "returned": expressions.written(batch.returned_of_sizes),
+        "values": [[writer.expression(nbytes), count] for nbytes, count in batch.values_of_sizes],
+        "returned": writer.expression(batch.returned_of_sizes),
     }
 
 

@@ -54,25 +54,39 @@ class ModulesWriter:
         self._modules.append(module)
         return len(self._modules) - 1
 
+    def expression(self, size: sympy.Expr) -> Any:
+        """A size over the symbols of the inputs' sizes, as what `json` takes."""
+        environment = environment_of_inputs(self._modules[0])
+        known: Any = size if environment is None else environment.replace(size)
+        if not known.free_symbols <= set(sizes_of_inputs(self._modules[0])):
+            raise Unstorable(f"the size {known} is of no input")
+        return expressions.written(known)
+
     def written(self) -> dict[str, Any]:
-        """All that were placed, as what `json` takes."""
+        """All that were placed, as what `json` takes.
+
+        Raises:
+            Unstorable: a size is of no input, and no number of tokens.
+        """
         first = self._modules[0]
         environment, symbols = environment_of_inputs(first), sizes_of_inputs(first)
+        counts = sorted({symbol.name for symbol in self._symbols()} - {symbol.name for symbol in symbols})
+        if not all(map(expressions.is_count, counts)):
+            raise Unstorable(f"the size {counts[0]} is of no input")
         return {
             "sizes": written_sizes(symbols, environment) if environment else [],
-            "counts": sorted(self._counts()),
+            "counts": counts,
             "kinds": self._kinds.kinds.entries,
             "constants": self._constants,
             "graphs": self._graphs,
         }
 
-    def _counts(self) -> set[str]:
-        """The names of sizes that no input tells: the number of valid tokens."""
+    def _symbols(self) -> set[sympy.Symbol]:
+        """Those of all sizes of values."""
         nodes = [node for module in self._modules for node in module.graph.nodes]
         values = [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), Tensor)]
         sizes = [size.node.expr for value in values for size in value.shape if not isinstance(size, int)]
-        names = {symbol.name for size in set(sizes) for symbol in size.free_symbols}
-        return {name for name in names if expressions.is_count(name)}
+        return {symbol for size in set(sizes) for symbol in size.free_symbols}
 
 
 class ModulesReader:
