@@ -40,7 +40,7 @@ def traced(function: Callable[..., Any], *tensors: Tensor) -> fx.GraphModule:
 def matches(rule: fxbt.Rule, module: fx.GraphModule) -> list[fxbt.Match]:
     """The rule's match at each anchor that has one, the last first."""
     found = []
-    for anchor in rule.anchors(module.graph):
+    for anchor in rule.anchors(module.graph.nodes):
         try:
             found.append(rule.find(anchor))
         except Miss:

@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 
+from ..errors import CaptureError
 from ..torch_compat import (
     ModuleStackTracer,
     OpOverload,
@@ -113,8 +114,7 @@ class EqualLayers:
         self._read = read
         self._thread = threading.get_ident()
         self._is_inside = False
-        # A number that a loop leaves for its layers, say, would change the model's state.
-        self._holds: Callable[[], bool] = ModelState(model).holds if self._may_copy else lambda: False
+        self._state = ModelState(model if self._may_copy else nn.Module())
         self._group: dict[int, list[nn.Module]] = {}
         self._known: dict[int, list[_Traced]] = {}
         for container in model.modules():
@@ -127,6 +127,22 @@ class EqualLayers:
 
     def __exit__(self, *_: Any) -> None:
         self._patch.stop()
+
+    def check(self) -> None:
+        """To be called when all is traced.
+
+        Raises:
+            CaptureError: layers were copied, and a tensor of the model is of another kind by now.
+        """
+        if self.copied and not self._state.holds():
+            raise CaptureError("forward changes the model's tensors between layers that are equal")
+
+    def _holds(self) -> bool:
+        """Whether the model is as it was: a number that a loop leaves for its layers, say, would change it.
+
+        The tensors of equal layers are compared with each other; all of them once, at the end, as each takes 20 us.
+        """
+        return self._may_copy and self._state.holds(of_tensors=False)
 
     def _add(self, layers: list[nn.Module]) -> None:
         for layer in layers:

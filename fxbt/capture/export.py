@@ -197,6 +197,7 @@ def _flat_forward(
             buffers = dict(self.named_buffers())
             result = arguments.seen_in(run(self, *args, **kwargs))
             left = values_left()
+            equal.check()
         outputs.read, outputs.copied = scalars.read, equal.copied
         outputs.replaced = {name for name, value in self.named_buffers() if value is not buffers.get(name)}
         flat, outputs.spec = forms.flatten(result)

@@ -68,10 +68,13 @@ class ModelState:
         self._kinds = list(map(_kind, self.tensors))
         self._untouched: _Untouched | None = None
 
-    def holds(self) -> bool:
-        """Whether all is as it was. Never raises: what cannot be compared counts as changed."""
+    def holds(self, of_tensors: bool = True) -> bool:
+        """Whether all is as it was. Never raises: what cannot be compared counts as changed.
+
+        Without `of_tensors`, tensors may be of another kind than they were, if they are the same ones.
+        """
         try:
-            if self._untouched is not None and self._untouched.holds():
+            if self._untouched is not None and self._untouched.holds(of_tensors):
                 return True
             return self._equals() and self._note_untouched()
         except Exception:  # a replaced tensor compares elementwise, another thread may be editing a dict
@@ -261,13 +264,13 @@ class _Untouched:
         """Versions only grow, so that their sum is equal if each is: no list of them, which a cold cache pays for."""
         return sum(map(dict_version, self._counted))
 
-    def holds(self) -> bool:
+    def holds(self, of_tensors: bool = True) -> bool:
         return (
             self._version_now() == self._version
             and not any(self._empty)
             and self._rest == self._copies
             and all(container[key] is tensor for container, key, tensor in self._single)
-            and self._guards.check(*self._tensors)
+            and (not of_tensors or self._guards.check(*self._tensors))
         )
 
 

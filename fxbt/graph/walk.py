@@ -30,14 +30,14 @@ def ancestors(nodes: Iterable[fx.Node], sources: Callable[[fx.Node], list[fx.Nod
     return found
 
 
-def latest_first(node: fx.Node, position: Callable[[fx.Node], int], earliest: int) -> Iterator[fx.Node]:
-    """A node and what it is computed from, latest first, none before position `earliest`."""
+def latest_first(node: fx.Node, earliest: fx.Node | None) -> Iterator[fx.Node]:
+    """A node and what it is computed from, latest first, none that stands before `earliest`."""
     waiting, seen = {node}, {node}
     while waiting:
-        latest = max(waiting, key=position)
+        latest = max(waiting)
         waiting.remove(latest)
         yield latest
-        sources = [s for s in latest.all_input_nodes if s not in seen and position(s) >= earliest]
+        sources = [s for s in latest.all_input_nodes if s not in seen and (earliest is None or s >= earliest)]
         seen.update(sources)
         waiting.update(sources)
 

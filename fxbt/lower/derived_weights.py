@@ -164,6 +164,7 @@ class Weights:
         self.tuner = Tuner()
         self._graph = fx.Graph()
         self._sources: list[torch.Tensor] = []
+        self._last_source: fx.Node | None = None
         self._known: dict[Any, fx.Node] = {}
         self._values: dict[fx.Node, int] = {}  # node -> its place among the derived values
         self._compute: Callable[..., tuple[torch.Tensor, ...]] | None = None
@@ -273,9 +274,9 @@ class Weights:
 
     def _source(self, weight: torch.Tensor) -> fx.Node:
         if id(weight) not in self._known:
-            last = [node for node in self._graph.nodes if node.op == "placeholder"][-1:]
-            with self._graph.inserting_after(last[0]) if last else self._graph.inserting_before():
-                self._known[id(weight)] = self._graph.placeholder(f"weight_{len(self._sources)}")
+            last = self._last_source
+            with self._graph.inserting_before() if last is None else self._graph.inserting_after(last):
+                self._last_source = self._known[id(weight)] = self._graph.placeholder(f"weight_{len(self._sources)}")
             self._sources.append(weight)
         return self._known[id(weight)]
 

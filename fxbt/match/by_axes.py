@@ -13,7 +13,7 @@ Example::
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Reversible, Sequence
 from typing import Any
 
 from torch import fx
@@ -49,10 +49,10 @@ class AxisMatcher:
             raise RuleError("a variable stands in a formula with named axes once; two may stand for the same value")
         self._result = _contract_in(self._term).equation.result
 
-    def anchors(self, graph: fx.Graph) -> list[fx.Node]:
-        """The nodes at which it may stand, the last first."""
+    def anchors(self, nodes: Reversible[fx.Node]) -> list[fx.Node]:
+        """Those of a graph's nodes at which it may stand, the last first."""
         targets = weights.SOFTMAX if self._softmax else axes.EQUATIONS
-        return [node for node in reversed(graph.nodes) if node.op == "call_function" and node.target in targets]
+        return [node for node in reversed(nodes) if node.op == "call_function" and node.target in targets]
 
     def find(self, anchor: fx.Node) -> Iterator[Found]:
         """The formula as it stands around `anchor`, if it does: once, with an output for each product of the weights.

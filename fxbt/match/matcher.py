@@ -64,7 +64,6 @@ class Matcher:
         self.loose = loose
         self.optional = pattern.names - always_bound(pattern.outputs)
         self._shared = set().union(*(shared(term) for term in pattern.outputs))
-        self._positions: dict[fx.Node, int] = {}
         self._nearest: Miss | None = None
         self._expected: list[Any] = []
 
@@ -75,7 +74,6 @@ class Matcher:
             Miss: after the last match, the nearest miss.
         """
         self._nearest = None
-        self._positions = {}
         first, *others = self.pattern.outputs
         for state in self._match(first, anchor, State()):
             for nodes, complete in self._other_outputs(others, (anchor,), state):
@@ -83,11 +81,6 @@ class Matcher:
                     yield Found(nodes, complete, self.optional)
         if self._nearest is not None:
             raise self._nearest
-
-    def _position(self, node: fx.Node) -> int:
-        if node not in self._positions:
-            self._positions = {each: position for position, each in enumerate(node.graph.nodes)}
-        return self._positions[node]
 
     # Other outputs hang on values that are bound already: they are looked for among what is computed from those.
     def _other_outputs(
@@ -107,7 +100,7 @@ class Matcher:
         """Whether nothing else reads a value inside the match."""
         inside = state.interior | set(outputs)
         bound = {value for value in state.bound.values() if isinstance(value, fx.Node)}
-        for node in sorted(state.interior - set(outputs) - bound, key=self._position):
+        for node in sorted(state.interior - set(outputs) - bound):
             reader = next((user for user in node.users if user not in inside), None)
             if reader is not None:
                 self._miss_escape(node, reader, state)
@@ -450,9 +443,9 @@ class Matcher:
             self._fail(term, value, state)
             return
         known = [state.bound[name] for name in names(term.source) if name in state.bound]
-        earliest = min((self._position(node) for node in known if isinstance(node, fx.Node)), default=0)
+        earliest = min((node for node in known if isinstance(node, fx.Node)), default=None)
         nearest, is_found = self._nearest, False
-        for node in latest_first(value, self._position, earliest):
+        for node in latest_first(value, earliest):
             if isinstance(term.source, Call) and not is_op(term.source, node):
                 continue
             for found in self._match(term.source, node, state):

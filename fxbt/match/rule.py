@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Reversible, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
@@ -179,14 +179,17 @@ class Rule:
         """What finds the formula in a graph."""
         return AxisMatcher(self.formula) if self.formula.has_axes else Matcher(self.formula, loose=bool(self.outline))
 
-    def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
-        """The nodes at which `find` is tried: for patterns from the last to the first, so that the largest wins."""
+    def anchors(self, nodes: Reversible[fx.Node]) -> Iterator[fx.Node]:
+        """Those of a graph's nodes at which `find` is tried.
+
+        For patterns from the last to the first, so that the largest wins.
+        """
         if self.targets:
-            return (node for node in graph.nodes if node.op == "call_function" and node.target in self.targets)
+            return (node for node in nodes if node.op == "call_function" and node.target in self.targets)
         if isinstance(self.matcher, AxisMatcher):
-            return iter(self.matcher.anchors(graph))
+            return iter(self.matcher.anchors(nodes))
         heads = _heads(self.formula.outputs[0])
-        ops = ((node, op_of(node)) for node in reversed(graph.nodes))
+        ops = ((node, op_of(node)) for node in reversed(nodes))
         return (node for node, op in ops if op in heads or (op and ANY_OP in heads))
 
     def find(self, anchor: fx.Node) -> Match:

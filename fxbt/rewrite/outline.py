@@ -31,7 +31,7 @@ def outline(module: fx.GraphModule, rule: Rule, match: Match) -> Rewrite:
     region = _region(output, match.inputs)
     _check_closed(region, output)
     inputs = [*match.inputs, *_read_from_outside(region, match.inputs)]
-    body, order = fx.Graph(), [node for node in graph.nodes if node in region]
+    body, order = fx.Graph(), sorted(region)
     copies = {node: _parameter(body, node) for node in inputs}
     modules = {}
     for node in order:
@@ -64,7 +64,7 @@ def _region(output: fx.Node, inputs: tuple[fx.Node, ...]) -> set[fx.Node]:
         calls = [source for source in sources if source.op == "call_function"]
         reached.update(calls)
         waiting.extend(calls)
-    ordered = [node for node in output.graph.nodes if node in reached]
+    ordered = sorted(reached)
     region: set[fx.Node] = set()
     for node in ordered:
         carries = isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
@@ -78,9 +78,9 @@ def _region(output: fx.Node, inputs: tuple[fx.Node, ...]) -> set[fx.Node]:
 
 
 def _check_closed(region: set[fx.Node], output: fx.Node) -> None:
-    for node in output.graph.nodes:
+    for node in sorted(region - {output}):
         reader = next((user for user in node.users if user not in region), None)
-        if node in region and node is not output and reader is not None:
+        if reader is not None:
             raise Miss(
                 "a value inside is used outside",
                 node=node,
@@ -91,7 +91,7 @@ def _check_closed(region: set[fx.Node], output: fx.Node) -> None:
 
 def _read_from_outside(region: set[fx.Node], inputs: tuple[fx.Node, ...]) -> list[fx.Node]:
     """What the region reads besides its inputs: masks, other tensors and sizes, then weights."""
-    nodes = [node for node in next(iter(region)).graph.nodes if node in region]
+    nodes = sorted(region)
     read = [source for node in nodes for source in node.all_input_nodes if source not in region]
     masks = {argument(node, "attn_mask") for node in nodes if node.target is SDPA}
     others = dict.fromkeys(node for node in read if node not in inputs and not _is_body(node))

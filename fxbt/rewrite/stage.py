@@ -33,7 +33,7 @@ def run_stage(
     misses: dict[str, Miss] = {}
     erased: set[fx.Node] = set()
     traces: Traces = {}
-    waiting = deque((anchor, 0) for anchor in rule.anchors(module.graph))
+    waiting = deque((anchor, 0) for anchor in rule.anchors(module.graph.nodes))
     while waiting:
         anchor, depth = waiting.popleft()
         if anchor in erased:
@@ -50,8 +50,8 @@ def run_stage(
             _check_depth(rule, anchor, depth)
             record.rewrites.append(rewrite)
             erased.update(entry.node for entry in rewrite.removed)
-            made = {entry.node for entry in rewrite.added}
-            waiting.extend((node, depth + 1) for node in rule.anchors(module.graph) if node in made)
+            made = sorted(entry.node for entry in rewrite.added)
+            waiting.extend((node, depth + 1) for node in rule.anchors(made))
     record.misses += misses.values()
     record.seconds = time.perf_counter() - start
     record.nodes_after = len(module.graph.nodes)
