@@ -62,7 +62,7 @@ class Submodels:
     def original(self, value: Any) -> Any:
         """The submodule that something handed out stands for; other values as they are."""
         is_part = isinstance(value, nn.Module) and any(value is part for part in self.all())
-        return type(value)._fxbt_dispatcher.original if is_part else value  # type: ignore[attr-defined]
+        return type(value)._fxbt_dispatcher.original if is_part else value
 
 
 def _may_have_graphs(module: nn.Module) -> bool:

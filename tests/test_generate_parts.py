@@ -122,7 +122,12 @@ def bark() -> Any:
             "n_codes_given": 1,
         },
         codec_config=transformers.EncodecConfig(
-            num_filters=4, hidden_size=16, codebook_size=CODEBOOK, codebook_dim=16, upsampling_ratios=[2, 2]
+            num_filters=4,
+            hidden_size=16,
+            codebook_size=CODEBOOK,
+            codebook_dim=16,
+            upsampling_ratios=[2, 2],
+            sampling_rate=2400,
         ).to_dict(),
     )
     model = transformers.BarkModel(config)
@@ -133,7 +138,10 @@ def bark() -> Any:
     coarse |= {"max_coarse_input_length": 16, "max_coarse_history": 20, "sliding_window_len": 10}
     fine = {"max_fine_history_length": 16, "max_fine_input_length": 32, "n_fine_codebooks": 4}
     made = importlib.import_module("transformers.models.bark.generation_configuration_bark")
-    model.generation_config = made.BarkGenerationConfig(semantic, coarse, fine, codebook_size=CODEBOOK)
+    model.generation_config = made.BarkGenerationConfig(codebook_size=CODEBOOK)
+    model.generation_config.semantic_config = semantic
+    model.generation_config.coarse_acoustics_config = coarse
+    model.generation_config.fine_acoustics_config = fine
     return model
 
 

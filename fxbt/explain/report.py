@@ -61,7 +61,7 @@ class Report:
             fast.generate(**inputs)
             print(fast.report.parts["model.encoder"])
         """
-        found = {}
+        found: dict[str, Report] = {}
         for name, part in self.own_parts.items():
             found |= {name: part} if part.graphs or part.fallbacks else {}
             found |= {f"{name}.{inner}": report for inner, report in part.parts.items()}
