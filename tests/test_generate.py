@@ -466,3 +466,40 @@ def test_a_cache_that_is_registered_as_a_pytree() -> None:
         torch.testing.assert_close(new, old)
         assert type(one) is Slotted and torch.allclose(one.keys, other.keys)
     assert not fast.report.fallbacks and served(fast) >= 3
+
+
+# What the report says
+
+
+def test_report_of_prefill_and_decode() -> None:
+    model, fast = made(of("Llama", GROUPED))
+    generate(fast, prompt(2, 6), 10)  # captures both; the first call of each runs the original
+    assert {graph.step: graph.tokens for graph in fast.report.graphs.values()} == {"prefill": 0, "decode": 2 * 8}
+    generate(fast, prompt(3, 5), 20)
+    found = {graph.step: graph for graph in fast.report.graphs.values()}
+    assert found["prefill"].tokens == 3 * 5 and found["decode"].tokens == 2 * 8 + 3 * 19
+    assert found["decode"].cache_bytes == 0
+    one = Steps(fast, prompt(2, 6))
+    for _ in range(3):
+        one.step()
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in one.cache.layers)
+    found = {graph.step: graph for graph in fast.report.graphs.values()}  # those without position_ids come last
+    assert held < found["decode"].cache_bytes < 16 * held and found["prefill"].cache_bytes == 0
+    assert "calls with a KV cache" in str(fast.report)
+    del one
+    assert found["decode"].cache_bytes == 0
+
+
+def test_report_of_an_encoder_decoder() -> None:
+    model, fast = made(bart)
+    for _ in range(2):
+        generate(fast, prompt(2, 6), 10)
+    found = {graph.step: graph.tokens for graph in fast.report.graphs.values()}
+    assert found == {"prefill": 2 * 1, "decode": 2 * (8 + 9)}
+
+
+def test_no_steps_without_a_cache() -> None:
+    model, fast = made(gpt2)
+    fast(input_ids=prompt(2, 6), use_cache=False)
+    (graph,) = fast.report.graphs.values()
+    assert (graph.step, graph.tokens, graph.cache_bytes) == ("", 0, 0) and "KV cache" not in str(fast.report)
