@@ -27,6 +27,7 @@ from .kernels import autotune
 from .match.rule import Rule
 from .options import Options
 from .runtime import finished, race
+from .runtime.cache_use import CacheUse
 from .runtime.compare import Comparison
 from .runtime.compiled import Compiled, History
 from .runtime.graph_cache import Graphs
@@ -147,6 +148,7 @@ class Maker:
             pinned=pinned,
             constants=frozenset(call.constants),
             text=text,
+            use=CacheUse.of(call),
         )
 
     def _finished(self, text: Any) -> finished.Finished | None:
