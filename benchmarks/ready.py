@@ -1,16 +1,21 @@
-"""How long a user waits: the import, and the first call of a model by its number of layers, beside torch.compile.
+"""How long a user waits: the import, and the first call of a model by its number of layers, beside other engines.
 
 Each figure is of a process of its own on BERT, 256 wide, two sequences of 16 tokens: seconds from the loaded model to
 the end of the first call, by the clock and (in brackets) of processor time of it and those it starts, which says
 more on a busy host. cold: with an empty cache folder. known: an earlier process compiled and measured the kernels.
-Medians of the rounds, which go through all of them in turns.
+from disk: an earlier process stored the graphs, by `optimize(model, cache=True)`, or filled torch.compile's own caches.
+ONNX Runtime and OpenVINO convert the model, which their figures are mostly of. Medians of the rounds, which go through
+all of them in turns.
 
-    python benchmarks/ready.py [--layers 4 12 32] [--rounds 3] [--peers] [--out benchmarks/results/ready]
+    python benchmarks/ready.py [--layers 4 12 32 48] [--rounds 1] [--peers] [--out benchmarks/results/ready]
+
+ONNX Runtime and OpenVINO are measured where the interpreter has them (.venv-bench/bin/python, with PYTHONPATH=.).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -19,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +32,13 @@ from tabulate import tabulate
 
 RESULTS = Path(__file__).parent / "results" / "ready"
 IMPORTS = ["torch", "fxbt over torch", "what a capture needs"]
-COLD, KNOWN, COMPILE = "fxbt, cold", "fxbt, known", "torch.compile, cold"
+COLD, KNOWN, STORED = "fxbt, cold", "fxbt, known", "fxbt, from disk"
+COMPILE, COMPILED = "torch.compile, cold", "torch.compile, from disk"
+ONNX, OPENVINO = "ONNX Runtime", "OpenVINO"
+# Those that share a cache folder, in the order they fill it; what `to store` names fills it and is not shown.
+TO_STORE = "to store"
+FOLDERS = ((COLD, KNOWN, TO_STORE, STORED), (COMPILE, COMPILED), (ONNX,), (OPENVINO,))
+NEEDED = {ONNX: "onnxruntime", OPENVINO: "openvino"}
 
 Seconds = tuple[float, float]  # by the clock, of processor time
 
@@ -63,16 +75,55 @@ def first_call(layers: int, engine: str) -> list[Seconds]:
     ids = torch.randint(5, 900, (2, 16))
     mask = torch.ones_like(ids)
     mask[0, 12:] = 0
-    fxbt.preload().join()  # a user's loads while the weights do
+    if engine.startswith("fxbt"):
+        fxbt.preload().join()  # a user's loads while the weights do
     seconds = []
     with torch.no_grad():
         start = now()
-        fast = torch.compile(model, dynamic=True) if engine == COMPILE else fxbt.optimize(model)
+        fast = ready(engine, model, {"input_ids": ids, "attention_mask": mask})
         for _ in range(2):
             fast(input_ids=ids, attention_mask=mask)
             seconds.append(since(start))
             start = now()
     return seconds
+
+
+def ready(engine: str, model: Any, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """The model as an engine runs it, for batches and lengths of any size."""
+    import torch
+
+    import fxbt
+
+    if engine in (COMPILE, COMPILED):
+        return torch.compile(model, dynamic=True)
+    if engine == ONNX:
+        return by_onnxruntime(model, inputs)
+    if engine == OPENVINO:
+        return by_openvino(model, inputs)
+    return fxbt.optimize(model, cache=engine in (TO_STORE, STORED))
+
+
+def by_onnxruntime(model: Any, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """The model exported to ONNX, in a session of ONNX Runtime."""
+    import io
+
+    import onnxruntime
+    import torch
+
+    file, names = io.BytesIO(), list(inputs)
+    axes = dict.fromkeys(names, {0: "batch", 1: "length"})
+    model.config.return_dict = False
+    torch.onnx.export(model, (*inputs.values(),), file, input_names=names, dynamic_axes=axes, dynamo=False)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    return lambda **given: session.run(None, {name: value.numpy() for name, value in given.items()})
+
+
+def by_openvino(model: Any, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """The model converted to OpenVINO, compiled for the CPU."""
+    import openvino
+
+    compiled = openvino.compile_model(openvino.convert_model(model, example_input=inputs), "CPU")
+    return lambda **given: compiled({name: value.numpy() for name, value in given.items()})
 
 
 def in_a_process(cache: str, *arguments: str) -> list[Seconds]:
@@ -90,13 +141,23 @@ def measured(layers: list[int], rounds: int, peers: bool) -> dict[str, list[list
         with tempfile.TemporaryDirectory() as cache:
             found.setdefault("imports", []).append(in_a_process(cache, "imports"))
         for count in layers:
-            with tempfile.TemporaryDirectory() as cache:
-                for engine in (COLD, KNOWN):
-                    found.setdefault(f"{engine} {count}", []).append(in_a_process(cache, str(count), engine))
-            with tempfile.TemporaryDirectory() as cache:
-                if peers:
-                    found.setdefault(f"{COMPILE} {count}", []).append(in_a_process(cache, str(count), COMPILE))
+            for engines in FOLDERS if peers else FOLDERS[:1]:
+                _measure(found, count, [engine for engine in engines if is_there(engine)])
     return found
+
+
+def _measure(found: dict[str, list[list[Seconds]]], count: int, engines: list[str]) -> None:
+    """One process after the other, with one cache folder that is empty at first."""
+    with tempfile.TemporaryDirectory() as cache:
+        for engine in engines:
+            seconds = in_a_process(cache, str(count), engine)
+            if engine != TO_STORE:
+                found.setdefault(f"{engine} {count}", []).append(seconds)
+
+
+def is_there(engine: str) -> bool:
+    """Whether what an engine needs is installed."""
+    return engine not in NEEDED or importlib.util.find_spec(NEEDED[engine]) is not None
 
 
 def shown(rounds: list[list[Seconds]], part: int) -> str:
@@ -106,7 +167,7 @@ def shown(rounds: list[list[Seconds]], part: int) -> str:
 
 def text(found: dict[str, Any], layers: list[int], about: dict[str, Any]) -> str:
     loads = [[name, shown(found["imports"], place)] for place, name in enumerate(IMPORTS)]
-    engines = [engine for engine in (COLD, KNOWN, COMPILE) if f"{engine} {layers[0]}" in found]
+    engines = [engine for folder in FOLDERS for engine in folder if f"{engine} {layers[0]}" in found]
     parts = [
         [engine + call, *(shown(found[f"{engine} {count}"], part) for count in layers)]
         for part, call in enumerate((": first call", ": second call"))
@@ -124,8 +185,8 @@ def text(found: dict[str, Any], layers: list[int], about: dict[str, Any]) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 32])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 32, 48])
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)
