@@ -96,34 +96,12 @@ def ready(engine: str, model: Any, inputs: dict[str, Any]) -> Callable[..., Any]
 
     if engine in (COMPILE, COMPILED):
         return torch.compile(model, dynamic=True)
-    if engine == ONNX:
-        return by_onnxruntime(model, inputs)
-    if engine == OPENVINO:
-        return by_openvino(model, inputs)
+    if engine in NEEDED:
+        from engines import ENGINES
+
+        run = ENGINES[engine].prepare(model, inputs, torch.get_num_threads())
+        return lambda **given: run(given)
     return fxbt.optimize(model, cache=engine in (TO_STORE, STORED))
-
-
-def by_onnxruntime(model: Any, inputs: dict[str, Any]) -> Callable[..., Any]:
-    """The model exported to ONNX, in a session of ONNX Runtime."""
-    import io
-
-    import onnxruntime
-    import torch
-
-    file, names = io.BytesIO(), list(inputs)
-    axes = dict.fromkeys(names, {0: "batch", 1: "length"})
-    model.config.return_dict = False
-    torch.onnx.export(model, (*inputs.values(),), file, input_names=names, dynamic_axes=axes, dynamo=False)
-    session = onnxruntime.InferenceSession(file.getvalue())
-    return lambda **given: session.run(None, {name: value.numpy() for name, value in given.items()})
-
-
-def by_openvino(model: Any, inputs: dict[str, Any]) -> Callable[..., Any]:
-    """The model converted to OpenVINO, compiled for the CPU."""
-    import openvino
-
-    compiled = openvino.compile_model(openvino.convert_model(model, example_input=inputs), "CPU")
-    return lambda **given: compiled({name: value.numpy() for name, value in given.items()})
 
 
 def in_a_process(cache: str, *arguments: str) -> list[Seconds]:
