@@ -678,7 +678,7 @@ def test_objects_that_cannot_be_looked_at_never_reach_the_caller():
     fast, x = fxbt.optimize(model_of(lambda self, x: self.linear(x) if odd else x)), torch.randn(2, 4)
     for _ in range(2):
         torch.testing.assert_close(fast(x), fast.linear(x))
-    assert "what it reads cannot be told (RuntimeError: no dict)" in fast.report.fallbacks[0]
+    assert "fxbt cannot find out what forward reads (RuntimeError: no dict)" in fast.report.fallbacks[0]
 
 
 def test_what_ran_is_known():

@@ -1,7 +1,7 @@
-"""KV caches among a call's arguments: what one run of the original shows of how they change from call to call.
+"""KV caches among a call's arguments: one run of the original shows how they change from call to call.
 
-A cache is an object whose attributes are a call's tensors and numbers (`containers.py`), of whatever class. Which axes
-grow is seen in the original's own call, so that the first graph for such calls serves all lengths.
+A cache is an object of any class whose attributes are tensors and numbers of the call (`containers.py`). The original's
+own call shows which axes grow, so that the first graph for such calls serves all lengths.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ Growing = frozenset[tuple[str, int]]  # (name of a tensor, axis)
 
 
 def with_growth(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """`call`, served by now, with what `args` and `kwargs` show of the objects in them: what grows, and what counts.
+    """`call` after it was served, with what `args` and `kwargs` show about their objects: which axes grow, which
+    numbers count.
 
-    Numbers that a forward counts on are inputs in the call that comes back, and axes of tensors that it made longer are
-    `growing`. Tensors that are the same attribute of other objects (the keys of a cross-attention's layers, which grow
-    from one generation to the next) count as growing in the same axes.
+    Numbers that forward counts up become inputs of the returned call, and axes of tensors that it made longer are
+    `growing`. A tensor that is the same attribute of another object (the keys of a cross-attention's layers, which grow
+    from one generation to the next) counts as growing in the same axes.
 
     Example:
         >>> with_growth(call, binder, args, kwargs).growing
@@ -31,7 +32,7 @@ def with_growth(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[
     if not call.objects:
         return call
     try:
-        after = binder.call(args, kwargs)  # first, as it shows which numbers vary
+        after = binder.call(args, kwargs)  # first, because it shows which numbers vary
     except NotCapturable:  # the next call with them says why
         return call
     return _grown(binder.call(call.args, call.kwargs), after)
@@ -59,13 +60,14 @@ def _longer(before: Tensor, after: Tensor) -> list[int]:
 
 
 def is_too_short(call: Call) -> bool:
-    """Whether a growing axis is of size one, which a trace would take for a constant: the next call is a better one."""
+    """Whether a growing axis has size one, which a trace would take for a constant; the next call is a better one."""
     named = dict(zip(call.names, call.tensors, strict=True))
     return any(named[name].shape[axis] == 1 for name, axis in call.growing)
 
 
 def same_lengths(call: Call) -> list[list[tuple[int, int]]]:
-    """The growing axes (which tensor, which axis) of each object that are of one size: its keys' and its values'."""
+    """Groups of growing axes (tensor index, axis) of one object that have the same size, such as its keys and
+    values."""
     index = {name: i for i, name in enumerate(call.names)}
     groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for name, axis in sorted(call.growing):
@@ -75,6 +77,6 @@ def same_lengths(call: Call) -> list[list[tuple[int, int]]]:
 
 
 def growing_axes(call: Call) -> frozenset[tuple[int, int]]:
-    """The growing axes as (which tensor, which axis)."""
+    """The growing axes as (tensor index, axis)."""
     index = {name: i for i, name in enumerate(call.names)}
     return frozenset((index[name], axis) for name, axis in call.growing)
