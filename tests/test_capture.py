@@ -196,7 +196,7 @@ REFUSED = {
     "input written": (made(lambda self, x: x.add_(1)), (), "writes in place to its argument x"),
     "generator returned": (made(lambda self, x: (x, {"kv": iter(())})), (), r"output\[1\]\['kv'\] holds a tuple_iter"),
     "object returned": (made(lambda self, x: object()), (), "output holds a object, which a graph cannot return"),
-    "data dependent": (made(data_dependent), (), "depends on the values.*\\n.*range\\(int\\(x.sum\\(\\)\\)\\):  # this"),
+    "data dependent": (made(data_dependent), (), "on the values.*\\n.*range\\(int\\(x.sum\\(\\)\\)\\):  # this"),
 }  # fmt: skip
 
 
