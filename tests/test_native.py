@@ -492,7 +492,7 @@ def test_it_can_be_switched_off(fresh, monkeypatch):
 def test_without_a_cache_it_is_compiled_into_a_private_folder(fresh, caplog):
     (fresh / "cache").write_text("a file stands in the folder's place")
     assert native.library().path.parent.name.startswith("fxbt-")
-    assert "it is no folder" in caplog.text and "FXBT_CACHE_DIR" in caplog.text
+    assert "it is not a folder" in caplog.text and "FXBT_CACHE_DIR" in caplog.text
 
 
 def test_where_nothing_can_be_written_it_is_told(fresh, monkeypatch):

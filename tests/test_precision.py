@@ -143,7 +143,10 @@ def test_other_values_are_refused():
         ({"dtype": torch.float16}, "dtype is torch.float16, expected None"),
         ({"quantize": "int4"}, "quantize is 'int4', expected None or 'int8'"),
         ({"quantize": torch.int8}, "quantize is torch.int8, expected None or 'int8'"),
-        ({"dtype": torch.bfloat16, "quantize": "int8"}, "both say how linears compute; give one of them"),
+        (
+            {"dtype": torch.bfloat16, "quantize": "int8"},
+            "both set the precision of linear layers; pass only one of them",
+        ),
     ):
         with pytest.raises(ValueError, match=problem):
             fxbt.optimize(Block(), **options)

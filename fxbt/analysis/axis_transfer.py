@@ -1,8 +1,8 @@
-"""How ops carry marked axes on: one engine for all who ask, op by op, whether an axis is kept apart place by place.
+"""One engine that says op by op whether an axis is kept apart place by place, and where it goes.
 
 A domain marks atoms (the batch; or the batch and the tokens of each mask) and gives the axes of an op's operands. The
-engine answers where the marked atoms stand in the result, or that the op computes along them: a `Flow`. What follows
-from it is the domain's to say. See `padding.sequences` and `padding.transfer`.
+engine answers where the marked atoms are in the result, or that the op computes along them: a `Flow`. The domain
+decides what follows from it. See `padding.sequences` and `padding.transfer`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What follows a linear and can be computed with it: an activation or a residual, and a layer norm.
+"""Epilogue fusion: what follows a linear and can be computed with it, an activation or a residual, and a layer norm.
 
-The one place in lowering that looks for a shape, where a block's record would say too little: of 410 linears with
-something fused in, in the graphs of the 24 models of tests/models.py, 349 have all of it in one block, but 55 a norm in
-the next layer (31) or in no block (24), as a pre-norm layer ends in the sum that the next one norms. And what is joined
-must be checked in each graph anyway (one reader, shape, dtype), as padding is dropped and blocks of a user's own go
-before layers.
+This is the only search in lowering, because a block's record would not be enough: of 410 linears with an epilogue in
+the graphs of the 24 models of tests/models.py, 349 have all of it in one block, but 55 have a norm in the next layer
+(31) or in no block (24), because a pre-norm layer ends in the sum that the next one normalises. And the conditions (one
+reader, shape, dtype) must be checked in each graph anyway, because padding is dropped and a user's blocks go before
+layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation that oneDNN computes as torch does, to the last bits: its name and algorithm there.
+    """An activation that oneDNN computes exactly as torch does: its name and algorithm there.
 
     `write` is torch's own, in place.
     """
@@ -37,7 +37,7 @@ class Activation:
 
     @property
     def known_as(self) -> str:
-        """Both in one, as `native.ACTIVATIONS` has them."""
+        """Name and algorithm in one string, as in `native.ACTIVATIONS`."""
         return f"{self.name} {self.algorithm}".strip()
 
 
@@ -59,7 +59,7 @@ def fused_in(activation: Activation | None) -> tuple[str, list[Any], str]:
 
 
 class Norm(NamedTuple):
-    """A layer norm over the features of a linear's result; if `keeps_sum`, what it is of is a result too."""
+    """A layer norm over the features of a linear's result; with `keeps_sum`, its input is also a result."""
 
     epsilon: float
     keeps_sum: bool
@@ -69,7 +69,7 @@ class Norm(NamedTuple):
 class Epilogue:
     """What follows a linear: its nodes in `chain`, each the input of the next, and then the norm `normalized`.
 
-    `residual` is what is added; `affine` are gamma and beta of the norm, or nothing where there is none.
+    `residual` is the other addend; `affine` are the norm's gamma and beta, or () without a norm.
     """
 
     chain: tuple[fx.Node, ...]
@@ -81,7 +81,7 @@ class Epilogue:
 
     @classmethod
     def of(cls, linear: fx.Node, constant: set[fx.Node]) -> Epilogue:
-        """What follows this linear, whose norms' weights are among the `constant` nodes."""
+        """The epilogue of this linear; the weights of its norm must be among the `constant` nodes."""
         activated, activation = activation_after(linear)
         add, residual = _residual(linear) if activated is None else (None, None)
         chain = tuple(node for node in (linear, activated, add) if node is not None)
@@ -93,12 +93,12 @@ class Epilogue:
         return cls(chain, activation, residual, normalized, norm, affine)
 
     def replace_by(self, result: fx.Node) -> None:
-        """Puts a node that computes all of it, and follows the chain's last one, in its place."""
+        """Replaces all of it by a node that computes it, and that comes after the chain's last node."""
         graph, last = result.graph, self.chain[-1]
         result.meta = dict(last.meta)
         for weight in self.affine:
             if weight is not None and last < weight:
-                last.prepend(weight)  # it was fetched only where the norm was
+                last.prepend(weight)  # it was fetched only before the norm
         if self.norm is not None and self.norm.keeps_sum:
             with graph.inserting_after(result):
                 normalized = graph.call_function(operator.getitem, (result, 1))
@@ -116,19 +116,19 @@ class Epilogue:
 
 
 def activation_after(linear: fx.Node) -> tuple[fx.Node | None, Activation | None]:
-    """The activation that alone reads a linear, if oneDNN has it: its node, and what it is."""
+    """The activation that alone reads a linear, if oneDNN has it: its node and description."""
     node = only_user(linear, ACTIVATIONS)
     return (None, None) if node is None else (node, ACTIVATIONS[node.target](node))
 
 
 def _residual(linear: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """The add, and what is added, where a linear's result goes only into a sum with a value of its own shape."""
+    """The add and its other operand, if a linear's result is only added to a value of its own shape."""
     add = only_user(linear, (aten.add.Tensor,))
     if add is None or add.kwargs or not all(isinstance(value, fx.Node) for value in add.args) or len(add.args) != 2:
         return None, None
     other: Any = add.args[1] if add.args[0] is linear else add.args[0]
     values = [node.meta["val"] for node in (linear, other)]
-    if not all(isinstance(value, Tensor) for value in values):  # a number that follows from sizes
+    if not all(isinstance(value, Tensor) for value in values):  # a number computed from sizes
         return None, None
     if other is linear or values[0].dtype != values[1].dtype or values[0].dim() < 2 or not same_shape(*values):
         return None, None
@@ -136,7 +136,7 @@ def _residual(linear: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
 
 
 def _can_be_joined(norm: fx.Node, value: fx.Node, constant: set[fx.Node]) -> bool:
-    """Whether a node is the layer norm of a value over its last dim, by float32 weights or none."""
+    """Whether a node is the layer norm of a value over its last dim, with float32 weights or none."""
     if norm.target is not aten.layer_norm.default or norm.args[0] is not value:
         return False
     weights = [weight for weight in (argument(norm, "weight"), argument(norm, "bias")) if weight is not None]

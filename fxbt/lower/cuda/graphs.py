@@ -221,7 +221,7 @@ def _addresses(tensors: Sequence[Tensor]) -> set[int]:
 
 
 def obstacle(graph: fx.Graph) -> str | None:
-    """Why a graph cannot be recorded, whatever its inputs; None if it may be."""
+    """Why a graph cannot be recorded, whatever its inputs; None if it can."""
     values = [node.meta.get("val") for node in graph.nodes if node.op in ("placeholder", "get_attr")]
     devices = {value.device for value in values if isinstance(value, Tensor)}
     if len(devices) != 1 or devices.pop().type != "cuda":
