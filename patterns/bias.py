@@ -61,4 +61,5 @@ def _addend(step: scores.Add, operand: Operand) -> torch.Tensor:
 
 
 def times(tensor: torch.Tensor, factor: torch.Tensor, divide: bool) -> torch.Tensor:
+    """A product, or a quotient if `divide`."""
     return tensor / factor if divide else tensor * factor

@@ -35,16 +35,19 @@ def cross_attention(op: Any, x: Any) -> Any:
 
 
 def mlp(op: Any, x: Any) -> Any:
+    """The MLP as a branch of the residual stream."""
     return branch(op, op.mlp(x))
 
 
 def post_norm(op: Any, x: Any, *blocks: Any) -> Any:
+    """Post-norm: each block reads x, and the sum is normalised."""
     for block in blocks:
         x = op.normalize(x + block(op, x))
     return x
 
 
 def pre_norm(op: Any, x: Any, *blocks: Any) -> Any:
+    """Pre-norm: each block reads the normalised x."""
     for block in blocks:
         x = x + block(op, op.normalize(x))
     return x

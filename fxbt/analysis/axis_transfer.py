@@ -105,6 +105,7 @@ class AxisTransfer:
         return rule(self, node, {source: axes for source, axes in given.items() if self.labels(axes)})
 
     def unknown(self, node: fx.Node) -> Miss:
+        """The Miss of an op that is not known to keep places apart."""
         return Miss(f"an op is not known to keep {self.what} apart", node=node)
 
     def labels(self, axes: Axes) -> Labels:
@@ -189,6 +190,7 @@ def tensors_of(node: fx.Node) -> list[Tensor]:
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a node that are tensors."""
     return [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
 
 
@@ -210,10 +212,12 @@ def _labelled(transfer: AxisTransfer, given: Given) -> dict[fx.Node, Labels]:
 
 
 def pointwise(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
+    """Pointwise ops: operands broadcast to the result."""
     return transfer.flow(node, _labelled(transfer, given), is_beside=True)
 
 
 def concatenation(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
+    """torch.cat along an axis that is not marked."""
     operands = _labelled(transfer, given)
     dim = dim_of(node, _rank(node))
     if any(dim in labels for labels in operands.values()):
@@ -222,6 +226,7 @@ def concatenation(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
 
 
 def stack(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
+    """torch.stack: the result has one more dim."""
     new = dim_of(node, _rank(node))
     operands = {
         source: {dim if dim > new else dim - 1: label for dim, label in labels.items()}
@@ -241,6 +246,7 @@ def gather(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
 
 
 def contraction(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
+    """matmul, bmm, einsum over axes that are not marked."""
     product = transfer.product(node, given)
     if product.is_along:
         return Flow(_labelled(transfer, given), mixes="a product sums over")
@@ -261,11 +267,13 @@ def attention(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
 
 
 def cast(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
+    """A cast, which may read another operand's dtype."""
     source: Any = node.args[0]  # another operand gives only its dtype
     return transfer.flow(node, {source: transfer.labels(given[source])}) if source in given else Flow({})
 
 
 def layout(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
+    """A layout op, which moves the axes of its first operand."""
     source: Any = node.args[0]
     if source not in given:  # another operand gives only its shape
         return Flow({})
@@ -338,6 +346,7 @@ class Along:
 
 
 def last(count: int) -> Callable[[fx.Node, int], Iterable[int]]:
+    """The last `count` dims of an operand."""
     return lambda node, rank: range(-count, 0)
 
 
@@ -361,6 +370,7 @@ def _is_whole_slice(node: fx.Node) -> bool:
 
 
 def repeated(node: fx.Node, rank: int) -> list[int]:
+    """The dims that torch.Tensor.repeat repeats."""
     repeats: Any = node.args[1]
     return [dim for dim in range(-rank, 0) if repeats[dim] != 1]
 

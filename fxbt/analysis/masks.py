@@ -81,6 +81,7 @@ def truth(value: Any) -> Any:
 
 
 def negate(value: Any) -> Any:
+    """The negation of an evaluated boolean."""
     return sympy.Not(value)
 
 

@@ -50,18 +50,25 @@ class Rounding(sympy.Function):
 
     @classmethod
     def eval(cls, value: Any) -> Any:
+        """The rounded number; None, which keeps the call unevaluated, for anything else."""
         return converted(value, cls.dtype) if value.is_number else None
 
 
 class ToFloat16(Rounding):
+    """A value rounded to float16."""
+
     dtype = torch.float16
 
 
 class ToBFloat16(Rounding):
+    """A value rounded to bfloat16."""
+
     dtype = torch.bfloat16
 
 
 class ToFloat32(Rounding):
+    """A value rounded to float32."""
+
     dtype = torch.float32
 
 

@@ -143,6 +143,7 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
 
 
 def scores_dtype(softmax: fx.Node) -> torch.dtype:
+    """The dtype of the scores in a softmax."""
     return softmax.args[0].meta["val"].dtype
 
 

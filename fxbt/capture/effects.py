@@ -56,6 +56,7 @@ class Effects:
 
     @property
     def names(self) -> list[str]:
+        """The names of the buffers and attributes in the model."""
         return [*(buffer.name for buffer in self.buffers), *(slot.name for slot in self.slots)]
 
     def inputs(self) -> list[Tensor]:

@@ -126,6 +126,7 @@ def _print(expression: sympy.Basic, names: dict[sympy.Symbol, str]) -> str:
 
 
 def assertions(count: int, conditions: list[tuple[str, str]]) -> Callable[..., None]:
+    """A function of `count` tensors t0, t1, ... that asserts (code, text) conditions, naming the first that fails."""
     lines = [f"    if not ({code}): raise AssertionError({text!r})" for code, text in dict.fromkeys(conditions)]
     source = "\n".join([f"def guards({', '.join(f't{i}' for i in range(count))}):", "    pass", *lines])
     namespace: dict[str, Any] = {"math": math}

@@ -100,6 +100,7 @@ class ModelState:
         return not mine.isdisjoint(its)
 
     def is_of_same_classes(self, other: ModelState) -> bool:
+        """Whether both models have modules of the same classes, in the same order."""
         return self._classes == other._classes
 
     def _equals(self) -> bool:

@@ -39,15 +39,19 @@ class Place:
         self.kept: Any = self.read()
 
     def read(self) -> Any:
+        """The current content."""
         raise NotImplementedError
 
     def holds(self) -> bool:
+        """Whether the content is as it was."""
         return same(self.read(), self.kept)
 
     def changed(self) -> list[str]:
+        """The names of what differs, for messages."""
         return [self.name]
 
     def restore(self) -> None:
+        """Puts the old content back."""
         raise NotImplementedError
 
     def renew(self) -> None:
@@ -92,6 +96,7 @@ class Names(Dict):
         super().__init__(owner, name, ".")
 
     def watch(self, name: str) -> Any:
+        """Adds a name; returns its value, or `ABSENT`."""
         return self.kept.setdefault(name, self.owner.get(name, ABSENT))
 
     def read(self) -> dict[str, Any]:
@@ -252,6 +257,7 @@ def _same_items(new: Any, old: Any) -> bool:
 
 
 def contents(cell: Any) -> Any:
+    """The value in a closure's cell, or `ABSENT`."""
     try:
         return cell.cell_contents
     except ValueError:  # a variable without a value yet
@@ -259,6 +265,7 @@ def contents(cell: Any) -> Any:
 
 
 def slots_of(kind: type) -> list[str]:
+    """The names in `__slots__` of a class and its bases."""
     return [
         name
         for base in kind.__mro__

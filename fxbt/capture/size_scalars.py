@@ -63,6 +63,7 @@ class Constant:
     value: int
 
     def holds(self) -> bool:
+        """Whether the tensor still has the value that the trace read."""
         return self.tensor.item() == self.value
 
 

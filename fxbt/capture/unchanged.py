@@ -64,6 +64,7 @@ class Unchanged:
         self._settings = settings
 
     def holds(self, during_a_trace: bool) -> bool:
+        """Whether nothing changed; during another thread's trace, torch's own places are ignored."""
         versions = list(map(dict_version, self._dicts))
         if versions != self._versions and not self._holds_anew(versions, during_a_trace):
             return False

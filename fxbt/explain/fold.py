@@ -17,10 +17,12 @@ class Repeat(NamedTuple):
 
     @property
     def saved(self) -> int:
+        """The number of lines that folding saves."""
         return self.length * (self.times - 1)
 
     @property
     def end(self) -> int:
+        """The line after the last segment."""
         return self.start + self.length * self.times
 
 

@@ -223,9 +223,11 @@ class Printer:
         self.symbols: Symbols = {}
 
     def lines(self) -> list[str]:
+        """All lines of the text."""
         return [self.line(entry) for entry in self.printed]
 
     def line(self, entry: Entry) -> str:
+        """The line of one node."""
         node = entry.node
         path = module_path(node)
         arguments = self.items(_without_body(entry.args), path)
@@ -252,15 +254,18 @@ class Printer:
         return description(self.name(node), type, self.path(module_path(node)), source_line(node))
 
     def op(self, node: fx.Node) -> str:
+        """The short name of what a node called."""
         return op_name(self.targets.get(node, node.target))
 
     def name(self, node: fx.Node) -> str:
+        """The name of a node's value, assigned on first use."""
         if node not in self.names:
             self.names[node] = self.new_name(node)
             self.used.add(self.names[node])
         return self.names[node]
 
     def new_name(self, node: fx.Node) -> str:
+        """A name that no other value has."""
         if node.op in ("placeholder", "output"):
             return f"%{node.target}"
         op = self.op(node)
@@ -269,6 +274,7 @@ class Printer:
         return name
 
     def argument(self, value: Any, path: str) -> str:
+        """An argument as text."""
         match value:
             case fx.Node(op="get_attr"):
                 return self.path(_relative(str(value.target), path))
@@ -291,9 +297,11 @@ class Printer:
         return self.size(value).removeprefix("torch.")
 
     def items(self, values: Iterable[Any], path: str) -> str:
+        """Several arguments as text, separated by commas."""
         return ", ".join(self.argument(value, path) for value in values)
 
     def size(self, size: Any) -> str:
+        """A size as text, its symbols renamed to s0, s1, ..."""
         if not isinstance(size, (torch.SymInt, torch.SymBool, torch.SymFloat)):
             return str(size)
         expression = sympy.sympify(size.node.expr)

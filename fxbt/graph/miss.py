@@ -111,10 +111,12 @@ class Miss(Exception):
 
     @property
     def expected(self) -> str:
+        """What the rule needed, as text."""
         return _in_words(self._expected, describe)
 
     @property
     def found(self) -> str:
+        """What the graph has instead, as text."""
         return _in_words(self._found or self.node or "", describe)
 
     @property

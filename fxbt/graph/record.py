@@ -32,6 +32,7 @@ class Entry(NamedTuple):
 
     @classmethod
     def of(cls, node: fx.Node) -> Entry:
+        """A node as it is now."""
         return cls(node, node.target, node.args, node.kwargs)
 
 
@@ -78,6 +79,7 @@ class StageRecord:
 
     @property
     def hits(self) -> int:
+        """How often the rule matched."""
         return len(self.places)
 
 

@@ -208,6 +208,7 @@ class Layout:
 
     @property
     def heads(self) -> tuple[axes.Atom, ...]:
+        """The axes of the query's heads: those of the keys, then the groups."""
         return self.key_heads + self.groups
 
     def named(self, names: str) -> axes.Axes:

@@ -30,12 +30,15 @@ class State:
         return len(self.entered)
 
     def bind(self, name: str, value: Any) -> State:
+        """The state with one more name bound."""
         return State({**self.bound, name: value}, self.shared, self.interior, self.entered)
 
     def share(self, term: Term, node: fx.Node) -> State:
+        """The state in which a repeated term is this node."""
         return State(self.bound, {**self.shared, term: node}, self.interior, self.entered)
 
     def enter(self, nodes: Iterable[fx.Node], term: Term) -> State:
+        """The state after matching these nodes with an op of the pattern."""
         return State(self.bound, self.shared, self.interior.union(nodes), self.entered | {term})
 
 

@@ -127,14 +127,17 @@ class Expression:
 
     @property
     def shape(self) -> _Shape:
+        """The shape, of which only single sizes may be used, to divide a sum."""
         return _Shape(self.term)
 
     @property
     def mT(self) -> Expression:
+        """The transpose of the last two dims."""
         return _applied("transpose", self, -1, -2)
 
     @property
     def T(self) -> Expression:
+        """The transpose of a matrix."""
         return _applied("t", self)
 
     @property

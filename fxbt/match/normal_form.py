@@ -115,12 +115,18 @@ def powers_multiply(inner: float, outer: float, base_is_nonnegative: bool) -> bo
 
 
 def is_sum_of_squares(term: Any) -> bool:
+    """Whether a term is a sum of even powers, and so never negative."""
     if not isinstance(term, Call) or term.op != "sum" or not isinstance(term.args[0], Product):
         return False
     return all(exponent % 2 == 0 for _, exponent in term.args[0].factors) and term.args[0].coefficient >= 0
 
 
 def literal(value: Any) -> float:
+    """The number that a pattern writes.
+
+    Raises:
+        RuleError: it is not a number.
+    """
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
     if callable(value):

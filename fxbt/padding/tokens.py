@@ -140,6 +140,7 @@ class Writer:
         return {} if isinstance(value, Dense) else self.transfer.labels(value.axes)
 
     def has_tokens(self, labels: Labels) -> bool:
+        """Whether one of these dims holds tokens."""
         return any(not self._positions.isdisjoint(label) for label in labels.values())
 
     def domain_of(self, labels: Labels) -> Domain | None:
@@ -166,6 +167,7 @@ class Writer:
     # --- writing ---
 
     def call(self, function: Callable[..., Any], *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
+        """A new node that calls a function, with the module path of the current node."""
         node = self.graph.call_function(function, args, kwargs)
         meta: Any = self.current.meta
         node.meta = {key: meta[key] for key in ("nn_module_stack", "stack_trace") if key in meta}
@@ -251,6 +253,11 @@ class Writer:
         return self.cached(packed.gather, value.node, domain.tokens, full, token, rank, val=val)
 
     def size(self, atom: Atom, is_packed: bool) -> Any:
+        """The size of an axis as an argument of a reshape; in packed form, -1 for tokens and 1 for the batch.
+
+        Raises:
+            Miss: the size cannot be computed in the packed graph.
+        """
         if is_packed and atom in self.transfer.marks:
             return -1 if atom in self._positions else 1
         if atom.size.is_Integer:

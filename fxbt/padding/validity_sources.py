@@ -47,6 +47,7 @@ class Validity:
 
     @property
     def of_ids(self) -> bool:
+        """Whether the source is token ids."""
         return self.relation is not None and self.source.meta["val"].dtype is not torch.bool
 
     @property

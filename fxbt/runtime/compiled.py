@@ -49,10 +49,12 @@ class Compiled:
 
     @property
     def hits(self) -> dict[str, int]:
+        """How often each rule matched."""
         return hits_of(self.stages)
 
     @property
     def misses(self) -> list[Miss]:
+        """All misses of all stages."""
         return [miss for stage in self.stages for miss in stage.misses]
 
     @property
@@ -87,4 +89,5 @@ class Compiled:
 
     @property
     def refusals(self) -> list[str]:
+        """The rewrites that were refused, as text."""
         return [str(miss) for miss in self.misses if miss.refused]

@@ -15,7 +15,8 @@ class Kept(Protocol):
 
     used: int
 
-    def applies(self, tensors: Sequence[Any]) -> bool: ...
+    def applies(self, tensors: Sequence[Any]) -> bool:
+        """Whether the graph serves a call with these tensors now."""
 
 
 Graph = TypeVar("Graph", bound=Kept)

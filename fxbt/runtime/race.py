@@ -37,10 +37,12 @@ class Pair:
 
     @property
     def is_lost(self) -> bool:
+        """Whether the original was clearly faster."""
         return self.original < CLEARLY * self.graph
 
     @property
     def is_won_by_far(self) -> bool:
+        """Whether the graph took less than half of the original's time."""
         return self.graph < BY_FAR * self.original
 
 

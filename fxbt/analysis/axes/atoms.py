@@ -41,6 +41,7 @@ def leaves(label: Iterable[Atom]) -> Label:
 
 
 def resolve(axes: Axes) -> Axes:
+    """The axes with split atoms replaced by their parts."""
     return tuple(leaves(label) for label in axes)
 
 
@@ -108,6 +109,7 @@ def _quotient(size: Any, divisor: Any) -> Any:
 
 
 def sizes_of(node: fx.Node) -> list[Any]:
+    """The sizes of a node's dims as sympy expressions."""
     value = node.meta["val"]
     return [size_of(value, dim) for dim in range(value.dim())]
 

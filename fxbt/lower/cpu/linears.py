@@ -66,6 +66,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 
 def pack_for_onednn(weight: Tensor) -> Tensor:
+    """A weight [n, k] in oneDNN's packed layout."""
     return mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
 
 
