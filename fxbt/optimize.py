@@ -54,10 +54,10 @@ def optimize(
         verify: compare the values of the graph before and after every rewrite, and undo rewrites that change them.
         tracer: "export" (torch.export; "auto" means the same) or "hf-fx" (the tracer of transformers 4.x).
         padding: "drop" computes on valid tokens only (unpadding) where the graph proves that padding cannot affect
-            them, without gradients. Valid positions are exact. Padded positions of an output are 0, or the lowest
-            finite value if its last axis is the tokens (for example the start and end scores of question answering),
-            so that no argmax or softmax picks them. Calls without padding, and calls that a run-time guard keeps
-            dense, return the original's values at padded positions too. "keep" always returns those.
+            them, without gradients: valid positions are exact; padded positions of outputs are 0 or, if the last axis
+            is the tokens (such as the start and end scores of question answering), the lowest finite value, so that no
+            argmax or softmax lands there. Calls without padding, and calls that a run-time guard keeps dense, return
+            the original's values at padded positions too. "keep" always returns those.
         inplace: change `model` itself instead of creating a second object.
         dtype: `torch.bfloat16` computes linear layers in bfloat16, without gradients, on a CPU with bfloat16
             instructions. It is about 1.5 times as fast as float32; outputs differ by about 5e-3 (the report has the

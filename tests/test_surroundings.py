@@ -568,8 +568,14 @@ def values():
 GENERATOR = values()
 GENERATOR_OF_NUMPY = np.random.default_rng(0)
 UNWATCHABLE = {
-    "a counter": (lambda self, x: self.linear(x) * next(COUNTER), "test_surroundings.COUNTER, a count, which goes on"),
-    "a generator": (lambda self, x: self.linear(x) * next(GENERATOR), "GENERATOR, a generator, which goes on"),
+    "a counter": (
+        lambda self, x: self.linear(x) * next(COUNTER),
+        "test_surroundings.COUNTER, a count, which changes with each use",
+    ),
+    "a generator": (
+        lambda self, x: self.linear(x) * next(GENERATOR),
+        "GENERATOR, a generator, which changes with each use",
+    ),
     "the clock": (lambda self, x: self.linear(x) * time.time(), "forward uses time.time"),
     "random numbers": (lambda self, x: self.linear(x) * random.random(), "forward uses Random.random"),
     "random integers": (lambda self, x: self.linear(x) * random.randint(1, 9), "forward uses random.randint"),
