@@ -281,7 +281,7 @@ class Dispatcher:
             self.fall_back(f"calls like {shapes} run faster without a graph: {contest.evidence}")
 
     def _refused(self, graph: GuardedGraph, call: Call, problem: Exception) -> None:
-        """Drops a graph whose guards reject more calls than it serves."""
+        """Drops a graph once it has refused more calls than it served."""
         graph.refused += 1
         if graph.refused > graph.served:
             self._graphs.drop(graph)  # the next such call captures a new graph

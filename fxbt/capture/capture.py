@@ -41,7 +41,7 @@ def capture(
     Args:
         rehearse: run the model first, for models that create tensors at their first call, and to see whether it changes
             its attributes at every call. A caller that just saw a call change nothing can skip it.
-        varied: axes after the second of inputs with three and more dims, as (input, axis), that are dynamic, too.
+        varied: axes after the second of inputs with four and more dims, as (input, axis), that are dynamic, too.
             Making all of them dynamic takes minutes for some vision models (window attention), and hides the head size.
         verify: also trace equal layers one by one, and refuse if that gives another graph.
 

@@ -181,7 +181,7 @@ def check_buffers(model: nn.Module, buffers: Sequence[Buffer]) -> None:
         if type(buffer.tensor) is not Tensor or buffer.tensor.layout is not torch.strided:
             raise CaptureError(f"forward writes in place to {buffer.name}, a {type(buffer.tensor).__name__}")
         if buffer.tensor.requires_grad:
-            raise CaptureError(f"forward writes in place to {buffer.name} what requires a gradient")
+            raise CaptureError(f"forward writes in place to {buffer.name} a value that requires a gradient")
         if buffer.tensor.is_inference():
             raise CaptureError(f"forward writes in place to {buffer.name}, which was made in inference mode")
         if sum(memory_of(tensor) == memory_of(buffer.tensor) for tensor in shared) > 1:
@@ -203,7 +203,7 @@ def written_buffers(
     others = [t for t in written if id(t) not in buffers or memory_of(t) in arguments]
     if others:
         named = [arguments.get(memory_of(t), parameters.get(id(t), "a tensor")) for t in others]
-        raise CaptureError(f"forward writes in place to {', '.join(named)}")
+        raise CaptureError(f"forward writes in place to {', '.join(named)}, and a graph cannot")
     check_buffers(model, [Buffer(buffers[id(tensor)], tensor) for tensor in written])
     return [(buffers[id(tensor)], tensor) for tensor in written]
 

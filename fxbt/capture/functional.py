@@ -62,13 +62,17 @@ def functional(program: ExportedProgram, names: list[str]) -> ExportedProgram:
                 f"forward writes in place to {', '.join(mutated)} and uses checkpoints, which may repeat the write"
             )
         if left := [str(node.target) for node in program.graph.nodes if _writes_statistics(node)]:
-            raise CaptureError(f"forward writes in place to the statistics of {left[0].removeprefix('aten.')}")
+            raise CaptureError(
+                f"forward writes in place to the statistics of {left[0].removeprefix('aten.')}, and a graph cannot"
+            )
     signature = program.graph_signature
     if mutated := list(signature.parameters_to_mutate.values()):
         raise CaptureError(f"forward writes in place to {', '.join(mutated)}, and a graph cannot")
     if mutated := list(signature.user_inputs_to_mutate.values()):
         inputs = dict(zip(signature.user_inputs, names, strict=True))
-        raise CaptureError(f"forward writes in place to its argument {', '.join(inputs[m] for m in mutated)}")
+        raise CaptureError(
+            f"forward writes in place to its argument {', '.join(inputs[m] for m in mutated)}, and a graph cannot"
+        )
     return program
 
 

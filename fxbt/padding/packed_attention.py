@@ -30,7 +30,7 @@ CHOICES = {
 def attention(writer: Writer, node: fx.Node) -> Value:
     """Attention per sequence if queries and keys are packed, else on dense queries under a mask that hides padding."""
     if argument(node, "dropout_p"):
-        raise Miss("attention with dropout", node=node)
+        raise Miss("the attention uses dropout", node=node)
     operands: list[Any] = [argument(node, name) for name in ("query", "key", "value")]
     mask = mask_of(node)
     if any(-1 in writer.labels(writer.values[operand]) for operand in operands):
@@ -45,7 +45,7 @@ def attention(writer: Writer, node: fx.Node) -> Value:
     if isinstance(mask, fx.Node) and not isinstance(writer.values[mask], Dense):
         raise Miss("an attention mask depends on tokens", node=node)
     if not all(isinstance(writer.values[operand], Dense) for operand in operands[1:]):
-        raise Miss("attention between packed and other tokens", node=node)
+        raise Miss("the attention runs between packed and other tokens", node=node)
     return Wide(writer.copy(node, writer.spread), writer.transfer.axes(node, writer.labels(writer.values[operands[0]])))
 
 
