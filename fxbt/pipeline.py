@@ -159,6 +159,7 @@ def lower_whole(work: Work) -> None:
     work.weights = None if torch.is_grad_enabled() else Weights()
     work.recorder = Recorder(options.cuda_graphs == "static") if options.cuda_graphs else None
     work.dense = Program(work.inlined, work.assumes, work.weights, options.precision, work.recorder)
+    work.stages += [work.dense.epilogues] if work.dense.epilogues else []
 
 
 def run_in_parts(work: Work) -> None:

@@ -36,6 +36,7 @@ ROOMS = [
     "pipeline",
     "making",
     "dispatch",
+    "submodels",
     "optimize",
     "saving",
     "loading",

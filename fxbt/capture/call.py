@@ -64,6 +64,7 @@ class Call:
     past: frozenset[int] = frozenset()  # tensors that are attributes of an object, such as a KV cache's
     objects: int = 0
     growing: frozenset[tuple[str, int]] = frozenset()  # axes of these tensors, by name, that forward makes longer
+    new_tokens: int | None = None  # index of the tensor whose first two axes are the tokens that forward adds to them
 
     def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with `tensors` in place of `self.tensors`, in fresh containers."""

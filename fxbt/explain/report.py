@@ -13,6 +13,7 @@ from ..capture.export import Captured
 from ..graph.miss import Miss
 from ..graph.record import StageRecord
 from ..lower.spill import Spilled
+from ..runtime.cache_use import CacheUse
 from ..runtime.compiled import Compiled
 from ..runtime.race import Races
 from .graph_report import GraphReport
@@ -26,8 +27,8 @@ class Report:
     """What fxbt did to one model; `print` shows it as tables.
 
     `graphs` has a `GraphReport` for each call signature, in the order of capture. `fallbacks` has the reasons why the
-    original forward ran. `notes` says what became of stored graphs. `hits`, `before`, `after`, `diff()` and `why()` of
-    the report describe the latest graph.
+    original forward ran. `notes` says what became of stored graphs, `parts` has the reports of submodules that were
+    called directly. `hits`, `before`, `after`, `diff()` and `why()` of the report describe the latest graph.
 
     Example::
 
@@ -42,11 +43,27 @@ class Report:
     fallbacks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # why stored graphs were not used, or graphs not stored
     made: int = 0  # number of graphs made, including replaced ones
+    own_parts: dict[str, Report] = field(default_factory=dict)  # of submodules, called or not
 
     @property
     def latest(self) -> GraphReport | None:
         """The report on the graph that was captured last; None before the first capture."""
         return next(reversed(self.graphs.values()), None)
+
+    @property
+    def parts(self) -> dict[str, Report]:
+        """The reports of submodules that were called directly, by path.
+
+        Example::
+
+            fast.generate(**inputs)
+            print(fast.report.parts["model.encoder"])
+        """
+        found: dict[str, Report] = {}
+        for name, part in self.own_parts.items():
+            found |= {name: part} if part.graphs or part.fallbacks else {}
+            found |= {f"{name}.{inner}": report for inner, report in part.parts.items()}
+        return found
 
     @property
     def hits(self) -> dict[str, int]:
@@ -105,15 +122,16 @@ class Report:
         compiled: Compiled,
         races: Races | None = None,
         is_stored: bool = False,
+        use: CacheUse | None = None,
     ) -> GraphReport:
-        """Records a captured graph under its call signature, numbered if the text occurs twice.
+        """Record a captured graph under its call signature (numbered, should the text occur twice).
 
-        `is_stored`: another process captured it.
+        `is_stored` is whether another process captured it, `use` what it does with KV caches.
         """
         self.made += 1
         name = next(n for n in _numbered(signature) if n not in self.graphs)
         self.graphs[name] = GraphReport(
-            signature, compiled, captured.out_spec, captured.effects.names, captured.seconds, races, is_stored
+            signature, compiled, captured.out_spec, captured.effects.names, captured.seconds, races, is_stored, use
         )
         return self.graphs[name]
 
@@ -132,9 +150,17 @@ class Report:
             self.notes.append(note)
 
     def __str__(self) -> str:
+        parts = [f"{path}, called directly\n\n{report.own_text()}" for path, report in self.parts.items()]
+        return "\n\n\n".join([self.own_text(), *parts])
+
+    def own_text(self) -> str:
+        """The report as text, without those of submodules."""
         dropped = self.made - len(self.graphs)
         title = f"graphs ({dropped} more were captured and replaced)" if dropped else "graphs"
-        sections = [(title, _graph_table(dict(self.graphs))), *_latest_sections(self.latest)]
+        sections = [(title, _graph_table(dict(self.graphs)))]
+        if any(graph.use for graph in self.graphs.values()):
+            sections.append(("calls with a KV cache", _cache_table(self.graphs.values())))
+        sections += _latest_sections(self.latest)
         if self.fallbacks:
             sections.append(("the original forward ran because", _bullets(self.fallbacks)))
         if self.notes:
@@ -161,6 +187,13 @@ def _graph_table(graphs: dict[str, GraphReport]) -> str:
         for key, graph in graphs.items()
     ]
     return _table(["signature", "nodes", "capture s", "rewrite s", "derived weights MiB", "values MiB"], rows)
+
+
+def _cache_table(graphs: Iterable[GraphReport]) -> str:
+    rows = [
+        [graph.step, graph.tokens, f"{graph.cache_bytes / 2**20:.1f}", graph.signature] for graph in graphs if graph.use
+    ]
+    return _table(["step", "tokens", "growing caches MiB", "signature"], rows)
 
 
 def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:

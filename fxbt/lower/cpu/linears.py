@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...graph.node import argument
+from ...graph.record import StageRecord
 from ...kernels import native
 from ...kernels.autotune import Calls, Contest, Tuner, bucket_of
 from ...torch_compat import is_avx512_supported
-from .epilogue import Activation, Epilogue, Norm, fused_in
+from .epilogue import STAGE, Activation, Epilogue, Norm, epilogue_of, epilogues, fused_in
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
@@ -155,20 +156,21 @@ def _by_rule(elements: int, kernels: dict[str, Kernel]) -> str:
     return "fused" if "fused" in kernels else "packed"
 
 
-def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> None:
-    """Gives linears on float32 weights the kernels that are fastest here, with their epilogues.
+def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> StageRecord:
+    """Gives linears on float32 weights the kernels that are fastest here, with one of `epilogues` fused in.
 
-    An epilogue is an activation or a residual, and a layer norm. The nodes that pack weights join `constant`.
+    Returns the record of fused epilogues. The nodes that pack weights join `constant`.
     """
     packed: dict[Any, fx.Node] = {}
+    record, formulas = StageRecord(STAGE), epilogues()
     if not can_pack_here():
-        return
+        return record
     for node in list(graph.nodes):
         if not can_be_packed(node, constant):
             continue
         weight: Any = node.args[1]
         n, k = map(int, weight.meta["val"].shape)
-        epilogue = Epilogue.of(node, constant)
+        epilogue = epilogue_of(node, constant, record, formulas)
         names = tuner.choose(linears(n, k, epilogue.activation))
         if epilogue.activation is None and set(names) == {"F.linear"}:
             continue
@@ -178,6 +180,7 @@ def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> Non
     if tuner.answers and (reason := native.obstacle()):
         tuner.answers["native"] = f"not available: {reason}"
     constant.update(packed.values())
+    return record
 
 
 def _form(weight: fx.Node, pack: Callable[[Tensor], Tensor] | None, packed: dict[Any, fx.Node]) -> fx.Node:
