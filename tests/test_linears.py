@@ -225,7 +225,11 @@ NEAR_MISSES = {
         0,
     ),
     "broadcast": (lambda x, r, w: F.linear(x, w) + r[:, :1], "the other addend has another shape", 0),
-    "of another dtype": (lambda x, r, w: F.linear(x, w) + r.double(), "computed in torch.float32 on the way to", 0),
+    "of another dtype": (
+        lambda x, r, w: F.linear(x, w) + r.double(),
+        "an intermediate value is in torch.float32, coarser than the result's",
+        0,
+    ),
     "a coarser residual": (lambda x, r, w: F.linear(x, w) + r.bfloat16(), "the other addend is in torch.bfloat16", 0),
     "to itself": (lambda x, r, w: F.linear(x, w) + F.linear(x, w), "a linear is added to itself", 0),
     "over two dims": (

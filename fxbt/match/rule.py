@@ -228,7 +228,11 @@ class Rule:
             raise Miss(f"check raises {type(error).__name__}: {error}", node=anchor) from error
 
     def match_of(self, found: Found, anchor: fx.Node) -> Match:
-        """The match of what was found, with the values that `replace` takes."""
+        """The match of what was found, with the values that `replace` takes.
+
+        Raises:
+            Miss: several products read the same weights, and the rule lays none of them out.
+        """
         values = found.values
         if not self.outline:
             wanted = inspect.signature(self.replace).parameters

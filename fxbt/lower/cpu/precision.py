@@ -93,6 +93,7 @@ class Bfloat16:
         self._known: dict[tuple[Any, torch.dtype], fx.Node] = {}
 
     def linear(self, node: fx.Node) -> None:
+        """Computes a linear, and an activation after it, in bfloat16."""
         x: Any = node.args[0]
         epilogue = epilogue_of(node, self._constant, self._record, self._formulas)
         packed = self._packed(node.args[1])
@@ -137,6 +138,7 @@ class Int8:
         self._known: dict[Any, tuple[fx.Node, ...]] = {}
 
     def linear(self, node: fx.Node) -> None:
+        """Computes a linear on int8 weights, unless its sums could exceed an int32."""
         x, weight = node.args[:2]
         outputs, inputs = map(int, weight.meta["val"].shape)  # type: ignore[union-attr]
         if not 0 < inputs <= LONGEST_SUM:
