@@ -245,7 +245,9 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
         return dispatcher(args, kwargs)
 
     own_forward = Forward(forward, dispatcher)
-    part_options = dataclasses.replace(options, inplace=False, padding="keep")  # others may read what is at padding
+    part_options = dataclasses.replace(
+        options, inplace=False, padding="keep"
+    )  # their callers may read values at padding
     submodels = Submodels(lambda part: _optimized(part, part_options), dispatcher.report)
 
     def get_attribute(self: Any, name: str) -> Any:

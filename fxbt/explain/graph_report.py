@@ -179,7 +179,7 @@ class GraphReport:
 
         Example::
 
-            fast.report.latest.calls  # {'packed': 12, 'dense': 3, 'padding stands at position 0, which is read': 1}
+            fast.report.latest.calls  # {'packed': 12, 'dense': 3, 'position 0 is read, and a row has padding there': 1}
         """
         unpadding = self.compiled.unpadding
         return dict(unpadding.calls) if unpadding else {}

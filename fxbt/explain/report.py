@@ -124,9 +124,9 @@ class Report:
         is_stored: bool = False,
         use: CacheUse | None = None,
     ) -> GraphReport:
-        """Record a captured graph under its call signature (numbered, should the text occur twice).
+        """Records a captured graph under its call signature, numbered if the text occurs twice.
 
-        `is_stored` is whether another process captured it, `use` what it does with KV caches.
+        `is_stored`: another process captured it; `use`: how it uses KV caches.
         """
         self.made += 1
         name = next(n for n in _numbered(signature) if n not in self.graphs)
