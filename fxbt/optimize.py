@@ -245,9 +245,8 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
         return dispatcher(args, kwargs)
 
     own_forward = Forward(forward, dispatcher)
-    part_options = dataclasses.replace(
-        options, inplace=False, padding="keep"
-    )  # their callers may read values at padding
+    # Callers of a submodule may read its values at padding.
+    part_options = dataclasses.replace(options, inplace=False, padding="keep")
     submodels = Submodels(lambda part: _optimized(part, part_options), dispatcher.report)
 
     def get_attribute(self: Any, name: str) -> Any:
