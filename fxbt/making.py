@@ -1,4 +1,4 @@
-"""`Maker`: a call becomes a graph for calls like it: captured or read, compiled, and compared with the original."""
+"""`Maker`: makes a graph from a call: captures or loads it, compiles it, and compares it with the original."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from .torch_compat import pytree
 
 Values = tuple[list[Any], pytree.TreeSpec]
 _NESTED = (
-    "forward computes on nested tensors, after which padding is 0, and a graph could not drop padding ({why}); "
-    "nn.TransformerEncoder(..., enable_nested_tensor=False) does not"
+    "forward computes on nested tensors, which turn padding into 0, and the graph could not drop padding ({why}); "
+    "pass enable_nested_tensor=False to nn.TransformerEncoder"
 )
 
 
 class Maker:
-    """Makes the graphs of one model; `known` are those that there are, `note` takes what becomes of stored ones.
+    """Makes the graphs of one model. `known` holds the existing graphs; `note` receives notes about stored ones.
 
     Example:
         >>> maker = Maker(model, options, rules, Numbers(), graphs, report.add_note)
@@ -70,15 +70,15 @@ class Maker:
         written: list[tuple[str, Tensor]],
         rehearse: bool,
     ) -> GuardedGraph:
-        """A graph for calls of a key; one of another process, if there is one that rests on the same.
+        """A graph for calls of a key; loaded if another process stored one under the same conditions.
 
         Args:
             expected: what the original returned for the call.
-            written: the buffers that it wrote to.
-            rehearse: whether its first run may have changed the model, or what is around it.
+            written: the buffers that the original wrote to.
+            rehearse: whether the original's first run may have changed the model or its surroundings.
 
         Raises:
-            CaptureError: there can be no such graph, or it does not compute what the original does.
+            CaptureError: there can be no such graph, or it does not compute what the original computes.
         """
         others = self._known.of(key)
         label = Label.of(self._original, (key, sorted(call.growing)), around)
@@ -111,7 +111,7 @@ class Maker:
     ) -> GuardedGraph:
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
-            raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")
+            raise CaptureError(f"forward writes in place to {', '.join(unseen)}, and the captured graph does not")
         pinned = pinned_numbers(captured, call)
         check_pinned(pinned, call, others)
         compiled = self._compiled(captured, call, expected, around)
@@ -130,7 +130,7 @@ class Maker:
         )
 
     def _compiled(self, captured: Captured, call: Call, expected: Values, around: Surroundings) -> Compiled:
-        """A captured graph, compiled, whose numbers are the original's on the call."""
+        """Compiles a captured graph and checks its values against the original's on the call."""
         try:
             compiled = pipeline.compile(captured, self._rules, self._options)
             if around.nests and compiled.unpadding is None:
@@ -141,18 +141,18 @@ class Maker:
             raise CaptureError(str(error)) from error
         except CaptureError:
             raise
-        except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
+        except Exception as error:  # fxbt's own failure must not reach a model that runs well without it
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
         if problem is not None:
-            raise CaptureError(f"the graph's outputs are not the original's: {problem}")
+            raise CaptureError(f"the graph's outputs differ from the original's: {problem}")
         if compiled.weights is not None and not self._options.keep_original:
             compiled.spilled = compiled.weights.spill()
         return compiled
 
     def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
-        """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file.
+        """Where graph and original may be timed against each other; None where the original must not be timed.
 
-        And without effects, which a call has once, and where the original may serve.
+        That needs a call without gradients, random numbers or effects, weights in memory, and no `strict`.
         """
         options = self._options
         may_not = torch.is_grad_enabled() or compiled.stochastic or not options.keep_original or options.strict

@@ -1,7 +1,9 @@
-"""Which kernel is the fastest on this machine: measured once for each shape, and kept on disk if nothing disturbed it.
+"""Autotuning: which kernel is fastest on this machine, measured once per shape and kept on disk if nothing disturbed
+it.
 
-`FXBT_TUNE=0` measures nothing and takes a fixed rule instead, so that every process chooses alike. One process of a
-machine measures at a time: others wait for what it finds, no longer than they would measure (`cache` says where it is).
+`FXBT_TUNE=0` measures nothing and uses a fixed rule, so that every process chooses the same. Only one process of a
+machine measures at a time; others wait for its result, but not longer than measuring would take (`cache` says where it
+is).
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ from .clock import CLEARLY, CLOCK, TAKEN_PER_CALL, TAKEN_PER_SECOND, Clock, is_s
 
 logger = logging.getLogger("fxbt")
 
-FORMAT = 10  # of the files; another one is ignored. A change of what is measured (native.c, say) makes a new one
+FORMAT = 10  # of the files; others are ignored. A change of what is measured (such as native.c) makes a new one
 BUDGET_SECONDS = 2.0  # for the shapes of one model
 LEAST_TURNS, TURNS_SECONDS, DOUBTFUL_SECONDS = 2, 0.01, 0.06
-SETTLED = 3  # sizes in a row with one clear winner: the largest size, half of the time of all, is not measured then
-EVEN, FAR = 1.25, 2  # times the shortest turn; times the fastest kernel: more than that is seldom on a quiet machine
-ENOUGH, MANY = 5, 12  # turns that say so; those of a second attempt, where something was in the way of the first
+SETTLED = 3  # sizes in a row with one clear winner; then the largest size, half of all the time, is not measured
+EVEN, FAR = 1.25, 2  # times the shortest turn; times the fastest kernel: a quiet machine seldom exceeds either
+ENOUGH, MANY = 5, 12  # turns that decide; those of a second attempt, after a disturbed one
 
-Times = dict[str, list[float]]  # kernel -> microseconds for each of the sizes
+Times = dict[str, list[float]]  # kernel -> microseconds for each size
 Calls = list[Callable[[], Any]]  # the same kernel on different memory
 
 
@@ -45,12 +47,12 @@ class Contest:
     """Kernels that compute the same, at several sizes.
 
     Attributes:
-        key: all that their times depend on besides the size, as text.
-        names: of the kernels.
-        sizes: those that are measured.
-        up_to: the size up to which each of them stands for others; the last one stands for all that are larger.
-        calls: a size -> calls of each kernel; None if it is too large to measure, and the one before stands for it.
-        by_rule: the kernel that is taken where nothing is measured.
+        key: everything that their times depend on besides the size, as text.
+        names: the names of the kernels.
+        sizes: the measured sizes.
+        up_to: the size up to which each measurement counts; the last one counts for all larger sizes.
+        calls: a size -> calls of each kernel; None if it is too large to measure, and the size before it counts.
+        by_rule: the kernel to use where nothing is measured.
     """
 
     key: str
@@ -62,7 +64,7 @@ class Contest:
 
 
 class Tuner:
-    """Answers for one model's kernels, within a time budget; `answers` keeps what was said, as text for each shape."""
+    """Chooses one model's kernels within a time budget; `answers` has each choice as text, by shape."""
 
     def __init__(self) -> None:
         self._left = BUDGET_SECONDS
@@ -70,7 +72,7 @@ class Tuner:
         self.answers: dict[str, str] = {}
 
     def choose(self, contest: Contest) -> tuple[str, ...]:
-        """The name of the fastest kernel for each of the contest's sizes; asked once, kept."""
+        """The name of the fastest kernel for each of the contest's sizes; decided once."""
         if contest.key not in self._chosen:
             self._chosen[contest.key] = self._decide(contest)
         return self._chosen[contest.key]
@@ -91,7 +93,7 @@ class Tuner:
 
 
 def bucket_of(size: int, up_to: tuple[int, ...]) -> int:
-    """The place of the measurement that stands for a size."""
+    """The index of the measurement that counts for a size."""
     return bisect.bisect_left(up_to, size)
 
 
@@ -101,9 +103,9 @@ def is_enabled() -> bool:
 
 
 def _by_times(contest: Contest, times: Times) -> tuple[str, ...]:
-    """The kernel that loses least over all sizes, but where another one is clearly faster, that one.
+    """The kernel that loses least over all sizes; at a size where another one is clearly faster, that one.
 
-    One kernel needs a weight in one form only, and what is not clear is noise.
+    A single kernel needs a weight in one form only, and an unclear difference is noise.
     """
     by_size = list(zip(*(times[name] for name in contest.names), strict=True))
     losses = [sum(math.log(kernels[i] / min(kernels)) for kernels in by_size) for i in range(len(contest.names))]
@@ -114,7 +116,7 @@ def _by_times(contest: Contest, times: Times) -> tuple[str, ...]:
 
 def _describe(contest: Contest, answer: tuple[str, ...], times: Times | None, is_disturbed: bool) -> str:
     if times is None:
-        why = "other programs were in the way of measuring" if is_disturbed else "not measured"
+        why = "other programs disturbed the measurement" if is_disturbed else "not measured"
         return f"{contest.by_rule} (by rule, {why})"
     shown = []
     for i, (size, choice) in enumerate(zip(contest.sizes, answer, strict=True)):
@@ -124,7 +126,7 @@ def _describe(contest: Contest, answer: tuple[str, ...], times: Times | None, is
 
 
 class _Disturbed(Exception):
-    """Something else kept the machine busy while kernels were measured."""
+    """Other programs kept the machine busy while kernels were measured."""
 
 
 def _measured(contest: Contest) -> Times:
@@ -136,7 +138,7 @@ def _measured(contest: Contest) -> Times:
 
 
 def _measure(contest: Contest, clock: Clock = CLOCK) -> Times | None:
-    """Each kernel's times; None where something else kept the machine busy meanwhile: what it says decides nothing."""
+    """Each kernel's times; None if other programs kept the machine busy: such times decide nothing."""
     times: Times = {name: [] for name in contest.names}
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for size in contest.sizes:
@@ -161,9 +163,10 @@ def _is_settled(times: Times) -> bool:
 
 
 def _measure_doubtful(contest: Contest, times: Times, clock: Clock) -> bool:
-    """Again, and the shorter times of both, where the answer is not the one of most sizes: a few turns may mislead.
+    """Measures again where the answer differs from that of most sizes, because a few turns may mislead; keeps the
+    minimum.
 
-    Whether nothing was in the way.
+    Returns whether nothing disturbed it.
     """
     answer = _by_times(contest, times)
     for place, size in enumerate(contest.sizes):
@@ -180,9 +183,9 @@ def _measure_doubtful(contest: Contest, times: Times, clock: Clock) -> bool:
 def _undisturbed_turns(
     kernels: list[Calls], clock: Clock, seconds: float = TURNS_SECONDS, least: int = LEAST_TURNS
 ) -> list[list[float]] | None:
-    """As `in_turns`, again where something was in the way; None where it stays so.
+    """`in_turns`, repeated if something disturbed it; None if it stays disturbed.
 
-    Where a few turns say what a quiet machine seldom does, more of them have to.
+    If a few turns give a result that is rare on a quiet machine, more turns are taken.
     """
     for fewest in (least, MANY):
         turns = _turns_of_a_quiet_machine(kernels, clock, seconds, fewest)
@@ -196,7 +199,7 @@ def _undisturbed_turns(
 def _turns_of_a_quiet_machine(
     kernels: list[Calls], clock: Clock, seconds: float, least: int = LEAST_TURNS
 ) -> list[list[float]] | None:
-    """As `in_turns`; None where other programs had a processor in most calls, or a kernel's turns contradict."""
+    """`in_turns`; None if other programs had a processor in most calls, or a kernel's turns contradict each other."""
     taken, start = clock.taken(), clock.now()
     turns = in_turns(*kernels, seconds=seconds, least=least, clock=clock)
     allowed = TAKEN_PER_CALL * sum(map(len, turns)) + TAKEN_PER_SECOND * (clock.now() - start)
@@ -204,7 +207,7 @@ def _turns_of_a_quiet_machine(
 
 
 def _are_doubtful(turns: list[list[float]]) -> bool:
-    """Whether so few turns differ by more than those of a quiet machine, or kernels that compute the same by much."""
+    """Whether a few turns differ more than on a quiet machine, or equal kernels differ by much."""
     shortest = [min(samples) for samples in turns]
     are_uneven = any(max(samples) > EVEN * min(samples) for samples in turns)
     return are_uneven or max(shortest) > FAR * min(shortest)
@@ -217,8 +220,10 @@ def in_turns(
     most: int = 16 * LEAST_TURNS,
     clock: Clock = CLOCK,
 ) -> list[list[float]]:
-    """Each kernel's microseconds turn by turn, each call on other memory than the one before; every turn begins with
-    another kernel, and the first one does not count."""
+    """Each kernel's microseconds, turn by turn, each call on other memory than the one before.
+
+    Every turn begins with another kernel, and the first turn does not count.
+    """
     samples: list[list[float]] = [[] for _ in kernels]
     for turn in range(most):
         for step in range(len(kernels)):
@@ -232,7 +237,7 @@ def in_turns(
     return [measured[1:] for measured in samples]
 
 
-# The cache on disk: one file for each machine, torch and number of threads
+# The cache on disk: one file per machine, torch version and number of threads
 
 
 def _machine() -> dict[str, Any]:
@@ -255,19 +260,19 @@ def _cpu_name() -> str:
 
 
 def file_name() -> str:
-    """Of this machine's measurements."""
+    """The file of this machine's measurements."""
     return f"kernels-{hashlib.sha256(json.dumps(_machine()).encode()).hexdigest()[:16]}.json"
 
 
 def _read() -> dict[str, Any]:
-    """The measurements on disk; {} where there are none, or the file is not one of ours."""
+    """The measurements on disk; {} if there are none, or the file is not ours."""
     if (found := cache.find(file_name())) is None:
         return {}
     try:
         data = json.loads(found.data)
         return dict(data["measured"]) if data["machine"] == _machine() else {}
     except (ValueError, KeyError, TypeError) as error:
-        logger.debug("the kernel measurements on disk are not read: %s", error)
+        logger.debug("the kernel measurements on disk cannot be read: %s", error)
         return {}
 
 
@@ -288,9 +293,9 @@ def _known(contest: Contest) -> Times | None:
 
 
 def _keep(key: str, times: Times) -> None:
-    """Writes one more measurement; what another process wrote before is kept."""
+    """Writes one more measurement, and keeps those of other processes."""
     data = {"machine": _machine(), "measured": {**_read(), key: times}}
     try:
         cache.write(file_name(), json.dumps(data, indent=1).encode())
-    except OSError as error:  # nowhere to write: measured anew next time
-        logger.debug("the kernel measurements are not kept: %s", error)
+    except OSError as error:  # not writable: measured again next time
+        logger.debug("the kernel measurements cannot be saved: %s", error)
