@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -31,11 +32,14 @@ from .errors import CaptureError, ExampleError, FallbackError, FxbtWarning, NotC
 from .explain.graph_report import GraphReport
 from .explain.report import Report
 from .kernels import native
+from .kernels.autotune import Measurements
 from .kernels.forks import FORKS
+from .kernels.traffic import BUSY
 from .making import Maker
-from .options import Options
+from .options import Options, check_seconds
 from .progress import part, watched
 from .runtime import race
+from .runtime.between_calls import BetweenCalls
 from .runtime.compiled import Compiled
 from .runtime.failures import Failures
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
@@ -84,7 +88,11 @@ class Dispatcher:
         self._graphs: Graphs[GuardedGraph] = Graphs(options.max_captures)
         self._reports: WeakKeyDictionary[GuardedGraph, GraphReport] = WeakKeyDictionary()
         self._failures = Failures(original)
-        self._maker = Maker(original, options, self._rules, self._numbers, self._graphs, self.report.add_note)
+        self._measurements = Measurements(options.tune_seconds)
+        self._between = BetweenCalls(self._measurements)
+        self._maker = Maker(
+            original, options, self._rules, self._numbers, self._graphs, self.report.add_note, self._measurements
+        )
         self._unlike: ModelState | None = None  # in which no graph could be rebound
         self._faults, self._warned = 0, False
         self._user_rules = {rule.name for rule in self._rules} - {rule.name for rule in pipeline.default_rules()}
@@ -97,6 +105,16 @@ class Dispatcher:
             FxbtWarning: the caller's filters make errors of warnings, and this call runs the original.
             FallbackError: the option `strict` is set, and this call would run the original.
         """
+        here = threading.get_ident()
+        if here in BUSY:  # inside another call
+            return self._call(args, kwargs)
+        BUSY.add(here)
+        try:
+            return self._call(args, kwargs)
+        finally:
+            BUSY.discard(here)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         error: Exception | None = None
         try:
             served = self._serve(args, kwargs)
@@ -147,16 +165,26 @@ class Dispatcher:
         except Exception as another:  # not even that can be noted
             logger.debug("fxbt could not note its own failure", exc_info=another)
 
-    def warmup(self, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any]) -> Warmup:
-        """Captures the graph for such a call of the model's `forward` ahead.
+    def warmup(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        forward: Callable[..., Any],
+        tune_seconds: float | None = None,
+    ) -> Warmup:
+        """Captures the graph for such a call of the model's `forward` ahead, and measures its kernels.
 
         Raises:
             ExampleError: the model itself rejects the call.
             FallbackError: the option `strict` is set, and the call would run the original.
         """
+        if tune_seconds is not None:
+            check_seconds(tune_seconds)
         graphs, fallbacks = set(self.report.graphs), set(self.report.fallbacks)
         try:
-            with watched(self.original) as watch, preserved(self.original):
+            measuring = self._measurements.at_once(tune_seconds)
+            with watched(self.original) as watch, preserved(self.original), measuring:
+                self._measurements.finish()
                 forward(*args, **kwargs)
         except _FOR_THE_CALLER:
             raise
@@ -234,11 +262,14 @@ class Dispatcher:
     ) -> _Served | None:
         if FORKS.is_unsaid:
             FORKS.say()
+        if graph.compiled.is_behind:
+            self._take_other_kernels(graph, call)
         if graph.races is not None and self._original_is_faster(graph, graph.races.of(_elements(call.tensors)), call):
             return None
         if graph.effects and active_hooks():  # which may end a recomputation, and what it writes, half-way
             self.fall_back(f"forward changes {graph.effects.names[0]} in the model, under hooks on saved tensors")
             return None
+        begun = self._between.begin()
         try:
             output = graph.output(call)
         except Exception as error:
@@ -247,6 +278,8 @@ class Dispatcher:
             problem = error
         else:
             graph.served += 1
+            if begun is not None:
+                self._between.end(begun)
             return _Served(output)
         output = self._original_output(args, kwargs)  # if the call is wrong, the model's own error is the one to see
         if goes_another_way(problem):
@@ -276,6 +309,13 @@ class Dispatcher:
         if contest.evidence is not None and before is None:
             shapes = shown_shapes(call.args, call.kwargs)
             self.fall_back(f"calls like {shapes} run faster without a graph: {contest.evidence}")
+
+    def _take_other_kernels(self, graph: GuardedGraph, call: Call) -> None:
+        """Serves by other kernels from this call on, if they were measured to be faster, and nobody waits for that."""
+        if not LOCK.is_free or not graph.compiled.has_news():
+            return
+        with LOCK.capturing(self.original), preserved(self.original), part("take measured kernels"):
+            self._maker.take_other_kernels(graph, call.copied())
 
     def _refused(self, graph: GuardedGraph, call: Call, problem: Exception) -> None:
         """Keeps a graph that does not go a call's way for those that do, as long as they are the most."""

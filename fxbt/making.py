@@ -19,10 +19,11 @@ from .capture.number_inputs import Numbers
 from .capture.surroundings import Surroundings
 from .errors import CaptureError, RuleError
 from .kernels import autotune
+from .kernels.autotune import Measurements
 from .match.rule import Rule
 from .options import Options
 from .runtime import race
-from .runtime.compare import Comparison
+from .runtime.compare import Comparison, original_values
 from .runtime.compiled import Compiled
 from .runtime.graph_cache import Graphs
 from .runtime.guarded_graph import GuardedGraph, check_pinned, pinned_numbers, varied_axes
@@ -37,10 +38,11 @@ _NESTED = (
 
 
 class Maker:
-    """Makes the graphs of one model; `known` are those that there are, `note` takes what becomes of stored ones.
+    """Makes the graphs of one model; `known` are those that there are, `note` takes what becomes of stored ones,
+    `measurements` are those of the model's kernels.
 
     Example:
-        >>> maker = Maker(model, options, rules, Numbers(), graphs, report.add_note)
+        >>> maker = Maker(model, options, rules, Numbers(), graphs, report.add_note, Measurements())
         >>> graph = maker.graph(key, call, expected, around, written, rehearse=False)
     """
 
@@ -52,12 +54,15 @@ class Maker:
         numbers: Numbers,
         known: Graphs[GuardedGraph],
         note: Callable[[str], None],
+        measurements: Measurements,
     ) -> None:
         self._original = original
         self._options = options
         self._rules = rules
         self._numbers = numbers
         self._known = known
+        self._note = note
+        self._measurements = measurements
         self._shelf = Shelf(original, options.graphs, options.cache, note)
 
     def graph(
@@ -130,7 +135,7 @@ class Maker:
     def _compiled(self, captured: Captured, call: Call, expected: Values, around: Surroundings) -> Compiled:
         """A captured graph, compiled, whose numbers are the original's on the call."""
         try:
-            compiled = pipeline.compile(captured, self._rules, self._options)
+            compiled = pipeline.compile(captured, self._rules, self._options, self._measurements)
             if around.nests and compiled.unpadding is None:
                 why = next((str(miss) for miss in compiled.misses if miss.rule == "padding"), 'padding="keep"')
                 raise CaptureError(_NESTED.format(why=why))
@@ -146,6 +151,23 @@ class Maker:
         if compiled.weights is not None and not self._options.keep_original:
             compiled.spilled = compiled.weights.spill()
         return compiled
+
+    def take_other_kernels(self, graph: GuardedGraph, call: Call) -> None:
+        """Compiles a graph by what is known of kernels now; it serves if its numbers are the original's on a call."""
+        again = graph.compiled.again
+        if again is None:  # it was rebound
+            return
+        try:
+            compiled = again()
+            expected = original_values(self._original, call, call.tensors)
+            problem = Comparison(self._original, graph.captured, compiled).outputs(call, expected)
+        except Exception as error:  # those that serve go on
+            problem = f"{type(error).__name__}: {error}"
+        if problem is None:
+            graph.take(compiled)
+        else:
+            self._note(f"the kernels that were measured to be faster are not used: {problem}")
+            graph.compiled.again = None
 
     def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
         """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file.

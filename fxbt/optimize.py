@@ -40,6 +40,7 @@ def optimize(
     max_captures: int = 8,
     strict: bool = False,
     cache: bool = False,
+    tune_seconds: float = 2.0,
 ) -> Model:
     """A model of the same class that shares everything with `model` but computes its forward by optimised graphs.
 
@@ -81,12 +82,16 @@ def optimize(
             another optimised one. Which of the two is faster is not asked then: graphs serve all calls.
         cache: keep captured graphs in the cache folder (`FXBT_CACHE_DIR`, else `~/.cache/fxbt`), so that another
             process need not capture them. See `fxbt.save`, which does so in a folder of your own.
+        tune_seconds: how long kernels may be measured on a CPU, for all shapes of this model together. What is not
+            known, from an earlier measurement or of a processor like this one, starts by a fixed rule; it is measured
+            at the end of calls, by a twentieth of their time on average, or at once in `fast.warmup(...)`. Then other
+            kernels may take over, whose outputs agree to floating-point rounding. 0 leaves all to the rule.
 
     Raises:
         TypeError: `model` is no `nn.Module`, a rule is no `Rule` instance, or `example_inputs` is no mapping or tuple.
         ValueError: the tracer, dtype or quantization is unknown or not available here, a parameter is not initialised
-            yet, `max_captures` is less than 1, or `keep_original=False` would free no memory (not on Linux, or `TMPDIR`
-            is in memory).
+            yet, `max_captures` is less than 1, `tune_seconds` less than 0, or `keep_original=False` would free no
+            memory (not on Linux, or `TMPDIR` is in memory).
         ExampleError: the model itself rejects `example_inputs`.
         FallbackError: `strict`, and `example_inputs` cannot be captured.
 
@@ -111,6 +116,7 @@ def optimize(
         max_captures=max_captures,
         strict=strict,
         cache=cache,
+        tune_seconds=tune_seconds,
     )
     return optimized_with(model, options, example_inputs)
 
@@ -244,16 +250,17 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
         """`type(fast)(config)` and `type(fast).from_pretrained(...)` make models that nobody optimised."""
         return base(*args, **kwargs)
 
-    def warmup(self: Any, *args: Any, **kwargs: Any) -> Warmup:
+    def warmup(self: Any, *args: Any, tune_seconds: float | None = None, **kwargs: Any) -> Warmup:
         """Captures the graph for calls like this one ahead, and says what it did and how long each part took.
 
-        The model's buffers and random state stay as they are.
+        Kernels are measured now: in what is left of the model's `tune_seconds`, or in those that are given here
+        (0: none). The model's buffers and random state stay as they are.
 
         Example:
             >>> print(fast.warmup(**inputs))
             captured (input_ids i64[2, 16], attention_mask i64[2, 16]) in 2.1 s: capture 1.1, run rules 0.1, ...
         """
-        return dispatcher.warmup(args, kwargs, self.forward)
+        return dispatcher.warmup(args, kwargs, self.forward, tune_seconds)
 
     def report(self: Any) -> Report:
         """What was captured, which rules fired where, and which calls run the original forward and why."""

@@ -188,9 +188,8 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
     if graph.spilled is not None:
         sections.append(("weights that only copies are read of (keep_original=False)", _spilled_table(graph.spilled)))
     if graph.kernels:
-        sections.append(
-            ("kernels, by rows of a linear and tokens of a sequence (each one's time)", _table_of(graph.kernels))
-        )
+        title = "kernels, by rows of a linear and tokens of a sequence (each one's time)"
+        sections.append((f"{title}: {graph.tuning}", _table_of(graph.kernels)))
     # What another rule has made part of a larger block since is no loss: `why` tells of it, not the summary.
     fused = {entry.node for stage in graph.stages for rewrite in stage.rewrites for entry in rewrite.removed}
     misses = [miss for miss in graph.misses if not miss.refused and miss.anchor not in fused]

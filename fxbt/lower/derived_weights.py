@@ -160,8 +160,8 @@ class Weights:
     packed weights, so one `tuner` says which kernels read them.
     """
 
-    def __init__(self) -> None:
-        self.tuner = Tuner()
+    def __init__(self, tuner: Tuner | None = None) -> None:
+        self.tuner = tuner or Tuner()
         self._graph = fx.Graph()
         self._sources: list[torch.Tensor] = []
         self._known: dict[Any, fx.Node] = {}

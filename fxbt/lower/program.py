@@ -41,8 +41,8 @@ class Program:
     `assumes` are the constants, by name, on whose content its proofs rest.
 
     Values derived from weights alone are kept in `weights`, if they are given: the programs of one model that are
-    made with the same object share them. `kernels` says for each shape of a linear which kernel was chosen. With
-    `precision`, linears compute in it. With a `recorder`, calls without gradients go through `replay`.
+    made with the same object share them. With `precision`, linears compute in it. With a `recorder`, calls without
+    gradients go through `replay`.
 
     Example:
         >>> weights = Weights()
@@ -60,7 +60,6 @@ class Program:
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {}))
         self._assumptions = Assumptions(assumes)
-        self.kernels: dict[str, str] = {}
         self._derived: Weights | None = None
         prepared = lower_blocks(graph) if weights is not None else []
         self.count = len(graph.find_nodes(op="placeholder"))
@@ -102,7 +101,6 @@ class Program:
         make_masks_once(graph)
         split_heads_once(graph)
         append_in_place(graph)
-        self.kernels = weights.tuner.answers
         self._places = weights.add(module, graph, constant)
         self._derived = weights if self._places else None
 

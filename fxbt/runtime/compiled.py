@@ -35,17 +35,41 @@ class Compiled:
     stochastic: bool
     derived_bytes: int
     peak_bytes: int | None  # of what the captured call computes, without gradients
-    kernels: dict[str, str]
     weights: Weights | None  # what the programs derive, without gradients
     recorder: Recorder | None = None  # of CUDA graphs, where that was asked for
     precision: str | None = None  # of linears, if it is not the model's own
     error: float | None = None  # of the outputs against the original's, in another precision
     spilled: Spilled | None = None  # what went from memory to a file
+    again: Callable[[], Compiled] | None = None  # compiles it by the choices of kernels that are known then
 
     @property
     def serve(self) -> Callable[..., tuple[Any, ...]]:
         """`run`, for a caller's call."""
         return self.recorder.serving(self.run) if self.recorder else self.run
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """The kernel of each shape, and on what ground."""
+        return self.weights.tuner.answers if self.weights else {}
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether kernels were measured that it has not looked at."""
+        return self.again is not None and self.weights is not None and self.weights.tuner.is_behind
+
+    def has_news(self) -> bool:
+        """Whether what was measured makes another choice of kernels; looks at it once."""
+        has_news = self.weights is not None and self.weights.tuner.has_news()
+        if not has_news and self.weights and self.weights.tuner.is_final:
+            self.again = None
+        return has_news
+
+    def take(self, other: Compiled) -> None:
+        """Runs from now on as `other` does, which is the same graph by other kernels."""
+        if self.unpadding is not None and other.unpadding is not None:
+            other.unpadding.goes_on_for(self.unpadding)
+        for name in ("dense", "unpadding", "weights", "derived_bytes", "peak_bytes", "error", "again", "run"):
+            setattr(self, name, getattr(other, name))
 
     @property
     def hits(self) -> dict[str, int]:
@@ -68,6 +92,7 @@ class Compiled:
         """Computes with those tensors from now on, and lets go of the others."""
         if all(id(tensor) == known for known, tensor in pairs.items()):
             return  # what was recorded of them stays
+        self.again = None  # it would read the tensors of before
         for program in self.programs:
             program.rebind(pairs)
         if self.unpadding is not None:

@@ -96,6 +96,12 @@ class GuardedGraph:
         effects.put(values)  # last: what may fail has not
         return output
 
+    def take(self, compiled: Compiled) -> None:
+        """Serves by other kernels from now on. Calls that run in other threads end as they began."""
+        self.compiled.take(compiled)
+        self.run = self.compiled.serve
+        self.races = self.races and Races()  # it may win now
+
     def rebind(self, model: nn.Module) -> bool:
         """Takes over the tensors that stand in the places of others now; whether the graph holds with them."""
         found = rebound(self.state, model)
