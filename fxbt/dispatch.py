@@ -269,7 +269,7 @@ class Dispatcher:
         if graph.effects and active_hooks():  # which may end a recomputation, and what it writes, half-way
             self.fall_back(f"forward changes {graph.effects.names[0]} in the model, under hooks on saved tensors")
             return None
-        begun = self._between.begin()
+        begun = self._between.begin() if graph.served else None  # a first call has waited long enough
         try:
             output = graph.output(call)
         except Exception as error:

@@ -107,7 +107,7 @@ class Paced:
         """
         with self._clock.running(), _plainly():
             end = self._clock.now() + seconds
-            while self._clock.now() < end:
+            while True:
                 try:
                     next(self._steps)
                 except StopIteration as found:
@@ -116,7 +116,8 @@ class Paced:
                 if not is_alone():
                     self._clock.disturbed = True
                     return False
-        return False
+                if self._clock.now() >= end:
+                    return False
 
 
 class _Stopwatch(Clock):
