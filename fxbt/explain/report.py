@@ -27,7 +27,7 @@ class Report:
 
     `graphs` holds a `GraphReport` for each call signature in the order of their captures, `fallbacks` the
     reasons for which the original forward ran instead,
-    `notes` what became of stored graphs. The report's own `hits`, `before`, `after`, `diff()`
+    `notes` what became of stored graphs and measured kernels. The report's own `hits`, `before`, `after`, `diff()`
     and `why()` speak of the latest graph.
 
     Example::
@@ -41,7 +41,9 @@ class Report:
 
     graphs: dict[str, GraphReport] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # why stored graphs were not used, or graphs not stored
+    notes: list[str] = field(
+        default_factory=list
+    )  # why stored graphs or measured kernels were not used, or graphs not stored
     made: int = 0  # graphs, with those that made place for others
 
     @property
@@ -128,7 +130,7 @@ class Report:
             self.fallbacks.append(reason)
 
     def add_note(self, note: str) -> None:
-        """Record what became of stored graphs; each note once."""
+        """Record what became of stored graphs and measured kernels; each note once."""
         if note not in self.notes:
             self.notes.append(note)
 
@@ -139,7 +141,7 @@ class Report:
         if self.fallbacks:
             sections.append(("the original forward ran because", _bullets(self.fallbacks)))
         if self.notes:
-            sections.append(("stored graphs", _bullets(self.notes)))
+            sections.append(("notes", _bullets(self.notes)))
         return "\n\n".join(f"{title}\n{body}" for title, body in sections)
 
 

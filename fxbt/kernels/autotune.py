@@ -121,7 +121,9 @@ class Measurements:
             return "not measured"
         if contest.key in self._given_up:
             return self._given_up[contest.key][1]
-        return LATER if contest.key in self._waiting else ASKED
+        if contest.key in self._waiting:
+            return LATER
+        return "measured since then" if self.known(contest) else ASKED
 
     @contextlib.contextmanager
     def at_once(self, seconds: float | None = None) -> Iterator[None]:
