@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from . import pipeline
 from .capture import outputs
-from .capture.caches import is_too_short, with_growth
+from .capture.caches import is_too_short, one_further, with_growth
 from .capture.call import Binder, Call, shown_shapes
 from .capture.containers import Arguments, Changed
 from .capture.effects import written_buffers
@@ -31,10 +30,9 @@ from .capture.value_branches import goes_another_way
 from .errors import CaptureError, ExampleError, FallbackError, FxbtWarning, NotCapturable, callers_level
 from .explain.graph_report import GraphReport
 from .explain.report import Report
-from .kernels import native
+from .kernels import native, traffic
 from .kernels.autotune import Measurements
 from .kernels.forks import FORKS
-from .kernels.traffic import BUSY
 from .making import Maker
 from .options import Options, check_seconds
 from .progress import part, watched
@@ -105,14 +103,7 @@ class Dispatcher:
             FxbtWarning: the caller's filters make errors of warnings, and this call runs the original.
             FallbackError: the option `strict` is set, and this call would run the original.
         """
-        here = threading.get_ident()
-        if here in BUSY:  # inside another call
-            return self._call(args, kwargs)
-        BUSY.add(here)
-        try:
-            return self._call(args, kwargs)
-        finally:
-            BUSY.discard(here)
+        return traffic.counted(self._call, args, kwargs)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         error: Exception | None = None
@@ -178,12 +169,10 @@ class Dispatcher:
             ExampleError: the model itself rejects the call.
             FallbackError: the option `strict` is set, and the call would run the original.
         """
-        if tune_seconds is not None:
-            check_seconds(tune_seconds)
+        check_seconds(0 if tune_seconds is None else tune_seconds)
         graphs, fallbacks = set(self.report.graphs), set(self.report.fallbacks)
         try:
-            measuring = self._measurements.at_once(tune_seconds)
-            with watched(self.original) as watch, preserved(self.original), measuring:
+            with watched(self.original) as watch, preserved(self.original), self._measurements.at_once(tune_seconds):
                 self._measurements.finish()
                 forward(*args, **kwargs)
         except _FOR_THE_CALLER:
@@ -263,7 +252,7 @@ class Dispatcher:
         if FORKS.is_unsaid:
             FORKS.say()
         if graph.compiled.is_behind:
-            self._take_other_kernels(graph, call)
+            self._maker.take_other_kernels(graph, call)
         if graph.races is not None and self._original_is_faster(graph, graph.races.of(_elements(call.tensors)), call):
             return None
         if graph.effects and active_hooks():  # which may end a recomputation, and what it writes, half-way
@@ -277,9 +266,8 @@ class Dispatcher:
                 raise _ModelError(error) from error
             problem = error
         else:
-            graph.served += 1
-            if begun is not None:
-                self._between.end(begun)
+            graph.count(call)
+            self._between.end(begun)
             return _Served(output)
         output = self._original_output(args, kwargs)  # if the call is wrong, the model's own error is the one to see
         if goes_another_way(problem):
@@ -309,13 +297,6 @@ class Dispatcher:
         if contest.evidence is not None and before is None:
             shapes = shown_shapes(call.args, call.kwargs)
             self.fall_back(f"calls like {shapes} run faster without a graph: {contest.evidence}")
-
-    def _take_other_kernels(self, graph: GuardedGraph, call: Call) -> None:
-        """Serves by other kernels from this call on, if they were measured to be faster, and nobody waits for that."""
-        if not LOCK.is_free or not graph.compiled.has_news():
-            return
-        with LOCK.capturing(self.original), preserved(self.original), part("take measured kernels"):
-            self._maker.take_other_kernels(graph, call.copied())
 
     def _refused(self, graph: GuardedGraph, call: Call, problem: Exception) -> None:
         """Keeps a graph that does not go a call's way for those that do, as long as they are the most."""
@@ -392,9 +373,13 @@ class Dispatcher:
                 seen, around = given.seen_in(output), recording.surroundings()
                 rehearse = recording.wrote or not state.holds()
                 call = with_growth(call, self._binder, args, kwargs)
-                if not is_too_short(call):
+                traced: tuple[Call, Any] | None = (call, seen)
+                if is_too_short(call):
+                    traced = None if rehearse else self._one_further(call, args, kwargs)
+                if traced is not None:
                     self._graphs.note_capture()
-                    graph = self._try_capture(call, outputs.flatten(seen), around, rehearse, (watched, before))
+                    call, expected = traced[0], outputs.flatten(traced[1])
+                    graph = self._try_capture(call, expected, around, rehearse, (watched, before))
             except _FOR_THE_CALLER:
                 raise
             except Exception as fault:  # of fxbt's own: what the original did is done
@@ -404,6 +389,23 @@ class Dispatcher:
         changes = graph is not None and (graph.compiled.stochastic or graph.effects or isinstance(seen, Changed))
         is_graphs = is_watched or (graph is not None and not changes)
         return None if is_graphs else _Served(output)
+
+    def _one_further(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any] | None:
+        """A call with a cache that is long enough to be traced, and what the original makes of it.
+
+        An encoder-decoder's first step has a cache of one token; the next one's cache is there already.
+        """
+        further = one_further(call, self._binder, args, kwargs)
+        if further is None:
+            return None
+        given, copied = Arguments(further.args, further.kwargs), further.copied()
+        try:
+            with preserved(self.original):
+                output = self.original.forward(*further.args, **further.kwargs)
+        except Exception as error:  # other arguments are as long as the cache was: the next call has longer ones
+            logger.debug("no graph for the first step with a cache", exc_info=error)
+            return None
+        return copied, given.seen_in(output)
 
     def _try_capture(
         self,
@@ -457,7 +459,7 @@ class Dispatcher:
     def _keep(self, graph: GuardedGraph, call: Call) -> None:
         signature = f"{call}{' training' if self.original.training else ''}"
         made = graph.captured, graph.compiled, graph.races
-        self._reports[graph] = self.report.add_graph(signature, *made, graph.is_stored)
+        self._reports[graph] = self.report.add_graph(signature, *made, graph.is_stored, graph.use)
         tensors = set(map(id, (ModelState(self.original) if graph.effects.slots else graph.state).tensors))
         # What one reads is no longer the model's, or calls have an input where it has a constant.
         self._drop_all([g for g in self._graphs if not tensors.issuperset(map(id, g.state.tensors))])

@@ -14,7 +14,8 @@ from .capture.call import Call
 from .capture.capture import capture
 from .capture.effects import Effects
 from .capture.export import Captured
-from .capture.model_state import ModelState
+from .capture.locks import LOCK
+from .capture.model_state import ModelState, preserved
 from .capture.number_inputs import Numbers
 from .capture.surroundings import Surroundings
 from .errors import CaptureError, RuleError
@@ -22,7 +23,9 @@ from .kernels import autotune
 from .kernels.autotune import Measurements
 from .match.rule import Rule
 from .options import Options
+from .progress import part
 from .runtime import race
+from .runtime.cache_use import CacheUse
 from .runtime.compare import Comparison, original_values
 from .runtime.compiled import Compiled
 from .runtime.graph_cache import Graphs
@@ -130,6 +133,7 @@ class Maker:
             pinned=pinned,
             constants=frozenset(call.constants),
             text=text,
+            use=CacheUse.of(call),
         )
 
     def _compiled(self, captured: Captured, call: Call, expected: Values, around: Surroundings) -> Compiled:
@@ -153,10 +157,15 @@ class Maker:
         return compiled
 
     def take_other_kernels(self, graph: GuardedGraph, call: Call) -> None:
-        """Compiles a graph by what is known of kernels now; it serves if its numbers are the original's on a call."""
-        again = graph.compiled.again
-        if again is None:  # it was rebound
+        """Lets a graph serve by other kernels, if they were measured to be faster, and nobody waits for a capture."""
+        if not LOCK.is_free or not graph.compiled.has_news():
             return
+        with LOCK.capturing(self._original), preserved(self._original), part("take measured kernels"):
+            if graph.compiled.again is not None:  # no other thread has put other tensors into it
+                self._take(graph, graph.compiled.again, call.copied())
+
+    def _take(self, graph: GuardedGraph, again: Callable[[], Compiled], call: Call) -> None:
+        """Compiles a graph by what is known of kernels now; it serves if its numbers are the original's on a call."""
         try:
             compiled = again()
             expected = original_values(self._original, call, call.tensors)

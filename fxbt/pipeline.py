@@ -163,6 +163,7 @@ def lower_whole(work: Work) -> None:
     work.weights = None if torch.is_grad_enabled() else Weights(_tuner(work))
     work.recorder = Recorder(options.cuda_graphs == "static") if options.cuda_graphs else None
     work.dense = Program(work.inlined, work.assumes, work.weights, options.precision, work.recorder)
+    work.stages += [work.dense.epilogues] if work.dense.epilogues else []
 
 
 def run_in_parts(work: Work) -> None:
@@ -275,6 +276,7 @@ def _may_change_kernels(work: Work) -> bool:
 def _again(work: Work) -> Compiled:
     """The same graph by the kernels that are known to be the fastest now; only its programs are made anew."""
     work = copy.copy(work)
+    work.stages = list(work.stages)
     lower_whole(work)
     if work.unpadding is not None and work.unpad is not None:
         work.unpadding = work.unpad(work.dense, weights=work.weights)

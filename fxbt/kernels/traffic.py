@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
+from typing import Any
 
 BUSY: set[int] = set()  # threads; adding and discarding one needs no lock
+
+
+def counted(call: Callable[..., Any], *args: Any) -> Any:
+    """What a call returns, during which this thread is busy."""
+    here = threading.get_ident()
+    if here in BUSY:  # inside another one
+        return call(*args)
+    BUSY.add(here)
+    try:
+        return call(*args)
+    finally:
+        BUSY.discard(here)
 
 
 def is_alone() -> bool:

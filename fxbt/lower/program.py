@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ..graph.node import attribute
-from ..graph.record import is_made
+from ..graph.record import StageRecord, is_made
 from ..kernels.differentiable import attention_with_gradient
 from .assumptions import Assumptions
 from .bindings import BINDINGS
@@ -60,6 +60,7 @@ class Program:
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {}))
         self._assumptions = Assumptions(assumes)
+        self.epilogues: StageRecord | None = None
         self._derived: Weights | None = None
         prepared = lower_blocks(graph) if weights is not None else []
         self.count = len(graph.find_nodes(op="placeholder"))
@@ -94,9 +95,9 @@ class Program:
         constant.update(of_weights)
         look_up_once(graph, constant)
         if precision is None:
-            choose_linears(graph, constant, weights.tuner)
+            self.epilogues = choose_linears(graph, constant, weights.tuner)
         else:
-            narrow_linears(precision, graph, constant)
+            self.epilogues = narrow_linears(precision, graph, constant)
         attend_fast(graph, weights.tuner)
         make_masks_once(graph)
         split_heads_once(graph)

@@ -49,6 +49,7 @@ from .terms import (
     Term,
     Variable,
     WeightVariable,
+    inner_outputs,
     names,
     shared,
 )
@@ -63,7 +64,7 @@ class Matcher:
         self.pattern = pattern
         self.loose = loose
         self.optional = pattern.names - always_bound(pattern.outputs)
-        self._shared = set().union(*(shared(term) for term in pattern.outputs))
+        self._shared = set().union(*(shared(term) for term in pattern.outputs)) | inner_outputs(pattern.outputs)
         self._positions: dict[fx.Node, int] = {}
         self._nearest: Miss | None = None
         self._expected: list[Any] = []
@@ -89,19 +90,25 @@ class Matcher:
             self._positions = {each: position for position, each in enumerate(node.graph.nodes)}
         return self._positions[node]
 
-    # Other outputs hang on values that are bound already: they are looked for among what is computed from those.
+    # One that stands inside another was found with it. Others hang on values that are bound already: they are looked
+    # for among what is computed from those.
     def _other_outputs(
         self, terms: list[Term], nodes: tuple[fx.Node, ...], state: State
     ) -> Iterator[tuple[tuple[fx.Node, ...], State]]:
         if not terms:
             yield nodes, state
             return
-        seeds = [state.bound[name] for name in sorted(names(terms[0])) if name in state.bound]
-        for candidate in computed_from([*(n for n in seeds if isinstance(n, fx.Node)), *nodes], depth=8):
+        for candidate in self._candidates(terms[0], nodes, state):
             if candidate in nodes:
                 continue
             for found in self._match(terms[0], candidate, state):
                 yield from self._other_outputs(terms[1:], (*nodes, candidate), found)
+
+    def _candidates(self, term: Term, nodes: tuple[fx.Node, ...], state: State) -> list[fx.Node]:
+        if term in state.shared:
+            return [state.shared[term]]
+        seeds = [state.bound[name] for name in sorted(names(term)) if name in state.bound]
+        return computed_from([*(n for n in seeds if isinstance(n, fx.Node)), *nodes], depth=8)
 
     def _is_closed(self, outputs: tuple[fx.Node, ...], state: State) -> bool:
         """Whether nothing else reads a value inside the match."""

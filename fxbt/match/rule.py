@@ -19,25 +19,18 @@ from ..errors import RuleError
 from ..graph.blocks import FUSED
 from ..graph.miss import Miss
 from .by_axes import AxisMatcher
+from .ends import ANY_OP, ends_of
 from .found import Found
 from .language import Expression, Op, term_of
 from .matcher import Matcher
 from .naming import is_float_cast, op_of
-from .pointwise import ENDS
-from .same_op import PERMUTATIONS, SHAPES
 from .terms import (
-    Call,
-    Either,
     Formula,
     Maybe,
     NumberVariable,
-    Pointwise,
-    Product,
-    Sum,
     Term,
     Variable,
     WeightVariable,
-    children,
     walk,
 )
 from .trial import check_results
@@ -179,15 +172,22 @@ class Rule:
         """What finds the formula in a graph."""
         return AxisMatcher(self.formula) if self.formula.has_axes else Matcher(self.formula, loose=bool(self.outline))
 
+    @functools.cached_property
+    def _ends(self) -> set[str]:
+        return ends_of(self.formula.outputs[0])
+
+    def can_end_at(self, node: fx.Node) -> bool:
+        """Whether a node calls an op that the pattern's first output can end with."""
+        op = op_of(node)
+        return op in self._ends or (op != "" and ANY_OP in self._ends)
+
     def anchors(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """The nodes at which `find` is tried: for patterns from the last to the first, so that the largest wins."""
         if self.targets:
             return (node for node in graph.nodes if node.op == "call_function" and node.target in self.targets)
         if isinstance(self.matcher, AxisMatcher):
             return iter(self.matcher.anchors(graph))
-        heads = _heads(self.formula.outputs[0])
-        ops = ((node, op_of(node)) for node in reversed(graph.nodes))
-        return (node for node, op in ops if op in heads or (op and ANY_OP in heads))
+        return filter(self.can_end_at, reversed(graph.nodes))
 
     def find(self, anchor: fx.Node) -> Match:
         """The match anchored at `anchor`.
@@ -209,7 +209,7 @@ class Rule:
                 found = next(matches)
                 _check_precision(found)
                 self._call_check(found, anchor)
-                return self._match(found, anchor)
+                return self.match_of(found, anchor)
             except StopIteration:
                 raise refusal or Miss("the pattern is not here", node=anchor, total=self.formula.size) from None
             except Miss as miss:
@@ -226,7 +226,8 @@ class Rule:
         except Exception as error:
             raise Miss(f"check raises {type(error).__name__}: {error}", node=anchor) from error
 
-    def _match(self, found: Found, anchor: fx.Node) -> Match:
+    def match_of(self, found: Found, anchor: fx.Node) -> Match:
+        """The match as those who asked for it take it: with what `replace` takes of the values found."""
         values = found.values
         if not self.outline:
             wanted = inspect.signature(self.replace).parameters
@@ -371,30 +372,6 @@ def _check_precision(found: Found) -> None:
 
 
 NARROW = {torch.int8, torch.uint8, torch.int16}  # sums in these overflow
-ANY_OP = "any op"
-GENERIC = {"normalize": {"layer_norm", "rms_norm"}, "activation": {ANY_OP}}
-SUM_OPS = {"add", "sub", "rsub", "neg"}
-PRODUCT_OPS = {"mul", "div", "neg", "pow", "sqrt", "rsqrt", "reciprocal", "square", "mean", "norm"}
-
-
-def _heads(term: Any) -> set[str]:
-    """The ops that a match of the term can end with."""
-    match term:
-        case Pointwise():
-            return set(ENDS)
-        case Either():
-            return set().union(*(_heads(option) for option in term.options))
-        case Sum() | Product():
-            wanted = [child for child in children(term) if not isinstance(child, Maybe)]
-            left_alone = _heads(wanted[0]) if len(wanted) == 1 and len(children(term)) > 1 else set()
-            return left_alone | (SUM_OPS if isinstance(term, Sum) else PRODUCT_OPS)
-        case Call():
-            if term.op in GENERIC:
-                return GENERIC[term.op]
-            family = next((names for names in (SHAPES, PERMUTATIONS) if term.op in names), {term.op})
-            return set(family) | {"sum": {"mean", "norm"}, "matmul": {"linear"}}.get(term.op, set())
-    return {"slice", "getitem"}
-
 
 # --- registration -----------------------------------------------------------------------------------------------
 

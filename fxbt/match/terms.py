@@ -234,6 +234,12 @@ def shared(term: Any) -> set[Term]:
     return {part for part, count in counts.items() if count > 1 and not isinstance(part, leaves)}
 
 
+def inner_outputs(outputs: tuple[Term, ...]) -> set[Term]:
+    """The outputs that are parts of other ones."""
+    parts = [set(walk(output)) - {output} for output in outputs]
+    return {output for output in outputs if any(output in inner for inner in parts)}
+
+
 @functools.cache
 def names(term: Term) -> frozenset[str]:
     """The names of all variables, numbers and weights of a term."""
@@ -242,13 +248,9 @@ def names(term: Term) -> frozenset[str]:
     return frozenset(found.name for found in walk(term) if isinstance(found, leaves)) | bound
 
 
-def size(term: Any) -> int:
-    """How many different ops a match of the term has: of alternatives, the longest."""
-    return len(_ops(term))
-
-
 @functools.cache
 def _ops(term: Any) -> frozenset[Term]:
+    """The different ops that a match of the term has: of alternatives, the longest."""
     match term:
         case Either():
             return max((_ops(option) for option in term.options), key=len)
@@ -267,6 +269,6 @@ class Formula:
 
     def __post_init__(self) -> None:
         self.names = set().union(*(names(term) for term in self.outputs))
-        self.size = sum(size(term) for term in self.outputs)
+        self.size = len(frozenset().union(*map(_ops, self.outputs)))
         self.has_axes = any(isinstance(t, Contract | Softmax | Steps) for term in self.outputs for t in walk(term))
         self.ops = {t.op for term in self.outputs for t in walk(term) if isinstance(t, Call)}

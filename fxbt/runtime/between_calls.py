@@ -27,8 +27,7 @@ class BetweenCalls:
     Example:
         >>> begun = between.begin()  # None: nothing waits
         >>> output = graph(x)
-        >>> if begun:
-        ...     between.end(begun)
+        >>> between.end(begun)
     """
 
     def __init__(self, measurements: Measurements, clock: Clock = CLOCK) -> None:
@@ -40,8 +39,10 @@ class BetweenCalls:
         """A call begins."""
         return (self._clock.now(), self._clock.taken()) if self._measurements.are_waiting else None
 
-    def end(self, begun: Begun) -> None:
+    def end(self, begun: Begun | None) -> None:
         """A call has ended, whose output may wait for a slice. Whatever fails in there, the caller does not see it."""
+        if begun is None:
+            return
         start, taken_before = begun
         now, taken = self._clock.now(), self._clock.taken() - taken_before
         self._owed -= SHARE * (now - start)

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...graph.node import argument
+from ...graph.record import StageRecord
 from ...kernels import native
 from ...kernels.autotune import Tuner
 from ...kernels.turns import Calls, Contest, bucket_of
 from ...torch_compat import is_avx512_supported
-from .epilogue import Activation, Epilogue, Norm, fused_in
+from .epilogue import STAGE, Activation, Epilogue, Norm, epilogue_of, epilogues, fused_in
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
@@ -155,20 +156,21 @@ def _by_rule(elements: int, kernels: dict[str, Kernel]) -> str:
     return "fused" if "fused" in kernels else "packed"
 
 
-def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> None:
+def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> StageRecord:
     """Give linears on float32 weights the kernels that are the fastest here, with what follows them.
 
-    That is an activation or a residual, and a layer norm. The nodes that pack weights join `constant`.
+    That is one of `epilogues`; returns the record of them. The nodes that pack weights join `constant`.
     """
     packed: dict[Any, fx.Node] = {}
+    record, formulas = StageRecord(STAGE), epilogues()
     if not can_pack_here():
-        return
+        return record
     for node in list(graph.nodes):
         if not can_be_packed(node, constant):
             continue
         weight: Any = node.args[1]
         n, k = map(int, weight.meta["val"].shape)
-        epilogue = Epilogue.of(node, constant)
+        epilogue = epilogue_of(node, constant, record, formulas)
         names = tuner.choose(linears(n, k, epilogue.activation))
         if epilogue.activation is None and set(names) == {"F.linear"}:
             continue
@@ -178,6 +180,7 @@ def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> Non
     if tuner.answers and (reason := native.obstacle()):
         tuner.notes["native"] = f"not to be had: {reason}"
     constant.update(packed.values())
+    return record
 
 
 def _form(weight: fx.Node, pack: Callable[[Tensor], Tensor] | None, packed: dict[Any, fx.Node]) -> fx.Node:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from ...graph.node import argument
+from ...graph.record import StageRecord
 from ...torch_compat import is_vnni_supported
-from .epilogue import activation_after, fused_in
+from .epilogue import STAGE, Epilogue, activated, epilogue_of, fused_in
 from .linears import can_be_packed, can_pack_here, pack_for_onednn
 
 aten = torch.ops.aten
@@ -31,7 +32,7 @@ class Precision(Protocol):
 
     name: str
 
-    def __init__(self, graph: fx.Graph, constant: set[fx.Node]) -> None: ...
+    def __init__(self, graph: fx.Graph, constant: set[fx.Node], record: StageRecord) -> None: ...
 
     def linear(self, node: fx.Node) -> None:
         """Puts another in the place of a linear node."""
@@ -64,20 +65,19 @@ def can_quantize_here() -> bool:
     return torch.backends.mkldnn.is_available() and is_vnni_supported()
 
 
-def narrow_linears(precision: type[Precision], graph: fx.Graph, constant: set[fx.Node]) -> None:
-    """Compute linears on float32 weights in `precision`; the nodes that make its own weights join `constant`."""
+def narrow_linears(precision: type[Precision], graph: fx.Graph, constant: set[fx.Node]) -> StageRecord:
+    """Compute linears on float32 weights in `precision`; the nodes that make its own weights join `constant`.
+
+    Returns the record of what was fused in.
+    """
+    record = StageRecord(STAGE)
     if not can_pack_here():
-        return
-    write = precision(graph, constant)
+        return record
+    write = precision(graph, constant, record)
     for node in list(graph.nodes):
         if can_be_packed(node, constant):
             write.linear(node)
-
-
-def _replace(node: fx.Node, result: fx.Node) -> None:
-    result.meta = dict(node.meta)
-    node.replace_all_uses_with(result)
-    node.graph.erase_node(node)
+    return record
 
 
 class Bfloat16:
@@ -85,23 +85,22 @@ class Bfloat16:
 
     name = "bfloat16"
 
-    def __init__(self, graph: fx.Graph, constant: set[fx.Node]) -> None:
-        self._graph, self._constant = graph, constant
+    def __init__(self, graph: fx.Graph, constant: set[fx.Node], record: StageRecord) -> None:
+        self._graph, self._constant, self._record = graph, constant, record
+        self._formulas = activated()
         self._known: dict[tuple[Any, torch.dtype], fx.Node] = {}
 
     def linear(self, node: fx.Node) -> None:
         x: Any = node.args[0]
-        activation, how = activation_after(node)
+        epilogue = epilogue_of(node, self._constant, self._record, self._formulas)
         packed = self._packed(node.args[1])
         narrow = self._cast(x, torch.bfloat16)
-        with self._graph.inserting_after(activation or node):
-            arguments: Any = (narrow, packed, argument(node, "bias"), *fused_in(how))
+        with self._graph.inserting_after(epilogue.chain[-1]):
+            arguments: Any = (narrow, packed, argument(node, "bias"), *fused_in(epilogue.activation))
             fused = self._graph.call_function(mkldnn._linear_pointwise.default, arguments)
         wide = self._cast(fused, torch.float32)
         self._known[wide, torch.bfloat16] = fused  # a linear that follows takes it as it is
-        _replace(activation or node, wide)
-        if activation is not None:
-            self._graph.erase_node(node)
+        epilogue.replace_by(wide)
 
     def _packed(self, weight: Any) -> fx.Node:
         if (weight, torch.bfloat16) not in self._known:
@@ -131,7 +130,7 @@ class Int8:
 
     name = "int8"
 
-    def __init__(self, graph: fx.Graph, constant: set[fx.Node]) -> None:
+    def __init__(self, graph: fx.Graph, constant: set[fx.Node], record: StageRecord) -> None:
         self._graph, self._constant = graph, constant
         self._known: dict[Any, tuple[fx.Node, ...]] = {}
 
@@ -144,7 +143,7 @@ class Int8:
         with self._graph.inserting_after(node):
             arguments: Any = (x, *weights, argument(node, "bias"))
             quantized = self._graph.call_function(Int8Linear(outputs), arguments)
-        _replace(node, quantized)
+        Epilogue((node,)).replace_by(quantized)
 
     def _weights(self, weight: Any) -> tuple[fx.Node, ...]:
         if weight not in self._known:
