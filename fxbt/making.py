@@ -1,4 +1,4 @@
-"""`Maker`: a call becomes a graph for calls like it: captured or read, compiled, and compared with the original."""
+"""`Maker`: makes a graph from a call: captures or loads it, compiles it, and compares it with the original."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from .torch_compat import pytree
 
 Values = tuple[list[Any], pytree.TreeSpec]
 _NESTED = (
-    "forward computes on nested tensors, after which padding is 0, and a graph could not drop padding ({why}); "
-    "nn.TransformerEncoder(..., enable_nested_tensor=False) does not"
+    "forward computes on nested tensors, which turn padding into 0, and the graph could not drop padding ({why}); "
+    "pass enable_nested_tensor=False to nn.TransformerEncoder"
 )
 
 
 class Maker:
-    """Makes the graphs of one model; `known` are those that there are, `note` takes what becomes of stored ones,
-    `measurements` are those of the model's kernels.
+    """Makes the graphs of one model. `known` holds the existing graphs; `note` receives notes about stored ones
+    and about kernels.
 
     Example:
-        >>> maker = Maker(model, options, rules, Numbers(), graphs, report.add_note, Measurements())
+        >>> maker = Maker(model, options, rules, Numbers(), graphs, report.add_note)
         >>> graph = maker.graph(key, call, expected, around, written, rehearse=False)
     """
 
@@ -57,7 +57,6 @@ class Maker:
         numbers: Numbers,
         known: Graphs[GuardedGraph],
         note: Callable[[str], None],
-        measurements: Measurements,
     ) -> None:
         self._original = original
         self._options = options
@@ -65,7 +64,7 @@ class Maker:
         self._numbers = numbers
         self._known = known
         self._note = note
-        self._measurements = measurements
+        self.measurements = Measurements(options.tune_seconds)  # of the model's kernels
         self._shelf = Shelf(original, options.graphs, options.cache, note)
 
     def graph(
@@ -77,15 +76,15 @@ class Maker:
         written: list[tuple[str, Tensor]],
         rehearse: bool,
     ) -> GuardedGraph:
-        """A graph for calls of a key; one of another process, if there is one that rests on the same.
+        """A graph for calls of a key; loaded if another process stored one under the same conditions.
 
         Args:
             expected: what the original returned for the call.
-            written: the buffers that it wrote to.
-            rehearse: whether its first run may have changed the model, or what is around it.
+            written: the buffers that the original wrote to.
+            rehearse: whether the original's first run may have changed the model or its surroundings.
 
         Raises:
-            CaptureError: there can be no such graph, or it does not compute what the original does.
+            CaptureError: there can be no such graph, or it does not compute what the original computes.
         """
         others = self._known.of(key)
         label = Label.of(self._original, (key, sorted(call.growing)), around)
@@ -118,7 +117,7 @@ class Maker:
     ) -> GuardedGraph:
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
-            raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")
+            raise CaptureError(f"forward writes in place to {', '.join(unseen)}, and the captured graph does not")
         pinned = pinned_numbers(captured, call)
         check_pinned(pinned, call, others)
         compiled = self._compiled(captured, call, expected, around)
@@ -137,9 +136,9 @@ class Maker:
         )
 
     def _compiled(self, captured: Captured, call: Call, expected: Values, around: Surroundings) -> Compiled:
-        """A captured graph, compiled, whose numbers are the original's on the call."""
+        """Compiles a captured graph and checks its values against the original's on the call."""
         try:
-            compiled = pipeline.compile(captured, self._rules, self._options, self._measurements)
+            compiled = pipeline.compile(captured, self._rules, self._options, self.measurements)
             if around.nests and compiled.unpadding is None:
                 why = next((str(miss) for miss in compiled.misses if miss.rule == "padding"), 'padding="keep"')
                 raise CaptureError(_NESTED.format(why=why))
@@ -148,10 +147,10 @@ class Maker:
             raise CaptureError(str(error)) from error
         except CaptureError:
             raise
-        except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
+        except Exception as error:  # fxbt's own failure must not reach a model that runs well without it
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
         if problem is not None:
-            raise CaptureError(f"the graph's outputs are not the original's: {problem}")
+            raise CaptureError(f"the graph's outputs differ from the original's: {problem}")
         if compiled.weights is not None and not self._options.keep_original:
             compiled.spilled = compiled.weights.spill()
         return compiled
@@ -179,9 +178,9 @@ class Maker:
             graph.compiled.again = None
 
     def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
-        """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file.
+        """Where graph and original may be timed against each other; None where the original must not be timed.
 
-        And without effects, which a call has once, and where the original may serve.
+        That needs a call without gradients, random numbers or effects, weights in memory, and no `strict`.
         """
         options = self._options
         may_not = torch.is_grad_enabled() or compiled.stochastic or not options.keep_original or options.strict

@@ -95,13 +95,13 @@ def optimized(model: nn.Module, clock: Clock | None = None, **options: Any) -> A
     """An optimised model, whose measuring goes by a simulated clock, with time for all of it."""
     fast = fxbt.optimize(model, **{"tune_seconds": 10**6, **options})
     dispatcher: Any = dispatcher_of(fast)
-    dispatcher._between._clock = dispatcher._measurements._clock = clock or Ticking()
+    dispatcher._between._clock = dispatcher._maker.measurements._clock = clock or Ticking()
     return fast
 
 
 def measurements_of(fast: Any) -> autotune.Measurements:
     dispatcher: Any = dispatcher_of(fast)
-    return dispatcher._measurements
+    return dispatcher._maker.measurements
 
 
 def encoder() -> Any:

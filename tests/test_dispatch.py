@@ -419,7 +419,9 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch):
     fast = optimize(Net().eval())
     fast(x_of(2, 3))
     assert ran_original(fast, x_of(2, 3)) and not fast.report.graphs
-    assert "the graph's outputs are not the original's: output 0 is off by up to 1.0e-01" in fast.report.fallbacks[0]
+    assert (
+        "the graph's outputs differ from the original's: output 0 differs by up to 1.0e-01" in fast.report.fallbacks[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -427,7 +429,7 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch):
     [
         (lambda y: y.double(), "dtype, shape"),
         (lambda y: y[:1], "dtype, shape"),
-        (lambda y: y * float("nan"), "is off"),
+        (lambda y: y * float("nan"), "differs by"),
         (lambda y: 3, "is a int, not a tensor"),
     ],
 )

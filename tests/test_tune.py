@@ -238,7 +238,7 @@ def test_what_a_busy_machine_says_is_neither_kept_nor_believed(samples, is_kept,
     with tuner.measurements.at_once():
         assert tuner.choose(contest(by_rule="third")) == (("second",) if is_kept else ("third",)) * 3
     assert list(cache.iterdir()) == ([cache / autotune.file_name()] if is_kept else [])
-    assert ("by rule, other programs were in the way" in tuner.answers["linear"]) != is_kept
+    assert ("by rule, other programs disturbed the measurement" in tuner.answers["linear"]) != is_kept
 
 
 class Counting(Clock):
@@ -357,7 +357,7 @@ def test_real_kernels_can_be_measured():
     with tuner.measurements.at_once():
         assert len(tuner.choose(linears.linears(24, 16))) == len(linears.ROWS)
     answer = tuner.answers["linear 24x16 float32"]
-    assert "us)" in answer or "other programs were in the way" in answer  # as they may be here
+    assert "us)" in answer or "other programs disturbed the measurement" in answer  # as they may be here
 
 
 @pytest.mark.parametrize(

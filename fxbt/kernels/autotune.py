@@ -34,7 +34,7 @@ FORMAT = 10  # of the files; another one is ignored. A change of what is measure
 TUNE_SECONDS = 2.0  # for the shapes of one model
 TRIES = 2  # of a contest, where other programs were in the way
 MEASURED, SHIPPED = "measured", "shipped"
-DISTURBED, SPENT = "other programs were in the way of measuring", "the time for measuring is spent"
+DISTURBED, SPENT = "other programs disturbed the measurement", "the time for measuring is spent"
 LATER, ASKED = "to be measured between calls, or in fast.warmup(...)", "fast.warmup(...) measures it"
 
 _ONE_AT_A_TIME = threading.Lock()  # of this process

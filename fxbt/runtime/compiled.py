@@ -1,4 +1,4 @@
-"""`Compiled`: a graph ready to run, with the record of how it came to be."""
+"""`Compiled`: a graph ready to run, with the record of its making."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from .unpadding import Unpadding
 
 @dataclass
 class Compiled:
-    """A graph ready to run, and the record of how it came to be."""
+    """A graph ready to run, and the record of its making."""
 
     run: Callable[..., tuple[Any, ...]]
     dense: Program
     unpadding: Unpadding | None  # `run`, if it can drop padding
     module: fx.GraphModule
-    inlined: fx.GraphModule  # what was lowered; misses name its nodes
+    inlined: fx.GraphModule  # the graph that was lowered; misses name its nodes
     before: Snapshot
     after: Snapshot
     stages: list[StageRecord]
-    parts: StageRecord  # of what lets large batches run in parts
+    parts: StageRecord  # whether large batches can run in parts
     seconds: float
     stochastic: bool
     derived_bytes: int
-    peak_bytes: int | None  # of what the captured call computes, without gradients
-    weights: Weights | None  # what the programs derive, without gradients
-    recorder: Recorder | None = None  # of CUDA graphs, where that was asked for
-    precision: str | None = None  # of linears, if it is not the model's own
+    peak_bytes: int | None  # bytes of the captured call's values, without gradients
+    weights: Weights | None  # derived weights of the programs, without gradients
+    recorder: Recorder | None = None  # of CUDA graphs, if requested
+    precision: str | None = None  # of linear layers, if not the model's own
     error: float | None = None  # of the outputs against the original's, in another precision
-    spilled: Spilled | None = None  # what went from memory to a file
-    again: Callable[[], Compiled] | None = None  # compiles it by the choices of kernels that are known then
+    spilled: Spilled | None = None  # what was moved from memory to a file
+    again: Callable[[], Compiled] | None = None  # compiles it again with the kernels known to be fastest by then
 
     @property
     def serve(self) -> Callable[..., tuple[Any, ...]]:
-        """`run`, for a caller's call."""
+        """`run` for a caller's call."""
         return self.recorder.serving(self.run) if self.recorder else self.run
 
     @property
@@ -73,26 +73,28 @@ class Compiled:
 
     @property
     def hits(self) -> dict[str, int]:
+        """How often each rule matched."""
         return hits_of(self.stages)
 
     @property
     def misses(self) -> list[Miss]:
+        """All misses of all stages."""
         return [miss for stage in self.stages for miss in stage.misses]
 
     @property
     def programs(self) -> list[Program]:
-        """All that runs calls."""
+        """All programs that run calls."""
         return [self.dense, *(self.unpadding.programs if self.unpadding else [])]
 
     def can_rebind(self, pairs: Mapping[int, torch.Tensor]) -> bool:
-        """Whether the graph holds with the tensors that `pairs` puts in the places of its weights (by their id)."""
+        """Whether the graph holds with the tensors in `pairs`, which replace its weights (by their id)."""
         return all(program.can_rebind(pairs) for program in self.programs)
 
     def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
-        """Computes with those tensors from now on, and lets go of the others."""
+        """Uses these tensors from now on, and releases the others."""
         if all(id(tensor) == known for known, tensor in pairs.items()):
-            return  # what was recorded of them stays
-        self.again = None  # it would read the tensors of before
+            return  # recordings of them remain valid
+        self.again = None  # it would read the old tensors
         for program in self.programs:
             program.rebind(pairs)
         if self.unpadding is not None:
@@ -106,10 +108,11 @@ class Compiled:
 
     @property
     def replays(self) -> list[Replay]:
-        """What records and replays CUDA graphs, where that was asked for."""
+        """The recorders and replayers of CUDA graphs, if requested."""
         of_dense = [self.dense.replay] if self.dense.replay else []
         return [*of_dense, *(self.unpadding.replays if self.unpadding else [])]
 
     @property
     def refusals(self) -> list[str]:
+        """The rewrites that were refused, as text."""
         return [str(miss) for miss in self.misses if miss.refused]
