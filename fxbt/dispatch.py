@@ -30,12 +30,13 @@ from .capture.value_branches import goes_another_way
 from .errors import CaptureError, ExampleError, FallbackError, FxbtWarning, NotCapturable, callers_level
 from .explain.graph_report import GraphReport
 from .explain.report import Report
-from .kernels import native
+from .kernels import native, traffic
 from .kernels.forks import FORKS
 from .making import Maker
 from .options import Options
 from .progress import part, watched
 from .runtime import race
+from .runtime.between_calls import BetweenCalls
 from .runtime.compiled import Compiled
 from .runtime.failures import Failures
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
@@ -85,6 +86,7 @@ class Dispatcher:
         self._reports: WeakKeyDictionary[GuardedGraph, GraphReport] = WeakKeyDictionary()
         self._failures = Failures(original)
         self._maker = Maker(original, options, self._rules, self._numbers, self._graphs, self.report.add_note)
+        self._between = BetweenCalls(self._maker.measurements)
         self._unlike: ModelState | None = None  # a state for which no graph could be rebound
         self._faults, self._warned = 0, False
         self._user_rules = {rule.name for rule in self._rules} - {rule.name for rule in pipeline.default_rules()}
@@ -97,6 +99,9 @@ class Dispatcher:
             FxbtWarning: the caller's filters turn warnings into errors, and this call runs the original.
             FallbackError: the option `strict` is set, and this call would run the original.
         """
+        return traffic.counted(self._call, args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         error: Exception | None = None
         try:
             served = self._serve(args, kwargs)
@@ -117,7 +122,7 @@ class Dispatcher:
 
     def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         """The output by a graph, or by the original if that ran already; None if the original is still to run."""
-        if (self._faults >= MOST_FAULTS and not self._options.strict) or _is_traced():
+        if (self._faults >= MOST_FAULTS and not self._options.strict) or is_looked_through() or is_recording():
             return None
         if "forward" in vars(self.original):
             self.fall_back(_OWN_FORWARD)
@@ -147,8 +152,14 @@ class Dispatcher:
         except Exception as another:  # not even that can be noted
             logger.debug("fxbt could not note its own failure", exc_info=another)
 
-    def warmup(self, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any]) -> Warmup:
-        """Captures the graph for such a call of the model's `forward` now.
+    def warmup(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        forward: Callable[..., Any],
+        tune_seconds: float | None = None,
+    ) -> Warmup:
+        """Captures the graph for such a call of the model's `forward` now, and measures its kernels.
 
         Raises:
             ExampleError: the model itself rejects the call.
@@ -156,7 +167,9 @@ class Dispatcher:
         """
         graphs, fallbacks = set(self.report.graphs), set(self.report.fallbacks)
         try:
-            with watched(self.original) as watch, preserved(self.original):
+            measurements = self._maker.measurements
+            with watched(self.original) as watch, preserved(self.original), measurements.at_once(tune_seconds):
+                measurements.finish()
                 forward(*args, **kwargs)
         except _FOR_THE_CALLER:
             raise
@@ -235,6 +248,8 @@ class Dispatcher:
     ) -> _Served | None:
         if FORKS.is_unsaid:
             FORKS.say()
+        if graph.compiled.is_behind:
+            self._maker.take_other_kernels(graph, call)
         if graph.races is not None and self._original_is_faster(graph, graph.races.of(_elements(call.tensors)), call):
             return None
         if graph.effects and active_hooks():  # a hook may stop a recomputation halfway, with half of the writes done
@@ -242,6 +257,7 @@ class Dispatcher:
                 f"forward changes {graph.effects.names[0]} in the model while hooks on saved tensors are active"
             )
             return None
+        begun = self._between.begin() if graph.served else None  # a first call has waited long enough
         try:
             output = graph.output(call)
         except Exception as error:
@@ -250,6 +266,7 @@ class Dispatcher:
             problem = error
         else:
             graph.count(call)
+            self._between.end(begun)
             return _Served(output)
         output = self._original_output(args, kwargs)  # if the call is wrong, the user sees the model's own error
         if goes_another_way(problem):
@@ -477,11 +494,6 @@ class Dispatcher:
 
 def _elements(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
-
-
-def _is_traced() -> bool:
-    """Whether someone traces this call, so that it must run the original's own operations."""
-    return is_looked_through() or is_recording()
 
 
 def _cuda_devices(call: Call) -> list[torch.device]:

@@ -14,16 +14,19 @@ from .capture.call import Call
 from .capture.capture import capture
 from .capture.effects import Effects
 from .capture.export import Captured
-from .capture.model_state import ModelState
+from .capture.locks import LOCK
+from .capture.model_state import ModelState, preserved
 from .capture.number_inputs import Numbers
 from .capture.surroundings import Surroundings
 from .errors import CaptureError, RuleError
 from .kernels import autotune
+from .kernels.autotune import Measurements
 from .match.rule import Rule
 from .options import Options
+from .progress import part
 from .runtime import race
 from .runtime.cache_use import CacheUse
-from .runtime.compare import Comparison
+from .runtime.compare import Comparison, original_values
 from .runtime.compiled import Compiled
 from .runtime.graph_cache import Graphs
 from .runtime.guarded_graph import GuardedGraph, check_pinned, pinned_numbers, varied_axes
@@ -38,7 +41,8 @@ _NESTED = (
 
 
 class Maker:
-    """Makes the graphs of one model. `known` holds the existing graphs; `note` receives notes about stored ones.
+    """Makes the graphs of one model. `known` holds the existing graphs; `note` receives notes about stored ones
+    and about kernels.
 
     Example:
         >>> maker = Maker(model, options, rules, Numbers(), graphs, report.add_note)
@@ -59,6 +63,8 @@ class Maker:
         self._rules = rules
         self._numbers = numbers
         self._known = known
+        self._note = note
+        self.measurements = Measurements(options.tune_seconds)  # of the model's kernels
         self._shelf = Shelf(original, options.graphs, options.cache, note)
 
     def graph(
@@ -132,7 +138,7 @@ class Maker:
     def _compiled(self, captured: Captured, call: Call, expected: Values, around: Surroundings) -> Compiled:
         """Compiles a captured graph and checks its values against the original's on the call."""
         try:
-            compiled = pipeline.compile(captured, self._rules, self._options)
+            compiled = pipeline.compile(captured, self._rules, self._options, self.measurements)
             if around.nests and compiled.unpadding is None:
                 why = next((str(miss) for miss in compiled.misses if miss.rule == "padding"), 'padding="keep"')
                 raise CaptureError(_NESTED.format(why=why))
@@ -148,6 +154,28 @@ class Maker:
         if compiled.weights is not None and not self._options.keep_original:
             compiled.spilled = compiled.weights.spill()
         return compiled
+
+    def take_other_kernels(self, graph: GuardedGraph, call: Call) -> None:
+        """Lets a graph serve by other kernels, if they were measured to be faster, and nobody waits for a capture."""
+        if not LOCK.is_free or not graph.compiled.has_news():
+            return
+        with LOCK.capturing(self._original), preserved(self._original), part("take measured kernels"):
+            if graph.compiled.again is not None:  # no other thread has put other tensors into it
+                self._take(graph, graph.compiled.again, call.copied())
+
+    def _take(self, graph: GuardedGraph, again: Callable[[], Compiled], call: Call) -> None:
+        """Compiles a graph by what is known of kernels now; it serves if its numbers are the original's on a call."""
+        try:
+            compiled = again()
+            expected = original_values(self._original, call, call.tensors)
+            problem = Comparison(self._original, graph.captured, compiled).outputs(call, expected)
+        except Exception as error:  # those that serve go on
+            problem = f"{type(error).__name__}: {error}"
+        if problem is None:
+            graph.take(compiled)
+        else:
+            self._note(f"the kernels that were measured to be faster are not used: {problem}")
+            graph.compiled.again = None
 
     def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
         """Where graph and original may be timed against each other; None where the original must not be timed.

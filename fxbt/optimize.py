@@ -42,6 +42,7 @@ def optimize(
     max_captures: int = 8,
     strict: bool = False,
     cache: bool = False,
+    tune_seconds: float = 2.0,
 ) -> Model:
     """Returns a model of the same class and with the same weights, whose forward runs optimised graphs.
 
@@ -86,13 +87,17 @@ def optimize(
             model. Graphs then serve all calls, even where the original is faster.
         cache: keep captured graphs in the cache folder (`FXBT_CACHE_DIR`, else `~/.cache/fxbt`), so that other
             processes need not capture them again. `fxbt.save` does the same with a folder of your choice.
+        tune_seconds: the time for measuring kernels on a CPU, for all shapes of the model together. Kernels of shapes
+            that were not measured before, here or on a similar processor, start by a fixed rule. They are measured at
+            the end of calls, which takes a twentieth of the calls' time on average, or at once in `fast.warmup(...)`.
+            Faster ones then take over; their outputs agree to floating-point rounding. 0 uses the rule only.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, a rule is not a `Rule`, or `example_inputs` is neither a mapping nor
             a tuple.
         ValueError: `tracer`, `dtype` or `quantize` is unknown or not available here, a parameter is not initialised
-            yet, `max_captures` is less than 1, or `keep_original=False` would free no memory (not on Linux, or `TMPDIR`
-            is in memory).
+            yet, `max_captures` is less than 1, `tune_seconds` is negative, or `keep_original=False` would free no
+            memory (not on Linux, or `TMPDIR` is in memory).
         ExampleError: the model itself rejects `example_inputs`.
         FallbackError: with `strict`, `example_inputs` cannot be captured.
 
@@ -117,6 +122,7 @@ def optimize(
         max_captures=max_captures,
         strict=strict,
         cache=cache,
+        tune_seconds=tune_seconds,
     )
     return optimized_with(model, options, example_inputs)
 
@@ -259,16 +265,20 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
         """`type(fast)(config)` and `type(fast).from_pretrained(...)` make models that are not optimised."""
         return base(*args, **kwargs)
 
-    def warmup(self: Any, *args: Any, **kwargs: Any) -> Warmup:
+    def warmup(self: Any, *args: Any, tune_seconds: float | None = None, **kwargs: Any) -> Warmup:
         """Captures the graph for calls like this one now; returns what was captured and how long each part took.
 
+        Kernels are measured now: in what is left of the model's `tune_seconds`, or in the seconds given here (0: none).
         The model's buffers and the random state do not change.
 
         Example:
             >>> print(fast.warmup(**inputs))
             captured (input_ids i64[2, 16], attention_mask i64[2, 16]) in 2.1 s: capture 1.1, run rules 0.1, ...
         """
-        return dispatcher.warmup(args, kwargs, self.forward)
+        from .options import check_seconds
+
+        check_seconds(0 if tune_seconds is None else tune_seconds)
+        return dispatcher.warmup(args, kwargs, self.forward, tune_seconds)
 
     def report(self: Any) -> Report:
         """What was captured, which rules matched where, which calls ran the original forward, and why."""

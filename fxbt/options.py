@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .capture.capture import TRACERS
 from .capture.hf_fx import hf_fx_missing
+from .kernels.autotune import TUNE_SECONDS
 from .lower.cpu.precision import Precision, precision_of
 from .lower.spill import check_can_spill
 from .match.rule import Rule, check_rules
@@ -47,6 +50,7 @@ class Options:
     max_captures: int = 8
     strict: bool = False
     cache: bool = False
+    tune_seconds: float = TUNE_SECONDS
     folder: Path | None = None
     precision: type[Precision] | None = field(init=False)
 
@@ -65,6 +69,7 @@ class Options:
                 f"max_captures is {self.max_captures!r}; expected an int of 1 or more, the largest number of graphs "
                 "kept"
             )
+        check_seconds(self.tune_seconds)
         if not self.keep_original:
             check_can_spill()
         object.__setattr__(self, "rules", check_rules(self.rules))
@@ -74,6 +79,13 @@ class Options:
         """The folder of graphs captured by other processes; None with hf-fx, whose guards cannot be written as text."""
         is_wanted = (self.cache or self.folder is not None) and self.tracer != "hf-fx"
         return Folder(self.folder) if is_wanted else None
+
+
+def check_seconds(seconds: Any) -> None:
+    """Raises ValueError for what is no number of seconds to measure kernels in."""
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not 0 <= seconds < math.inf:
+        raise ValueError(f"tune_seconds is {seconds!r}; it can be 0 (measure nothing) or more: the seconds for it")
 
 
 def _check_tracer(tracer: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import time
@@ -19,6 +20,7 @@ from .graph.canonical import canonicalize
 from .graph.miss import Miss
 from .graph.node import is_stochastic
 from .graph.record import Snapshot, StageRecord
+from .kernels.autotune import Measurements, Tuner
 from .lower.by_block import choose_lowerings
 from .lower.cuda.graphs import Recorder
 from .lower.derived_weights import Weights
@@ -90,6 +92,7 @@ class Work:
     rules: Sequence[Rule]
     options: Options
     before: Snapshot
+    measurements: Measurements  # of the model's kernels
     orders: list[Order | None]  # the dim order of each output in memory, as captured
     stages: list[StageRecord] = field(default_factory=list)
     assumes: dict[str, torch.Tensor] = field(default_factory=dict)  # by name: constants whose content a proof relies on
@@ -100,13 +103,14 @@ class Work:
     dense: Program = field(init=False)
     parts: StageRecord = field(init=False)
     in_parts: Callable[[Run], Run] = lambda run: run
+    unpad: Callable[..., Unpadding] | None = None  # what makes an `Unpadding` of a dense program and its weights
     unpadding: Unpadding | None = None
 
     @classmethod
-    def of(cls, captured: Captured, rules: Sequence[Rule], options: Options) -> Work:
+    def of(cls, captured: Captured, rules: Sequence[Rule], options: Options, measurements: Measurements) -> Work:
         """The graph as captured."""
         graph = captured.module.graph
-        return cls(captured, rules, options, Snapshot(graph), returned_orders(graph))
+        return cls(captured, rules, options, Snapshot(graph), measurements, returned_orders(graph))
 
     @property
     def module(self) -> fx.GraphModule:
@@ -156,7 +160,7 @@ def choose_block_lowerings(work: Work) -> None:
 def lower_whole(work: Work) -> None:
     """Makes the whole graph a callable; `lower.program.Program` lists the steps."""
     options = work.options
-    work.weights = None if torch.is_grad_enabled() else Weights()
+    work.weights = None if torch.is_grad_enabled() else Weights(_tuner(work))
     work.recorder = Recorder(options.cuda_graphs == "static") if options.cuda_graphs else None
     work.dense = Program(work.inlined, work.assumes, work.weights, options.precision, work.recorder)
     work.stages += [work.dense.epilogues] if work.dense.epilogues else []
@@ -192,10 +196,12 @@ def drop_padded_tokens(work: Work) -> None:
         unpadded = drop_padding(work.inlined)
         unmasked = unmask(work.inlined, unpadded.validities)
         kind = Unpadding if devices == {torch.device("cpu")} else UnpaddingOnCuda
-        more: dict[str, Any] = {"recorder": work.recorder, "in_parts": work.in_parts}
-        made = kind(work.dense, unpadded, unmasked, weights, work.options.precision, **more)
+        given: dict[str, Any] = {"unpadded": unpadded, "unmasked": unmasked, "precision": work.options.precision}
+        given |= {"recorder": work.recorder, "in_parts": work.in_parts}
+        unpad: Callable[..., Unpadding] = functools.partial(kind, **given)
+        made = unpad(work.dense, weights=weights)
         made.check(work.captured.example)
-        work.unpadding = made
+        work.unpadding, work.unpad = made, unpad
     work.stages.append(record)
 
 
@@ -213,14 +219,22 @@ STEPS: tuple[Callable[[Work], None], ...] = (
 )
 
 
-def compile(captured: Captured, rules: Sequence[Rule], options: Options | None = None) -> Compiled:
+def compile(
+    captured: Captured,
+    rules: Sequence[Rule],
+    options: Options | None = None,
+    measurements: Measurements | None = None,
+) -> Compiled:
     """Takes a captured graph through `STEPS`; rewrites `captured.module` in place.
+
+    `measurements` are those of the model's kernels.
 
     Raises:
         RuleError: a rule matches its own result without end.
     """
     start = time.perf_counter()
-    work = Work.of(captured, rules, options or Options())
+    options = options or Options()
+    work = Work.of(captured, rules, options, measurements or Measurements(options.tune_seconds))
     with log.listening():
         for step in STEPS:
             with part(step.__name__.replace("_", " ")):
@@ -244,11 +258,32 @@ def _compiled(work: Work, start: float) -> Compiled:
         stochastic=is_stochastic(work.inlined.graph),
         derived_bytes=weights.nbytes() if weights else 0,
         peak_bytes=work.dense.peak_bytes(*work.captured.example) if weights else None,
-        kernels=work.dense.kernels,
         weights=weights,
         recorder=work.recorder,
         precision=precision.name if precision and weights else None,
+        again=functools.partial(_again, work) if _may_change_kernels(work) else None,
     )
+
+
+def _tuner(work: Work) -> Tuner:
+    return Tuner(work.measurements, may_wait=_may_change_kernels(work))
+
+
+def _may_change_kernels(work: Work) -> bool:
+    """Whether a graph may be lowered again: it can be compared on any call, and nothing keeps hold of its programs."""
+    is_once = bool(work.captured.effects) or is_stochastic(work.inlined.graph)
+    is_held = not work.options.keep_original or bool(work.options.cuda_graphs)
+    return not (is_once or is_held or torch.is_grad_enabled())
+
+
+def _again(work: Work) -> Compiled:
+    """The same graph by the kernels that are known to be the fastest now; only its programs are made anew."""
+    work = copy.copy(work)
+    work.stages = list(work.stages)
+    lower_whole(work)
+    if work.unpadding is not None and work.unpad is not None:
+        work.unpadding = work.unpad(work.dense, weights=work.weights)
+    return _compiled(work, time.perf_counter())
 
 
 def _at_inference(work: Work, what: str) -> Weights:

@@ -581,7 +581,7 @@ class Verdicts:
     def __init__(self, monkeypatch, faster):
         self.looked = []
         monkeypatch.setenv("FXBT_TUNE", "1")
-        monkeypatch.setattr(fxbt.kernels.autotune, "BUDGET_SECONDS", 0.0)
+        monkeypatch.setattr(fxbt.kernels.autotune.Measurements, "is_on", False)
         verdicts = self
 
         def look(race, graph, original, seconds=0.0):
@@ -633,7 +633,7 @@ def test_it_is_looked_at_again_and_a_wrong_verdict_heals(torchs_kernels, monkeyp
 
 def test_a_look_at_a_call_that_fails_is_not_seen(torchs_kernels, monkeypatch):
     monkeypatch.setenv("FXBT_TUNE", "1")
-    monkeypatch.setattr(fxbt.kernels.autotune, "BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr(fxbt.kernels.autotune.Measurements, "is_on", False)
     model = Branching()
     fast = fxbt.optimize(model)
     x, some, none = torch.randn(2, 5, 4), torch.ones(2, 5) > 0, torch.zeros(2, 5) > 0

@@ -35,7 +35,7 @@ def failing(*args: Any, **kwargs: Any) -> Any:
 
 # Where a fault is injected: a name in fxbt and the calls that meet it ("first" captures, "later" is served by a graph).
 STAGES = {
-    "traced": (dispatch, "_is_traced"),
+    "traced": (dispatch, "is_looked_through"),
     "binder": (dispatch.Binder, "call"),
     "key": (dispatch.Dispatcher, "_key"),
     "label": (making.Label, "of"),

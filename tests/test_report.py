@@ -67,7 +67,6 @@ def add(report: Report, misses: list[Miss], fired: tuple[str, ...] = (), signatu
         stochastic=False,
         derived_bytes=3 * 2**20,
         peak_bytes=5 * 2**20,
-        kernels={},
         weights=None,
     )
     report.add_graph(

@@ -64,6 +64,11 @@ class CaptureLock:
         self._running: list[_Running] = []
         self._claim: _Claim | None = None
 
+    @property
+    def is_free(self) -> bool:
+        """Whether no thread captures, or waits to, and this one is in no original: a capture would begin at once."""
+        return self._claim is None and not self.runs_here()
+
     def captures_here(self) -> bool:
         """Whether this thread captures, or waits to capture."""
         claim = self._claim

@@ -27,8 +27,8 @@ class Report:
     """What fxbt did to one model; `print` shows it as tables.
 
     `graphs` has a `GraphReport` for each call signature, in the order of capture. `fallbacks` has the reasons why the
-    original forward ran. `notes` says what became of stored graphs, `parts` has the reports of submodules that were
-    called directly. `hits`, `before`, `after`, `diff()` and `why()` of the report describe the latest graph.
+    original forward ran. `notes` says what became of stored graphs and measured kernels, `parts` has the reports of
+    submodules that were called directly. `hits`, `before`, `after`, `diff()` and `why()` of the report describe the latest graph.
 
     Example::
 
@@ -41,7 +41,7 @@ class Report:
 
     graphs: dict[str, GraphReport] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # why stored graphs were not used, or graphs not stored
+    notes: list[str] = field(default_factory=list)  # why stored graphs or measured kernels are not used
     made: int = 0  # number of graphs made, including replaced ones
     own_parts: dict[str, Report] = field(default_factory=dict)  # of submodules, called or not
 
@@ -145,7 +145,7 @@ class Report:
             self.fallbacks.append(reason)
 
     def add_note(self, note: str) -> None:
-        """Records what became of a stored graph; each note once."""
+        """Records what became of a stored graph or measured kernels; each note once."""
         if note not in self.notes:
             self.notes.append(note)
 
@@ -164,7 +164,7 @@ class Report:
         if self.fallbacks:
             sections.append(("the original forward ran because", _bullets(self.fallbacks)))
         if self.notes:
-            sections.append(("stored graphs", _bullets(self.notes)))
+            sections.append(("notes", _bullets(self.notes)))
         return "\n\n".join(f"{title}\n{body}" for title, body in sections)
 
 
@@ -228,9 +228,8 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
             ("weights of which graphs read only copies (keep_original=False)", _spilled_table(graph.spilled))
         )
     if graph.kernels:
-        sections.append(
-            ("kernels, by rows of a linear and tokens of a sequence (time of each)", _table_of(graph.kernels))
-        )
+        title = "kernels, by rows of a linear and tokens of a sequence (time of each)"
+        sections.append((f"{title}: {graph.tuning}", _table_of(graph.kernels)))
     # A miss whose op has since become part of a larger block is no loss: `why` shows it, the summary does not.
     fused = {entry.node for stage in graph.stages for rewrite in stage.rewrites for entry in rewrite.removed}
     misses = [miss for miss in graph.misses if not miss.refused and miss.anchor not in fused]

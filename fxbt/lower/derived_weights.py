@@ -162,8 +162,8 @@ class Weights:
     Because packed weights are shared, one `tuner` decides which kernels read them.
     """
 
-    def __init__(self) -> None:
-        self.tuner = Tuner()
+    def __init__(self, tuner: Tuner | None = None) -> None:
+        self.tuner = tuner or Tuner()
         self._graph = fx.Graph()
         self._sources: list[torch.Tensor] = []
         self._known: dict[Any, fx.Node] = {}

@@ -44,7 +44,6 @@ class Program:
         precision: linear layers compute in it.
         recorder: calls without gradients then go through `replay`.
 
-    `kernels` says which kernel was chosen for each shape of a linear.
 
     Example:
         >>> weights = Weights()
@@ -62,7 +61,6 @@ class Program:
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {}))
         self._assumptions = Assumptions(assumes)
-        self.kernels: dict[str, str] = {}
         self.epilogues: StageRecord | None = None
         self._derived: Weights | None = None
         prepared = lower_blocks(graph) if weights is not None else []
@@ -105,7 +103,6 @@ class Program:
         make_masks_once(graph)
         split_heads_once(graph)
         append_in_place(graph)
-        self.kernels = weights.tuner.answers
         self._places = weights.add(module, graph, constant)
         self._derived = weights if self._places else None
 

@@ -35,17 +35,41 @@ class Compiled:
     stochastic: bool
     derived_bytes: int
     peak_bytes: int | None  # bytes of the captured call's values, without gradients
-    kernels: dict[str, str]
     weights: Weights | None  # derived weights of the programs, without gradients
     recorder: Recorder | None = None  # of CUDA graphs, if requested
     precision: str | None = None  # of linear layers, if not the model's own
     error: float | None = None  # of the outputs against the original's, in another precision
     spilled: Spilled | None = None  # what was moved from memory to a file
+    again: Callable[[], Compiled] | None = None  # compiles it again with the kernels known to be fastest by then
 
     @property
     def serve(self) -> Callable[..., tuple[Any, ...]]:
         """`run` for a caller's call."""
         return self.recorder.serving(self.run) if self.recorder else self.run
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """The kernel of each shape, and on what ground."""
+        return self.weights.tuner.answers if self.weights else {}
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether kernels were measured that it has not looked at."""
+        return self.again is not None and self.weights is not None and self.weights.tuner.is_behind
+
+    def has_news(self) -> bool:
+        """Whether what was measured makes another choice of kernels; looks at it once."""
+        has_news = self.weights is not None and self.weights.tuner.has_news()
+        if not has_news and self.weights and self.weights.tuner.is_final:
+            self.again = None
+        return has_news
+
+    def take(self, other: Compiled) -> None:
+        """Runs from now on as `other` does, which is the same graph by other kernels."""
+        if self.unpadding is not None and other.unpadding is not None:
+            other.unpadding.goes_on_for(self.unpadding)
+        for name in ("dense", "unpadding", "weights", "derived_bytes", "peak_bytes", "error", "again", "run"):
+            setattr(self, name, getattr(other, name))
 
     @property
     def hits(self) -> dict[str, int]:
@@ -70,6 +94,7 @@ class Compiled:
         """Uses these tensors from now on, and releases the others."""
         if all(id(tensor) == known for known, tensor in pairs.items()):
             return  # recordings of them remain valid
+        self.again = None  # it would read the old tensors
         for program in self.programs:
             program.rebind(pairs)
         if self.unpadding is not None:

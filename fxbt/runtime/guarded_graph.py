@@ -99,6 +99,12 @@ class GuardedGraph:
         effects.put(values)  # last, after everything that may fail
         return output
 
+    def take(self, compiled: Compiled) -> None:
+        """Serves by other kernels from now on. Calls that run in other threads end as they began."""
+        self.compiled.take(compiled)
+        self.run = self.compiled.serve
+        self.races = self.races and Races()  # it may win now
+
     def count(self, call: Call) -> None:
         """It served this call."""
         self.served += 1

@@ -98,6 +98,10 @@ class Unpadding:
             self.calls[verdict] += 1
         return run(*tensors)
 
+    def goes_on_for(self, other: Unpadding) -> None:
+        """Counts on where another one of the same graph, which it takes the place of, stops."""
+        self.calls, self._counting = other.calls, other._counting
+
     def uncounted(self, *tensors: Tensor) -> tuple[Any, ...]:
         """Runs one of fxbt's own calls, without counting it."""
         return self._decide(tensors)[0](*tensors)

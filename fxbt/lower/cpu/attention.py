@@ -22,7 +22,8 @@ from ...graph.blocks import SDPA
 from ...graph.node import argument, parameters
 from ...kernels import native, packed
 from ...kernels.attention_products import Kernel, products, sdpa
-from ...kernels.autotune import Calls, Contest, Tuner, bucket_of
+from ...kernels.autotune import Tuner
+from ...kernels.turns import Calls, Contest, bucket_of
 from ..once import additive
 from .heads import Heads, projected
 
@@ -198,7 +199,8 @@ def attentions(heads: int, head_dim: int, several: bool) -> Contest:
 def _contest(name: str, heads: int, head_dim: int, kernels: Mapping[str, Kernel], several: bool = False) -> Contest:
     def calls(length: int) -> list[Calls]:
         batch = max(2, SEVERAL // length) if several else 1
-        query, key, value = torch.full((batch, length, 3 * heads, head_dim), 0.5).transpose(1, 2).split(heads, 1)
+        qkv = torch.full((batch, length, 3 * heads, head_dim), 0.5, dtype=torch.float32, device="cpu")
+        query, key, value = qkv.transpose(1, 2).split(heads, 1)
         return [[functools.partial(run, query, key, value)] for run in kernels.values()]
 
     first, *_ = kernels

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from ...kernels import native
-from ...kernels.autotune import Tuner, bucket_of
+from ...kernels.autotune import Tuner
 from ...kernels.packed import Tokens
+from ...kernels.turns import bucket_of
 from ...torch_compat import statically_known_true
 from ..codegen import compile_graph
 from .attention import AttendProjection, Mask
@@ -41,7 +42,7 @@ def chained(graph: fx.Graph, tuner: Tuner) -> fx.Graph:
         _join(copy, library, [link for node in nodes if (link := Link.of(copies[node]))])
     counts = Counter(map(len, found))
     told = (f"one call for {kernels} in a row" + (f", x {n}" if n > 1 else "") for kernels, n in counts.items())
-    tuner.answers.setdefault("native", "; ".join(told))
+    tuner.notes.setdefault("native", "; ".join(told))
     return copy
 
 

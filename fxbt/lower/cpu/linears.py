@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from ...graph.node import argument
 from ...graph.record import StageRecord
 from ...kernels import native
-from ...kernels.autotune import Calls, Contest, Tuner, bucket_of
+from ...kernels.autotune import Tuner
+from ...kernels.turns import Calls, Contest, bucket_of
 from ...torch_compat import is_avx512_supported
 from .epilogue import STAGE, Activation, Epilogue, Norm, epilogue_of, epilogues, fused_in
 
@@ -125,14 +126,16 @@ def linears(n: int, k: int, activation: Activation | None = None) -> Contest:
     @functools.cache
     def weights() -> tuple[Tensor, dict[Any, list[Tensor]]]:
         copies = max(len(kernels), min(256, COLD_BYTES // (n * k * torch.float32.itemsize)))
-        plain = [torch.full((n, k), 0.5) for _ in range(copies)]
+        plain = [torch.full((n, k), 0.5, dtype=torch.float32, device="cpu") for _ in range(copies)]
         packs = {kernel.pack for kernel in kernels.values()}
-        return torch.zeros(n), {pack: list(map(pack, plain)) if pack else plain for pack in packs}
+        return torch.zeros(n, dtype=torch.float32, device="cpu"), {
+            pack: list(map(pack, plain)) if pack else plain for pack in packs
+        }
 
     def calls(rows: int) -> list[Calls] | None:
         if 2 * rows * n * k > MOST_OPERATIONS and rows > ROWS[0]:
             return None
-        x = torch.full((rows, k), 0.5)
+        x = torch.full((rows, k), 0.5, dtype=torch.float32, device="cpu")
         bias, forms = weights()
         found: list[Calls] = []
         for place, kernel in enumerate(kernels.values()):
@@ -145,7 +148,7 @@ def linears(n: int, k: int, activation: Activation | None = None) -> Contest:
         return found
 
     what = f"linear {n}x{k} float32 {activation.known_as if activation else ''}".strip()
-    return Contest(what, tuple(kernels), ROWS, UP_TO, calls, _by_rule(n * k, kernels))
+    return Contest(what, tuple(kernels), ROWS, UP_TO, calls, _by_rule(n * k, kernels), weights.cache_clear)
 
 
 def _by_rule(elements: int, kernels: dict[str, Kernel]) -> str:
@@ -178,7 +181,7 @@ def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> Sta
         forms = [_form(weight, kernels[name].pack, packed) for name in names]
         _use(graph, node, epilogue, [kernels[name].run for name in names], forms)
     if tuner.answers and (reason := native.obstacle()):
-        tuner.answers["native"] = f"not available: {reason}"
+        tuner.notes["native"] = f"not available: {reason}"
     constant.update(packed.values())
     return record
 
