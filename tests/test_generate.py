@@ -511,9 +511,8 @@ def test_layers_are_one_node_each(name: str) -> None:
     generate(fast, prompt(2, 6), 5)
     assert [graph.step for graph in fast.report.graphs.values()] == ["prefill", "decode"]
     for graph in fast.report.graphs.values():
-        layers = (
-            graph.hits["decoder_layer"] + graph.hits["encoder_layer"]
-        )  # softcapped attention is not asked for masks
+        # Softcapped attention is not asked for masks.
+        layers = graph.hits["decoder_layer"] + graph.hits["encoder_layer"]
         assert layers == 2, (graph.step, str(graph.why("encoder_layer")))
         assert "%getitem" in graph.after  # keys and values are results of the layers
 

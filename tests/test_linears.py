@@ -14,6 +14,7 @@ from fxbt.capture.capture import capture
 from fxbt.lower.cpu.precision import Bfloat16, Int8
 from fxbt.lower.derived_weights import Weights
 from fxbt.lower.program import Program
+from fxbt.pipeline import compile as compile_graph
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 
@@ -189,6 +190,107 @@ def test_a_linear_that_is_used_twice_keeps_its_result(lowered):
     model, run = program(function, torch.randn(3, 5, 6), w=W)
     assert aten.gelu.default not in lowered and F.gelu in lowered
     agree(model, run, torch.randn(2, 4, 6))
+
+
+def epilogues_of(function, *tensors, **weights):
+    """The record of what was fused into linears, and the model and its program."""
+    model = Function(function, **weights).eval()
+    compiled = compile_graph(capture(model, make_call(model, *tensors)), ())
+    (record,) = (stage for stage in compiled.stages if stage.name == "epilogues")
+    return record, model, compiled.run
+
+
+def test_the_report_counts_what_is_fused_in():
+    def function(x, w, back, gamma):
+        inner = F.gelu(F.linear(x, w))
+        return F.layer_norm(F.linear(inner, back) + x, (6,), gamma)
+
+    weights = {"w": W, "back": torch.randn(6, 8), "gamma": torch.randn(6)}
+    record, model, run = epilogues_of(function, torch.randn(3, 5, 6), **weights)
+    assert (record.hits, record.misses) == (2, [])
+    for _ in range(3):
+        agree(model, run, torch.randn(2, 9, 6))
+        model.gamma.mul_(2)
+
+
+NEAR_MISSES = {
+    "read twice": (
+        lambda x, r, w: (F.linear(x, w) + r) * F.linear(x, w),
+        "a value inside the pattern is used elsewhere too",
+        0,
+    ),
+    "an activation of what is read twice": (
+        lambda x, r, w: F.gelu(F.linear(x, w)) * F.linear(x, w),
+        "a value inside the pattern is used elsewhere too",
+        0,
+    ),
+    "broadcast": (lambda x, r, w: F.linear(x, w) + r[:, :1], "the other addend has another shape", 0),
+    "of another dtype": (
+        lambda x, r, w: F.linear(x, w) + r.double(),
+        "an intermediate value is in torch.float32, coarser than the result's",
+        0,
+    ),
+    "a coarser residual": (lambda x, r, w: F.linear(x, w) + r.bfloat16(), "the other addend is in torch.bfloat16", 0),
+    "to itself": (lambda x, r, w: F.linear(x, w) + F.linear(x, w), "a linear is added to itself", 0),
+    "over two dims": (
+        lambda x, r, w: F.layer_norm(F.linear(x, w) + r, (5, 8)),
+        "the norm is not over exactly the last dim",
+        1,
+    ),
+    "by inputs": (lambda x, r, w: F.layer_norm(F.linear(x, w), (8,), r[0, 0]), "gamma is computed from the inputs", 0),
+    "by a computed weight": (lambda x, r, w: F.layer_norm(F.linear(x, w), (8,), w[:, 0] * 2), "gamma is computed", 0),
+}
+
+
+@pytest.mark.parametrize("case", NEAR_MISSES)
+@pytest.mark.parametrize("kernel_name", ["packed", NATIVE])
+def test_what_is_not_fused_in_says_why(case, kernel_name, kernels_of_rows):
+    kernels_of_rows[:] = [kernel_name] * 6
+    function, reason, hits = NEAR_MISSES[case]
+    record, model, run = epilogues_of(function, torch.randn(3, 5, 6), torch.randn(3, 5, 8), w=W)
+    assert record.hits == hits
+    assert any(reason in str(miss) for miss in record.misses), record.misses
+    for _ in range(2):
+        agree(model, run, torch.randn(3, 5, 6), torch.randn(3, 5, 8))
+
+
+CASTS = {
+    "rounded": lambda x, r, w: F.gelu(F.linear(x, w).bfloat16().float()),
+    "in double precision": lambda x, r, w: F.gelu(F.linear(x, w).double()).float(),
+    "to itself, rounded": lambda x, r, w: F.linear(x, w) + F.linear(x, w).bfloat16(),
+    "a norm of what is rounded": lambda x, r, w: F.layer_norm((F.linear(x, w) + r).bfloat16().float(), (8,)),
+    "a rounded sum": lambda x, r, w: F.layer_norm((F.linear(x, w).double() + r).float(), (8,)),
+}
+
+
+@pytest.mark.parametrize("case", CASTS)
+def test_casts_are_not_looked_through(case, kernel):
+    record, model, run = epilogues_of(CASTS[case], torch.randn(3, 5, 6), torch.randn(3, 5, 8), w=W)
+    assert record.hits == (case == "a norm of what is rounded")  # the sum before it
+    x, r = torch.randn(2, 9, 6), torch.randn(2, 9, 8)
+    torch.testing.assert_close(run(x, r)[0], model(x, r), rtol=2e-2, atol=2e-2)  # rounding of sums may fall elsewhere
+
+
+def test_the_sum_of_two_linears_joins_one_of_them(kernel, lowered):
+    function = lambda x, r, w, v: F.layer_norm(F.linear(x, w) + F.linear(r, v), (8,))  # noqa: E731
+    weights = {"w": W, "v": torch.randn(8, 8)}
+    record, model, run = epilogues_of(function, torch.randn(3, 5, 6), torch.randn(3, 5, 8), **weights)
+    assert record.hits == 1 and "layer_norm" not in names(lowered) and "add" not in names(lowered)
+    agree(model, run, torch.randn(2, 9, 6), torch.randn(2, 9, 8))
+
+
+def test_of_two_linears_the_one_on_a_weight_has_the_sum(kernel, lowered):
+    function = lambda x, r, w: F.linear(x, r[0, :, :6]) + F.linear(x, w)  # noqa: E731
+    given = torch.randn(3, 5, 6), torch.randn(2, 8, 8)
+    record, model, run = epilogues_of(function, *given, w=W)
+    assert record.hits == 1 and "add" not in names(lowered)
+    agree(model, run, *given)
+
+
+def test_a_number_that_follows_from_sizes_is_no_residual(kernel):
+    record, model, run = epilogues_of(lambda x, w: F.linear(x, w) + x.shape[1], torch.randn(3, 5, 6), w=W)
+    assert record.hits == 0
+    agree(model, run, torch.randn(2, 9, 6))
 
 
 @pytest.mark.parametrize("precision", [None, Bfloat16, Int8])

@@ -350,6 +350,26 @@ def test_two_candidates_for_one_output() -> None:
     )
 
 
+def of_a_sum(op: Any, x: Any, y: Any) -> Any:
+    total = op.exp(x) + y
+    return op.tanh(total), total
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_output_inside_another_is_the_value_found_there(turned: bool) -> None:
+    pattern = Pattern((lambda op, x, y: of_a_sum(op, x, y)[::-1]) if turned else of_a_sum)
+    module = traced(lambda x, y: (lambda total: (total.tanh(), total * 2, y * 2))(x.exp() + y), X, Y)
+    (match,) = matches(pattern, module)
+    outer, inner = match.outputs[::-1] if turned else match.outputs
+    assert outer.args[0] is inner and pattern.formula.size == 3
+    assert [node.name for node in match.inputs] == ["x_1", "y_1"]
+
+
+def test_a_value_beside_it_is_no_output_that_stands_inside() -> None:
+    module = traced(lambda x, y: (x.exp().tanh(), x.exp() + y), X, Y)
+    assert not matches(Pattern(of_a_sum), module)
+
+
 class Gate(fxbt.Rule):
     """x * tanh(x) + 1"""
 
@@ -416,7 +436,7 @@ def test_a_rule_that_raises_is_a_miss_that_says_so(place: str) -> None:
 def test_a_wrong_replacement_is_refused_on_its_numbers() -> None:
     wrong = fxbt.rule(lambda x: torch.tanh(x) * 3, lambda x: torch.tanh(x) * 3.001, name="wrong")
     model = Function(lambda x, y: x.tanh() * 3 + y).eval()
-    assert_untouched(wrong, model, (X, Y), reason="the rewrite changes the numbers")
+    assert_untouched(wrong, model, (X, Y), reason="the rewrite changes the values")
 
 
 # --- a match means equal numbers --------------------------------------------------------------------------------
@@ -486,7 +506,7 @@ def test_a_match_means_equal_numbers(data: st.DataObject) -> None:
     run.run(*values)
     for match in matches(rule, module):
         named = match.facts.named([run.env[node] for node in match.inputs])
-        actual = function_of(tree)(*(named[name] for name in "xy"))
+        actual = function_of(tree)(*(torch.as_tensor(named[name], dtype=torch.float64) for name in "xy"))
         expected = run.env[match.anchor]
         message = f"{text(tree)} matched in {text(other)} with {match.facts.static}, {match.inputs}"
         assert torch.allclose(

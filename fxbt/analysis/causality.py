@@ -1,4 +1,4 @@
-"""Whether an attention keeps its queries from later keys, by its argument or by its mask."""
+"""Whether an attention hides later keys from its queries, by its argument or by its mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .scores import LARGEST_FILL
 
 
 def is_causal(attention: fx.Node) -> bool:
-    """Whether an SDPA lets no query see a later key; a mask that cannot be read proves nothing.
+    """Whether an SDPA node lets no query see a later key; False if its mask cannot be read.
 
     Example::
 
@@ -36,7 +36,7 @@ def _is_one_step(attention: fx.Node) -> bool:
 
 
 def _addends(bias: fx.Node) -> list[fx.Node]:
-    """What a bias is the sum of: one mask among positions and other biases is enough."""
+    """The addends of a bias; one of them being a causal mask is enough."""
     if bias.target is not torch.ops.aten.add.Tensor or bias.kwargs:
         return [bias]
     return [addend for arg in bias.args if isinstance(arg, fx.Node) for addend in _addends(arg)]

@@ -1,4 +1,4 @@
-"""The direct torch functions of ATen ops: calling through the dispatcher's Python object takes 5 us instead of 1."""
+"""Direct torch functions for ATen ops: a call through the dispatcher's Python object takes 5 us instead of 1."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..torch_compat import silu
 
 aten = torch.ops.aten
 
-# The direct binding of an op, where it takes the op's arguments as they stand.
+# The direct binding of an op, if it takes the op's arguments unchanged.
 BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.linear.default: F.linear,
     aten.layer_norm.default: torch.layer_norm,

@@ -1,7 +1,7 @@
-"""The same graph for calls without padding: attention under masks that then say nothing, or only "j <= i", unmasked.
+"""The graph for calls without padding: removes masks that then hide nothing, or only later keys.
 
-Where all tokens are valid, most masks are proven to let everything through (see `proof`), so that
-neither they nor their sum with the scores need computing.
+If all tokens are valid, most masks are proven to hide nothing (see `proof`); neither they nor their sum with the scores
+need computing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .validity_sources import Validity
 
 @dataclass(frozen=True)
 class Unmasked:
-    """A graph that stands for another one wherever all tokens are valid."""
+    """A graph that replaces another one wherever all tokens are valid."""
 
     module: fx.GraphModule
     assumes: dict[str, torch.Tensor]
 
 
 def unmask(module: fx.GraphModule, validities: list[Validity]) -> Unmasked:
-    """The graph of `module` where all tokens are valid.
+    """The graph of `module` for calls in which all tokens are valid.
 
     Raises:
         Miss: an attention mask cannot be read.

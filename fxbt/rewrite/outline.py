@@ -1,4 +1,4 @@
-"""Fused call nodes: a match becomes one node with its graph as a submodule; lowering puts the graph back."""
+"""Fused call nodes: `outline` turns a match into one node with its graph as a submodule, `inline` undoes it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .splice import provenance
 
 
 def outline(module: fx.GraphModule, rule: Rule, match: Match) -> Rewrite:
-    """Make the nodes between `match.inputs` and its output one call node of `rule.outline`; returns the record of it.
+    """Turns the nodes between `match.inputs` and its output into one call of `rule.outline`; returns the record.
 
-    The node's arguments are a submodule with the nodes as its graph, the match's inputs, what else they read (the
-    attention mask first), and the weights. Keys and values that a cache keeps are results of it too, after the output.
+    The node's arguments are a submodule with the nodes as its graph, the match's inputs, other values that they read
+    (the attention mask first), and the weights. Keys and values that a cache keeps are further results of it.
 
     Raises:
-        Miss: another value inside is used outside. The graph is then as it was.
+        Miss: another value inside is used outside; the graph is then unchanged.
     """
     graph, (output,) = module.graph, match.outputs
     region = _region(output, match.inputs)
@@ -117,7 +117,8 @@ def _only_returned(reader: fx.Node) -> bool:
 
 
 def _region(output: fx.Node, inputs: tuple[fx.Node, ...]) -> set[fx.Node]:
-    """What is computed from `inputs` on the way to `output`, with what only serves that: sizes, merged weights."""
+    """The nodes computed from `inputs` on the way to `output`, and nodes that only serve these: sizes, merged
+    weights."""
     reached, waiting = {output}, [output]
     while waiting:
         sources = [s for s in waiting.pop().all_input_nodes if s not in reached and s not in inputs]
@@ -142,7 +143,7 @@ def _check_closed(region: set[fx.Node], results: tuple[fx.Node, ...]) -> None:
         reader = next((user for user in node.users if user not in region), None)
         if node in region and node not in results and reader is not None:
             raise Miss(
-                "a value inside is used outside",
+                "a value inside the block is used outside it",
                 node=node,
                 found=(node, "is also used by", reader),
                 expected="one output",
@@ -150,7 +151,7 @@ def _check_closed(region: set[fx.Node], results: tuple[fx.Node, ...]) -> None:
 
 
 def _read_from_outside(region: set[fx.Node], inputs: tuple[fx.Node, ...]) -> list[fx.Node]:
-    """What the region reads besides its inputs: masks, other tensors and sizes, then weights."""
+    """What the region reads besides its inputs: masks, other tensors and sizes, and last weights."""
     nodes = [node for node in next(iter(region)).graph.nodes if node in region]
     read = [source for node in nodes for source in node.all_input_nodes if source not in region]
     masks = {argument(node, "attn_mask") for node in nodes if node.target is SDPA}
@@ -159,12 +160,12 @@ def _read_from_outside(region: set[fx.Node], inputs: tuple[fx.Node, ...]) -> lis
 
 
 def _is_body(node: fx.Node) -> bool:
-    """Whether a node is a graph that another node calls: such a graph goes along."""
+    """Whether a node is a graph that another node calls; it moves with that node."""
     return node.op == "get_attr" and isinstance(attribute(node.graph.owning_module, node), fx.GraphModule)
 
 
 def _common_stack(nodes: list[fx.Node]) -> dict[str, Any]:
-    """The innermost module that all nodes are from, with those around it."""
+    """The innermost module that contains all nodes, with the modules around it."""
     stacks = [list((node.meta.get("nn_module_stack") or {}).items()) for node in nodes]
     levels = zip(*stacks, strict=False)
     return dict(level[0] for level in itertools.takewhile(lambda level: len(set(map(str, level))) == 1, levels))
@@ -181,7 +182,7 @@ def _unused_name(module: fx.GraphModule, prefix: str) -> str:
 
 
 def inline(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `module` with the body in the place of every call node of `fxbt.ops`; its nodes say what they were."""
+    """A copy of `module` with the body in place of each call of `fxbt.ops`; the nodes record their block."""
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
@@ -196,10 +197,10 @@ def _result_of_several(node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
 
 
 def _emit(graph: fx.Graph, owner: Any, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
-    """Copy one node into `graph`, a call of a fused op as the nodes of its body; returns what it is there."""
+    """Copies one node into `graph`, a fused call as the nodes of its body; returns the copy."""
     is_graph = node.op == "get_attr" and isinstance(attribute(owner, node), fx.GraphModule)
     if is_graph and all(is_fused(user) for user in node.users):
-        return None  # a body: its nodes come instead
+        return None  # a body: its nodes are copied instead
     if (result := _result_of_several(node, copies)) is not None:
         return result
     if not is_fused(node):
@@ -224,7 +225,7 @@ def _emit_body(graph: fx.Graph, body: fx.GraphModule, given: list[Any]) -> Any:
 
 
 def _note_parts(call: fx.Node, given: list[Any], nodes: tuple[fx.Node, ...], output: fx.Node) -> None:
-    """Tells the nodes that a fused node became which parts of it they are."""
+    """Records on the nodes of an inlined block which parts of it they are."""
     names: Names = call.meta[OPERANDS]
     operands = {**names.static, **dict(zip(names.inputs, given, strict=False))}
     entries = tuple(map(Entry.of, nodes))

@@ -1,32 +1,39 @@
-"""What follows a linear and can be computed with it: an activation or a residual, and a layer norm.
+"""Epilogue fusion: formulas for what can be computed with a linear, an activation or a residual, and a layer norm.
 
-The one place in lowering that looks for a shape, where a block's record would say too little: of 410 linears with
-something fused in, in the graphs of the 24 models of tests/models.py, 349 have all of it in one block, but 55 a norm in
-the next layer (31) or in no block (24), as a pre-norm layer ends in the sum that the next one norms. And what is joined
-must be checked in each graph anyway (one reader, shape, dtype), as padding is dropped and blocks of a user's own go
-before layers.
+The matcher finds `epilogues` in the graph as it is lowered: without padding or masks, and whatever blocks its nodes
+were parts of. Of 410 linears with an epilogue in the graphs of the 24 models of tests/models.py, 349 have all of it in
+one block, but 31 have a norm in the next layer, because a pre-norm layer ends in the sum that the next one normalises,
+and 24 are in no block.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from ...graph.node import argument, only_user, same_shape
+from ...graph.miss import Miss, module_path
+from ...graph.node import argument, same_shape
+from ...graph.record import StageRecord
+from ...match.found import Found
+from ...match.language import Expression, Op
+from ...match.rule import Match, Rule
 from ...torch_compat import gelu_, silu_
 
 aten = torch.ops.aten
 
+STAGE = "epilogues"
+
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation that oneDNN computes as torch does, to the last bits: its name and algorithm there.
+    """An activation that oneDNN computes exactly as torch does: its name and algorithm there.
 
     `write` is torch's own, in place.
     """
@@ -37,20 +44,8 @@ class Activation:
 
     @property
     def known_as(self) -> str:
-        """Both in one, as `native.ACTIVATIONS` has them."""
+        """Name and algorithm in one string, as in `native.ACTIVATIONS`."""
         return f"{self.name} {self.algorithm}".strip()
-
-
-ACTIVATIONS: dict[Any, Callable[[fx.Node], Activation]] = {
-    aten.gelu.default: lambda node: _gelu(argument(node, "approximate")),
-    aten.relu.default: lambda node: Activation("relu", "", torch.relu_),
-    aten.silu.default: lambda node: Activation("swish", "", silu_),
-}
-
-
-def _gelu(approximate: str) -> Activation:
-    write = functools.partial(gelu_, approximate=approximate)
-    return Activation("gelu", approximate, write)
 
 
 def fused_in(activation: Activation | None) -> tuple[str, list[Any], str]:
@@ -59,7 +54,7 @@ def fused_in(activation: Activation | None) -> tuple[str, list[Any], str]:
 
 
 class Norm(NamedTuple):
-    """A layer norm over the features of a linear's result; if `keeps_sum`, what it is of is a result too."""
+    """A layer norm over the features of a linear's result; with `keeps_sum`, its input is also a result."""
 
     epsilon: float
     keeps_sum: bool
@@ -69,36 +64,23 @@ class Norm(NamedTuple):
 class Epilogue:
     """What follows a linear: its nodes in `chain`, each the input of the next, and then the norm `normalized`.
 
-    `residual` is what is added; `affine` are gamma and beta of the norm, or nothing where there is none.
+    `residual` is the other addend; `affine` are the norm's gamma and beta, or () without a norm.
     """
 
     chain: tuple[fx.Node, ...]
-    activation: Activation | None
-    residual: fx.Node | None
-    normalized: fx.Node | None
-    norm: Norm | None
-    affine: tuple[fx.Node | None, ...]
-
-    @classmethod
-    def of(cls, linear: fx.Node, constant: set[fx.Node]) -> Epilogue:
-        """What follows this linear, whose norms' weights are among the `constant` nodes."""
-        activated, activation = activation_after(linear)
-        add, residual = _residual(linear) if activated is None else (None, None)
-        chain = tuple(node for node in (linear, activated, add) if node is not None)
-        normalized = next((user for user in chain[-1].users if _can_be_joined(user, chain[-1], constant)), None)
-        if normalized is None:
-            return cls(chain, activation, residual, None, None, ())
-        norm = Norm(argument(normalized, "eps"), keeps_sum=len(chain[-1].users) > 1)
-        affine = (argument(normalized, "weight"), argument(normalized, "bias"))
-        return cls(chain, activation, residual, normalized, norm, affine)
+    activation: Activation | None = None
+    residual: fx.Node | None = None
+    normalized: fx.Node | None = None
+    norm: Norm | None = None
+    affine: tuple[fx.Node | None, ...] = ()
 
     def replace_by(self, result: fx.Node) -> None:
-        """Puts a node that computes all of it, and follows the chain's last one, in its place."""
+        """Replaces all of it by a node that computes it, and that comes after the chain's last node."""
         graph, last = result.graph, self.chain[-1]
         result.meta = dict(last.meta)
         for weight in self.affine:
             if weight is not None and last < weight:
-                last.prepend(weight)  # it was fetched only where the norm was
+                last.prepend(weight)  # it was fetched only before the norm
         if self.norm is not None and self.norm.keeps_sum:
             with graph.inserting_after(result):
                 normalized = graph.call_function(operator.getitem, (result, 1))
@@ -115,33 +97,171 @@ class Epilogue:
             graph.erase_node(node)
 
 
-def activation_after(linear: fx.Node) -> tuple[fx.Node | None, Activation | None]:
-    """The activation that alone reads a linear, if oneDNN has it: its node, and what it is."""
-    node = only_user(linear, ACTIVATIONS)
-    return (None, None) if node is None else (node, ACTIVATIONS[node.target](node))
+# --- formulas ---------------------------------------------------------------------------------------------------
 
 
-def _residual(linear: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """The add, and what is added, where a linear's result goes only into a sum with a value of its own shape."""
-    add = only_user(linear, (aten.add.Tensor,))
-    if add is None or add.kwargs or not all(isinstance(value, fx.Node) for value in add.args) or len(add.args) != 2:
-        return None, None
-    other: Any = add.args[1] if add.args[0] is linear else add.args[0]
-    values = [node.meta["val"] for node in (linear, other)]
-    if not all(isinstance(value, Tensor) for value in values):  # a number that follows from sizes
-        return None, None
-    if other is linear or values[0].dtype != values[1].dtype or values[0].dim() < 2 or not same_shape(*values):
-        return None, None
-    return add, other
+def is_float32(value: Tensor) -> bool:
+    """Whether a weight has the dtype that the kernels read."""
+    return value.dtype is torch.float32
 
 
-def _can_be_joined(norm: fx.Node, value: fx.Node, constant: set[fx.Node]) -> bool:
-    """Whether a node is the layer norm of a value over its last dim, by float32 weights or none."""
-    if norm.target is not aten.layer_norm.default or norm.args[0] is not value:
-        return False
-    weights = [weight for weight in (argument(norm, "weight"), argument(norm, "bias")) if weight is not None]
-    features = value.meta["val"].shape[-1]
-    return argument(norm, "normalized_shape") == [features] and all(
-        weight.op == "get_attr" and weight in constant and weight.meta["val"].dtype is torch.float32
-        for weight in weights
+def chain_of(found: Found) -> tuple[fx.Node, ...]:
+    """The nodes of a match except the norm, in graph order."""
+    return tuple(sorted(node for node in found.interior if node.target is not aten.layer_norm.default))
+
+
+class FusedLinear(Rule):
+    """x W^T + b, with which each formula here begins. The `facts` of a match are its `Epilogue`."""
+
+    name = "linear"
+    proven = True
+    activation: Activation | None = None
+
+    def pattern(self, op: Op, x: Expression) -> Any:
+        return op.linear(x, op.weight("weight", is_float32), op.maybe(op.any("bias")))
+
+    def check(self, m: Found) -> None:
+        for node in m.interior:
+            m.need(node.target in JOINED, "there is a cast in between")
+            m.need(node.meta["val"].dtype is torch.float32, "a part of it is not computed in float32")
+
+    def match_of(self, found: Found, anchor: fx.Node) -> Match:
+        """The match, whose `facts` are its `Epilogue`."""
+        return Match(anchor, outputs=found.outputs, facts=Epilogue(chain_of(found), self.activation))
+
+
+class Activated(FusedLinear):
+    """act(x W^T + b)"""
+
+    def __init__(self, activation: Activation, formula: Callable[[Op, Any], Expression]) -> None:
+        self.name, self.activation, self.formula_of = f"linear_{activation.name}", activation, formula
+
+    def pattern(self, op: Op, x: Expression) -> Any:
+        return self.formula_of(op, super().pattern(op, x))
+
+
+class Summed(FusedLinear):
+    """x W^T + b + residual"""
+
+    name = "linear_residual"
+
+    def pattern(self, op: Op, x: Expression) -> Any:
+        return super().pattern(op, x) + op.any("residual")
+
+    def check(self, m: Found) -> None:
+        super().check(m)
+        linear, residual = chain_of(m)[0].meta["val"], m.residual
+        m.need(isinstance(residual, Tensor), "the other addend is a number, not a tensor")
+        m.need(m["residual"] not in m.interior, "a linear is added to itself")
+        m.need(residual.dtype is torch.float32, f"the other addend is in {residual.dtype}, not float32")
+        m.need(linear.dim() > 1 and same_shape(linear, residual), "the other addend has another shape")
+
+    def match_of(self, found: Found, anchor: fx.Node) -> Match:
+        return Match(anchor, outputs=found.outputs, facts=Epilogue(chain_of(found), residual=found["residual"]))
+
+
+class Normed(FusedLinear):
+    """The layer norm of a formula's value; if something else reads that value, it is a result, too."""
+
+    def __init__(self, inner: FusedLinear) -> None:
+        self.name, self.inner = f"{inner.name}_norm", inner
+
+    def pattern(self, op: Op, x: Expression) -> Any:
+        value = self.inner.pattern(op, x)
+        gamma, beta = (op.maybe(op.weight(name, is_float32)) for name in ("gamma", "beta"))
+        return op.layer_norm(value, weight=gamma, bias=beta, eps=op.number("eps")), value
+
+    def check(self, m: Found) -> None:
+        self.inner.check(m)
+        norm, value = m.outputs
+        features = value.meta["val"].shape[-1]
+        m.need(argument(norm, "normalized_shape") == [features], "the norm is not over exactly the last dim")
+        for name in ("gamma", "beta"):
+            m.need(
+                m[name] is None or m[name].op == "get_attr", f"{name} is computed in the graph; expected a parameter"
+            )
+
+    def match_of(self, found: Found, anchor: fx.Node) -> Match:
+        norm, value = found.outputs
+        inner: Epilogue = self.inner.match_of(found, anchor).facts
+        how, affine = Norm(found.eps, keeps_sum=len(value.users) > 1), (found["gamma"], found["beta"])
+        facts = Epilogue(inner.chain, inner.activation, inner.residual, norm, how, affine)
+        return Match(anchor, outputs=found.outputs, facts=facts)
+
+
+def activated() -> tuple[FusedLinear, ...]:
+    """A linear with each of oneDNN's activations."""
+    return (
+        Activated(Activation("gelu", "none", functools.partial(gelu_, approximate="none")), lambda op, y: op.gelu(y)),
+        Activated(
+            Activation("gelu", "tanh", functools.partial(gelu_, approximate="tanh")),
+            lambda op, y: op.gelu(y, approximate="tanh"),
+        ),
+        Activated(Activation("relu", "", torch.relu_), lambda op, y: op.relu(y)),
+        Activated(Activation("swish", "", silu_), lambda op, y: op.silu(y)),
     )
+
+
+def epilogues() -> tuple[FusedLinear, ...]:
+    """All formulas, longest first: the first that matches wins.
+
+    They are made for each graph, because a matcher serves one thread.
+    """
+    alone = (Summed(), *activated())
+    return (*map(Normed, (*alone, FusedLinear())), *alone)
+
+
+JOINED = {
+    *(aten.linear.default, aten.add.Tensor, aten.layer_norm.default),
+    *(aten.gelu.default, aten.relu.default, aten.silu.default),
+}
+
+
+# --- in a graph -------------------------------------------------------------------------------------------------
+
+
+def epilogue_of(
+    linear: fx.Node, constant: set[fx.Node], record: StageRecord, formulas: Sequence[FusedLinear]
+) -> Epilogue:
+    """The epilogue of a linear: the first of the formulas that matches, or none.
+
+    The record gets it, or the nearest miss. The weights of norms must be among the `constant` nodes.
+    """
+    start = time.perf_counter()
+    misses: list[Miss] = []
+    epilogue = Epilogue((linear,))
+    for formula, anchor in _anchors(linear, formulas):
+        try:
+            epilogue = _find(formula, anchor, linear, constant)
+            record.places.append(module_path(linear))
+            break
+        except Miss as miss:
+            misses.append(miss.without_frames())
+    nearest = max(misses, key=lambda miss: miss.nearness, default=None)
+    if nearest is not None and nearest.matched > 1:
+        nearest.rule, nearest.where, nearest.anchor = record.name, module_path(linear), linear
+        record.misses.append(nearest)
+    record.seconds += time.perf_counter() - start
+    return epilogue
+
+
+def _anchors(linear: fx.Node, formulas: Sequence[FusedLinear]) -> Iterator[tuple[FusedLinear, fx.Node]]:
+    """The formulas, each with the nodes it can end at: as many steps after the linear as it has further ops."""
+    behind = [[linear]]
+    for formula in formulas:
+        while len(behind) < formula.formula.size:
+            behind.append(list(dict.fromkeys(user for node in behind[-1] for user in node.users)))
+        yield from ((formula, node) for node in behind[formula.formula.size - 1] if formula.can_end_at(node))
+
+
+def _find(formula: FusedLinear, anchor: fx.Node, linear: fx.Node, constant: set[fx.Node]) -> Epilogue:
+    """The epilogue of this linear that a formula finds at a node.
+
+    Raises:
+        Miss: it does not match there.
+    """
+    matches = (found for found in formula.matcher.find(anchor) if linear in found.interior)
+    epilogue: Epilogue = formula.first_of(matches, anchor).facts
+    if not constant.issuperset(weight for weight in epilogue.affine if weight is not None):
+        raise Miss("changes of the norm's weights cannot be noticed", node=anchor)
+    return epilogue
