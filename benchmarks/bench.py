@@ -40,6 +40,7 @@ ENGINES = [
 ]
 PACKAGES = ["fxbt", "torch", "transformers", "onnxruntime", "openvino", "ctranslate2"]
 REFERENCE, BASELINE, RULER = "HF eager", "HF sdpa", "peak"
+BEFORE = results.BEFORE  # as `pip install --no-deps --target FOLDER` leaves it
 TOLERANCE = 1e-5  # of the reference's largest absolute value, in float32
 COARSE = 0.1  # of those that are asked for less: how far they are off is in the table
 PATIENCE = 1800  # seconds for one answer: a compiler may take its time
@@ -48,7 +49,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 def main() -> None:
     options = parse_options()
-    engines = list(dict.fromkeys([REFERENCE, BASELINE, *options.engines]))
+    engines = list(dict.fromkeys([REFERENCE, BASELINE, *options.engines, *([BEFORE] if options.before else [])]))
     found: dict[str, Any] = {"machine": describe_machine(options.threads), "models": {}}
     for model in options.models:
         found["models"][model] = measure_model(model, engines, options)
@@ -65,6 +66,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="processes of each engine (default 7)")
     parser.add_argument("--turns", type=int, default=3, help="of each engine in a round (default 3)")
     parser.add_argument("--seconds", type=float, default=0.6, help="about how long a turn lasts (default 0.6)")
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help=f"another build of fxbt beside it, as {BEFORE!r}")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "bench", help="results, without suffix")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "benchmark.png", help="the plot's file")
     return parser.parse_args()
@@ -73,7 +75,7 @@ def parse_options() -> argparse.Namespace:
 class EngineProcess:
     """A process that holds one engine, and is stopped whenever it has no request to answer."""
 
-    def __init__(self, model: str, engine: str, threads: int):
+    def __init__(self, model: str, engine: str, threads: int, before: Path | None = None):
         self.name = f"{engine} on {model}"
         self.idle_seconds = 0.0  # processor time taken while it was stopped
         self.running_seconds = 0.0  # of all processors, while it had its turns
@@ -87,6 +89,8 @@ class EngineProcess:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
         }
+        if engine == BEFORE:
+            environment["PYTHONPATH"] = str(before)
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "worker.py"), model, engine, str(threads)],
             stdin=subprocess.PIPE,
@@ -173,7 +177,7 @@ def measure_round(model: str, engines: list[str], number: int, options: argparse
             raise SystemExit(f"{model} has none of the columns {options.columns}; it has {list(columns)}")
         for engine in engines:
             print(f"{model}: preparing {engine}", file=sys.stderr, flush=True)
-            processes[engine] = EngineProcess(model, engine, options.threads)
+            processes[engine] = EngineProcess(model, engine, options.threads, options.before)
             answer = processes[engine].ask("prepare")
             if "skipped" in answer:
                 found["skipped"][engine] = answer["skipped"]

@@ -313,6 +313,7 @@ def _copy_tokenizer(folder: Path) -> None:
 
 ENGINES = {
     "fxbt": Engine("sdpa", fxbt, ("fxbt",)),
+    "fxbt before": Engine("sdpa", fxbt, ("fxbt",)),
     "fxbt bf16": Engine("sdpa", fxbt_bfloat16, ("fxbt",)),
     "fxbt int8": Engine("sdpa", fxbt_int8, ("fxbt",)),
     "HF eager": Engine("eager", hugging_face),

@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 OURS, BASELINE = "fxbt", "HF sdpa"
 COARSE = ("fxbt bf16", "fxbt int8")  # linears in less than float32: compared with no one
+BEFORE = "fxbt before"  # another build of fxbt: no peer
 QUIET = 0.05  # the part of the machine that other programs may take
 LEGEND = f"""\
 ms: median (min-max) over all turns of the median pass over the column. Each round has new processes.
@@ -80,8 +81,9 @@ def _ratio_row(data: dict[str, Any], engine: str) -> list[str]:
 
 def best_peers(data: dict[str, Any]) -> dict[str, str]:
     """The fastest engine that is not fxbt, for each column."""
+    others = (OURS, BEFORE, *COARSE)
     return {
-        column: min((e for e in times if e not in (OURS, *COARSE)), key=lambda engine: statistics.median(times[engine]))
+        column: min((e for e in times if e not in others), key=lambda engine: statistics.median(times[engine]))
         for column, times in data["times_ms"].items()
     }
 

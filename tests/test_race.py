@@ -78,7 +78,7 @@ def test_slow_calls_are_looked_at_one_pair_a_call_until_it_is_decided():
 def test_a_look_at_a_faster_graph_costs_two_pairs_and_the_next_one_is_twice_as_far():
     host = Host(0)
     contest = Race(host)
-    mine, its = host.call(0.001), host.call(0.002)
+    mine, its = host.call(0.0015), host.call(0.002)
     contest.look(mine, its, CAPTURE_SECONDS)
     at = []
     for call in range(1, 10 * LOOK_AGAIN):
@@ -87,6 +87,25 @@ def test_a_look_at_a_faster_graph_costs_two_pairs_and_the_next_one_is_twice_as_f
             contest.look(mine, its)
             at.append((call, host.calls - before))
     assert at == [(LOOK_AGAIN + 1, 4), (3 * LOOK_AGAIN + 2, 4), (7 * LOOK_AGAIN + 3, 4)]
+
+
+def test_a_graph_that_wins_by_far_costs_one_pair_on_a_disturbed_host_too():
+    """Pairs of a large batch take half a second, so that each is disturbed: two dozen calls were timed, one by one."""
+    host = Host(0)
+
+    def disturbed(seconds: float) -> Callable[[], None]:
+        run = host.call(seconds)
+
+        def called() -> None:
+            host.switches += 1000
+            run()
+
+        return called
+
+    contest = Race(host)
+    contest.look(disturbed(0.07), disturbed(0.35), CAPTURE_SECONDS)
+    assert contest.evidence is None and host.calls == 2
+    assert not contest.is_due()
 
 
 def test_the_order_of_a_pair_alternates():
@@ -196,5 +215,5 @@ def test_an_accelerator_is_waited_for_after_each_call():
     host = Host(0)
     waited: list[int] = []
     host.wait = lambda: waited.append(host.calls)  # type: ignore[method-assign]
-    Race(host).look(host.call(0.001), host.call(0.002), CAPTURE_SECONDS)
+    Race(host).look(host.call(0.0015), host.call(0.002), CAPTURE_SECONDS)
     assert waited == [1, 2, 3, 4]

@@ -1,8 +1,9 @@
 """Graph against original, by paired turns: which of them serves calls of a size, decided on strong evidence alone.
 
 Each pair times both on the same call, in alternating order, so that what slows the machine down for a while slows both.
-The original serves once it was clearly faster in nearly all of a dozen pairs; a pair that lost a processor to another
-program counts for nothing. Everything else leaves the graph serving, and whatever was decided is looked at again later.
+The original serves once it was clearly faster in nearly all of a dozen pairs. A pair that lost a processor to another
+program says nothing against the one that serves. Everything else leaves the graph serving, and a later look may decide
+otherwise. So a look ends early where the graph wins: after two pairs, or one that took it less than half the time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ logger = logging.getLogger("fxbt")
 PAIRS = 12  # of a look; all of them lost by chance, where both are as fast: once in 4,096 looks
 PAIRS_AGAIN = 4  # of a later look that the original won before
 CONTRADICTING = 1  # so many pairs may say otherwise: one turn in a dozen is slow on a quiet machine too
+BY_FAR = 0.5  # of the original's time: more than its first run on a size, on memory not touched yet, is slowed down by
 CAPTURE_SECONDS, LOOK_SECONDS = 0.5, 0.1  # of pairs at a capture, and at a later call; then the next call goes on
 LOOK_AGAIN = 128  # calls later, then twice as many, and so on
 
@@ -36,6 +38,10 @@ class Pair:
     @property
     def is_lost(self) -> bool:
         return self.original < CLEARLY * self.graph
+
+    @property
+    def is_won_by_far(self) -> bool:
+        return self.graph < BY_FAR * self.original
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,8 @@ class Race:
 
     def _is_decided(self, wanted: int) -> bool:
         """Whether the pairs are enough; then the look is over."""
-        if sum(not pair.is_lost for pair in self._pairs) > CONTRADICTING:
+        won = sum(not pair.is_lost for pair in self._pairs)
+        if won > CONTRADICTING or any(pair.is_won_by_far for pair in self._pairs):
             self._finish(None)
         elif len(self._pairs) == wanted:
             self._finish(self.evidence or evidence_of(self._pairs))
@@ -130,14 +137,15 @@ class Race:
         return True
 
     def _pair(self, graph: Callable[[], Any], original: Callable[[], Any]) -> Pair | None:
-        """Both, timed; None where something else had the processors meanwhile."""
+        """Both, timed; None where something else had the processors and the one that serves was slower."""
         taken, start = self._clock.taken(), self._clock.now()
         if self._turns % 2:
             its, mine = self._seconds(original), self._seconds(graph)
         else:
             mine, its = self._seconds(graph), self._seconds(original)
         allowed = 2 * TAKEN_PER_CALL + TAKEN_PER_SECOND * (self._clock.now() - start)
-        return Pair(mine, its) if self._clock.taken() - taken <= allowed else None
+        pair, is_disturbed = Pair(mine, its), self._clock.taken() - taken > allowed
+        return None if is_disturbed and pair.is_lost == (self.evidence is None) else pair
 
     def _seconds(self, call: Callable[[], Any]) -> float:
         begin = self._clock.now()
