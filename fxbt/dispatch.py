@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import pipeline
 from .capture import outputs
-from .capture.caches import is_too_short, with_growth
+from .capture.caches import is_too_short, one_further, with_growth
 from .capture.call import Binder, Call, shown_shapes
 from .capture.containers import Arguments, Changed
 from .capture.effects import written_buffers
@@ -246,7 +246,7 @@ class Dispatcher:
                 raise _ModelError(error) from error
             problem = error
         else:
-            graph.served += 1
+            graph.count(call)
             return _Served(output)
         output = self._original_output(args, kwargs)  # if the call is wrong, the model's own error is the one to see
         if goes_another_way(problem):
@@ -352,9 +352,13 @@ class Dispatcher:
                 seen, around = given.seen_in(output), recording.surroundings()
                 rehearse = recording.wrote or not state.holds()
                 call = with_growth(call, self._binder, args, kwargs)
-                if not is_too_short(call):
+                traced: tuple[Call, Any] | None = (call, seen)
+                if is_too_short(call):
+                    traced = None if rehearse else self._one_further(call, args, kwargs)
+                if traced is not None:
                     self._graphs.note_capture()
-                    graph = self._try_capture(call, outputs.flatten(seen), around, rehearse, (watched, before))
+                    call, expected = traced[0], outputs.flatten(traced[1])
+                    graph = self._try_capture(call, expected, around, rehearse, (watched, before))
             except _FOR_THE_CALLER:
                 raise
             except Exception as fault:  # of fxbt's own: what the original did is done
@@ -364,6 +368,23 @@ class Dispatcher:
         changes = graph is not None and (graph.compiled.stochastic or graph.effects or isinstance(seen, Changed))
         is_graphs = is_watched or (graph is not None and not changes)
         return None if is_graphs else _Served(output)
+
+    def _one_further(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any] | None:
+        """A call with a cache that is long enough to be traced, and what the original makes of it.
+
+        An encoder-decoder's first step has a cache of one token; the next one's cache is there already.
+        """
+        further = one_further(call, self._binder, args, kwargs)
+        if further is None:
+            return None
+        given, copied = Arguments(further.args, further.kwargs), further.copied()
+        try:
+            with preserved(self.original):
+                output = self.original.forward(*further.args, **further.kwargs)
+        except Exception as error:  # other arguments are as long as the cache was: the next call has longer ones
+            logger.debug("no graph for the first step with a cache", exc_info=error)
+            return None
+        return copied, given.seen_in(output)
 
     def _try_capture(
         self,
@@ -417,7 +438,7 @@ class Dispatcher:
     def _keep(self, graph: GuardedGraph, call: Call) -> None:
         signature = f"{call}{' training' if self.original.training else ''}"
         made = graph.captured, graph.compiled, graph.races
-        self._reports[graph] = self.report.add_graph(signature, *made, graph.is_stored)
+        self._reports[graph] = self.report.add_graph(signature, *made, graph.is_stored, graph.use)
         tensors = set(map(id, (ModelState(self.original) if graph.effects.slots else graph.state).tensors))
         # What one reads is no longer the model's, or calls have an input where it has a constant.
         self._drop_all([g for g in self._graphs if not tensors.issuperset(map(id, g.state.tensors))])

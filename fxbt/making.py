@@ -22,6 +22,7 @@ from .kernels import autotune
 from .match.rule import Rule
 from .options import Options
 from .runtime import race
+from .runtime.cache_use import CacheUse
 from .runtime.compare import Comparison
 from .runtime.compiled import Compiled
 from .runtime.graph_cache import Graphs
@@ -125,6 +126,7 @@ class Maker:
             pinned=pinned,
             constants=frozenset(call.constants),
             text=text,
+            use=CacheUse.of(call),
         )
 
     def _compiled(self, captured: Captured, call: Call, expected: Values, around: Surroundings) -> Compiled:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from .capture.twins import share, twin
 from .errors import NotOptimizedError
+from .submodels import Submodels
 
 if TYPE_CHECKING:  # `import fxbt` loads none of what a capture needs
     from .dispatch import Dispatcher
@@ -46,6 +48,9 @@ def optimize(
     Graphs are captured at the first call of each kind, or ahead: `example_inputs` are keyword arguments (a mapping) or
     positional ones (a tuple) as for `model(...)`. Outputs are the original's in type, shapes and numbers; a call that
     no graph is proven for runs the original forward, and `print(fast.report)` says why.
+
+    Submodules that are called by themselves (`fast.encoder(...)`, or `fast.generate(...)` calling it) have graphs of
+    their own, with the same options but `padding="keep"`; `fast.report.parts` has their reports.
 
     Args:
         model: any `nn.Module`; one that is optimised already is optimised anew from its original.
@@ -169,7 +174,7 @@ def refresh(model: nn.Module) -> bool:
         >>> fxbt.refresh(fast)
         True
     """
-    dispatchers = [found for part in model.modules() if (found := dispatcher_of(part)) is not None]
+    dispatchers = list(dispatchers_in(model))
     if not dispatchers:
         raise NotOptimizedError(
             f"refresh() was given a {type(model).__name__} with nothing optimised in it; pass what optimize() returned"
@@ -239,6 +244,14 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
         return dispatcher(args, kwargs)
 
     own_forward = Forward(forward, dispatcher)
+    part_options = dataclasses.replace(options, inplace=False, padding="keep")  # others may read what is at padding
+    submodels = Submodels(lambda part: _optimized(part, part_options), dispatcher.report)
+
+    def get_attribute(self: Any, name: str) -> Any:
+        value = base.__getattr__(self, name)
+        if torch.compiler.is_dynamo_compiling() or not isinstance(value, nn.Module) or not dispatcher.stands_for(self):
+            return value
+        return submodels.of(name, value)
 
     def new(kind: Any, *args: Any, **kwargs: Any) -> Any:
         """`type(fast)(config)` and `type(fast).from_pretrained(...)` make models that nobody optimised."""
@@ -261,7 +274,7 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
         if name != "forward" or not dispatcher.stands_for(self):
-            base.__setattr__(self, name, value)
+            base.__setattr__(self, name, submodels.original(value))
             return
         own_forward.__set__(self, value)
         _class_with(dispatcher, self).forward = own_forward if own_forward.wrapper is not None else forward
@@ -283,8 +296,10 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
     return {
         "_fxbt_dispatcher": dispatcher,
         "_fxbt_options": options,
+        "_fxbt_submodels": submodels,
         # An original with a forward of its own in the `__dict__` that they share: the dispatcher says that it runs.
         "forward": own_forward if "forward" in vars(dispatcher.original) else forward,
+        "__getattr__": get_attribute,
         "__setattr__": set_attribute,
         "__delattr__": delete_attribute,
         "warmup": warmup,
@@ -326,6 +341,16 @@ def dispatcher_of(model: Any) -> Dispatcher | None:
     """What serves the calls of an optimised model; None for others."""
     dispatcher = getattr(type(model), "_fxbt_dispatcher", None)
     return dispatcher if dispatcher is not None and dispatcher.stands_for(model) else None
+
+
+def dispatchers_in(model: nn.Module) -> Iterator[Dispatcher]:
+    """Those of all that is optimised in a model, with those of its submodules that were called by themselves."""
+    for module in model.modules():
+        dispatcher = dispatcher_of(module)
+        if dispatcher is None:
+            continue
+        yield dispatcher
+        yield from (type(part)._fxbt_dispatcher for part in type(module)._fxbt_submodels.all())  # type: ignore[attr-defined]
 
 
 def _check_model(model: Any) -> None:

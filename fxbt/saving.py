@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .errors import FxbtWarning, NotOptimizedError, callers_level
-from .optimize import Model, dispatcher_of, optimized_with
+from .optimize import Model, dispatcher_of, dispatchers_in, optimized_with
 from .options import Options
 from .stored.errors import Unstorable
 from .stored.files import Folder
@@ -38,13 +38,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> list[Path]:
         >>> fast = fxbt.optimize(model, example_inputs)
         >>> fxbt.save(fast, "graphs")
     """
-    dispatcher = dispatcher_of(model)
-    if dispatcher is None:
+    if dispatcher_of(model) is None:
         raise NotOptimizedError(
             f"save() was given a {type(model).__name__} that is not optimised; pass what optimize() returned"
         )
     saved, obstacles = [], []
-    for graph in dispatcher.graphs:
+    for graph in [graph for dispatcher in dispatchers_in(model) for graph in dispatcher.graphs]:
         try:
             saved.append(graph.text.write(Folder(Path(folder))))
         except Unstorable as obstacle:

@@ -143,12 +143,10 @@ def assert_same(model: Any, fast: Any, ids: Tensor, steps: int = STEPS, new: int
 def test_the_same_tokens(name: str) -> None:
     build, graphs = MODELS[name]
     model, fast = made(build)
-    is_seq2seq = model.config.is_encoder_decoder
-    first = 1 if is_seq2seq else 0  # its first token stands alone: the next one's graph is for all lengths
     before = served(fast)
     assert torch.equal(generate(fast, prompt(2, 6)), generate(model, prompt(2, 6)))
     assert len(graphs_of(fast)) == graphs and not fast.report.fallbacks
-    assert served(fast) - before == STEPS - graphs - first
+    assert served(fast) - before == STEPS - graphs
     assert_same(model, fast, prompt(1, 9))
     assert_same(model, fast, prompt(3, 5), num_beams=3)
     assert_same(model, fast, prompt(2, 7), do_sample=True, top_k=20)
@@ -468,3 +466,40 @@ def test_a_cache_that_is_registered_as_a_pytree() -> None:
         torch.testing.assert_close(new, old)
         assert type(one) is Slotted and torch.allclose(one.keys, other.keys)
     assert not fast.report.fallbacks and served(fast) >= 3
+
+
+# What the report says
+
+
+def test_report_of_prefill_and_decode() -> None:
+    model, fast = made(of("Llama", GROUPED))
+    generate(fast, prompt(2, 6), 10)  # captures both; the first call of each runs the original
+    assert {graph.step: graph.tokens for graph in fast.report.graphs.values()} == {"prefill": 0, "decode": 2 * 8}
+    generate(fast, prompt(3, 5), 20)
+    found = {graph.step: graph for graph in fast.report.graphs.values()}
+    assert found["prefill"].tokens == 3 * 5 and found["decode"].tokens == 2 * 8 + 3 * 19
+    assert found["decode"].cache_bytes == 0
+    one = Steps(fast, prompt(2, 6))
+    for _ in range(3):
+        one.step()
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in one.cache.layers)
+    found = {graph.step: graph for graph in fast.report.graphs.values()}  # those without position_ids come last
+    assert held < found["decode"].cache_bytes < 16 * held and found["prefill"].cache_bytes == 0
+    assert "calls with a KV cache" in str(fast.report)
+    del one
+    assert found["decode"].cache_bytes == 0
+
+
+def test_report_of_an_encoder_decoder() -> None:
+    model, fast = made(bart)
+    for _ in range(2):
+        generate(fast, prompt(2, 6), 10)
+    found = {graph.step: graph.tokens for graph in fast.report.graphs.values()}
+    assert found == {"prefill": 2 * 1, "decode": 2 * (8 + 9)}
+
+
+def test_no_steps_without_a_cache() -> None:
+    model, fast = made(gpt2)
+    fast(input_ids=prompt(2, 6), use_cache=False)
+    (graph,) = fast.report.graphs.values()
+    assert (graph.step, graph.tokens, graph.cache_bytes) == ("", 0, 0) and "KV cache" not in str(fast.report)

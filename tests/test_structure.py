@@ -33,6 +33,7 @@ ROOMS = [
     "pipeline",
     "making",
     "dispatch",
+    "submodels",
     "optimize",
     "saving",
     "loading",

@@ -45,7 +45,20 @@ def _grown(call: Call, after: Call) -> Call:
         if name in now:
             axes.setdefault(_attribute(name), set()).update(_longer(tensor, now[name]))
     grown = [(n, axis) for n, t in before.items() for axis in axes.get(_attribute(n), ()) if axis < t.ndim]
-    return replace(call, growing=frozenset(grown))
+    return replace(call, growing=frozenset(grown), new_tokens=_new_tokens(call, after))
+
+
+def _new_tokens(call: Call, after: Call) -> int | None:
+    """Which of a call's tensors has as many sequences, and tokens of each, as the first cache got longer by."""
+    held = {name: after.tensors[i] for i, name in enumerate(after.names) if i in after.past}
+    if not held:
+        return None
+    name, now = next(iter(held.items()))
+    before = dict(zip(call.names, call.tensors, strict=True)).get(name)
+    old = (0,) * now.ndim if before is None or before.ndim != now.ndim else before.shape
+    counts = {size - earlier for size, earlier in zip(now.shape[1:], old[1:], strict=True)} - {0}
+    others = [i for i, t in enumerate(call.tensors) if i not in call.past and t.ndim > 1 and t.shape[0] == now.shape[0]]
+    return next((i for i in others if call.tensors[i].shape[1] in counts), None)
 
 
 def _attribute(name: str) -> str:
@@ -59,9 +72,23 @@ def _longer(before: Tensor, after: Tensor) -> list[int]:
 
 
 def is_too_short(call: Call) -> bool:
-    """Whether a growing axis is of size one, which a trace would take for a constant: the next call is a better one."""
+    """Whether a growing axis is of size one, which a trace would take for a constant."""
     named = dict(zip(call.names, call.tensors, strict=True))
     return any(named[name].shape[axis] == 1 for name, axis in call.growing)
+
+
+def one_further(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """The same call once more, with the caches that it left in `args` and `kwargs`, in memory of its own.
+
+    It is as long as a trace needs; whether the model takes it, only a run shows. None where it is another kind of call.
+    """
+    after = binder.call(args, kwargs)
+    if after.key != call.key or is_too_short(replace(after, growing=call.growing)):
+        return None
+    tensors = tuple(tensor.detach().clone() for tensor in after.tensors)
+    args, kwargs = after.rebuild(tensors)
+    further = binder.call(args, kwargs)
+    return replace(further, growing=call.growing, new_tokens=call.new_tokens) if further.key == call.key else None
 
 
 def same_lengths(call: Call) -> list[list[tuple[int, int]]]:

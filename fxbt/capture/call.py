@@ -64,6 +64,7 @@ class Call:
     past: frozenset[int] = frozenset()  # the tensors that are an object's attributes, as those of a KV cache
     objects: int = 0
     growing: frozenset[tuple[str, int]] = frozenset()  # axes of them, by name, that a forward makes longer
+    new_tokens: int | None = None  # the tensor whose first two axes are what a forward adds to them
 
     def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with `tensors` in the places of `self.tensors`, in fresh containers."""

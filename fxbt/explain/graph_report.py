@@ -17,6 +17,7 @@ from ..capture.outputs import paths
 from ..graph.miss import Miss, description, module_path, short_type, source_line
 from ..graph.record import Snapshot, StageRecord
 from ..lower.spill import Spilled
+from ..runtime.cache_use import CacheUse
 from ..runtime.compiled import Compiled
 from ..runtime.race import Races
 from ..torch_compat import pytree
@@ -47,6 +48,7 @@ class GraphReport:
     capture_seconds: float
     races: Races | None = None
     is_stored: bool = False  # another process captured it
+    use: CacheUse | None = None
 
     @property
     def captured(self) -> Snapshot:
@@ -107,6 +109,26 @@ class GraphReport:
     def spilled(self) -> Spilled | None:
         """The bytes that `keep_original=False` moved to a file, and those that stayed in memory."""
         return self.compiled.spilled
+
+    @property
+    def step(self) -> str:
+        """ "prefill" for calls that begin a KV cache, "decode" for those that go on with one; "" without one.
+
+        Example::
+
+            {graph.step: graph.tokens for graph in fast.report.graphs.values()}  # {'prefill': 64, 'decode': 512}
+        """
+        return self.use.step if self.use else ""
+
+    @property
+    def tokens(self) -> int:
+        """For how many tokens, of all sequences, the graph served calls with a KV cache."""
+        return self.use.tokens if self.use else 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """The memory of KV caches that are in use and that the graph makes longer in place, with the room in it."""
+        return self.use.nbytes if self.use else 0
 
     @property
     def rounds(self) -> int:

@@ -13,6 +13,7 @@ from ..capture.export import Captured
 from ..graph.miss import Miss
 from ..graph.record import StageRecord
 from ..lower.spill import Spilled
+from ..runtime.cache_use import CacheUse
 from ..runtime.compiled import Compiled
 from ..runtime.race import Races
 from .graph_report import GraphReport
@@ -27,7 +28,8 @@ class Report:
 
     `graphs` holds a `GraphReport` for each call signature in the order of their captures, `fallbacks` the
     reasons for which the original forward ran instead,
-    `notes` what became of stored graphs. The report's own `hits`, `before`, `after`, `diff()`
+    `notes` what became of stored graphs, `parts` the reports of submodules that were called by themselves.
+    The report's own `hits`, `before`, `after`, `diff()`
     and `why()` speak of the latest graph.
 
     Example::
@@ -43,11 +45,27 @@ class Report:
     fallbacks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # why stored graphs were not used, or graphs not stored
     made: int = 0  # graphs, with those that made place for others
+    own_parts: dict[str, Report] = field(default_factory=dict)  # of the model's submodules, called or not
 
     @property
     def latest(self) -> GraphReport | None:
         """The report of the graph that was captured last."""
         return next(reversed(self.graphs.values()), None)
+
+    @property
+    def parts(self) -> dict[str, Report]:
+        """The reports of submodules that were called by themselves, by their paths.
+
+        Example::
+
+            fast.generate(**inputs)
+            print(fast.report.parts["model.encoder"])
+        """
+        found: dict[str, Report] = {}
+        for name, part in self.own_parts.items():
+            found |= {name: part} if part.graphs or part.fallbacks else {}
+            found |= {f"{name}.{inner}": report for inner, report in part.parts.items()}
+        return found
 
     @property
     def hits(self) -> dict[str, int]:
@@ -106,15 +124,16 @@ class Report:
         compiled: Compiled,
         races: Races | None = None,
         is_stored: bool = False,
+        use: CacheUse | None = None,
     ) -> GraphReport:
         """Record a captured graph under its call signature (numbered, should the text occur twice).
 
-        `is_stored` is whether another process captured it.
+        `is_stored` is whether another process captured it, `use` what it does with KV caches.
         """
         self.made += 1
         name = next(n for n in _numbered(signature) if n not in self.graphs)
         self.graphs[name] = GraphReport(
-            signature, compiled, captured.out_spec, captured.effects.names, captured.seconds, races, is_stored
+            signature, compiled, captured.out_spec, captured.effects.names, captured.seconds, races, is_stored, use
         )
         return self.graphs[name]
 
@@ -133,9 +152,17 @@ class Report:
             self.notes.append(note)
 
     def __str__(self) -> str:
+        parts = [f"{path}, called by itself\n\n{report.own_text()}" for path, report in self.parts.items()]
+        return "\n\n\n".join([self.own_text(), *parts])
+
+    def own_text(self) -> str:
+        """The report as text, without its parts."""
         dropped = self.made - len(self.graphs)
         title = f"graphs ({dropped} more made place for them)" if dropped else "graphs"
-        sections = [(title, _graph_table(dict(self.graphs))), *_latest_sections(self.latest)]
+        sections = [(title, _graph_table(dict(self.graphs)))]
+        if any(graph.use for graph in self.graphs.values()):
+            sections.append(("calls with a KV cache", _cache_table(self.graphs.values())))
+        sections += _latest_sections(self.latest)
         if self.fallbacks:
             sections.append(("the original forward ran because", _bullets(self.fallbacks)))
         if self.notes:
@@ -162,6 +189,13 @@ def _graph_table(graphs: dict[str, GraphReport]) -> str:
         for key, graph in graphs.items()
     ]
     return _table(["signature", "nodes", "capture s", "rewrite s", "derived weights MiB", "values MiB"], rows)
+
+
+def _cache_table(graphs: Iterable[GraphReport]) -> str:
+    rows = [
+        [graph.step, graph.tokens, f"{graph.cache_bytes / 2**20:.1f}", graph.signature] for graph in graphs if graph.use
+    ]
+    return _table(["step", "tokens", "growing caches MiB", "signature"], rows)
 
 
 def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:

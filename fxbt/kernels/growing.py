@@ -31,6 +31,7 @@ class _Room:
 
     buffer: Tensor
     form: tuple[object, ...]
+    owner: object = None  # what the caller's block is for
 
 
 class _Key(weakref.ref[Tensor]):
@@ -53,7 +54,7 @@ def _forget(reference: weakref.ref[Tensor]) -> None:
 def _note(tensor: Tensor, buffer: Tensor) -> None:
     reference = _Key(tensor, _forget)
     reference.key = id(tensor)
-    _ROOMS[id(tensor)] = reference, _Room(buffer, _form(tensor))
+    _ROOMS[id(tensor)] = reference, _Room(buffer, _form(tensor), getattr(_here, "owner", None))
 
 
 def _form(tensor: Tensor) -> tuple[object, ...]:
@@ -85,8 +86,13 @@ _HELD_ONCE = _references()
 _SHARED_ONCE, _HELD_BY_ROOM = _uses()
 
 
+def bytes_held(owner: object) -> int:
+    """The memory of all buffers in use that were made, or went on, in blocks for this owner."""
+    return sum(room.buffer.nbytes for _, room in list(_ROOMS.values()) if room.owner is owner)
+
+
 @contextlib.contextmanager
-def owned(tensors: Sequence[Tensor], places: Sequence[int]) -> Iterator[None]:
+def owned(tensors: Sequence[Tensor], places: Sequence[int], owner: object = None) -> Iterator[None]:
     """Runs a block whose calls of `append` may make a tensor longer in place: those at `places` that one object holds.
 
     Example:
@@ -94,10 +100,11 @@ def owned(tensors: Sequence[Tensor], places: Sequence[int]) -> Iterator[None]:
         ...     values = program(*call.tensors)
     """
     _here.alone = {id(tensors[place]): _count(tensors, place) <= _HELD_ONCE for place in places}
+    _here.owner = owner
     try:
         yield
     finally:
-        _here.alone = None
+        _here.alone = _here.owner = None
 
 
 def append(past: Tensor, new: Tensor, dim: int) -> Tensor:

@@ -21,6 +21,7 @@ from ..capture.surroundings import Surroundings
 from ..errors import CaptureError
 from ..kernels.growing import owned
 from ..stored.shelf import Text
+from .cache_use import CacheUse
 from .compiled import Compiled
 from .race import Races
 
@@ -38,6 +39,7 @@ class GuardedGraph:
         numbers: places of the call's numbers that are inputs; `pinned` those of them that have one value only,
             `constants` those that are none.
         text: as it was captured, for other processes.
+        use: of KV caches; None where calls have none.
         served, refused: how many calls it ran, and how many went another way, which only running it shows.
         used: when it served last, in calls.
     """
@@ -52,6 +54,7 @@ class GuardedGraph:
     pinned: frozenset[str]
     constants: frozenset[str]
     text: Text
+    use: CacheUse | None = None
     served: int = 0
     refused: int = 0
     used: int = 0
@@ -86,7 +89,7 @@ class GuardedGraph:
         """What the model returns for a call; its effects are done."""
         effects = self.effects
         if self.captured.growing and not effects:
-            with owned(call.tensors, self.captured.growing):
+            with owned(call.tensors, self.captured.growing, self.use):
                 values = self.run(*call.tensors)
             return self.rebuild(values, call.args, call.kwargs)
         if not effects:
@@ -95,6 +98,12 @@ class GuardedGraph:
         output = self.rebuild(effects.outputs(values), call.args, call.kwargs)
         effects.put(values)  # last: what may fail has not
         return output
+
+    def count(self, call: Call) -> None:
+        """It served this call."""
+        self.served += 1
+        if self.use is not None:
+            self.use.count(call.tensors)
 
     def rebind(self, model: nn.Module) -> bool:
         """Takes over the tensors that stand in the places of others now; whether the graph holds with them."""
