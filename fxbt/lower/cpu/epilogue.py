@@ -74,9 +74,14 @@ class Epilogue:
     norm: Norm | None = None
     affine: tuple[fx.Node | None, ...] = ()
 
-    def replace_by(self, result: fx.Node) -> None:
-        """Puts a node that computes all of it, and follows the chain's last one, in its place."""
+    def replace_by(self, result: fx.Node, record: StageRecord) -> None:
+        """Puts a node that computes all of it, and follows the chain's last one, in its place.
+
+        It is a hit where more than the linear is replaced.
+        """
         graph, last = result.graph, self.chain[-1]
+        if len(self.chain) > 1 or self.norm is not None:
+            record.places.append(module_path(self.chain[0]))
         result.meta = dict(last.meta)
         for weight in self.affine:
             if weight is not None and last < weight:
@@ -223,7 +228,7 @@ def epilogue_of(
 ) -> Epilogue:
     """What follows a linear: the first of the formulas that is found, or nothing.
 
-    The record has it, or what came nearest. The weights of norms are among the `constant` nodes.
+    The record has the nearest miss of those before it. The weights of norms are among the `constant` nodes.
     """
     start = time.perf_counter()
     misses: list[Miss] = []
@@ -231,7 +236,6 @@ def epilogue_of(
     for formula, anchor in _anchors(linear, formulas):
         try:
             epilogue = _find(formula, anchor, linear, constant)
-            record.places.append(module_path(linear))
             break
         except Miss as miss:
             misses.append(miss.without_frames())
