@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import pipeline
 from .capture import outputs
-from .capture.caches import is_too_short, one_further, with_growth
+from .capture.caches import is_too_short, one_further, quantised, with_growth
 from .capture.call import Binder, Call, shown_shapes
 from .capture.containers import Arguments, Changed
 from .capture.effects import written_buffers
@@ -350,6 +350,7 @@ class Dispatcher:
             graph = None
             try:
                 seen, around = given.seen_in(output), recording.surroundings()
+                around = (call.objects and quantised(self._binder, args, kwargs)) or around
                 rehearse = recording.wrote or not state.holds()
                 call = with_growth(call, self._binder, args, kwargs)
                 traced: tuple[Call, Any] | None = (call, seen)
@@ -402,20 +403,22 @@ class Dispatcher:
             with preserved(self.original), collecting_rarely(), isolated():
                 return self._capture(call, expected, around, written, rehearse=rehearse)
         except CaptureError as error:
-            if call.numbers and not call.past:  # once more, with them as constants; a cache counts on at each call
-                call = self._with_constants(call, error)
+            # Once more, with numbers as constants; a cache counts on at each call.
+            if places := [p for p, number in call.numbers.items() if not (call.past and number.among is not None)]:
+                call = self._with_constants(call, places, error)
                 return self._try_capture(call, expected, around, rehearse, versions_before)
             reason = f"{call} cannot be captured: {error}"
             self._failures.remember(self._key(call), None if isinstance(around, str) else around, reason)
             self.fall_back(reason)
             return None
 
-    def _with_constants(self, call: Call, error: CaptureError) -> Call:
-        """The same call with its numbers in the key, as all that follow are."""
-        for place in call.numbers:
+    def _with_constants(self, call: Call, places: Sequence[str], error: CaptureError) -> Call:
+        """The same call with the numbers at these places in the key, as all that follow are."""
+        for place in places:
             self._numbers.refuse(place, str(error))
-        self._drop_all([graph for graph in self._graphs if graph.numbers & call.numbers.keys()])
-        return self._binder.call(call.args, call.kwargs)
+        self._drop_all([graph for graph in self._graphs if not graph.numbers.isdisjoint(places)])
+        same = self._binder.call(call.args, call.kwargs)
+        return replace(same, growing=call.growing, new_tokens=call.new_tokens)
 
     def _capture(
         self,

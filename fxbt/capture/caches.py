@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import NotCapturable
@@ -69,6 +70,18 @@ def _longer(before: Tensor, after: Tensor) -> list[int]:
     if before.ndim != after.ndim:
         return []
     return [axis for axis in range(before.ndim) if after.shape[axis] > before.shape[axis]]
+
+
+def quantised(binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why no graph may stand for a call that left these arguments: an object in them holds values of 8 bits.
+
+    Where a graph's last bit differs from the original's, such a value may differ by a whole step, some percent.
+    """
+    after = binder.call(args, kwargs)
+    for name, tensor in zip(after.names, after.tensors, strict=True):
+        if "." in name and tensor.dtype.itemsize == 1 and tensor.dtype is not torch.bool:
+            return f"argument {name} keeps values in {str(tensor.dtype).removeprefix('torch.')}, a quantised cache"
+    return None
 
 
 def is_too_short(call: Call) -> bool:
