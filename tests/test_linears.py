@@ -213,6 +213,12 @@ def test_the_report_counts_what_is_fused_in():
         model.gamma.mul_(2)
 
 
+def test_what_is_left_to_torch_is_no_hit(kernels_of_rows):
+    kernels_of_rows[:] = ["F.linear"] * 6
+    record, _, _ = epilogues_of(lambda x, r, w: F.linear(x, w) + r, torch.randn(3, 5, 6), torch.randn(3, 5, 8), w=W)
+    assert record.hits == 0
+
+
 NEAR_MISSES = {
     "read twice": (
         lambda x, r, w: (F.linear(x, w) + r) * F.linear(x, w),

@@ -49,6 +49,13 @@ def with_graph(module: Any, graph: fx.Graph) -> fx.GraphModule:
     return LazyGraphModule({name: operator.attrgetter(name)(module) for name in names}, graph)
 
 
+def copy_of(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph, and for each of its nodes the one that it is there."""
+    copy, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    copy.output(copy.graph_copy(graph, copies))
+    return copy, copies
+
+
 def writes(node: fx.Node) -> bool:
     """Whether a node calls an op that writes to one of its arguments."""
     schema = getattr(node.target, "_schema", None)

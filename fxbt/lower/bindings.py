@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 from ..capture.value_branches import assert_now
 from ..graph.blocks import BY_PRODUCTS
+from ..graph.record import is_made
 from ..kernels.attention_products import by_products
+from ..kernels.differentiable import attention_with_gradient
 from ..torch_compat import silu
 
 aten = torch.ops.aten
@@ -57,3 +60,11 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten._assert_async.msg: assert_now,
     BY_PRODUCTS: by_products,
 }
+
+
+def called_by(node: fx.Node) -> Any:
+    """What a program calls for a node."""
+    is_attention = node.target is aten.scaled_dot_product_attention.default
+    if is_attention and is_made(node) and torch.is_grad_enabled():
+        return attention_with_gradient
+    return BINDINGS.get(node.target, node.target)

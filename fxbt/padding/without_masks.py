@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ..graph.blocks import ATTENTIONS, SDPA, mask_of
-from ..graph.node import parameters, with_graph
+from ..graph.node import copy_of, parameters, with_graph
 from .proof import Residue, attention_masks
 from .validity_sources import Validity
 
@@ -34,9 +34,7 @@ def unmask(module: fx.GraphModule, validities: list[Validity]) -> Unmasked:
         Miss: an attention mask cannot be read.
     """
     masks = attention_masks(module.graph)
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(module.graph, copies))
+    graph, copies = copy_of(module.graph)
     assumes: set[str] = set()
     for node in module.graph.nodes:
         mask = masks.get(mask_of(node)) if node.target in ATTENTIONS else None

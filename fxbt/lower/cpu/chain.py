@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...graph.node import copy_of
 from ...kernels import native
 from ...kernels.autotune import Tuner
 from ...kernels.packed import Tokens
@@ -36,8 +37,7 @@ def chained(graph: fx.Graph, tuner: Tuner) -> fx.Graph:
     library, found = native.library(), runs(graph)
     if library is None or not found:
         return graph
-    copy, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    copy.output(copy.graph_copy(graph, copies))
+    copy, copies = copy_of(graph)
     for nodes in found:
         _join(copy, library, [link for node in nodes if (link := Link.of(copies[node]))])
     counts = Counter(map(len, found))

@@ -74,9 +74,14 @@ class Epilogue:
     norm: Norm | None = None
     affine: tuple[fx.Node | None, ...] = ()
 
-    def replace_by(self, result: fx.Node) -> None:
-        """Replaces all of it by a node that computes it, and that comes after the chain's last node."""
+    def replace_by(self, result: fx.Node, record: StageRecord) -> None:
+        """Replaces all of it by a node that computes it, and that comes after the chain's last node.
+
+        It is a hit where more than the linear is replaced.
+        """
         graph, last = result.graph, self.chain[-1]
+        if len(self.chain) > 1 or self.norm is not None:
+            record.places.append(module_path(self.chain[0]))
         result.meta = dict(last.meta)
         for weight in self.affine:
             if weight is not None and last < weight:
@@ -225,7 +230,7 @@ def epilogue_of(
 ) -> Epilogue:
     """The epilogue of a linear: the first of the formulas that matches, or none.
 
-    The record gets it, or the nearest miss. The weights of norms must be among the `constant` nodes.
+    The record gets the nearest miss of those before it. The weights of norms must be among the `constant` nodes.
     """
     start = time.perf_counter()
     misses: list[Miss] = []
@@ -233,7 +238,6 @@ def epilogue_of(
     for formula, anchor in _anchors(linear, formulas):
         try:
             epilogue = _find(formula, anchor, linear, constant)
-            record.places.append(module_path(linear))
             break
         except Miss as miss:
             misses.append(miss.without_frames())

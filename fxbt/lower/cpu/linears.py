@@ -179,7 +179,8 @@ def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> Sta
             continue
         kernels = linear_kernels(n, k, epilogue.activation, epilogue.norm)
         forms = [_form(weight, kernels[name].pack, packed) for name in names]
-        _use(graph, node, epilogue, [kernels[name].run for name in names], forms)
+        result = _call(graph, epilogue, [kernels[name].run for name in names], forms)
+        epilogue.replace_by(result, record)
     if tuner.answers and (reason := native.obstacle()):
         tuner.notes["native"] = f"not available: {reason}"
     constant.update(packed.values())
@@ -196,16 +197,16 @@ def _form(weight: fx.Node, pack: Callable[[Tensor], Tensor] | None, packed: dict
     return packed[weight, pack]
 
 
-def _use(graph: fx.Graph, linear: fx.Node, epilogue: Epilogue, runs: list[Run], forms: list[fx.Node]) -> None:
+def _call(graph: fx.Graph, epilogue: Epilogue, runs: list[Run], forms: list[fx.Node]) -> fx.Node:
+    """The node that computes a linear with its epilogue."""
+    linear, last = epilogue.chain[0], epilogue.chain[-1]
     others = (argument(linear, "bias"), epilogue.residual, *epilogue.affine)
-    with graph.inserting_after(epilogue.chain[-1]):
+    with graph.inserting_after(last):
         if len(set(runs)) == 1:
-            result = graph.call_function(runs[0], (linear.args[0], forms[0], *others))
-        else:
-            each = list(dict.fromkeys(forms))
-            target = LinearByRows(runs, [each.index(form) for form in forms])
-            result = graph.call_function(target, (linear.args[0], each, *others))
-    epilogue.replace_by(result)
+            return graph.call_function(runs[0], (linear.args[0], forms[0], *others))
+        each = list(dict.fromkeys(forms))
+        target = LinearByRows(runs, [each.index(form) for form in forms])
+        return graph.call_function(target, (linear.args[0], each, *others))
 
 
 def can_pack_here() -> bool:

@@ -103,7 +103,7 @@ class Bfloat16:
             fused = self._graph.call_function(mkldnn._linear_pointwise.default, arguments)
         wide = self._cast(fused, torch.float32)
         self._known[wide, torch.bfloat16] = fused  # a linear that follows takes it directly
-        epilogue.replace_by(wide)
+        epilogue.replace_by(wide, self._record)
 
     def _packed(self, weight: Any) -> fx.Node:
         if (weight, torch.bfloat16) not in self._known:
@@ -134,7 +134,7 @@ class Int8:
     name = "int8"
 
     def __init__(self, graph: fx.Graph, constant: set[fx.Node], record: StageRecord) -> None:
-        self._graph, self._constant = graph, constant
+        self._graph, self._constant, self._record = graph, constant, record
         self._known: dict[Any, tuple[fx.Node, ...]] = {}
 
     def linear(self, node: fx.Node) -> None:
@@ -147,7 +147,7 @@ class Int8:
         with self._graph.inserting_after(node):
             arguments: Any = (x, *weights, argument(node, "bias"))
             quantized = self._graph.call_function(Int8Linear(outputs), arguments)
-        Epilogue((node,)).replace_by(quantized)
+        Epilogue((node,)).replace_by(quantized, self._record)
 
     def _weights(self, weight: Any) -> tuple[fx.Node, ...]:
         if weight not in self._known:

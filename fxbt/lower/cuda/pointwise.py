@@ -22,7 +22,6 @@ from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 
 from ...graph.opsets import CASTS
 from ...torch_compat import OpOverload, compile_by_inductor
-from ..bindings import BINDINGS
 from ..codegen import compile_graph
 from .graphs import is_recording
 
@@ -65,7 +64,7 @@ class FusedRegion:
         self._module = module
         self._compiler = compiler
         self._is_one = not isinstance(_returned(module.graph), tuple | list)
-        self._plain = compile_graph(_bound(module.graph))
+        self._plain = compile_graph(module.graph)
         self._variants: list[Program] = []
         self._lock = threading.Lock()
 
@@ -141,14 +140,6 @@ def _known(part: Any, compiler: Compiler) -> FusedRegion:
     if len(_KNOWN) > MOST_KNOWN:
         _KNOWN.popitem(last=False)
     return _KNOWN[key]
-
-
-def _bound(graph: fx.Graph) -> fx.Graph:
-    copy_of_it = fx.Graph()
-    copy_of_it.output(copy_of_it.graph_copy(graph, {}))
-    for node in copy_of_it.nodes:
-        node.target = BINDINGS.get(node.target, node.target)
-    return copy_of_it
 
 
 class _Supported(OperatorSupportBase):
