@@ -28,7 +28,8 @@ class Report:
 
     `graphs` has a `GraphReport` for each call signature, in the order of capture. `fallbacks` has the reasons why the
     original forward ran. `notes` says what became of stored graphs and measured kernels, `parts` has the reports of
-    submodules that were called directly. `hits`, `before`, `after`, `diff()` and `why()` of the report describe the latest graph.
+    submodules that were called directly. `hits`, `before`, `after`, `diff()` and `why()` of the report describe the
+    latest graph.
 
     Example::
 
