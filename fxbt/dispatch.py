@@ -427,7 +427,7 @@ class Dispatcher:
             with preserved(self.original), collecting_rarely(), isolated():
                 return self._capture(call, expected, around, written, rehearse=rehearse)
         except CaptureError as error:
-            # try again with the numbers as constants, except those of a cache, which grow at each call
+            # try again with the numbers as constants, except those that a cache counts up at each call
             if places := [p for p, number in call.numbers.items() if not (call.past and number.among is not None)]:
                 call = self._with_constants(call, places, error)
                 return self._try_capture(call, expected, around, rehearse, versions_before)

@@ -17,10 +17,22 @@ def is_causal(attention: fx.Node) -> bool:
 
         m.need(fxbt.is_causal(m["attention"]), "the mask is not proven causal")
     """
-    if argument(attention, "is_causal"):
+    if argument(attention, "is_causal") or _is_one_step(attention):
         return True
     mask = argument(attention, "attn_mask")
     return mask is not None and any(map(_masks_later_keys, _addends(mask)))
+
+
+def _is_one_step(attention: fx.Node) -> bool:
+    """Whether its keys are those of a cache, an input of the graph, and the new one behind them: none is later."""
+    key = argument(attention, "key")
+    while getattr(key.target, "is_view", False):
+        key = key.all_input_nodes[0]
+    if key.target is not torch.ops.aten.cat.default or len(key.all_input_nodes) != 2:
+        return False
+    past, new = key.all_input_nodes
+    axis = argument(key, "dim") % new.meta["val"].dim()
+    return past.op == "placeholder" and axis == new.meta["val"].dim() - 2 and new.meta["val"].shape[axis] == 1
 
 
 def _addends(bias: fx.Node) -> list[fx.Node]:

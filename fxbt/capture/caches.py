@@ -74,14 +74,14 @@ def _longer(before: Tensor, after: Tensor) -> list[int]:
 
 
 def quantised(binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why no graph may stand for a call that left these arguments: an object in them holds values of 8 bits.
+    """Why no graph may serve calls that leave these arguments: an object in them stores 8-bit values.
 
-    Where a graph's last bit differs from the original's, such a value may differ by a whole step, some percent.
+    If a graph's last bit differs from the original's, such a value may differ by a whole step, a few percent.
     """
     after = binder.call(args, kwargs)
     for name, tensor in zip(after.names, after.tensors, strict=True):
         if "." in name and tensor.dtype.itemsize == 1 and tensor.dtype is not torch.bool:
-            return f"argument {name} keeps values in {str(tensor.dtype).removeprefix('torch.')}, a quantised cache"
+            return f"argument {name} stores values in {str(tensor.dtype).removeprefix('torch.')}, a quantised cache"
     return None
 
 

@@ -252,19 +252,24 @@ def containers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Place, Any
 
 def put_back(changed: Changed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Changes a call's containers as forward changed those it was traced with; returns the call's result."""
-    found = {place: _at(place, args, kwargs) for place in changed.contents}  # find all before changing one
 
     def given(leaf: Any) -> Any:
-        return _at(leaf.place, args, kwargs) if type(leaf) is Given else leaf
+        return at(leaf.place, args, kwargs) if type(leaf) is Given else leaf
 
     result = pytree.tree_map(given, changed.result)
-    contents = {place: pytree.tree_map(given, content) for place, content in changed.contents.items()}
-    for place, content in contents.items():
-        _fill(found[place], content)
+    fill_all({place: pytree.tree_map(given, content) for place, content in changed.contents.items()}, args, kwargs)
     return result
 
 
-def _at(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def fill_all(contents: dict[Place, dict[Any, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Gives the containers at these places of a call what they are to hold."""
+    found = [at(place, args, kwargs) for place in contents]  # all, before one of them is changed
+    for container, content in zip(found, contents.values(), strict=True):
+        _fill(container, content)
+
+
+def at(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The container at a place of a call."""
     first, *rest = place
     value = args[first] if isinstance(first, int) else kwargs[first]
     for name in rest:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..torch_compat import pytree
-from .containers import Changed, is_plain_object, is_record, put_back
+from .containers import Changed, Given, Place, at, fill_all, is_plain_object, is_record, put_back
 
 # Numbers are values, not part of the spec: during a trace, those that depend on shapes are symbols.
 _PART_OF_SPEC = (type(None), bool, str, torch.dtype, torch.device, type)
@@ -64,15 +64,64 @@ class Rebuild:
     def __init__(self, spec: pytree.TreeSpec) -> None:
         self._spec = spec
         self._like: _Record | None = None
+        self._step: _Step | None = None
 
     def __call__(self, values: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if self._like is not None:
             return self._like.of(values)
+        if self._step is not None:
+            return self._step.done(values, args, kwargs or {})
         result = pytree.tree_unflatten(values, self._spec)
         if isinstance(result, Changed):
+            self._step = _Step.like(result, self._spec)
             return put_back(result, args, kwargs or {})
         self._like = _Record.like(result, values)
         return result
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A record whose forward only puts values into attributes of the call's containers: a step with a KV cache.
+
+    Leaves are which of the flat values stands there, or a place in the call.
+    """
+
+    record: _Record
+    leaves: list[int | Given]
+    contents: list[tuple[Place, list[tuple[Any, int | Given]]]]
+
+    @classmethod
+    def like(cls, changed: Changed, spec: pytree.TreeSpec) -> _Step | None:
+        """How to do it for further calls; None where a result or a content is made of more than values."""
+        values = list(changed.result.values()) if is_record(changed.result) else []
+        record = _Record.like(changed.result, values)
+        if record is None:
+            return None
+        numbered = pytree.tree_unflatten(range(spec.num_leaves), spec)
+        leaves = _leaves(changed.result, numbered.result)
+        contents = [
+            (place, list(_leaves(content, numbered.contents[place]).items()))
+            for place, content in changed.contents.items()
+        ]
+        parts = [*leaves.values(), *(part for _, content in contents for _, part in content)]
+        is_flat = all(type(part) in (int, Given) for part in parts)
+        return cls(record, list(leaves.values()), contents) if is_flat else None
+
+    def done(self, values: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call's result, once its containers hold what they are to hold."""
+
+        def value(leaf: int | Given) -> Any:
+            return at(leaf.place, args, kwargs) if isinstance(leaf, Given) else values[leaf]
+
+        result = self.record.of([value(leaf) for leaf in self.leaves])
+        contents = {place: {name: value(leaf) for name, leaf in content} for place, content in self.contents}
+        fill_all(contents, args, kwargs)
+        return result
+
+
+def _leaves(container: Mapping[Any, Any], numbered: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Which of a result's flat values each part of a container is; places in the call as they are."""
+    return {name: part if type(part) is Given else numbered[name] for name, part in container.items()}
 
 
 @dataclass(frozen=True)
