@@ -453,7 +453,7 @@ def test_kernels_with_other_numbers_are_refused_and_the_report_says_so(monkeypat
         "the kernels that were measured to be faster are not used: where a sequence ends in padding, "
     )
     assert (
-        "is off by up to" in note
+        "differs by up to" in note
         and "by rule, measured since then" in str(fast.report)
         and note in str(fast.report)
         and len(fast.report.graphs) == 1
