@@ -56,7 +56,7 @@ test-hf4: .venv-hf4/test.done
 	.venv-hf4/bin/pytest $(PYTEST_ARGS) $(HF4_TESTS)
 
 # An environment with fxbt from its wheel, that from the sdist, and torch from .venv. Nothing is downloaded: torch brought
-# setuptools. The last run takes any processor for one with AVX2 only, where the kernels come first by rule.
+# setuptools. The last run takes any processor for one with AVX2 only.
 WHEEL := build/wheel
 CLEAN := env -i PATH=/nonexistent HOME=$(CURDIR)/$(WHEEL)/home TMPDIR=$(CURDIR)/$(WHEEL)/tmp FXBT_TUNE=0
 test-wheel: .venv/test.done

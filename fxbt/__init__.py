@@ -16,8 +16,8 @@ from .errors import CaptureError, ExampleError, FallbackError, FxbtWarning, NotO
 from .loading import preload
 from .optimize import optimize, refresh, restore
 
-# The rest of the public names loads when one is first asked for: with it come sympy, torch.export and dynamo, which
-# take three times as long as torch.
+# Other public names load on first use. They bring in sympy, torch.export and dynamo, which take three times as long to
+# import as torch.
 if TYPE_CHECKING:
     from . import testing
     from .analysis import axes, masks, scores, weights
@@ -110,7 +110,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A public name that is asked for the first time."""
+    """Loads a public name on first use."""
     if name in _MODULES:
         value: Any = importlib.import_module(f".{_MODULES[name]}", __name__)
     elif name in _HOMES:

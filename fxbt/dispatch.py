@@ -1,4 +1,4 @@
-"""`Dispatcher`: picks a proven graph for each call of a model, captures new ones, else runs the original forward."""
+"""`Dispatcher`: serves each call of a model with a proven graph, a newly captured one, or the original forward."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ from .capture.value_branches import goes_another_way
 from .errors import CaptureError, ExampleError, FallbackError, FxbtWarning, NotCapturable, callers_level
 from .explain.graph_report import GraphReport
 from .explain.report import Report
-from .kernels import native
+from .kernels import native, traffic
 from .kernels.forks import FORKS
 from .making import Maker
 from .options import Options
 from .progress import part, watched
 from .runtime import race
+from .runtime.between_calls import BetweenCalls
 from .runtime.compiled import Compiled
 from .runtime.failures import Failures
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
@@ -45,15 +46,15 @@ from .torch_compat import is_looked_through, pytree
 
 logger = logging.getLogger("fxbt")
 
-MOST_FAULTS = 8  # of fxbt's own in the calls of one model; from then on it stays out of the way
+MOST_FAULTS = 8  # fxbt's own failures in calls of one model; after that many, it serves no more calls
 _LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _FOR_THE_CALLER = (FxbtWarning, FallbackError)
-_OWN_FORWARD = "the model object has its own attribute `forward`, which comes before any class's"
+_OWN_FORWARD = "the model object has its own attribute `forward`, which takes precedence over the optimised one"
 _WITH_GRADIENTS = "an argument is an object (a KV cache) that forward may change, with gradients enabled"
 
 
 class _ModelError(Exception):
-    """The original's own error in a call, or that of the caller's hooks: the caller sees `error` itself."""
+    """An error raised by the original or by the caller's hooks; the caller sees `error` itself."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -62,7 +63,7 @@ class _ModelError(Exception):
 
 @dataclass(frozen=True)
 class _Served:
-    """What a call gives its caller, which may be None."""
+    """The output of a served call; the output itself may be None."""
 
     output: Any
 
@@ -70,8 +71,8 @@ class _Served:
 class Dispatcher:
     """Stands between an optimised model and its original; called as `dispatcher(args, kwargs)`.
 
-    A graph runs only if the call's key, its shape guards and the model's state are those it was captured with.
-    Everything else runs the original forward; `report` says why.
+    A graph runs only if the call's key, its shape guards and the model's state match those of its capture. Every other
+    call runs the original forward; `report` says why.
     """
 
     def __init__(self, original: nn.Module, options: Options) -> None:
@@ -85,18 +86,22 @@ class Dispatcher:
         self._reports: WeakKeyDictionary[GuardedGraph, GraphReport] = WeakKeyDictionary()
         self._failures = Failures(original)
         self._maker = Maker(original, options, self._rules, self._numbers, self._graphs, self.report.add_note)
-        self._unlike: ModelState | None = None  # in which no graph could be rebound
+        self._between = BetweenCalls(self._maker.measurements)
+        self._unlike: ModelState | None = None  # a state for which no graph could be rebound
         self._faults, self._warned = 0, False
         self._user_rules = {rule.name for rule in self._rules} - {rule.name for rule in pipeline.default_rules()}
-        self._told: set[str] = set()  # names of rules
+        self._told: set[str] = set()  # names of rules whose refusal was warned about
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call's output. Whatever fails in fxbt, it is the original's, and so is every error but a warning's.
+        """Returns the call's output. Whatever fails in fxbt, output and errors are those of the original.
 
         Raises:
-            FxbtWarning: the caller's filters make errors of warnings, and this call runs the original.
+            FxbtWarning: the caller's filters turn warnings into errors, and this call runs the original.
             FallbackError: the option `strict` is set, and this call would run the original.
         """
+        return traffic.counted(self._call, args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         error: Exception | None = None
         try:
             served = self._serve(args, kwargs)
@@ -104,7 +109,7 @@ class Dispatcher:
             served, error = None, raised.error
         except _FOR_THE_CALLER:
             raise
-        except Exception as fault:  # of fxbt's own: the model runs well without it
+        except Exception as fault:  # a failure of fxbt itself: the model runs well without it
             served = None
             self._note_fault(fault)
         if error is not None:
@@ -112,12 +117,12 @@ class Dispatcher:
         return self._run_original(args, kwargs) if served is None else served.output
 
     def stands_for(self, model: nn.Module) -> bool:
-        """Whether `model` is the original or its optimised twin: all of them share one `__dict__`."""
+        """Whether `model` is the original or its optimised twin: they share one `__dict__`."""
         return vars(model) is vars(self.original)
 
     def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
-        """The call's output by a graph, or by the original where this ran already; None where it is to run."""
-        if (self._faults >= MOST_FAULTS and not self._options.strict) or _is_traced():
+        """The output by a graph, or by the original if that ran already; None if the original is still to run."""
+        if (self._faults >= MOST_FAULTS and not self._options.strict) or is_looked_through() or is_recording():
             return None
         if "forward" in vars(self.original):
             self.fall_back(_OWN_FORWARD)
@@ -139,16 +144,22 @@ class Dispatcher:
     def _note_fault(self, fault: Exception) -> None:
         self._faults += 1
         logger.debug("fxbt itself failed in a call", exc_info=fault)
-        ends = "; no more calls are tried" if self._faults == MOST_FAULTS else ""
+        ends = "; no further calls use fxbt" if self._faults == MOST_FAULTS else ""
         try:
-            self.fall_back(f"fxbt itself failed ({type(fault).__name__}: {fault}), not the model{ends}")
+            self.fall_back(f"fxbt itself failed, not the model ({type(fault).__name__}: {fault}){ends}")
         except _FOR_THE_CALLER:
             raise
         except Exception as another:  # not even that can be noted
             logger.debug("fxbt could not note its own failure", exc_info=another)
 
-    def warmup(self, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any]) -> Warmup:
-        """Captures the graph for such a call of the model's `forward` ahead.
+    def warmup(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        forward: Callable[..., Any],
+        tune_seconds: float | None = None,
+    ) -> Warmup:
+        """Captures the graph for such a call of the model's `forward` now, and measures its kernels.
 
         Raises:
             ExampleError: the model itself rejects the call.
@@ -156,7 +167,9 @@ class Dispatcher:
         """
         graphs, fallbacks = set(self.report.graphs), set(self.report.fallbacks)
         try:
-            with watched(self.original) as watch, preserved(self.original):
+            measurements = self._maker.measurements
+            with watched(self.original) as watch, preserved(self.original), measurements.at_once(tune_seconds):
+                measurements.finish()
                 forward(*args, **kwargs)
         except _FOR_THE_CALLER:
             raise
@@ -172,18 +185,18 @@ class Dispatcher:
         return Warmup(tuple(captured), tuple(found), watch.seconds)
 
     def refresh(self) -> bool:
-        """Derives anew what graphs keep of weights; whether some of it was out of date."""
+        """Recomputes what graphs derived from weights; returns whether any of it was out of date."""
         graphs = [graph.compiled.weights for graph in self._graphs if graph.compiled.weights]
-        outdated = [weights.refresh() for weights in graphs]  # all of them, whatever the first says
+        outdated = [weights.refresh() for weights in graphs]  # refresh all of them, so no generator
         return any(outdated)
 
     @property
     def graphs(self) -> Graphs[GuardedGraph]:
-        """Those that are kept now."""
+        """The graphs that are kept now."""
         return self._graphs
 
     def fall_back(self, reason: str) -> None:
-        """Notes why the original runs; the first time for a model, says so. With the option `strict`, raises it."""
+        """Records why the original runs, and warns the first time for a model; raises the reason with `strict`."""
         self.report.add_fallback(reason)
         if self._options.strict:
             raise FallbackError(f"{type(self.original).__name__} would run its original forward: {reason}")
@@ -192,7 +205,7 @@ class Dispatcher:
         self._warned = True
         warnings.warn(
             f"{type(self.original).__name__} runs its original forward, not an optimised one: {reason} "
-            "(said once; print(model.report) lists all reasons)",
+            "(warned once; print(model.report) lists all reasons)",
             FxbtWarning,
             stacklevel=callers_level(),
         )
@@ -207,7 +220,7 @@ class Dispatcher:
         return bool(self._graphs.of(self._key(call))) and not (self._unlike and self._unlike.holds())
 
     def _rebound(self, call: Call) -> GuardedGraph | None:
-        """The graph for a call of a model that other tensors of the same kinds were put into."""
+        """The graph for a call after other tensors of the same kinds were put into the model."""
         if not self._may_rebind(call):
             return None
         rebound = [graph for graph in self._graphs if graph.rebind(self.original)]
@@ -222,7 +235,8 @@ class Dispatcher:
             return self.original.forward(*args, **kwargs)
 
     def _original_output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The original's output inside of what may fail on fxbt's side. Its own error comes as a `_ModelError`."""
+        """The original's output, run inside code that also guards fxbt's own failures. Its errors become
+        `_ModelError`s."""
         try:
             with part("run the original"):
                 return self._run_original(args, kwargs)
@@ -234,11 +248,16 @@ class Dispatcher:
     ) -> _Served | None:
         if FORKS.is_unsaid:
             FORKS.say()
+        if graph.compiled.is_behind:
+            self._maker.take_other_kernels(graph, call)
         if graph.races is not None and self._original_is_faster(graph, graph.races.of(_elements(call.tensors)), call):
             return None
-        if graph.effects and active_hooks():  # which may end a recomputation, and what it writes, half-way
-            self.fall_back(f"forward changes {graph.effects.names[0]} in the model, under hooks on saved tensors")
+        if graph.effects and active_hooks():  # a hook may stop a recomputation halfway, with half of the writes done
+            self.fall_back(
+                f"forward changes {graph.effects.names[0]} in the model while hooks on saved tensors are active"
+            )
             return None
+        begun = self._between.begin() if graph.served else None  # a first call has waited long enough
         try:
             output = graph.output(call)
         except Exception as error:
@@ -247,19 +266,20 @@ class Dispatcher:
             problem = error
         else:
             graph.count(call)
+            self._between.end(begun)
             return _Served(output)
-        output = self._original_output(args, kwargs)  # if the call is wrong, the model's own error is the one to see
+        output = self._original_output(args, kwargs)  # if the call is wrong, the user sees the model's own error
         if goes_another_way(problem):
             self._refused(graph, call, problem)
             return _Served(output)
-        if not isinstance(problem, _LACKS_MEMORY):  # a smaller call may have enough
+        if not isinstance(problem, _LACKS_MEMORY):  # a smaller call may have enough memory
             self._graphs.drop(graph)
             self._failures.remember(self._key(call), graph.around, str(problem))
         self.fall_back(f"the graph for {call} failed where the original does not ({type(problem).__name__}: {problem})")
         return _Served(output)
 
     def _original_is_faster(self, graph: GuardedGraph, contest: race.Race, call: Call) -> bool:
-        """Whether the original serves calls of this size; looks at it now and then."""
+        """Whether the original serves calls of this size; times both from time to time."""
         if contest.is_due():
             with LOCK.running(self.original):
                 self._look(graph, contest, call.copied(), race.LOOK_SECONDS)
@@ -269,7 +289,7 @@ class Dispatcher:
         before = contest.evidence
 
         def run_original() -> Any:
-            args, kwargs = call.rebuild(call.tensors)  # a forward may write to the containers that it is given
+            args, kwargs = call.rebuild(call.tensors)  # forward may write to the containers it is given
             return self.original.forward(*args, **kwargs)
 
         contest.look(lambda: graph.uncounted(*call.tensors), run_original, seconds)
@@ -278,18 +298,18 @@ class Dispatcher:
             self.fall_back(f"calls like {shapes} run faster without a graph: {contest.evidence}")
 
     def _refused(self, graph: GuardedGraph, call: Call, problem: Exception) -> None:
-        """Keeps a graph that does not go a call's way for those that do, as long as they are the most."""
+        """Drops a graph once it has refused more calls than it served."""
         graph.refused += 1
         if graph.refused > graph.served:
-            self._graphs.drop(graph)  # the next such call is captured
+            self._graphs.drop(graph)  # the next such call captures a new graph
         self.fall_back(f"the graph for {call} was not used: {problem}")
 
     def _first_call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
-        # Inside the first call of a model that this one is a part of: that one is captured whole.
+        # Inside the first call of a larger model, that model is captured as a whole.
         if LOCK.captures_here() or self._has_failed(call):
             return None
         if LOCK.runs_here():
-            if not self._options.strict:  # it is the other's to say
+            if not self._options.strict:  # the outer model reports it
                 self.fall_back("called from within the original forward of another optimised model")
             return None
         if not self._may_rebind(call) and not self._may_capture():
@@ -302,7 +322,7 @@ class Dispatcher:
                     served = self._run_and_capture(call, args, kwargs)
         if served is not None:
             return served
-        if graph is None and call.numbers:  # they may have become constants
+        if graph is None and call.numbers:  # the numbers may have become constants
             call = self._binder.call(args, kwargs)
         graph = graph or self._find(call)
         return self._run_graph(graph, call, args, kwargs) if graph else None
@@ -316,19 +336,23 @@ class Dispatcher:
     def _may_capture(self) -> bool:
         if self._graphs.may_capture():
             return True
-        many = [f"; {place} changes, and has a graph for each value: pass a tensor" for place in self._numbers.refused]
+        many = [
+            f"; {place} is a number that changes, and each value needs a graph of its own: pass a tensor"
+            for place in self._numbers.refused
+        ]
         self.fall_back(
-            f"{self._graphs.most} graphs were captured, which is the limit (max_captures): another takes the place of "
-            f"the one used least recently once graphs have served {CALLS_PER_CAPTURE} calls{''.join(many)}"
+            f"{self._graphs.most} graphs were captured, which is the limit (max_captures): a new one replaces the "
+            "least "
+            f"recently used one only after graphs have served {CALLS_PER_CAPTURE} calls{''.join(many)}"
         )
         return False
 
     def _run_and_capture(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Served | None:
         """Runs the original, then captures the call. The caller sees the model's own errors only.
 
-        Returns the original's output if there is no graph, or if it draws random numbers or changes the model or the
-        call's arguments, as what the original did is to be seen then. Under hooks on saved tensors, which must see one
-        way of computing throughout, it is None.
+        Returns the original's output if there is no graph. Also returns it if the original draws random numbers or
+        changes the model or the arguments, because its effects have happened already. Returns None under hooks on saved
+        tensors: those must see a single way of computing.
         """
         if hook := foreign_hook(self.original):
             self.fall_back(hook)
@@ -362,18 +386,18 @@ class Dispatcher:
                     graph = self._try_capture(call, expected, around, rehearse, (watched, before))
             except _FOR_THE_CALLER:
                 raise
-            except Exception as fault:  # of fxbt's own: what the original did is done
+            except Exception as fault:  # a failure of fxbt itself; the original has already run
                 self._note_fault(fault)
             if is_watched and graph is None:
-                state.restore()  # it runs again
+                state.restore()  # the original runs again
         changes = graph is not None and (graph.compiled.stochastic or graph.effects or isinstance(seen, Changed))
         is_graphs = is_watched or (graph is not None and not changes)
         return None if is_graphs else _Served(output)
 
     def _one_further(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any] | None:
-        """A call with a cache that is long enough to be traced, and what the original makes of it.
+        """A call with a cache that is long enough to be traced, and the original's output for it.
 
-        An encoder-decoder's first step has a cache of one token; the next one's cache is there already.
+        An encoder-decoder's first step has a cache of one token; the cache of the next step exists already.
         """
         further = one_further(call, self._binder, args, kwargs)
         if further is None:
@@ -382,7 +406,7 @@ class Dispatcher:
         try:
             with preserved(self.original):
                 output = self.original.forward(*further.args, **further.kwargs)
-        except Exception as error:  # other arguments are as long as the cache was: the next call has longer ones
+        except Exception as error:  # other arguments have the cache's old length: wait for the next call
             logger.debug("no graph for the first step with a cache", exc_info=error)
             return None
         return copied, given.seen_in(output)
@@ -395,7 +419,7 @@ class Dispatcher:
         rehearse: bool,
         versions_before: tuple[list[Tensor], list[int]],
     ) -> GuardedGraph | None:
-        """The graph for a call; None, and why in the report, where there can be none."""
+        """The graph for a call; None if there can be none, with the reason in the report."""
         try:
             written = written_buffers(self.original, *versions_before, call)
             if isinstance(around, str):
@@ -403,7 +427,7 @@ class Dispatcher:
             with preserved(self.original), collecting_rarely():
                 return self._capture(call, expected, around, written, rehearse=rehearse)
         except CaptureError as error:
-            # Once more, with numbers as constants; a cache counts on at each call.
+            # try again with the numbers as constants, except those that a cache counts up at each call
             if places := [p for p, number in call.numbers.items() if not (call.past and number.among is not None)]:
                 call = self._with_constants(call, places, error)
                 return self._try_capture(call, expected, around, rehearse, versions_before)
@@ -413,7 +437,7 @@ class Dispatcher:
             return None
 
     def _with_constants(self, call: Call, places: Sequence[str], error: CaptureError) -> Call:
-        """The same call with the numbers at these places in the key, as all that follow are."""
+        """The same call with the numbers at these places as constants in the key; all later calls do the same."""
         for place in places:
             self._numbers.refuse(place, str(error))
         self._drop_all([graph for graph in self._graphs if not graph.numbers.isdisjoint(places)])
@@ -443,26 +467,26 @@ class Dispatcher:
         made = graph.captured, graph.compiled, graph.races
         self._reports[graph] = self.report.add_graph(signature, *made, graph.is_stored, graph.use)
         tensors = set(map(id, (ModelState(self.original) if graph.effects.slots else graph.state).tensors))
-        # What one reads is no longer the model's, or calls have an input where it has a constant.
+        # Drop graphs that read tensors the model no longer has, or that have a constant where calls now have an input.
         self._drop_all([g for g in self._graphs if not tensors.issuperset(map(id, g.state.tensors))])
         self._drop_all([g for g in self._graphs if g.constants & graph.numbers])
         self._drop_all(self._graphs.add(self._key(call), graph))
 
     def _drop_all(self, graphs: Sequence[GuardedGraph]) -> None:
-        """Forgets graphs that no call will come back to, in the report too."""
+        """Forgets graphs that no call will use again, also in the report."""
         for graph in graphs:
             self._graphs.drop(graph)
             if graph in self._reports:
                 self.report.drop_graph(self._reports.pop(graph))
 
     def _tell_refusals(self, compiled: Compiled) -> None:
-        """Says once where a rewrite by a rule of the user's changed the numbers, so that it was not done."""
+        """Warns once per user's rule if a rewrite was refused because it changed the values."""
         for miss in compiled.misses if self._user_rules else ():  # of a graph from disk, asking takes its time
             if not miss.refused or miss.rule not in self._user_rules or miss.rule in self._told:
                 continue
             self._told.add(miss.rule)
             warnings.warn(
-                f"a rewrite by the rule {miss.rule!r} was refused: {miss} (said once a rule)",
+                f"a rewrite by the rule {miss.rule!r} was refused: {miss} (warned once per rule)",
                 FxbtWarning,
                 stacklevel=callers_level(),
             )
@@ -470,11 +494,6 @@ class Dispatcher:
 
 def _elements(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
-
-
-def _is_traced() -> bool:
-    """Whether someone looks through this call at its operations, so that it must be the original's own."""
-    return is_looked_through() or is_recording()
 
 
 def _cuda_devices(call: Call) -> list[torch.device]:

@@ -1,4 +1,4 @@
-"""Every error and warning of fxbt."""
+"""All errors and warnings of fxbt."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _NOT_THE_CALLERS = (str(Path(__file__).parent), str(Path(nn.__file__).parent))
 
 
 class FxbtError(Exception):
-    """Base of all errors raised by fxbt itself (never by the user's model)."""
+    """Base class of all errors that fxbt itself raises (the user's model never raises it)."""
 
 
 class FxbtWarning(UserWarning):
-    """Some calls of a model use its original forward; said once a model, all reasons are in its report.
+    """Some calls of a model run its original forward. Warned once per model; the report lists all reasons.
 
     Example:
-        >>> warnings.simplefilter("error", fxbt.FxbtWarning)  # rather fail than run unoptimised
+        >>> warnings.simplefilter("error", fxbt.FxbtWarning)  # fail rather than run unoptimised
     """
 
 
 class NotCapturable(FxbtError):
-    """A call that no graph can stand for; `silent` if that is the normal course (tracing), not worth a report."""
+    """No graph can serve this call. `silent`: this is expected (the call is being traced), so it is not reported."""
 
     def __init__(self, reason: str, silent: bool = False) -> None:
         super().__init__(reason)
@@ -32,7 +32,7 @@ class NotCapturable(FxbtError):
 
 
 class CaptureError(FxbtError, RuntimeError):
-    """A model call could not be turned into a graph; `where` is the line of the model's code that stopped it.
+    """A model call cannot be turned into a graph; `where` is the line of the model's code that prevents it.
 
     Example:
         >>> CaptureError("output holds a DynamicCache", "model.py:12: return cache").where
@@ -59,7 +59,7 @@ class NotOptimizedError(FxbtError, ValueError):
 
 
 class ExampleError(FxbtError, ValueError):
-    """The model itself rejects the example inputs it should be captured with; the model's error is the cause.
+    """The model itself rejects the example inputs for a capture; the model's error is the `__cause__`.
 
     Example:
         >>> fxbt.optimize(torch.nn.Linear(2, 2), (torch.ones(1, 3),))  # raises ExampleError
@@ -67,15 +67,15 @@ class ExampleError(FxbtError, ValueError):
 
 
 class FallbackError(FxbtError, RuntimeError):
-    """A model optimised with `strict=True` was called in a way that would run its original forward; it says why.
+    """A call of a model optimised with `strict=True` would run the original forward; the message says why.
 
     Example:
-        >>> fxbt.optimize(model, strict=True)(**inputs)  # raises FallbackError, if no graph is proven for the call
+        >>> fxbt.optimize(model, strict=True)(**inputs)  # raises FallbackError if no graph is proven for the call
     """
 
 
 class RuleError(FxbtError, ValueError):
-    """A rule that cannot work, found when it is registered, before any model runs.
+    """A rule that cannot work. Raised when the rule is registered, before any model runs.
 
     Example:
         >>> fxbt.rule(lambda x, unused: torch.tanh(x), lambda x: x, name="bad")  # raises RuleError
@@ -83,7 +83,7 @@ class RuleError(FxbtError, ValueError):
 
 
 def callers_level() -> int:
-    """`stacklevel` of a warning that points to the line which called the model, not into fxbt or nn.Module."""
+    """The `stacklevel` at which a warning points to the line that called the model, not into fxbt or nn.Module."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLERS):
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""`preload`: what a capture needs is loaded in a thread, while something else takes its time."""
+"""`preload`: imports what a capture needs in a thread, while something else takes its time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _NEEDED = ("torch_compat", "dispatch", "pipeline", "patterns", "capture.capture"
 
 
 def preload() -> threading.Thread:
-    """Loads in a thread what `optimize` and the first capture need, so that the first call does not wait for it.
+    """Imports in a thread what `optimize` and the first capture need, so that the first call does not wait for it.
 
-    `import fxbt` loads none of that (torch.export, dynamo, sympy: some 1.5 s). Call this once the libraries that define
-    the model are imported, and load its weights meanwhile.
+    `import fxbt` alone imports none of that (torch.export, dynamo, sympy: about 1.5 s). Call this after importing the
+    libraries that define the model, then load its weights meanwhile.
 
     Returns:
-        the thread, a daemon: `join` it to wait. What it cannot load raises again where it is needed.
+        The thread, a daemon; `join` it to wait. A failed import raises again where it is needed.
 
     Example:
         >>> fxbt.preload()
@@ -27,7 +27,7 @@ def preload() -> threading.Thread:
     thread = threading.Thread(target=_load, name="fxbt-preload", daemon=True)
     thread.start()
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=thread.join)  # a child would wait for ever for modules that are half loaded
+        os.register_at_fork(before=thread.join)  # else a forked child would wait forever for half-imported modules
     return thread
 
 

@@ -1,4 +1,4 @@
-"""`Maker`: a call becomes a graph for calls like it: captured or read, compiled, and compared with the original."""
+"""`Maker`: makes a graph from a call: captures or loads it, compiles it, and compares it with the original."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from .capture.captured import Captured
 from .capture.effects import Effects
 from .capture.isolated import isolated
 from .capture.locks import LOCK
-from .capture.model_state import ModelState
+from .capture.model_state import ModelState, preserved
 from .capture.number_inputs import Numbers
 from .capture.surroundings import Surroundings
 from .errors import CaptureError, RuleError
 from .kernels import autotune
+from .kernels.autotune import Measurements
 from .match.rule import Rule
 from .options import Options
+from .progress import part
 from .runtime import finished, race
 from .runtime.cache_use import CacheUse
-from .runtime.compare import Comparison
+from .runtime.compare import Comparison, original_values
 from .runtime.compiled import Compiled, History
 from .runtime.graph_cache import Graphs
 from .runtime.guarded_graph import GuardedGraph, check_pinned, pinned_numbers, varied_axes
@@ -39,13 +41,14 @@ logger = logging.getLogger("fxbt")
 
 Values = tuple[list[Any], pytree.TreeSpec]
 _NESTED = (
-    "forward computes on nested tensors, after which padding is 0, and a graph could not drop padding ({why}); "
-    "nn.TransformerEncoder(..., enable_nested_tensor=False) does not"
+    "forward computes on nested tensors, which turn padding into 0, and the graph could not drop padding ({why}); "
+    "pass enable_nested_tensor=False to nn.TransformerEncoder"
 )
 
 
 class Maker:
-    """Makes the graphs of one model; `known` are those that there are, `note` takes what becomes of stored ones.
+    """Makes the graphs of one model. `known` holds the existing graphs; `note` receives notes about stored ones
+    and about kernels.
 
     Example:
         >>> maker = Maker(model, options, rules, Numbers(), graphs, report.add_note)
@@ -66,6 +69,8 @@ class Maker:
         self._rules = rules
         self._numbers = numbers
         self._known = known
+        self._note = note
+        self.measurements = Measurements(options.tune_seconds)  # of the model's kernels
         self._shelf = Shelf(original, options.graphs, options.cache, note, self._finished)
 
     def graph(
@@ -77,15 +82,15 @@ class Maker:
         written: list[tuple[str, Tensor]],
         rehearse: bool,
     ) -> GuardedGraph:
-        """A graph for calls of a key; one of another process, if there is one that rests on the same.
+        """A graph for calls of a key; loaded if another process stored one under the same conditions.
 
         Args:
             expected: what the original returned for the call.
-            written: the buffers that it wrote to.
-            rehearse: whether its first run may have changed the model, or what is around it.
+            written: the buffers that the original wrote to.
+            rehearse: whether the original's first run may have changed the model or its surroundings.
 
         Raises:
-            CaptureError: there can be no such graph, or it does not compute what the original does.
+            CaptureError: there can be no such graph, or it does not compute what the original computes.
         """
         others = self._known.of(key)
         label = Label.of(self._original, (key, sorted(call.growing)), around)
@@ -132,7 +137,7 @@ class Maker:
         captured = stored.captured
         effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
         if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
-            raise CaptureError(f"forward writes in place to {', '.join(unseen)}; a graph would not")
+            raise CaptureError(f"forward writes in place to {', '.join(unseen)}, and the captured graph does not")
         pinned = pinned_numbers(captured, call)
         check_pinned(pinned, call, others)
         compiled = self._compiled(stored, call, expected, around)
@@ -180,10 +185,10 @@ class Maker:
             raise CaptureError(str(error)) from error
         except CaptureError:
             raise
-        except Exception as error:  # a fault of fxbt's own must not reach a model that runs well without it
+        except Exception as error:  # fxbt's own failure must not reach a model that runs well without it
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
         if problem is not None:
-            raise CaptureError(f"the graph's outputs are not the original's: {problem}")
+            raise CaptureError(f"the graph's outputs differ from the original's: {problem}")
         if compiled.weights is not None and not self._options.keep_original:
             compiled.spilled = compiled.weights.spill()
         return compiled
@@ -191,7 +196,7 @@ class Maker:
     def _programs(self, stored: Stored, call: Call, expected: Values) -> Compiled:
         if stored.finished is None:
             with isolated():
-                return pipeline.compile(stored.captured, self._rules, self._options)
+                return pipeline.compile(stored.captured, self._rules, self._options, self.measurements)
         returned = [None if isinstance(value, Tensor) else value for value in expected[0]], expected[1]
 
         def tell() -> History:
@@ -199,14 +204,36 @@ class Maker:
             alone = LOCK.capturing(self._original) if may_wait else contextlib.nullcontext()
             with alone, isolated(), torch.inference_mode(False), torch.no_grad():
                 captured = stored.whole(self._original, call, returned)
-                return pipeline.compile(captured, self._rules, self._options).history
+                return pipeline.compile(captured, self._rules, self._options, self.measurements).history
 
-        return pipeline.resume(stored.captured, stored.finished, self._options, tell)
+        return pipeline.resume(stored.captured, stored.finished, self._options, self.measurements, tell)
+
+    def take_other_kernels(self, graph: GuardedGraph, call: Call) -> None:
+        """Lets a graph serve by other kernels, if they were measured to be faster, and nobody waits for a capture."""
+        if not LOCK.is_free or not graph.compiled.has_news():
+            return
+        with LOCK.capturing(self._original), preserved(self._original), part("take measured kernels"):
+            if graph.compiled.again is not None:  # no other thread has put other tensors into it
+                self._take(graph, graph.compiled.again, call.copied())
+
+    def _take(self, graph: GuardedGraph, again: Callable[[], Compiled], call: Call) -> None:
+        """Compiles a graph by what is known of kernels now; it serves if its numbers are the original's on a call."""
+        try:
+            compiled = again()
+            expected = original_values(self._original, call, call.tensors)
+            problem = Comparison(self._original, graph.captured, compiled).outputs(call, expected)
+        except Exception as error:  # those that serve go on
+            problem = f"{type(error).__name__}: {error}"
+        if problem is None:
+            graph.take(compiled)
+        else:
+            self._note(f"the kernels that were measured to be faster are not used: {problem}")
+            graph.compiled.again = None
 
     def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
-        """Where graph and original may be timed: without gradients, random numbers and weights that lie in a file.
+        """Where graph and original may be timed against each other; None where the original must not be timed.
 
-        And without effects, which a call has once, and where the original may serve.
+        That needs a call without gradients, random numbers or effects, weights in memory, and no `strict`.
         """
         options = self._options
         may_not = torch.is_grad_enabled() or compiled.stochastic or not options.keep_original or options.strict

@@ -1,4 +1,4 @@
-"""`optimize` and `restore`: the same model with another `forward`, and back."""
+"""`optimize` and `restore`: give a model an optimised `forward`, and take it back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .capture.twins import share, twin
 from .errors import NotOptimizedError
 from .submodels import Submodels
 
-if TYPE_CHECKING:  # `import fxbt` loads none of what a capture needs
+if TYPE_CHECKING:  # `import fxbt` loads nothing that only a capture needs
     from .dispatch import Dispatcher
     from .explain.report import Report
     from .match.rule import Rule
@@ -42,65 +42,71 @@ def optimize(
     max_captures: int = 8,
     strict: bool = False,
     cache: bool = False,
+    tune_seconds: float = 2.0,
 ) -> Model:
-    """A model of the same class that shares everything with `model` but computes its forward by optimised graphs.
+    """Returns a model of the same class and with the same weights, whose forward runs optimised graphs.
 
-    Graphs are captured at the first call of each kind, or ahead: `example_inputs` are keyword arguments (a mapping) or
-    positional ones (a tuple) as for `model(...)`. Outputs are the original's in type, shapes and numbers; a call that
-    no graph is proven for runs the original forward, and `print(fast.report)` says why.
+    A graph is captured at the first call of each kind, or now for `example_inputs`, which are passed as `model(...)`
+    takes them: keyword arguments as a mapping, positional ones as a tuple. Outputs keep the original's types, shapes
+    and values. If no graph is proven correct for a call, the original forward runs, and `print(fast.report)` says why.
 
-    Submodules that are called by themselves (`fast.encoder(...)`, or `fast.generate(...)` calling it) have graphs of
-    their own, with the same options but `padding="keep"`; `fast.report.parts` has their reports.
+    Submodules that are called directly (`fast.encoder(...)`, or by `fast.generate(...)`) have graphs of their own, with
+    the same options except `padding="keep"`; `fast.report.parts` has their reports.
 
     Args:
-        model: any `nn.Module`; one that is optimised already is optimised anew from its original.
-        example_inputs: inputs to capture for now, in any batch size and length.
-        rules: your own rules, tried before the built-in ones.
-        verify: compare the numbers of every rewrite with the graph before it, and refuse those that differ.
-        tracer: "export" (torch.export; "auto" is the same) or "hf-fx" (the tracer of transformers 4.x).
-        padding: "drop" computes on valid tokens alone where the graph proves that padding cannot show (without
-            gradients): valid positions are exact; padded positions of outputs are 0, or, where the last axis
-            is the tokens (scores of positions, as of a question-answering head), the lowest finite value, so that
-            no argmax or softmax lands there. Calls without padding and those that a run-time guard keeps dense return
-            the original's values at padding too. "keep" always does.
-        inplace: change `model` itself rather than make a second object beside it.
-        dtype: `torch.bfloat16` computes linear layers in it on a CPU with instructions for it, without gradients: some
-            1.5 times as fast as float32, off by some 5e-3, which the report tells. The weights stay as they are.
-        quantize: "int8" computes linear layers on int8 weights (one scale for each output channel) and inputs that are
-            brought to 8 bits token by token, on a CPU with AVX512-VNNI, without gradients. Off by some percent, which
-            the report tells: bfloat16 is nearer and, on a CPU that has it, often as fast. The weights stay as they are.
-
-        keep_original: False frees the memory of weights that graphs read packed copies of only: their values go to a
-            temporary file (in `TMPDIR`) when a graph is captured, and the same parameters are mapped onto it. They
-            stay tensors like any others (`state_dict`, training, calls that run the original), read from the disk when
-            they are asked for; those that change live in memory again. The report has the bytes.
-        cuda_graphs: record the kernels of a graph on a CUDA device when inputs of one shape come a second time, and
-            launch them in one go from then on, without gradients. Calls that drop padding are recorded for each bucket
-            of tokens (eight to a factor of two). The 64 recordings of a graph that were used last are kept, in at most
-            an eighth of the device's memory. "static" saves a copy: a call's outputs are overwritten by the next call.
-        max_captures: how many graphs are kept at once. The one that was used least recently makes place for another,
-            if graphs served some calls since the last time: a model whose every call needs a graph of its own runs its
-            original.
-        strict: raise `FallbackError` with the reason where a call would run the original forward otherwise. Left as
-            they are: calls that someone traces (`torch.compile`, `torch.func`), and those of a model that is a part of
-            another optimised one. Which of the two is faster is not asked then: graphs serve all calls.
-        cache: keep captured graphs in the cache folder (`FXBT_CACHE_DIR`, else `~/.cache/fxbt`), so that another
-            process need not capture them. See `fxbt.save`, which does so in a folder of your own.
+        model: any `nn.Module`. A model that is already optimised is optimised again from its original.
+        example_inputs: inputs to capture a graph for now, of any batch size and sequence length.
+        rules: your own rules; they are tried before the built-in ones.
+        verify: compare the values of the graph before and after every rewrite, and undo rewrites that change them.
+        tracer: "export" (torch.export; "auto" means the same) or "hf-fx" (the tracer of transformers 4.x).
+        padding: "drop" computes on valid tokens only (unpadding) where the graph proves that padding cannot affect
+            them, without gradients: valid positions are exact; padded positions of outputs are 0 or, if the last axis
+            is the tokens (such as the start and end scores of question answering), the lowest finite value, so that no
+            argmax or softmax lands there. Calls without padding, and calls that a run-time guard keeps dense, return
+            the original's values at padded positions too. "keep" always returns those.
+        inplace: change `model` itself instead of creating a second object.
+        dtype: `torch.bfloat16` computes linear layers in bfloat16, without gradients, on a CPU with bfloat16
+            instructions. It is about 1.5 times as fast as float32; outputs differ by about 5e-3 (the report has the
+            figure). The weights themselves do not change.
+        quantize: "int8" computes linear layers on int8 weights (one scale per output channel) and int8 activations
+            (one scale per token), without gradients, on a CPU with AVX512-VNNI. Outputs differ by a few percent (the
+            report has the figure); bfloat16 is more accurate and often as fast. The weights themselves do not change.
+        keep_original: False frees the memory of weights of which graphs read only packed copies. Capturing a graph
+            writes these weights to a temporary file (in `TMPDIR`) and maps the same parameters onto it. They remain
+            ordinary tensors (for `state_dict`, training and calls of the original) and are read from disk on access;
+            a weight that changes moves back to memory. The report says how many bytes were freed.
+        cuda_graphs: True records the kernels of a graph on a CUDA device when inputs of the same shape come a second
+            time, and replays them from then on, without gradients. Unpadded calls are recorded per bucket of tokens
+            (eight buckets per factor of two). Each graph keeps its 64 most recently used recordings, in at most an
+            eighth of the device's memory. "static" saves a copy: the next call overwrites the outputs of this one.
+        max_captures: the largest number of graphs kept. A new graph replaces the least recently used one, but only
+            after graphs have served some calls since the last replacement. A model that needs a new graph for every
+            call therefore runs its original.
+        strict: raise `FallbackError` with the reason wherever a call would run the original forward. Exceptions are
+            calls that are being traced (`torch.compile`, `torch.func`) and calls of a model inside another optimised
+            model. Graphs then serve all calls, even where the original is faster.
+        cache: keep captured graphs in the cache folder (`FXBT_CACHE_DIR`, else `~/.cache/fxbt`), so that other
+            processes need not capture them again. `fxbt.save` does the same with a folder of your choice.
+        tune_seconds: the time for measuring kernels on a CPU, for all shapes of the model together. Kernels of shapes
+            that were not measured before, here or on a similar processor, start by a fixed rule. They are measured at
+            the end of calls, which takes a twentieth of the calls' time on average, or at once in `fast.warmup(...)`.
+            Faster ones then take over; their outputs agree to floating-point rounding. 0 uses the rule only.
 
     Raises:
-        TypeError: `model` is no `nn.Module`, a rule is no `Rule` instance, or `example_inputs` is no mapping or tuple.
-        ValueError: the tracer, dtype or quantization is unknown or not available here, a parameter is not initialised
-            yet, `max_captures` is less than 1, or `keep_original=False` would free no memory (not on Linux, or `TMPDIR`
-            is in memory).
+        TypeError: `model` is not an `nn.Module`, a rule is not a `Rule`, or `example_inputs` is neither a mapping nor
+            a tuple.
+        ValueError: `tracer`, `dtype` or `quantize` is unknown or not available here, a parameter is not initialised
+            yet, `max_captures` is less than 1, `tune_seconds` is negative, or `keep_original=False` would free no
+            memory (not on Linux, or `TMPDIR` is in memory).
         ExampleError: the model itself rejects `example_inputs`.
-        FallbackError: `strict`, and `example_inputs` cannot be captured.
+        FallbackError: with `strict`, `example_inputs` cannot be captured.
 
     Example:
         >>> fast = fxbt.optimize(model)
         >>> fast(**tokenizer(texts, padding=True, return_tensors="pt"))  # the same ModelOutput
         >>> print(fast.report)
     """
-    from .options import Options  # loads what a capture needs: see `fxbt.preload`
+    from .options import Options  # loads everything a capture needs: see `fxbt.preload`
 
     _check_model(model)
     options = Options(
@@ -116,6 +122,7 @@ def optimize(
         max_captures=max_captures,
         strict=strict,
         cache=cache,
+        tune_seconds=tune_seconds,
     )
     return optimized_with(model, options, example_inputs)
 
@@ -123,10 +130,7 @@ def optimize(
 def optimized_with(
     model: Model, options: Options, example_inputs: Mapping[str, Any] | Sequence[Any] | None = None
 ) -> Model:
-    """`optimize` with these options, as one object.
-
-    Raises what `optimize` does.
-    """
+    """`optimize` with its options as one object; raises what `optimize` raises."""
     _check_model(model)
     args, kwargs = _example_call(example_inputs)
     if dispatcher_of(model) is not None:
@@ -138,9 +142,10 @@ def optimized_with(
 
 
 def restore(model: Model) -> Model:
-    """The original of an optimised model: the object that `optimize` was given, with its own forward.
+    """Returns the original of an optimised model: the object given to `optimize`, with its own forward.
 
-    Raises `NotOptimizedError` (a ValueError) for a model that is not optimised.
+    Raises:
+        NotOptimizedError: the model is not optimised.
 
     Example:
         >>> fxbt.restore(fxbt.optimize(model)) is model
@@ -158,16 +163,17 @@ def restore(model: Model) -> Model:
 
 
 def refresh(model: nn.Module) -> bool:
-    """Makes sure that graphs compute with the weights as they are now; returns whether any did not.
+    """Makes sure that graphs use the current weights; returns whether any graph used old ones.
 
-    A write that PyTorch counts (an optimizer step, `load_state_dict`, `copy_`) is seen at the next call without it. One
-    past the counter (`.data`, numpy, a mapped file) is seen within `report.latest.rounds` calls, or here at once.
+    The next call sees every write that PyTorch counts (an optimizer step, `load_state_dict`, `copy_`) without a
+    refresh. A write that bypasses the counter (`.data`, numpy, a mapped file) is seen within `report.latest.rounds`
+    calls, or immediately with `refresh`.
 
     Args:
-        model: what `optimize` returned, or a module with such ones inside.
+        model: what `optimize` returned, or a module that contains such models.
 
     Raises:
-        NotOptimizedError: neither the model nor a module inside it is optimised.
+        NotOptimizedError: neither the model nor any module in it is optimised.
 
     Example:
         >>> fast.linear.weight.data[0, 0] = 1.0
@@ -184,23 +190,23 @@ def refresh(model: nn.Module) -> bool:
 
 
 class Forward:
-    """The attribute `forward` of an optimised model: its dispatcher's, or what somebody put in its place.
+    """The attribute `forward` of an optimised model while a wrapper is set on it.
 
-    The optimised model and its original share one `__dict__`, so that both have one state. A wrapper that libraries set
-    as `model.forward` (Accelerate, Trainer) belongs to one of them: as a data descriptor this keeps it out of there.
-    It stands in the class only while there is a wrapper, as dynamo takes a plain function there at less cost.
+    The optimised model and its original share one `__dict__`, and so one state. A wrapper that a library sets as
+    `model.forward` (Accelerate, Trainer) belongs to only one of the two, so this data descriptor keeps it out of the
+    `__dict__`. Without a wrapper the class has a plain function instead, which dynamo traces at less cost.
     """
 
     def __init__(self, function: Callable[..., Any], dispatcher: Dispatcher) -> None:
         self.function = function
         self._dispatcher = dispatcher
         self.wrapper: Any = None
-        self._wrapped: Any = None  # the object that the wrapper was set on
+        self._wrapped: Any = None  # the object on which the wrapper was set
 
     def __get__(self, model: Any, kind: type | None = None) -> Any:
         if model is None:
             return self.function
-        if model is self._wrapped:  # all that dynamo can follow: it has no `vars(model) is vars(other)`
+        if model is self._wrapped:  # dynamo can follow `is`, but not `vars(model) is vars(other)`
             return self.wrapper
         wrapper = self.wrapper if self._dispatcher.stands_for(model) else vars(model).get("forward")
         return MethodType(self.function, model) if wrapper is None else wrapper
@@ -234,17 +240,19 @@ def _optimized(model: Any, options: Options) -> Any:
 
 
 def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str, Any]:
-    """What the optimised class has of its own."""
+    """The attributes of the optimised class."""
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Copies of this object's `__dict__` (FSDP's, data-parallel replicas) are other models: no graph is theirs.
+        # A copy with a `__dict__` of its own (FSDP's, a data-parallel replica) is another model: no graph belongs to
+        # it.
         if torch.compiler.is_dynamo_compiling() or not dispatcher.stands_for(self):
             return base.forward(self, *args, **kwargs)
         return dispatcher(args, kwargs)
 
     own_forward = Forward(forward, dispatcher)
-    part_options = dataclasses.replace(options, inplace=False, padding="keep")  # others may read what is at padding
+    # Callers of a submodule may read its values at padding.
+    part_options = dataclasses.replace(options, inplace=False, padding="keep")
     submodels = Submodels(lambda part: _optimized(part, part_options), dispatcher.report)
 
     def get_attribute(self: Any, name: str) -> Any:
@@ -254,22 +262,26 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
         return submodels.of(name, value)
 
     def new(kind: Any, *args: Any, **kwargs: Any) -> Any:
-        """`type(fast)(config)` and `type(fast).from_pretrained(...)` make models that nobody optimised."""
+        """`type(fast)(config)` and `type(fast).from_pretrained(...)` make models that are not optimised."""
         return base(*args, **kwargs)
 
-    def warmup(self: Any, *args: Any, **kwargs: Any) -> Warmup:
-        """Captures the graph for calls like this one ahead, and says what it did and how long each part took.
+    def warmup(self: Any, *args: Any, tune_seconds: float | None = None, **kwargs: Any) -> Warmup:
+        """Captures the graph for calls like this one now; returns what was captured and how long each part took.
 
-        The model's buffers and random state stay as they are.
+        Kernels are measured now: in what is left of the model's `tune_seconds`, or in the seconds given here (0: none).
+        The model's buffers and the random state do not change.
 
         Example:
             >>> print(fast.warmup(**inputs))
             captured (input_ids i64[2, 16], attention_mask i64[2, 16]) in 2.1 s: capture 1.1, run rules 0.1, ...
         """
-        return dispatcher.warmup(args, kwargs, self.forward)
+        from .options import check_seconds
+
+        check_seconds(0 if tune_seconds is None else tune_seconds)
+        return dispatcher.warmup(args, kwargs, self.forward, tune_seconds)
 
     def report(self: Any) -> Report:
-        """What was captured, which rules fired where, and which calls run the original forward and why."""
+        """What was captured, which rules matched where, which calls ran the original forward, and why."""
         return dispatcher.report
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
@@ -297,7 +309,7 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
         "_fxbt_dispatcher": dispatcher,
         "_fxbt_options": options,
         "_fxbt_submodels": submodels,
-        # An original with a forward of its own in the `__dict__` that they share: the dispatcher says that it runs.
+        # If the original has a forward in the shared `__dict__`, the dispatcher falls back to it and says so.
         "forward": own_forward if "forward" in vars(dispatcher.original) else forward,
         "__getattr__": get_attribute,
         "__setattr__": set_attribute,
@@ -305,7 +317,7 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
         "warmup": warmup,
         "report": property(report),
         "__new__": new,
-        "__call__": base.__call__,  # as it is now: a capture in another thread patches nn.Module's
+        "__call__": base.__call__,  # the current one: a capture in another thread patches nn.Module's
         "_replicate_for_data_parallel": lambda self: base._replicate_for_data_parallel(dispatcher.original),
         "__reduce_ex__": reduce_ex,
         "__deepcopy__": deepcopy,
@@ -314,7 +326,7 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
 
 
 def _class_with(dispatcher: Dispatcher, model: nn.Module) -> Any:
-    """The class that was made for a dispatcher's model, which others (FSDP's) may stand before."""
+    """The class made for a dispatcher's model; another class (FSDP's) may come before it in the MRO."""
     return next(kind for kind in type(model).__mro__ if vars(kind).get("_fxbt_dispatcher") is dispatcher)
 
 
@@ -326,7 +338,7 @@ def _reoptimize(original: nn.Module, options: Options, wrapper: Any = None) -> A
 
 
 def _deepcopied(original: Any, fast: Any, options: Options, memo: dict[int, Any]) -> Any:
-    """A deep copy of an optimised model, which the model's own attributes (methods bound to it) may refer to."""
+    """A deep copy of an optimised model. The model's own attributes (such as bound methods) may refer to the model."""
     if hasattr(original, "__deepcopy__"):
         memo[id(fast)] = _reoptimize(copy.deepcopy(original, memo), options)
         return memo[id(fast)]
@@ -338,13 +350,13 @@ def _deepcopied(original: Any, fast: Any, options: Options, memo: dict[int, Any]
 
 
 def dispatcher_of(model: Any) -> Dispatcher | None:
-    """What serves the calls of an optimised model; None for others."""
+    """The dispatcher of an optimised model; None for any other model."""
     dispatcher = getattr(type(model), "_fxbt_dispatcher", None)
     return dispatcher if dispatcher is not None and dispatcher.stands_for(model) else None
 
 
 def dispatchers_in(model: nn.Module) -> Iterator[Dispatcher]:
-    """Those of all that is optimised in a model, with those of its submodules that were called by themselves."""
+    """The dispatchers of all optimised models in a model, and of their submodules that were called directly."""
     for module in model.modules():
         dispatcher = dispatcher_of(module)
         if dispatcher is None:
@@ -373,5 +385,5 @@ def _example_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(example), {}
     raise TypeError(
         f"example_inputs is a {type(example).__name__}, expected a dict of keyword arguments or a tuple of positional "
-        "ones; a single tensor goes as (tensor,)"
+        "ones; pass a single tensor as (tensor,)"
     )

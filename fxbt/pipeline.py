@@ -1,8 +1,9 @@
-"""A captured graph's way through the house: `STEPS`, in the order they run. The order is read, not solved."""
+"""The steps of a captured graph: `STEPS` lists them in the order in which they run. No solver reorders them."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import time
@@ -19,6 +20,7 @@ from .graph.canonical import canonicalize
 from .graph.miss import Miss
 from .graph.node import is_stochastic
 from .graph.record import Snapshot, StageRecord
+from .kernels.autotune import Measurements, Tuner
 from .lower.by_block import choose_lowerings
 from .lower.cuda.graphs import Recorder
 from .lower.derived_weights import Weights
@@ -41,13 +43,13 @@ from .runtime.unpadding_on_cuda import UnpaddingOnCuda
 
 
 def default_rules() -> tuple[Rule, ...]:
-    """The built-in rules in the order they run: small blocks first, then what is composed of them.
+    """The built-in rules in the order they run: small blocks first, then the blocks composed of them.
 
     Example::
 
         [rule.name for rule in fxbt.default_rules()]  # activation, norm, rotary, attention, qkv, mlp, layers
     """
-    import fxbt.patterns as patterns  # the rules import fxbt, so they are met only when asked for
+    import fxbt.patterns as patterns  # the rules import fxbt, so this import cannot stand at the top
 
     return (
         patterns.Activation(),
@@ -64,9 +66,9 @@ def default_rules() -> tuple[Rule, ...]:
 
 
 def in_order(given: Sequence[Rule]) -> tuple[Rule, ...]:
-    """All rules in the order they run: given and installed ones as early as the blocks in their patterns exist.
+    """All rules in the order they run. A given or installed rule runs as soon as the blocks in its pattern can exist.
 
-    A rule whose pattern names no block comes first: the built-in ones then work on what it leaves.
+    A rule whose pattern names no block runs first: the built-in rules then see its result.
     """
     ordered = list(default_rules())
     built_in = [rule.name for rule in ordered]
@@ -77,7 +79,7 @@ def in_order(given: Sequence[Rule]) -> tuple[Rule, ...]:
         ops = rule.formula.ops if hasattr(rule, "pattern") else set()
         made_by = [place for place, earlier in enumerate(ordered) if earlier.makes & ops]
         start = max(made_by, default=-1) + 1
-        behind = itertools.takewhile(placed.__contains__, ordered[start:])  # those given keep their order
+        behind = itertools.takewhile(placed.__contains__, ordered[start:])  # given rules keep their order
         ordered.insert(start + len(list(behind)), rule)
         placed.append(rule)
     return tuple(ordered)
@@ -85,18 +87,19 @@ def in_order(given: Sequence[Rule]) -> tuple[Rule, ...]:
 
 @dataclass
 class Work:
-    """A graph on its way: what each step of `STEPS` finds, and leaves for those after it."""
+    """A graph on its way through `STEPS`, with what each step finds and leaves for later steps."""
 
     captured: Captured
     rules: Sequence[Rule]
     options: Options
     before: Snapshot
-    orders: list[Order | None]  # of the dims of outputs in memory, as captured
+    measurements: Measurements  # of the model's kernels
+    orders: list[Order | None]  # the dim order of each output in memory, as captured
     stages: list[StageRecord] = field(default_factory=list)
-    assumes: dict[str, torch.Tensor] = field(default_factory=dict)  # constants on whose content a proof rests, by name
+    assumes: dict[str, torch.Tensor] = field(default_factory=dict)  # by name: constants whose content a proof relies on
     after: Snapshot = field(init=False)
     inlined: fx.GraphModule = field(init=False)
-    weights: Weights | None = None  # what programs derive of weights; none with gradients
+    weights: Weights | None = None  # what programs derive from weights; None with gradients
     recorder: Recorder | None = None  # of CUDA graphs
     dense: Program = field(init=False)
     parts: StageRecord = field(init=False)
@@ -104,17 +107,18 @@ class Work:
     in_parts: Callable[[Run], Run] = lambda run: run
     unpadded: Unpadded | None = None
     unmasked: Unmasked | None = None
+    unpad: Callable[..., Unpadding] | None = None  # what makes an `Unpadding` of a dense program and its weights
     unpadding: Unpadding | None = None
 
     @classmethod
-    def of(cls, captured: Captured, rules: Sequence[Rule], options: Options) -> Work:
-        """The graph as it was captured."""
+    def of(cls, captured: Captured, rules: Sequence[Rule], options: Options, measurements: Measurements) -> Work:
+        """The graph as captured."""
         graph = captured.module.graph
-        return cls(captured, rules, options, Snapshot(graph), returned_orders(graph))
+        return cls(captured, rules, options, Snapshot(graph), measurements, returned_orders(graph))
 
     @property
     def module(self) -> fx.GraphModule:
-        """The graph that rules rewrite, in place."""
+        """The graph that rules rewrite in place."""
         return self.captured.module
 
     def history(self) -> History:
@@ -122,20 +126,20 @@ class Work:
         return History(self.module, self.inlined, self.before, self.after, self.stages, self.parts)
 
     def note(self, record: StageRecord) -> None:
-        """Keeps the record of a step for the report, and logs it."""
+        """Keeps the record of a step for the report and logs it."""
         self.stages.append(record)
         log.stage(record)
         log.graph(record.name, self.module)
 
 
 def to_canonical_form(work: Work) -> None:
-    """One spelling for each meaning."""
+    """Canonicalisation: one spelling for each meaning."""
     canonicalize(work.module)
     log.graph("canonical", work.module)
 
 
 def run_rules(work: Work) -> None:
-    """Each rule wherever it matches, in order; what is not proven is compared on the example."""
+    """Runs each rule in order, wherever it matches. Rewrites without a proof are compared on the example."""
     is_needed = work.options.verify or not all(rule.proven or rule.outline for rule in work.rules)
     verifier = Verifier(work.module, work.captured.example, every=work.options.verify) if is_needed else None
     for rule in work.rules:
@@ -144,39 +148,39 @@ def run_rules(work: Work) -> None:
 
 
 def keep_output_strides(work: Work) -> None:
-    """Outputs lie in memory as the original's do. The graph is what the report shows from here on."""
+    """Keeps the memory layout of outputs as in the original. The report shows the graph as it is here."""
     keep_orders(work.module, work.orders)
     work.module.graph.lint()
     work.after = Snapshot(work.module.graph)
 
 
 def inline_blocks(work: Work) -> None:
-    """Blocks become operations again, in a copy, which say what they were a part of."""
+    """Inlines blocks into operations, in a copy; each operation keeps a note of its block."""
     work.inlined = inline(work.module)
 
 
 def choose_block_lowerings(work: Work) -> None:
-    """Blocks that have a lowering of their own get it, where it was measured to be faster."""
+    """Gives blocks their own lowering where it was measured to be faster."""
     record = None if torch.is_grad_enabled() else choose_lowerings(work.inlined, work.captured.example)
     work.stages += [record] if record else []
 
 
 def lower_whole(work: Work) -> None:
-    """The whole graph as a callable: `lower.program.Program` has the list of what that takes."""
+    """Makes the whole graph a callable; `lower.program.Program` lists the steps."""
     options = work.options
-    work.weights = None if torch.is_grad_enabled() else Weights()
+    work.weights = None if torch.is_grad_enabled() else Weights(_tuner(work))
     work.recorder = Recorder(options.cuda_graphs == "static") if options.cuda_graphs else None
     work.dense = Program(work.inlined, work.assumes, work.weights, options.precision, work.recorder)
     work.stages += [work.dense.epilogues] if work.dense.epilogues else []
 
 
 def run_in_parts(work: Work) -> None:
-    """Programs of the graph run on parts of a large batch, where that is proven to be the same."""
+    """Runs a large batch in parts, where that is proven to give the same result."""
     with _recorded("parts", work.inlined) as work.parts:
-        _at_inference(work, "batches are parted")
-        _check_effects(work.captured, "batches stay whole")
+        _at_inference(work, "batches run in parts")
+        _check_effects(work.captured, "so batches run whole")
         if any(tensor.device.type != "cpu" for tensor in work.captured.example):
-            raise Miss("batches are parted on a CPU only")
+            raise Miss("batches run in parts on a CPU only")
         _run_in_parts(work, batch_of(work.inlined.graph))
 
 
@@ -187,37 +191,40 @@ def _run_in_parts(work: Work, batch: Batch) -> None:
 
 
 def drop_padded_tokens(work: Work) -> None:
-    """The graph on valid tokens alone stands beside the whole one, where that is proven to be the same."""
+    """Adds a program that computes on valid tokens only (unpadding), where that is proven to give the same result."""
     if work.options.padding != "drop":
         return
     with _recorded("padding", work.inlined) as record:
         _at_inference(work, "padding is dropped")
-        _check_effects(work.captured, "padding is kept")
+        _check_effects(work.captured, "so padding is kept")
         if work.captured.has_objects:
-            raise Miss("values go to an object among the arguments (a KV cache), where a later call may read padding")
+            raise Miss("forward stores values in an argument (a KV cache), where a later call may read padding")
         devices = {tensor.device for tensor in work.captured.example}
         if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
-            raise Miss("padding is dropped on one CPU or CUDA device only", found=str(sorted(map(str, devices))))
+            raise Miss(
+                "padding is dropped only if all inputs are on one CPU or CUDA device",
+                found=str(sorted(map(str, devices))),
+            )
         unpadded = drop_padding(work.inlined)
         _run_unpadded(work, unpadded, unmask(work.inlined, unpadded.validities))
     work.stages.append(record)
 
 
 def _run_unpadded(work: Work, unpadded: Unpadded, unmasked: Unmasked) -> None:
-    assert work.weights is not None
     on_cuda = any(tensor.device.type == "cuda" for tensor in work.captured.example)
-    more: dict[str, Any] = {"recorder": work.recorder, "in_parts": work.in_parts}
-    kind = UnpaddingOnCuda if on_cuda else Unpadding
-    made = kind(work.dense, unpadded, unmasked, work.weights, work.options.precision, **more)
+    given: dict[str, Any] = {"unpadded": unpadded, "unmasked": unmasked, "precision": work.options.precision}
+    given |= {"recorder": work.recorder, "in_parts": work.in_parts}
+    unpad: Callable[..., Unpadding] = functools.partial(UnpaddingOnCuda if on_cuda else Unpadding, **given)
+    made = unpad(work.dense, weights=work.weights)
     made.check(work.captured.example)
-    work.unpadded, work.unmasked, work.unpadding = unpadded, unmasked, made
+    work.unpadded, work.unmasked, work.unpadding, work.unpad = unpadded, unmasked, made, unpad
 
 
-# The way of every graph. Nothing else touches it on its way.
+# Every graph takes exactly these steps.
 STEPS: tuple[Callable[[Work], None], ...] = (
     to_canonical_form,
     run_rules,
-    to_canonical_form,  # of what the rules made
+    to_canonical_form,  # what the rules made
     keep_output_strides,
     inline_blocks,
     choose_block_lowerings,
@@ -227,14 +234,22 @@ STEPS: tuple[Callable[[Work], None], ...] = (
 )
 
 
-def compile(captured: Captured, rules: Sequence[Rule], options: Options | None = None) -> Compiled:
-    """Takes a captured graph through `STEPS`; `captured.module` is rewritten in place.
+def compile(
+    captured: Captured,
+    rules: Sequence[Rule],
+    options: Options | None = None,
+    measurements: Measurements | None = None,
+) -> Compiled:
+    """Takes a captured graph through `STEPS`; rewrites `captured.module` in place.
+
+    `measurements` are those of the model's kernels.
 
     Raises:
-        RuleError: a rule matches its own results without end.
+        RuleError: a rule matches its own result without end.
     """
     start = time.perf_counter()
-    work = Work.of(captured, rules, options or Options())
+    options = options or Options()
+    work = Work.of(captured, rules, options, measurements or Measurements(options.tune_seconds))
     with log.listening():
         for step in STEPS:
             with part(step.__name__.replace("_", " ")):
@@ -242,7 +257,13 @@ def compile(captured: Captured, rules: Sequence[Rule], options: Options | None =
     return _compiled(work, start)
 
 
-def resume(captured: Captured, finished: Finished, options: Options, tell: Callable[[], History]) -> Compiled:
+def resume(
+    captured: Captured,
+    finished: Finished,
+    options: Options,
+    measurements: Measurements,
+    tell: Callable[[], History],
+) -> Compiled:
     """Makes programs of graphs that another process took through `STEPS`, and checks them on the example as ever.
 
     Args:
@@ -253,7 +274,7 @@ def resume(captured: Captured, finished: Finished, options: Options, tell: Calla
         Miss: a check on the example fails.
     """
     start = time.perf_counter()
-    work = Work.of(captured, (), options)
+    work = Work.of(captured, (), options, measurements)
     work.inlined, work.assumes = finished.dense, dict(finished.assumes)
     with part("make programs"):
         lower_whole(work)
@@ -276,11 +297,11 @@ def _compiled(work: Work, start: float, tell: Callable[[], History] | None = Non
         stochastic=is_stochastic(work.inlined.graph),
         derived_bytes=weights.nbytes() if weights else 0,
         measure=lambda: _peak_bytes(dense, example) if weights else None,
-        kernels=dense.kernels,
         weights=weights,
         finished=_finished(work),
         recorder=work.recorder,
         precision=precision.name if precision and weights else None,
+        again=functools.partial(_again, work, tell) if _may_change_kernels(work) else None,
     )
 
 
@@ -297,21 +318,42 @@ def _peak_bytes(dense: Program, example: Sequence[torch.Tensor]) -> int:
         return dense.peak_bytes(*example)
 
 
+def _tuner(work: Work) -> Tuner:
+    return Tuner(work.measurements, may_wait=_may_change_kernels(work))
+
+
+def _may_change_kernels(work: Work) -> bool:
+    """Whether a graph may be lowered again: it can be compared on any call, and nothing keeps hold of its programs."""
+    is_once = bool(work.captured.effects) or is_stochastic(work.inlined.graph)
+    is_held = not work.options.keep_original or bool(work.options.cuda_graphs)
+    return not (is_once or is_held or torch.is_grad_enabled())
+
+
+def _again(work: Work, tell: Callable[[], History] | None) -> Compiled:
+    """The same graph by the kernels that are known to be the fastest now; only its programs are made anew."""
+    work = copy.copy(work)
+    work.stages = list(work.stages)
+    lower_whole(work)
+    if work.unpadding is not None and work.unpad is not None:
+        work.unpadding = work.unpad(work.dense, weights=work.weights)
+    return _compiled(work, time.perf_counter(), tell)
+
+
 def _at_inference(work: Work, what: str) -> None:
     if work.weights is None:
-        raise Miss(f"gradients are enabled; {what} at inference only")
+        raise Miss(f"gradients are enabled; {what} only under torch.no_grad() or inference_mode()")
     if is_stochastic(work.inlined.graph):
-        raise Miss(f"the graph draws random numbers; {what} at inference only")
+        raise Miss(f"the graph draws random numbers (dropout in train()?); {what} only without them")
 
 
 def _check_effects(captured: Captured, what: str) -> None:
     if captured.effects:
-        raise Miss(f"forward changes {', '.join(captured.effects.names[:3])} in the model; {what}")
+        raise Miss(f"forward changes {', '.join(captured.effects.names[:3])} in the model, {what}")
 
 
 @contextlib.contextmanager
 def _recorded(stage: str, module: fx.GraphModule) -> Iterator[StageRecord]:
-    """The record of a stage that leaves the graph as it is: a hit, or the Miss that ends it."""
+    """The record of a step that leaves the graph as it is: a hit, or the Miss that ended it."""
     count = len(module.graph.nodes)
     record = StageRecord(stage, nodes_before=count, nodes_after=count)
     start = time.perf_counter()
@@ -319,9 +361,9 @@ def _recorded(stage: str, module: fx.GraphModule) -> Iterator[StageRecord]:
         yield record
         record.places.append("")
     except Exception as error:
-        # A fault in here must not cost the dense graph.
+        # A failure here must not cost the dense graph.
         found = f"{type(error).__name__}: {error}"
-        miss = error if isinstance(error, Miss) else Miss(f"fxbt itself failed at {stage}", found=found)
+        miss = error if isinstance(error, Miss) else Miss(f"fxbt itself failed at the step {stage!r}", found=found)
         miss.rule = stage
         record.misses.append(miss.without_frames())
     record.seconds = time.perf_counter() - start

@@ -1,8 +1,8 @@
-"""Signs of life: what a capture is at, as one line on a terminal, and how long each part of it took.
+"""Progress: what a capture is doing, as one line on a terminal, and the seconds of each part.
 
-`part` names what runs now; where nothing is watched (an ordinary call), it does nothing. After two seconds the line
-shows, if stderr is a terminal and `FXBT_PROGRESS` is not 0. Looking costs the capture nothing: another thread reads
-which module's forward it is in.
+`part` names the current part; it does nothing in a call that is not watched. The line appears after two seconds if
+stderr is a terminal and `FXBT_PROGRESS` is not 0. It does not slow the capture down: another thread looks up which
+module's forward is running.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 
 from torch import nn
 
-SILENT_SECONDS = 2.0  # what is over by then shows nothing
-_EVERY = 0.25  # seconds from one look to the next
+SILENT_SECONDS = 2.0  # no line for anything shorter
+_EVERY = 0.25  # seconds between two updates
 _OTHER = "other"
 
 _here = threading.local()
 
 
 class Watch:
-    """What a thread is at in a capture, and the seconds of each part; a part inside another counts for itself alone.
+    """What a thread does in a capture, and the seconds of each part; time in a nested part counts for that part alone.
 
     Example:
         >>> with watched(model) as watch:
@@ -45,16 +45,16 @@ class Watch:
 
     @property
     def now(self) -> tuple[str, str]:
-        """The part that runs now, and at what of it."""
+        """The current part, and its current item."""
         return self._parts[-1]
 
     def enter(self, what: str, of: str = "") -> None:
-        """`what` begins; what ran until now waits."""
+        """Begins the part `what`; the part before it pauses."""
         self._count()
         self._parts.append((what, of))
 
     def leave(self) -> None:
-        """The part that began last ends."""
+        """Ends the part that began last."""
         self._count()
         self._parts.pop()
 
@@ -66,7 +66,7 @@ class Watch:
 
 @contextlib.contextmanager
 def watched(model: nn.Module) -> Iterator[Watch]:
-    """Watches what this thread does for a model, and shows it where wanted; inside another one, goes on in that."""
+    """Watches what this thread does for a model and shows it if wanted; nested calls continue the outer watch."""
     outer: Watch | None = getattr(_here, "watch", None)
     if outer is not None:
         yield outer
@@ -82,7 +82,7 @@ def watched(model: nn.Module) -> Iterator[Watch]:
 
 @contextlib.contextmanager
 def part(what: str, of: str = "") -> Iterator[None]:
-    """What this thread is at, if it is watched, and at what of it: ("run rules", "attention")."""
+    """Names what this thread does, if it is watched, and for which item: ("run rules", "attention")."""
     watch: Watch | None = getattr(_here, "watch", None)
     if watch is None:
         yield
@@ -95,7 +95,7 @@ def part(what: str, of: str = "") -> Iterator[None]:
 
 
 def is_wanted() -> bool:
-    """Whether a line may show: stderr is a terminal, and `FXBT_PROGRESS` is not 0."""
+    """Whether to show a line: stderr is a terminal, and `FXBT_PROGRESS` is not 0."""
     return os.environ.get("FXBT_PROGRESS", "1") != "0" and sys.stderr is not None and sys.stderr.isatty()
 
 
@@ -114,7 +114,7 @@ def _line(watch: Watch) -> Iterator[None]:
 def _show(watch: Watch, is_over: Callable[[float], bool]) -> None:
     if is_over(SILENT_SECONDS):
         return
-    from tqdm import tqdm  # loaded where a line shows only
+    from tqdm import tqdm  # loaded only if a line is shown
 
     with tqdm(bar_format="fxbt: {desc} [{elapsed}]", leave=False, file=sys.stderr, dynamic_ncols=True) as line:
         line.start_t -= SILENT_SECONDS
@@ -124,14 +124,14 @@ def _show(watch: Watch, is_over: Callable[[float], bool]) -> None:
 
 
 def text_of(watch: Watch, paths: dict[int, str]) -> str:
-    """The line's text: "BertModel: capture encoder.layer.7". `paths` are those of the modules, by id."""
+    """The line's text: "BertModel: capture encoder.layer.7". `paths` maps the ids of modules to their paths."""
     what, of = watch.now
     of = of or _module_now(sys._current_frames().get(watch.thread), paths) or ""
     return f"{type(watch.model).__name__}: {what} {of}".rstrip()
 
 
 def _module_now(frame: FrameType | None, paths: dict[int, str]) -> str | None:
-    """The path of the innermost module whose forward a thread is in."""
+    """The path of the innermost module whose forward a thread is running."""
     while frame is not None:
         if frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:1] == ("self",):
             module: Any = frame.f_locals.get("self")

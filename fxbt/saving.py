@@ -1,4 +1,4 @@
-"""`save` and `load`: captured graphs in a folder, for other processes."""
+"""`save` and `load`: captured graphs in a folder, for use by other processes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .stored.files import Folder
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> list[Path]:
-    """Writes the graphs that were captured of an optimised model, so that `fxbt.load` need not capture them.
+    """Writes the captured graphs of an optimised model to a folder, so that `fxbt.load` need not capture them again.
 
-    The files are text that nothing runs when it is read. Weights are not in them: `load` is given the model. They hold
-    for the same code of the forward, config, kinds of weights, versions and machine.
+    The files are text; loading them executes no code from them. They contain no weights: `load` is given the model. A
+    file is valid for the same forward code, config, kinds of weights, versions and machine.
 
     Args:
-        model: what `optimize` returned, after calls or `warmup` of the kinds that are wanted.
-        folder: made if it is not there; files of other models may be in it.
+        model: what `optimize` returned, after a call or `warmup` of each wanted kind.
+        folder: created if needed; it may hold files of other models.
 
     Returns:
-        The files, one for each graph.
+        The paths of the files, one per graph.
 
     Raises:
         NotOptimizedError: `model` is not optimised.
-        ValueError: there is no graph yet, or none that can be written; the message says why.
-        OSError: nothing can be written.
+        ValueError: no graph is captured yet, or none can be written; the message says why.
+        OSError: the folder cannot be written to.
 
     Example:
         >>> fast = fxbt.optimize(model, example_inputs)
@@ -50,7 +50,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> list[Path]:
             obstacles.append(str(obstacle))
     if not saved:
         raise ValueError(
-            f"save() wrote no graph: {'; '.join(obstacles) or 'none is captured yet, call the model first'}"
+            f"save() wrote no graph: {'; '.join(obstacles) or 'none is captured yet; call the model first'}"
         )
     if obstacles:
         warnings.warn(f"graphs were not saved: {'; '.join(obstacles)}", FxbtWarning, stacklevel=callers_level())
@@ -58,10 +58,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def load(folder: str | os.PathLike[str], model: Model, **options: Any) -> Model:
-    """`fxbt.optimize(model, **options)`, with the graphs that `fxbt.save` wrote in place of captures.
+    """`fxbt.optimize(model, **options)`, using graphs written by `fxbt.save` instead of capturing.
 
-    Each is looked at when a call of its kind comes for the first time, and compared with the original on that call. One
-    that is of another model, of other code or versions is refused, and the call is captured: `report.notes` says why.
+    A graph is loaded at the first call of its kind and compared with the original on that call. A graph of another
+    model, other code or other versions is refused, and the call is captured; `report.notes` says why.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -73,6 +73,6 @@ def load(folder: str | os.PathLike[str], model: Model, **options: Any) -> Model:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise FileNotFoundError(f"load() was given {path}, which is no folder; fxbt.save(fast, folder) makes one")
+        raise FileNotFoundError(f"load() was given {path}, which is not a folder; fxbt.save(fast, folder) creates one")
     example_inputs = options.pop("example_inputs", None)
     return optimized_with(model, Options(**options, folder=path.absolute()), example_inputs)

@@ -1,8 +1,8 @@
-"""Submodules of an optimised model that are called by themselves, as `generate` calls an encoder: optimised too.
+"""Also optimises submodules of an optimised model that are called directly, as `generate` calls an encoder.
 
-Which they are shows when somebody calls one: an optimised model hands out each of its submodules that has submodules
-itself as an object of the same class that shares the submodule's `__dict__` and has graphs of its own. The original's
-forward, and graphs of the whole, never meet these objects.
+Nothing says in advance which ones are called. So an optimised model returns each submodule that itself has submodules
+as an object of the same class that shares the submodule's `__dict__` and has graphs of its own. The original's forward
+and graphs of the whole model never see these objects.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fxbt")
 
-_OWN_NAMES = ("report", "warmup")  # of an optimised model
+_OWN_NAMES = ("report", "warmup")  # attributes that fxbt adds
 _LAYERS = "torch.nn.modules."
 
 
 class Submodels:
-    """The submodules of one optimised model, as it hands them out; `report` gets a part for each.
+    """The optimised submodules of one optimised model; each gets a part of its `report`.
 
     Example:
         >>> submodels = Submodels(lambda part: optimized_with(part, options), fast.report)
@@ -36,7 +36,7 @@ class Submodels:
         self._made: dict[str, tuple[nn.Module, Any]] = {}
 
     def of(self, name: str, module: nn.Module) -> Any:
-        """What stands for the attribute `name`, which holds `module`: itself, where it would never have a graph."""
+        """The optimised twin of the attribute `name`, a `module`; the module itself if it would never have a graph."""
         made = self._made.get(name)
         if made is not None and made[0] is module:
             return made[1]
@@ -44,8 +44,8 @@ class Submodels:
             return module
         try:
             part = self._optimized(module)
-        except Exception as error:  # classes of anyone's making are subclassed here
-            logger.debug("the submodule %s is called as it is", name, exc_info=error)
+        except Exception as error:  # any class may be subclassed here
+            logger.debug("the submodule %s runs unoptimised", name, exc_info=error)
             part = module
         else:
             self._report.own_parts[name] = part.report
@@ -53,20 +53,20 @@ class Submodels:
         return part
 
     def all(self) -> Iterator[Any]:
-        """What was handed out, with what that handed out itself."""
+        """The optimised submodules returned so far, and theirs."""
         for module, part in list(self._made.values()):
             if part is not module:
                 yield part
                 yield from type(part)._fxbt_submodels.all()
 
     def original(self, value: Any) -> Any:
-        """The submodule that something handed out stands for; other values as they are."""
+        """The original of an optimised submodule; other values unchanged."""
         is_part = isinstance(value, nn.Module) and any(value is part for part in self.all())
         return type(value)._fxbt_dispatcher.original if is_part else value
 
 
 def _may_have_graphs(module: nn.Module) -> bool:
-    """Whether a module can be called, is more than one layer, and is none of torch's that wrap others."""
+    """Whether a module has a forward and submodules, and is not a wrapper of torch's."""
     kind = type(module)
     is_wrapper = kind.__module__.partition(".")[0] == "torch" and not kind.__module__.startswith(_LAYERS)
     is_own = hasattr(kind, "_fxbt_dispatcher") or any(hasattr(module, name) for name in _OWN_NAMES)

@@ -1,4 +1,4 @@
-"""What fxbt's own tests use to test rules, for rules of your own: does it fire, and is nothing else changed?"""
+"""Test your own rules as fxbt tests its rules: does a rule fire, and do the outputs stay equal?"""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ def assert_rewrites(
     times: int | None = None,
     tolerance: float | None = None,
 ) -> Report:
-    """Asserts that `rule` fires in `model`, and that the outputs stay equal; returns the report.
+    """Asserts that `rule` fires in `model` and that the outputs stay equal; returns the report.
 
     Args:
-        rule: a rule of your own, or a built-in one.
-        model: its graph is captured in evaluation or training mode, as it is, without gradients.
+        rule: your own rule, or a built-in one.
+        model: captured as it is, in train() or eval() mode, without gradients.
         inputs: keyword arguments as a dict, or positional ones as a sequence.
-        others: inputs of other shapes to compare on; by default `inputs` with three times the batch.
-        times: how often it must fire; by default at least once.
-        tolerance: of the largest output; by default rounding (2e-5 in float32).
+        others: inputs of other shapes to compare on; the default is `inputs` with three times the batch.
+        times: how often the rule must fire; the default is at least once.
+        tolerance: largest allowed difference, relative to the largest output; the default is rounding (2e-5 in
+            float32).
 
     Raises:
-        AssertionError: it did not fire (the message says why), or an output differs.
+        AssertionError: the rule did not fire (the message says why), or an output differs.
 
     Example::
 
@@ -57,7 +58,7 @@ def assert_untouched(rule: Rule, model: nn.Module, inputs: Inputs, *, reason: st
     """Asserts that `rule` does not fire in `model`, for exactly this `reason`, and that the outputs stay equal.
 
     Raises:
-        AssertionError: it fired, no miss has this reason (the message lists those there are), or an output differs.
+        AssertionError: the rule fired, no miss has this reason (the message lists the reasons), or an output differs.
 
     Example::
 
@@ -69,7 +70,7 @@ def assert_untouched(rule: Rule, model: nn.Module, inputs: Inputs, *, reason: st
     hits = report.hits.get(rule.name, 0)
     assert hits == 0, f"{rule.name} fired {hits} times, expected none\n{report.diff()}"
     reasons = sorted({miss.reason for miss in report.misses if miss.rule == rule.name})
-    assert reason is None or reason in reasons, f"{rule.name} misses for {reasons}, expected {reason!r}"
+    assert reason is None or reason in reasons, f"{rule.name} did not match because of {reasons}, expected {reason!r}"
     _assert_equal(fast, model, inputs, None)
     return report
 

@@ -1,7 +1,7 @@
-"""All of torch's private names that fxbt uses: whatever moves in torch is mended here, and nowhere else.
+"""All private torch names that fxbt uses: whatever moves in torch is fixed here, and nowhere else.
 
-Each has the reason why no public name serves. `tests/test_torch_compat.py` fails when torch moves one. Where torch 2.11
-to 2.14 differ, the difference is made up for here.
+Each comes with the reason why no public name serves. `tests/test_torch_compat.py` fails when torch moves one.
+Differences between torch 2.11 and 2.14 are handled here.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ import torch.fx._symbolic_trace as fx_trace
 import torch.fx.experimental._config as fx_config
 from torch import SymInt, Tensor
 
-# Versions and kinds of dicts and tensors, as dynamo's guards compare them: some 30 ns each.
+# Versions and kinds of dicts and tensors, as dynamo's guards compare them; about 30 ns each.
 from torch._C._dynamo.guards import TensorGuards, dict_version
 
 # The types of aten ops: `torch.ops.aten.add.Tensor` is one, `torch.ops.aten.add` a packet of them.
 from torch._ops import OpOverload, OpOverloadPacket
 
-# Tensors of known kind and unknown values, in which torch.export and make_fx compute.
+# Tensors of known kind and unknown values, on which torch.export and make_fx compute.
 from torch._subclasses import fake_impls, fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-# What `torch.set_printoptions` sets, which nothing returns.
+# The settings of `torch.set_printoptions`, which no public function returns.
 from torch._tensor_str import PRINT_OPTS
 
-# The class below `torch.autograd.Function`, and the class of both.
+# The base class of `torch.autograd.Function`, and the metaclass of both.
 from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 
-# A GraphModule whose code is written at its first call: writing it takes longer than most of what is done to a graph.
+# A GraphModule that writes its code at its first call: writing it takes longer than most steps on a graph.
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 
 # Symbolic sizes: what is known of them without a guard, and the errors where a guard would be needed.
@@ -55,21 +55,21 @@ from torch.fx.experimental.symbolic_shapes import (
     statically_known_true,
 )
 
-# Values of a graph computed again, without data.
+# Recomputes the values of a graph without data.
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-# Flattening of arguments and outputs: torch.utils.pytree has no register_dataclass, nor `LeafSpec` of all versions.
+# Flattens arguments and outputs: torch.utils.pytree has no register_dataclass, and not every version has `LeafSpec`.
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-# What sizes are computed with, beside sympy's own.
+# The functions on sizes that sympy itself lacks.
 from torch.utils._sympy import functions as size_functions
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges
 
-# Raised through autograd to end a recomputation early: none of our failures.
+# Raised through autograd to end a recomputation early; not a failure.
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 if TYPE_CHECKING:
@@ -104,32 +104,32 @@ def __getattr__(name: str) -> Any:
 SIZES_LOG = "torch.fx.experimental.symbolic_shapes"  # torch's logger of guards
 FAKES_LOG = "torch._subclasses.fake_tensor"
 
-# All of these that compute whole numbers of whole numbers; torch 2.11 to 2.14 have them under these names.
+# Those that map integers to integers; torch 2.11 to 2.14 have them under these names.
 SIZE_FUNCTIONS: tuple[type, ...] = tuple(
     getattr(size_functions, name)
     for name in ("FloorDiv", "CleanDiv", "CeilToInt", "FloorToInt", "TruncToInt", "IntTrueDiv", "ToFloat", "Max", "Min")
 ) + tuple(getattr(size_functions, name) for name in ("Mod", "PythonMod", "ModularIndexing", "PowByNatural", "Where"))
 
-# In place, past Python: `F.silu(x, inplace=True)` is two Python frames more a call.
+# In-place functions without Python: `F.silu(x, inplace=True)` costs two more Python frames per call.
 silu, silu_, gelu_ = torch._C._nn.silu, torch._C._nn.silu_, torch._C._nn.gelu_  # type: ignore[attr-defined]
 
-# Raises on a device later, without waiting for it: torch has no public assertion of a tensor's value in a graph.
+# Raises later on a device, without waiting for it: torch has no public assertion of a tensor's value in a graph.
 assert_async = torch._assert_async
 
-# Writes to a tensor that count as none for autograd: those that a capture takes back.
+# Writes that autograd does not count: those by which a capture undoes its effects.
 preserving_version = torch.autograd._unsafe_preserve_version_counter
 set_versions: Callable[[tuple[Tensor, ...], tuple[int, ...]], None] = torch._C._autograd._unsafe_set_version_counter
 
-# Whether any device's autocast is on: `torch.is_autocast_enabled` asks of one device.
+# Whether autocast is on for any device: `torch.is_autocast_enabled` asks about one.
 is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
-# What the processor has: `torch.backends.cpu.get_cpu_capability()` knows neither.
+# Processor features: `torch.backends.cpu.get_cpu_capability()` reports neither.
 is_avx512_supported: Callable[[], bool] = torch.cpu._is_avx512_supported
 is_vnni_supported: Callable[[], bool] = torch.cpu._is_vnni_supported
 
-# The places that a trace patches, as (owner, name).
+# What a trace patches, as (owner, name).
 RUN_BACKWARD = (torch.autograd, "_engine_run_backward")
-_GENERATOR = "_checkpoint_without_reentrant_generator"  # from torch 2.14 on, a shim for others
+_GENERATOR = "_checkpoint_without_reentrant_generator"  # from torch 2.14 on, a shim for other callers
 _IMPLEMENTATION = f"{_GENERATOR}_impl"
 CHECKPOINT = (
     torch.utils.checkpoint,
@@ -138,31 +138,31 @@ CHECKPOINT = (
 IS_COMPILING = (torch.compiler, "_is_compiling_flag")
 IS_EXPORTING = (torch.compiler, "_is_exporting_flag")
 NEW_PATCHER = (fx_trace, "_new_patcher")
-IS_FX_TRACING = (fx_trace, "_is_fx_tracing_flag")  # torch 2.14 has one for each thread, by another name
+IS_FX_TRACING = (fx_trace, "_is_fx_tracing_flag")  # torch 2.14 has one per thread, under another name
 IS_FX_TRACING_OF_ALL_THREADS = hasattr(*IS_FX_TRACING)
 
-# The class whose `apply` a trace replaces. Up to torch 2.13 `Function.apply` is Python that calls the one below it,
+# The class whose `apply` a trace replaces. Up to torch 2.13, `Function.apply` is Python that calls the one of its base;
 # from 2.14 on it is C.
 _APPLIES_IN_PYTHON = isinstance(vars(torch.autograd.Function)["apply"], classmethod)
 AppliedFunction: Any = _SingleLevelFunction if _APPLIES_IN_PYTHON else torch.autograd.Function
 
-# What calls modules while torch.export traces, and knows their paths.
+# Calls modules while torch.export traces, and knows their paths.
 ModuleStackTracer: Any = proxy_tensor._ModuleStackTracer
 
-# How many `TorchFunctionMode`s are on; a default device is one.
+# The number of active `TorchFunctionMode`s; a default device is one.
 count_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 
 
 @contextlib.contextmanager
 def unseen_by_modes() -> Iterator[None]:
-    """No `TorchFunctionMode` sees what this block reads of tensors: each is some 60 us while a model is traced."""
+    """Hides what this block reads of tensors from every `TorchFunctionMode`; each costs about 60 us during a trace."""
     with torch._C.DisableTorchFunction():
         yield
 
 
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
-    """What runs in this block leaves no trace in a graph that is being made."""
+    """Hides what this block does from a graph that is being traced."""
     with proxy_tensor.disable_proxy_modes_tracing(), unseen_by_modes():
         yield
 
@@ -173,24 +173,24 @@ def past_python(op: OpOverload) -> Callable[..., Any]:
 
 
 def storage_uses(storage: torch.UntypedStorage) -> int:
-    """How many tensors share a storage."""
+    """The number of tensors that share a storage."""
     return torch._C._storage_Use_Count(storage._cdata)
 
 
 def saved_tensors_hooks_now() -> tuple[Any, ...]:
-    """The pack and unpack hooks of the innermost `torch.autograd.graph.saved_tensors_hooks`; () outside of any."""
+    """The pack and unpack hooks of the innermost `torch.autograd.graph.saved_tensors_hooks`; () if there is none."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) or ()
 
 
 def is_under_functorch() -> bool:
-    """Whether a transform (`torch.func.grad`, `vmap`, ...) is at work."""
+    """Whether a function transform (`torch.func.grad`, `vmap`, ...) is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_looked_through() -> bool:
     """Whether someone sees each operation as it runs.
 
-    Compilers, tracers, modes, transforms, forward gradients, and who records a CUDA graph of all that is launched.
+    These are compilers, tracers, modes, transforms, forward gradients, and the recording of a CUDA graph.
     """
     return bool(
         torch.compiler.is_compiling()
@@ -204,7 +204,7 @@ def is_looked_through() -> bool:
 
 
 def function_apply() -> Callable[..., Any]:
-    """What `Function.apply` calls by now, as a function of the class and its arguments.
+    """What `Function.apply` currently calls, as a function of the class and its arguments.
 
     Example:
         >>> function_apply()(MyFunction, x)  # MyFunction.apply(x)
@@ -221,8 +221,8 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 def watching_functions(watch: Callable[[type], None]) -> Iterator[None]:
     """Calls `watch(cls)` wherever a `torch.autograd.Function` is applied in this block, by any thread.
 
-    A model may have kept `MyFunction.apply` under a name of its own. From torch 2.14 on, that is C, which asks the
-    class for its `_backward_cls` first.
+    A model may have stored `MyFunction.apply` under another name. From torch 2.14 on, that is C code, which first asks
+    the class for its `_backward_cls`.
     """
     apply = function_apply()
 
@@ -247,14 +247,14 @@ _CHECKPOINT_SIGNATURE = inspect.signature(getattr(*CHECKPOINT))
 
 
 def checkpoint_settings(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    """What `CHECKPOINT` is told, by name: `context_fn`, `preserve_rng_state`, `determinism_check`, `early_stop`."""
+    """The arguments of `CHECKPOINT` by name: `context_fn`, `preserve_rng_state`, `determinism_check`, `early_stop`."""
     bound = _CHECKPOINT_SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
 
 
 class NeedsGuard(RuntimeError):
-    """An operation asked for a guard on sizes where none may be made."""
+    """An operation asked for a guard on sizes where none is allowed."""
 
 
 @contextlib.contextmanager
@@ -262,11 +262,11 @@ def without_new_guards(shape_env: ShapeEnv) -> Iterator[None]:
     """Refuses guards on sizes in this block (`ShapeEnv.error_on_new_guards` is newer than torch 2.11).
 
     Raises:
-        NeedsGuard: one was asked for.
+        NeedsGuard: a guard was asked for.
     """
 
     def refuse(expression: Any, value: Any) -> None:
-        raise NeedsGuard(f"{expression} would have to be {value}")
+        raise NeedsGuard(f"a guard would be needed: {expression} must be {value}")
 
     with _frozen(shape_env, refuse):
         yield
@@ -274,7 +274,7 @@ def without_new_guards(shape_env: ShapeEnv) -> Iterator[None]:
 
 @contextlib.contextmanager
 def guards_ignored(shape_env: ShapeEnv) -> Iterator[None]:
-    """Makes no guards in this block, and refuses none, inside of `without_new_guards` too."""
+    """Makes no guards in this block and refuses none, even inside `without_new_guards`."""
     with _frozen(shape_env, lambda expression, value: None), shape_env.suppress_guards():
         yield
 
@@ -303,11 +303,11 @@ def _varlen_attn() -> tuple[Any, bool]:
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, *args: Any, enable_gqa: bool = False, **options: Any
 ) -> Any:
-    """`torch.nn.attention.varlen.varlen_attn`, with fewer heads of keys than of queries on torch 2.11 too.
+    """`torch.nn.attention.varlen.varlen_attn`, with fewer key heads than query heads also on torch 2.11.
 
-    Its kernel takes them there without being told (equal on an H200 to keys repeated for each query's head).
+    Its kernel supports that without the argument (on an H200, equal to keys repeated for each query head).
 
-    Shapes: query (tokens, heads, head_dim), key and value (tokens, key_heads, head_dim); as the result, query's.
+    Shapes: query (tokens, heads, head_dim), key and value (tokens, key_heads, head_dim); the result has query's shape.
     """
     attend, takes_groups = _varlen_attn()
     if takes_groups:
@@ -315,17 +315,17 @@ def varlen_attention(
     return attend(query, key, value, *args, **options)
 
 
-_attention = torch._C._nn.scaled_dot_product_attention  # while another stands in the public name's place
-ATTENTION_ASKS_FOR_ONE = torch.__version__ < "2.13"  # its choice of a kernel guards on a mask's batch of 1
+_attention = torch._C._nn.scaled_dot_product_attention  # kept, because the public name may be replaced
+ATTENTION_ASKS_FOR_ONE = torch.__version__ < "2.13"  # its choice of a kernel guards on a mask batch of 1
 
 
 def attention_of_any_batch(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **options: Any
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` in a trace where `ATTENTION_ASKS_FOR_ONE`: a batch of one has the same graph.
+    """`F.scaled_dot_product_attention` in a trace where `ATTENTION_ASKS_FOR_ONE`: a batch of one gets the same graph.
 
-    The sizes that the kernels need to be equal are asserted here, so that the guards of their choice are not needed:
-    the graph holds the op itself, which chooses anew at each call.
+    The sizes that kernels need to be equal are asserted here, so the guards of the kernel choice are not needed: the
+    graph contains the op itself, which chooses again at each call.
 
     Shapes: query (..., queries, width), key (..., keys, width), value (..., keys, columns) and a mask that broadcasts
         to (..., queries, keys); the result is (..., queries, columns).
@@ -341,7 +341,7 @@ def attention_of_any_batch(
 
 
 def _equal_sizes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[tuple[int | SymInt, int | SymInt]]:
-    """The pairs of sizes, one of them a symbol, that are equal in an attention without broadcasts of its operands."""
+    """The pairs of sizes, at least one of them symbolic, that are equal in an attention without broadcast operands."""
     scores = (*query.shape[:-1], key.shape[-2])
     pairs = [
         *(pair for pair in zip(reversed(mask.shape), reversed(scores), strict=False) if not _is_one(pair[0])),
@@ -360,14 +360,14 @@ def _hint(size: int | SymInt) -> int | None:
     return size.node.hint if isinstance(size, SymInt) else size
 
 
-SLICES_ARE_UNKNOWN = torch.__version__ < "2.12"  # how long `x[:n]` is, if n may be more than there is
-_place_in_slice = fake_impls._compute_slice_index  # while another stands in its place
+SLICES_ARE_UNKNOWN = torch.__version__ < "2.12"  # the length of `x[:n]`, if n may exceed the size
+_place_in_slice = fake_impls._compute_slice_index  # kept, because the name may be replaced
 
 
 def place_in_slice(size: int | SymInt, index: int | SymInt) -> int | SymInt | None:
-    """Where a slice of `size` elements begins or ends at `index`, as torch 2.12 knows it; None where nothing tells.
+    """Where a slice of `size` elements begins or ends at `index`, as in torch 2.12; None if unknown.
 
-    Where `SLICES_ARE_UNKNOWN`, `positions[:, :length]` would have a length that no input tells.
+    Where `SLICES_ARE_UNKNOWN`, `positions[:, :length]` would have a length that no input gives.
     """
     if (known := _place_in_slice(size, index)) is not None:
         return known
@@ -377,15 +377,13 @@ def place_in_slice(size: int | SymInt, index: int | SymInt) -> int | SymInt | No
 
 
 def compile_by_inductor(graph_module: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Callable[..., Any]:
-    """A graph of tensors as one function that returns a tuple, compiled by torch's Inductor.
+    """Compiles a graph of tensors with torch's Inductor into one function that returns a tuple.
 
-    It takes all sizes of the dims that are symbols in the graph's values.
-
-    `torch.compile` would look at guards in each call (some 30 us), and compile again for a size of 1. What is compiled
-    asserts sizes and strides instead.
+    It accepts all sizes of the dims that are symbolic in the graph's values. `torch.compile` would check guards in each
+    call (about 30 us), and compile again for a size of 1; this function asserts sizes and strides instead.
 
     Args:
-        tensors: an example of its inputs, whose strides it is compiled for.
+        tensors: an example of its inputs; it is compiled for their strides.
     """
     from torch._dynamo.source import ConstantSource
     from torch._inductor import standalone_compile  # loads Triton: only where something is compiled
@@ -404,7 +402,7 @@ def compile_by_inductor(graph_module: torch.fx.GraphModule, tensors: Sequence[Te
     graph_module.recompile()
     FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
     for node in graph_module.graph.nodes:
-        node.meta["example_value"] = node.meta.get("val")  # where it looks for the sizes
+        node.meta["example_value"] = node.meta.get("val")  # Inductor looks here for the sizes
     compiled: Callable[..., Any] = standalone_compile(graph_module, inputs, dynamic_shapes="from_graph")
     return compiled
 
@@ -412,9 +410,9 @@ def compile_by_inductor(graph_module: torch.fx.GraphModule, tensors: Sequence[Te
 def environment_of(
     sizes: Mapping[sympy.Symbol, tuple[int | None, int, int | None]], facts: Sequence[sympy.Basic]
 ) -> tuple[ShapeEnv, dict[sympy.Symbol, torch.SymInt]]:
-    """An environment of sizes, as a trace leaves one, and each size in it.
+    """A shape environment as a trace leaves it, and each size in it.
 
-    Torch's own `add_backed_var_to_val` and its like go by another name in each version.
+    torch's own `add_backed_var_to_val` and similar functions have another name in each version.
 
     Args:
         sizes: a symbol's value in the example (None: no input tells it), the least that it can be and the most (None:
@@ -447,5 +445,5 @@ def frames_unread() -> Iterator[None]:
 
 
 def fake_like(value: Tensor, mode: FakeTensorMode, device: torch.device) -> FakeTensor:
-    """A fake tensor of a meta tensor's kind: 7 us, where a factory on symbolic sizes takes 500."""
+    """A fake tensor like a meta tensor: 7 us, where a factory on symbolic sizes takes 500."""
     return FakeTensor(mode, value, device)

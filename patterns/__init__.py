@@ -1,4 +1,4 @@
-"""The built-in rule library: one subject a file, plain data, no import effects."""
+"""The built-in rules: one subject per file; importing them has no effect."""
 
 from fxbt.patterns.activation import Activation
 from fxbt.patterns.attention import Attention

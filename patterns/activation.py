@@ -1,4 +1,4 @@
-"""Activations by what they compute, however they are decomposed: gelu (erf, tanh, quick) and silu.
+"""Recognises activations by what they compute, however they are decomposed: gelu (erf, tanh, quick) and silu.
 
 Source: Hendrycks and Gimpel 2016, "Gaussian error linear units", section 2; silu: Elfwing et al. 2017.
 """
@@ -19,7 +19,7 @@ FORMULAS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
-IN_BEST_FORM = {"quick gelu"}  # torch has no kernel of its own for it
+IN_BEST_FORM = {"quick gelu"}  # torch has no kernel for it
 
 
 class Activation(fxbt.Rule):

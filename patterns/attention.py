@@ -1,4 +1,4 @@
-"""Attention, however it is written: the rules for it, in the order they are tried at each softmax and each SDPA."""
+"""Attention, however it is written: its rules, in the order they are tried at each softmax and each SDPA."""
 
 from __future__ import annotations
 

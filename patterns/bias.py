@@ -1,4 +1,4 @@
-"""What SDPA adds to its scaled product for a chain of steps on attention scores: the chain, run on nothing."""
+"""The `attn_mask` that SDPA adds to its scaled product, computed from a chain of steps on attention scores."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Operand = Callable[[fx.Node, axes.Axes], torch.Tensor]
 
 
 def kept_by(steps: list[scores.Step], operand: Operand) -> torch.Tensor:
-    """Where no fill takes the place of a score; there must be a fill."""
+    """Where no fill replaces a score; there must be at least one fill."""
     masks_ = [operand(step.node, step.axes).bool() == step.keep for step in steps if isinstance(step, scores.Fill)]
     return functools.reduce(torch.logical_and, masks_)
 
 
 def bias_of(steps: list[scores.Step], operand: Operand, dtype: torch.dtype) -> torch.Tensor | None:
-    """What the steps add to the scaled product: the chain, innermost first, run on a score of zero of `dtype`.
+    """What the steps add to the scaled product: the chain, innermost first, applied to a score of zero of `dtype`.
 
-    `operand` gives a step's tensor laid out as (batch, heads, seq, keys). A lone -inf fill stays a boolean mask.
+    `operand` returns a step's tensor laid out as (batch, heads, seq, keys). A single -inf fill stays a boolean mask.
     """
     if len(steps) == 1 and isinstance(steps[0], scores.Fill) and steps[0].fill == -math.inf:
         mask = operand(steps[0].node, steps[0].axes)
@@ -46,7 +46,7 @@ def _apply(step: scores.Step, bias: torch.Tensor | None, operand: Operand, dtype
         keep = mask if step.keep else mask.logical_not()
         zero = torch.zeros((), dtype=dtype, device=keep.device)
         return torch.where(keep, zero if bias is None else bias, step.fill)
-    assert isinstance(step, scores.Add), "scores under a tanh are no sum with a bias"
+    assert isinstance(step, scores.Add), "scores under a tanh are not a sum with a bias"
     term = _addend(step, operand)
     return term if bias is None else bias + term
 
@@ -61,4 +61,5 @@ def _addend(step: scores.Add, operand: Operand) -> torch.Tensor:
 
 
 def times(tensor: torch.Tensor, factor: torch.Tensor, divide: bool) -> torch.Tensor:
+    """A product, or a quotient if `divide`."""
     return tensor / factor if divide else tensor * factor

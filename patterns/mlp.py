@@ -1,4 +1,4 @@
-"""The feed-forward block of a transformer layer as one node."""
+"""The MLP (feed-forward block) of a transformer layer as one node."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import fxbt
 
 
 def activation(op: Any, x: Any) -> Any:
-    """Any activation; quick gelu and squared relu have no op of their own."""
+    """Any activation, and the two that have no op: quick gelu and squared relu."""
     return op.either(op.activation(x), x * op.sigmoid(x * 1.702), op.pow(op.relu(x), 2))
 
 

@@ -1,4 +1,4 @@
-"""Normalisation, however it is decomposed, as one layer_norm or rms_norm; and norm(x + branch) as one node."""
+"""Norms, however they are decomposed, as one layer_norm or rms_norm; and norm(x + branch) as one node."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import fxbt
 
 
 def is_per_channel(m: fxbt.Found, *names: str) -> None:
-    """Scales and shifts of a norm over the last dim are vectors of its size."""
+    """Checks that each scale and shift of a norm is a vector of the last dim's size."""
     for name in names:
         value = m.values[name]
         if value is not None:
-            m.need(isinstance(value, fx.Node), f"{name} is a number")
-            m.need(m.x.shape[-1:] == getattr(m, name).shape, f"{name} is no vector of the last dim's size")
+            m.need(isinstance(value, fx.Node), f"{name} is a number, not a tensor")
+            m.need(m.x.shape[-1:] == getattr(m, name).shape, f"{name} is not a vector of the last dim's size")
 
 
 class RMSNorm(fxbt.Rule):
@@ -71,7 +71,7 @@ class LayerNorm(fxbt.Rule):
 
 
 class ResidualNorm(fxbt.Rule):
-    """norm(x + branch) as one node, where nothing else reads the sum"""
+    """norm(x + branch) as one node, if nothing else reads the sum"""
 
     name = "residual_norm"
     makes = frozenset({"residual_norm"})

@@ -1,8 +1,9 @@
 """Projections that share an input as one: query, key, value = split(x W^T + b), W = [Wq; Wk; Wv].
 
-Anchored at attention, the pivot: back from each operand, through whatever keeps it one projection (layout, rotary,
-norms), to the linear it comes from. Linears on one input are merged: all three in self-attention, key and value in
-cross-attention. The merged weights stay an expression of the originals in the graph, so they follow every change.
+The rule starts at an attention and follows each operand back to its linear, through ops that keep one projection
+separate (layout, rotary, norms). Linears that share an input are merged: all three in self-attention, key and value in
+cross-attention. The merged weight remains an expression of the original weights in the graph, so it follows every
+change of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fxbt import Miss, argument, nearest_sources, ops
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
-# Past a detach, merging would turn a weight's missing gradient into zeros.
+# Merging across a detach would turn a weight's missing gradient into zeros.
 BARRIERS = {*ops.ATTENTIONS, aten.detach.default}
 
 
@@ -38,7 +39,7 @@ class MergeQKV(fxbt.Rule):
         linears = sorted(_sharing_an_input(projections))
         weights = [argument(linear, "weight") for linear in linears]
         is_parameter = all(isinstance(weight, fx.Node) and weight.op == "get_attr" for weight in weights)
-        m.need(is_parameter, "a projection's weight is computed, not a parameter")
+        m.need(is_parameter, "a projection's weight is computed in the graph; expected a parameter")
         biases = [argument(linear, "bias") for linear in linears]
         m.stand_for(*linears)
         m.bind(x=argument(linears[0], "input"), weights=weights, has_bias=[bias is not None for bias in biases])
@@ -55,13 +56,13 @@ class MergeQKV(fxbt.Rule):
 
 
 def _projection(operand: object) -> fx.Node | None:
-    """The one linear an attention operand comes from, or None where it comes from none or from several."""
+    """The only linear that an attention operand comes from; None if it comes from none or from several."""
     linears = nearest_sources(operand, {LINEAR}, BARRIERS)
     return linears[0] if len(linears) == 1 else None
 
 
 def _sharing_an_input(linears: list[fx.Node]) -> list[fx.Node]:
-    """The largest group of different linears on one input.
+    """The largest group of distinct linears that share one input.
 
     Raises:
         Miss: there is no such group.
@@ -73,14 +74,14 @@ def _sharing_an_input(linears: list[fx.Node]) -> list[fx.Node]:
             group.append(linear)
     if not groups:
         raise Miss(
-            "query, key and value come from no linear of their own",
-            expected="two linears or more on one input",
+            "query, key and value do not come from linears of their own",
+            expected="two or more linears on one input",
         )
     largest = max(groups.values(), key=len)
     if len(largest) < 2:
         together = len(linears) == 3 and len(set(linears)) == 1
         raise Miss(
-            "one projection gives query, key and value already" if together else "no two projections share an input",
+            "one projection already computes query, key and value" if together else "no two projections share an input",
             node=largest[0],
         )
     return largest

@@ -8,7 +8,7 @@ import fxbt
 
 
 class Rotary(fxbt.Rule):
-    """x * cos + rotate(x) * sin, where rotate turns each pair (a, b) to (-b, a)
+    """x * cos + rotate(x) * sin, where rotate turns each pair (a, b) into (-b, a)
 
     Source: Su et al. 2021, "RoFormer: enhanced transformer with rotary position embedding", equation 34.
     """

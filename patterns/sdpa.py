@@ -1,11 +1,11 @@
 """softmax(scale * Q K^T + bias) V, however it is written, as one scaled_dot_product_attention (SDPA).
 
-What stands in the graph is read by `fxbt.attentions`, whatever its layout; here is what takes its place. Rules for
-what SDPA has no argument for build on this one: `sinks`, `written_out`. Models that call SDPA already are improved
-where the mask proves to be causal or to mask nothing, or key/value heads were expanded for nothing.
+`fxbt.attentions` reads the attention from the graph in any layout; this file builds its replacement. The rules for what
+SDPA has no argument for build on this one: `sinks`, `written_out`. An existing SDPA call is improved where its mask
+proves to be causal or to mask nothing, or where key/value heads were expanded unnecessarily.
 
 Fully masked rows: a finite fill keeps its uniform average; an -inf fill gives 0 where the model gave NaN. SDPA adds
-masks, so that a fill becomes a number in which a score is lost.
+masks, so a fill becomes a number so large that adding it absorbs the score.
 
 Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.1; torch's SDPA documentation.
 """
@@ -28,17 +28,18 @@ SCORES, PER_QUERY, RESULT = "batch heads seq keys", "batch heads seq 1", "batch 
 
 @dataclass
 class Plan:
-    """What `replace` needs beside the tensors: an attention without a mask that was proven, and its axes by name."""
+    """What `replace` needs besides the tensors: an attention without the masks that were proven away, and its named
+    axes."""
 
     found: attentions.Attention
     layout: attentions.Layout
-    written: Any = None  # how scores are written out that SDPA cannot express
+    written: Any = None  # how to write out scores that SDPA cannot express
     is_causal: bool = False
     is_masked: bool = True
 
 
 class AttentionRule(Rule):
-    """What all attentions share: operands laid out as SDPA takes them, factors on queries and on the result."""
+    """What all attention rules share: operands laid out for SDPA, and factors on queries and on the result."""
 
     name = "attention"
     proven = True
@@ -51,10 +52,10 @@ class AttentionRule(Rule):
         return op.contract("... q k, ... k v -> ... q v", weights, value)
 
     def written(self, found: attentions.Attention, m: Found) -> Any:
-        """How scores are written out that SDPA cannot express, else None.
+        """How to write out scores that SDPA cannot express; None if SDPA can.
 
         Raises:
-            Miss: the attention is none of this rule's.
+            Miss: another rule handles this attention.
         """
         raise NotImplementedError
 
@@ -66,7 +67,7 @@ class AttentionRule(Rule):
         plan(m, [replace(each, scale=each.scale * scale) for each in found], written)
 
     def kernel(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> Tensor:
-        """The attention itself: tensors as SDPA's to a result (batch, heads, seq, value_dim)."""
+        """The attention itself: takes tensors as SDPA does, returns (batch, heads, seq, value_dim)."""
         raise NotImplementedError
 
     def replace(self, plans: list[Plan], operands: Operands) -> list[Tensor]:
@@ -118,18 +119,18 @@ class CalledAttention(SoftmaxAttention):
 
 
 def is_improved(found: list[attentions.Attention]) -> bool:
-    """Whether a call of SDPA can do without its mask, or without expanded heads."""
+    """Whether an SDPA call can do without its mask or without expanded heads."""
     layout = attentions.layout_of(found[0])
     return bool(layout.groups or attentions.proven_mask(found[0], layout, found[0].steps))
 
 
 def another_rules(m: Found) -> Miss:
-    """A softmax that another of the attention rules speaks of."""
-    return Miss("another kind of attention", node=m.outputs[0], total=1)
+    """The Miss of a softmax that another attention rule handles."""
+    return Miss("another attention rule handles this softmax", node=m.outputs[0], total=1)
 
 
 def plan(m: Found, found: list[attentions.Attention], written: Any = None) -> None:
-    """Binds the plans of attentions, without the mask where it is proven to mask nothing but later keys.
+    """Binds the plans of attentions, without a mask that is proven to hide only later keys, or nothing.
 
     Raises:
         Miss: an operand has an axis that SDPA has no place for.
@@ -145,7 +146,7 @@ def plan(m: Found, found: list[attentions.Attention], written: Any = None) -> No
 
 
 def query_and_bias(plan: Plan, query: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
-    """The query, and what SDPA adds to its scaled product with the key: (batch | 1, heads | 1, seq | 1, keys | 1)."""
+    """The query, and the bias that SDPA adds to its scaled product: (batch | 1, heads | 1, seq | 1, keys | 1)."""
     if not plan.is_masked:
         return query, None
     found = plan.found
@@ -154,8 +155,8 @@ def query_and_bias(plan: Plan, query: Tensor, operands: Operands) -> tuple[Tenso
     is_narrow = found.dtype is torch.float16
     if bias is None or not scores.has_finite_fill(found.steps) or not (torch.is_grad_enabled() or is_narrow):
         return query, bias
-    # Rows that finite fills mask everywhere have equal scores. With gradients, none must pass from such rows to the
-    # scores; float16 has no number that absorbs a score.
+    # In rows that finite fills mask entirely, all scores are equal. No gradient may flow from such rows to the scores,
+    # and float16 has no number that absorbs a score.
     is_open = kept_by(found.steps, on_scores).any(-1, keepdim=True)
     if is_narrow:
         bias = bias.logical_or(~is_open) if bias.dtype is torch.bool else torch.where(is_open, bias, 0.0)
@@ -163,14 +164,14 @@ def query_and_bias(plan: Plan, query: Tensor, operands: Operands) -> tuple[Tenso
 
 
 def scores_operand(operands: Operands) -> Any:
-    """A step's tensor as it meets the scores: (batch | 1, heads | 1, seq | 1, keys | 1)."""
+    """Returns a step's tensor in the shape of scores: (batch | 1, heads | 1, seq | 1, keys | 1)."""
     return lambda node, labels: operands(node, labels, SCORES, expand=False)
 
 
 def sdpa(plan: Plan, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """SDPA as a plan says: causal or not, with dropout, with grouped heads.
+    """Calls SDPA as the plan says: causal or not, with dropout, with grouped heads.
 
-    One query for each of several heads that see the same keys (a decoder's step) is as many queries of one head.
+    Where several heads with one query each share their keys (one decoding step), they become the queries of one head.
     """
     if bias is not None:
         bias = _with_batch_and_keys(bias, query, key)
@@ -195,7 +196,7 @@ def _is_one(size: Any) -> bool:
 
 
 def _with_batch_and_keys(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """`bias` with a batch and a key axis of full size: SDPA guards on the ones that it broadcasts itself."""
+    """`bias` with a full batch axis and a full key axis: SDPA guards on the ones that it broadcasts itself."""
     shape = [-1] * 4
     for dim, size in ((0, query.shape[0]), (3, key.shape[2])):
         if _is_one(bias.shape[dim]):
@@ -204,7 +205,7 @@ def _with_batch_and_keys(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def same_dtype(*tensors: Any) -> list[Any]:
-    """Operands of different float dtypes promoted to the widest, as SDPA takes one dtype."""
+    """Promotes float operands to their widest dtype, because SDPA takes one dtype."""
     floats = [tensor for tensor in tensors if tensor is not None and tensor.is_floating_point()]
     widest = floats[0].dtype
     for tensor in floats:

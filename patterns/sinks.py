@@ -1,7 +1,7 @@
-"""Attention with a sink: one more score for each query, of a key without a value. It takes weight and gives nothing.
+"""Attention with a sink: each query has one more score, of a key without a value. It takes weight and adds nothing.
 
-Both of its spellings are read by `fxbt.attentions`: a score that joins the others and is cut off after the softmax,
-and a factor on the result, with L = sum_j exp(S_j):  exp(S) / (L + exp(sink)) = softmax(S) * sigmoid(log L - sink).
+`fxbt.attentions` reads both spellings: a score joined to the others and cut off after the softmax, and a factor on the
+result, with L = sum_j exp(S_j):  exp(S) / (L + exp(sink)) = softmax(S) * sigmoid(log L - sink).
 
 Source: Xiao et al. 2024, "Efficient streaming language models with attention sinks"; gpt-oss; Granite.
 """
@@ -20,7 +20,7 @@ from fxbt.patterns.sdpa import PER_QUERY, AttentionRule, Plan, another_rules, qu
 
 
 class SinkAttention(AttentionRule):
-    """softmax([scale * Q K^T + bias, sink]) [V, 0]  ->  SDPA with one more key and value of zeros"""
+    """softmax([scale * Q K^T + bias, sink]) [V, 0]  ->  SDPA with one more key and value, both zero"""
 
     def written(self, found: attentions.Attention, m: Found) -> None:
         if not found.sink or scores.beyond_sdpa(found.steps, found.dtype):
@@ -34,9 +34,9 @@ class SinkAttention(AttentionRule):
 
 
 def with_sink(query: Tensor, key: Tensor, value: Tensor, bias: Any, sink: Tensor) -> Any:
-    """(key, value, bias) with a last key and value of zeros, whose score the bias alone gives.
+    """(key, value, bias) with one more key and value of zeros; only the bias gives its score.
 
-    The tensors are SDPA's, the sink (batch | 1, heads | 1, seq | 1, 1).
+    The tensors are SDPA's; the sink is (batch | 1, heads | 1, seq | 1, 1).
     """
     rows = query.shape[:3]
     if bias is None:

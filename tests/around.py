@@ -2368,7 +2368,7 @@ def own_error_for_a_length():
     return taking(forward)
 
 
-VALUES = ("values of tensors", "goes another way", "number that only")
+VALUES = ("values of tensors", "goes another way", "a number that depends on the values")
 
 
 @around((GRAPH, *VALUES), (GRAPH, *VALUES))

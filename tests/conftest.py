@@ -15,6 +15,7 @@ from torch import fx
 
 import fxbt.kernels.native
 import fxbt.lower.program
+from fxbt.lower.bindings import called_by
 
 torch.set_num_threads(1)
 
@@ -67,7 +68,7 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     targets: list[object] = []
 
     def spy(graph: fx.Graph) -> Callable[..., Any]:
-        targets[:] = [node.target for node in graph.nodes if node.op == "call_function"]
+        targets[:] = [called_by(node) for node in graph.nodes if node.op == "call_function"]
         return original(graph)
 
     original = fxbt.lower.program.compile_graph

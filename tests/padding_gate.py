@@ -111,7 +111,7 @@ def pack(name: str, dtype: torch.dtype = torch.float32, **variation: Any) -> Non
     PACKED.append(Case(name, lambda: Net(**variation), "", dtype=dtype))
 
 
-MIXES = "mixes tokens, padded ones among them"
+MIXES = "mixes tokens, including padded ones"
 UNKNOWN = "not known to keep tokens apart"
 SUMS = "sums over batch or tokens"
 UNMASKED = "padding is not masked out of the attention"
@@ -167,7 +167,7 @@ refuse("convolution", "convolution mixes tokens", mix=lambda net, x, mask: net.c
 refuse("average pooling", UNKNOWN, mix=lambda net, x, mask: F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2))
 refuse(
     "max pooling",
-    "the mask has a fixed size",
+    "the mask has a fixed batch or length",
     mix=lambda net, x, mask: F.max_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
 )
 refuse("running sum", MIXES, mix=lambda net, x, mask: x.cumsum(1))
@@ -299,7 +299,7 @@ refuse(
 refuse("counted mask", UNMASKED, second=lambda mask, x: additive((mask.cumsum(1) > 0).long(), x))
 refuse(
     "scores that block",
-    "adds what may be a mask itself",
+    "adds a term that may itself be a mask",
     mix=lambda net, x, mask: net.attention(
         1, x, additive(mask, x) * 1e-29 + F.threshold(x @ x.transpose(1, 2), 0.0, -1e9)[:, None]
     ),
@@ -342,30 +342,30 @@ REFUSED.append(
 
 # --- what is right for some calls only --------------------------------------------------------------------------
 
-AT_FIRST = "padding stands at position 0"
+AT_FIRST = "position 0 is read, and a row has padding there"
 guard("first token", AT_FIRST, lambda m: bool((m[:, 0] == 0).any()), head=lambda net, x, mask: x[:, 0])
 guard("first two tokens", AT_FIRST, lambda m: bool((m[:, :2] == 0).any()), head=lambda net, x, mask: x[:, :2].sum(1))
 guard(
     "second token",
-    "padding stands at position 1",
+    "position 1 is read, and a row has padding there",
     lambda m: bool((m[:, 1] == 0).any()),
     head=lambda net, x, mask: x[:, 1],
 )
 guard(
     "last position",
-    "padding stands at position -1",
+    "position -1 is read, and a row has padding there",
     lambda m: bool((m[:, -1] == 0).any()),
     head=lambda net, x, mask: x[:, -1],
 )
 guard(
     "last token by count",
-    "position that the call gives",
+    "the call reads a position where there is padding",
     lambda m: bool((m.gather(1, (m.sum(1, keepdim=True) - 1) % m.shape[1]) == 0).any()),
     head=lambda net, x, mask: x[torch.arange(x.shape[0]), mask.sum(1) - 1],
 )
 guard(
     "only causal",
-    "padding stands before tokens",
+    "padding comes before tokens",
     lambda m: bool((m[:, 1:] > m[:, :-1]).any()),
     mix=lambda net, x, mask: net.attention(1, x, None, is_causal=True),
 )
@@ -518,7 +518,7 @@ GUARDED.append(
         lambda m: bool((m[:, 0] == 0).any()),
     )
 )
-BY_IDS = "no attention is masked by an input [batch, length], or an embedding's padding_idx"
+BY_IDS = "no attention is masked by an input [batch, length], an embedding's padding_idx"
 REFUSED += [
     ids_alone("ids that no embedding calls padding", BY_IDS, not_pad, padding_idx=None),
     ids_alone("ids of another number", BY_IDS, lambda ids: ids.ne(7)),

@@ -218,7 +218,7 @@ WITH_HEADS = [
 ]
 
 SINK = "an attention sink"
-ROUTED = "an op mixes tokens, padded ones among them"
+ROUTED = "an op mixes tokens, including padded ones"
 DENSE = [
     (Case("GptOssModel", SINKS), SINK),
     (Case("MixtralModel", EXPERTS, "sdpa"), ROUTED),

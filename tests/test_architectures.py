@@ -50,9 +50,9 @@ pytestmark = pytest.mark.skipif(
     version.parse(transformers.__version__).major < 5, reason="the settings are those of transformers 5"
 )
 
-CACHED = "a value inside is used outside"  # keys and values that forward returns as a cache
-FUSED = "one projection gives query, key and value already"
-ONE_LINEAR = "one projection gives query, key and value already"
+CACHED = "a value inside the block is used outside it"  # keys and values that forward returns as a cache
+FUSED = "one projection already computes query, key and value"
+ONE_LINEAR = "one projection already computes query, key and value"
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def test_one_rule_takes_it(rule: str, attend: Callable[..., Tensor]) -> None:
         assert RULES[rule]().find(anchor).replaces
         others = [other for name, other in RULES.items() if name != rule and anchor.target in other.targets]
         for other in others:
-            with pytest.raises(fxbt.Miss, match="another kind of attention"):
+            with pytest.raises(fxbt.Miss, match="another attention rule handles this softmax"):
                 other().find(anchor)
 
 

@@ -92,9 +92,9 @@ def test_a_type_or_a_shape_alone_carries_no_marks() -> None:
     ("function", "reason"),
     [
         (lambda x: x.roll(1, 0), "not known to keep places apart"),
-        (lambda x: torch.addmm(torch.ones(12, 5), x.flatten(0, 1), torch.ones(6, 5)), "an addend of its own"),
+        (lambda x: torch.addmm(torch.ones(12, 5), x.flatten(0, 1), torch.ones(6, 5)), "differs from row to row"),
         (lambda x: F.linear(x.flatten(0, 1), x.flatten(0, 1)), "not known to keep places apart"),
-        (lambda x: x.flatten(0, 1) + x.transpose(0, 1).flatten(0, 1), "different axes meet"),
+        (lambda x: x.flatten(0, 1) + x.transpose(0, 1).flatten(0, 1), "combines different axes"),
     ],
     ids=["rolled", "an addend for each row", "its own weights", "merged in another order"],
 )

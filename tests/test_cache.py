@@ -8,14 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fxbt.kernels import autotune, cache, native, toolchain
-from fxbt.kernels.autotune import Contest
+from fxbt.kernels.autotune import Measurements, Tuner
+from fxbt.kernels.turns import Contest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owners here as on POSIX")
 as_root = pytest.mark.skipif(getattr(os, "geteuid", int)() != 0, reason="only root gives files away")
@@ -424,13 +425,28 @@ def worker(folder: str, number: int, count: int) -> None:
 
     toolchain.compiled = lambda *args: make("library", b"a library")
     native._flags = lambda: ("-O3",)
-    autotune._measure = lambda contest: make(contest.key, {"plain": [2.0, 2.0], "second": [1.0, 1.0]})
-    autotune.BUDGET_SECONDS = 120.0
+    autotune.measure = lambda contest, clock: steps_to(lambda: make(contest.key, SECOND_IS_FASTER))
     (notes / f"asked.{number}").touch()
     path, is_new = native._found_or_compiled()
     assert path.read_bytes() == b"a library" and is_new == (notes / f"made.library.{number}").exists()
-    tuner = autotune.Tuner()
-    assert tuner.choose(contest("a")) == tuner.choose(contest("b")) == ("second", "second")
+    for key in ("a", "b"):
+        assert chosen(contest(key), 120.0) == ("second", "second")
+
+
+SECOND_IS_FASTER = {"plain": [2.0, 2.0], "second": [1.0, 1.0]}
+
+
+def steps_to(result: Callable[[], Any]) -> Generator[None, None, Any]:
+    """A measurement in one step."""
+    yield
+    return result()
+
+
+def chosen(contest: Contest, seconds: float) -> tuple[str, ...]:
+    """What a model's warmup chooses."""
+    measurements = Measurements(seconds)
+    with measurements.at_once():
+        return Tuner(measurements).choose(contest)
 
 
 def contest(key: str) -> Contest:
@@ -460,15 +476,13 @@ with cache._lock("measuring.lock") as is_ours:
 
 def test_a_process_that_is_killed_gives_its_lock_back(folder, monkeypatch):
     monkeypatch.setenv("FXBT_TUNE", "1")
-    monkeypatch.setattr(autotune, "_measure", lambda contest: {"plain": [2.0, 2.0], "second": [1.0, 1.0]})
-    monkeypatch.setattr(autotune, "BUDGET_SECONDS", 0.1)
+    monkeypatch.setattr(autotune, "measure", lambda contest, clock: steps_to(lambda: SECOND_IS_FASTER))
     with subprocess.Popen(script(HOLDER), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "True\n"
-        assert autotune.Tuner().choose(contest("a")) == ("plain", "plain")  # by rule meanwhile
+        assert chosen(contest("a"), 0.1) == ("plain", "plain")  # by rule meanwhile
         process.kill()
     assert (folder / "measuring.lock").exists()
-    monkeypatch.setattr(autotune, "BUDGET_SECONDS", 60.0)
-    assert autotune.Tuner().choose(contest("a")) == ("second", "second")
+    assert chosen(contest("a"), 60.0) == ("second", "second")
     assert sorted(path.name for path in folder.iterdir()) == ["data", autotune.file_name()]
 
 

@@ -192,11 +192,11 @@ def raising(self, x):
 
 REFUSED = {
     "counter": (made(count, calls=0), (), r"changes attributes of the model \(model: calls\)"),
-    "kept tensor": (made(cache, cached=None), (), "reads what an earlier call left .* cached"),
+    "kept tensor": (made(cache, cached=None), (), "reads the value that an earlier call left .* cached"),
     "input written": (made(lambda self, x: x.add_(1)), (), "writes in place to its argument x"),
     "generator returned": (made(lambda self, x: (x, {"kv": iter(())})), (), r"output\[1\]\['kv'\] holds a tuple_iter"),
     "object returned": (made(lambda self, x: object()), (), "output holds a object, which a graph cannot return"),
-    "data dependent": (made(data_dependent), (), "only the values.*\\n.*range\\(int\\(x.sum\\(\\)\\)\\):  # this"),
+    "data dependent": (made(data_dependent), (), "on the values.*\\n.*range\\(int\\(x.sum\\(\\)\\)\\):  # this"),
 }  # fmt: skip
 
 
@@ -518,7 +518,7 @@ def converted(self, x):
 
 
 @pytest.mark.parametrize(
-    "forward, words", [(assigned, "puts another tensor in the place of table"), (converted, "converts weight of a")]
+    "forward, words", [(assigned, "replaces table by another tensor"), (converted, "converts weight of a")]
 )
 def test_conversions_that_change_something_are_refused(forward, words):
     model = made(forward, linear=nn.Linear(4, 4))
@@ -617,7 +617,7 @@ def test_a_value_that_decides_and_is_written_is_refused():
 
     model = made(forward)
     model.register_buffer("seen", torch.tensor(1))
-    with pytest.raises(CaptureError, match="goes by the value of seen, which it writes"):
+    with pytest.raises(CaptureError, match="branches on the value of seen, which it also writes"):
         capture(model, make_call(model, torch.randn(2, 8)))
 
 

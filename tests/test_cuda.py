@@ -81,9 +81,9 @@ def test_causal_attention_is_a_window():
 @pytest.mark.parametrize(
     "name, dtype, settings, reason",
     [
-        ("BertModel", torch.float32, {}, "in float16 or bfloat16 only"),
-        ("BertModel", torch.bfloat16, {"hidden_size": 48}, "heads must be alike and 8, 16, ... 256 wide"),
-        ("MPNetModel", torch.bfloat16, {}, "attend without a bias only"),
+        ("BertModel", torch.float32, {}, "needs float16 or bfloat16"),
+        ("BertModel", torch.bfloat16, {"hidden_size": 48}, "need one head_dim of 8, 16, ... 256"),
+        ("MPNetModel", torch.bfloat16, {}, "supports no bias"),
     ],
 )
 def test_what_the_kernel_does_not_take_stays_dense(name, dtype, settings, reason):

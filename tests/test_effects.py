@@ -325,17 +325,17 @@ class PerInstance(Normalized):
 
 
 REFUSED = {
-    ReadsItsLast: "reads what an earlier call left in its attribute kept",
-    ReadsQuietly: "reads what an earlier call left in its attribute kept",
+    ReadsItsLast: "reads the value that an earlier call left in its attribute kept",
+    ReadsQuietly: "reads the value that an earlier call left in its attribute kept",
     Reassigned: "changes attributes of the model (model: mean)",
-    Returned: "returns a part of what it writes",
+    Returned: "returns memory that it writes",
     LeftInAnAttribute: "whose memory another tensor shares",
     SharedMemory: "whose memory another tensor shares",
     WithGradient: "requires a gradient",
     WritesWeights: "writes in place to last.bias",
     PlainTensor: "writes in place to a tensor",
-    InCheckpoint: "checkpoints, which may again",
-    Cumulative: "goes by a number that only the values",
+    InCheckpoint: "checkpoints, which may repeat the write",
+    Cumulative: "branches on or uses a number that depends on the values",
     PerInstance: "writes in place to the statistics of instance_norm",
 }
 
@@ -410,7 +410,7 @@ def test_a_checkpoint_around_it_writes_as_often() -> None:
         for model in (fast, eager):
             checkpoint(model, x, use_reentrant=False).sum().backward()
         torch.testing.assert_close(fast.state_dict(), eager.state_dict())
-    assert fast.report.graphs and "under hooks on saved tensors" in fast.report.fallbacks[0]
+    assert fast.report.graphs and "while hooks on saved tensors are active" in fast.report.fallbacks[0]
 
 
 def test_what_autograd_kept_outlives_later_calls() -> None:

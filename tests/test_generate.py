@@ -503,3 +503,40 @@ def test_no_steps_without_a_cache() -> None:
     fast(input_ids=prompt(2, 6), use_cache=False)
     (graph,) = fast.report.graphs.values()
     assert (graph.step, graph.tokens, graph.cache_bytes) == ("", 0, 0) and "KV cache" not in str(fast.report)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_one_node_each(name: str) -> None:
+    model, fast = made(MODELS[name][0])
+    generate(fast, prompt(2, 6), 5)
+    assert [graph.step for graph in fast.report.graphs.values()] == ["prefill", "decode"]
+    for graph in fast.report.graphs.values():
+        # Softcapped attention is not asked for masks.
+        layers = graph.hits["decoder_layer"] + graph.hits["encoder_layer"]
+        assert layers == 2, (graph.step, str(graph.why("encoder_layer")))
+        assert "%getitem" in graph.after  # keys and values are results of the layers
+
+
+def test_a_value_inside_a_layer_that_a_model_returns_is_no_cache() -> None:
+    class Returning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = MODELS["gpt2"][0]()
+            self.seen: list[Tensor] = []
+
+        def forward(self, ids: Tensor) -> Any:
+            seen: list[Tensor] = []
+            handles = [
+                block.ln_2.register_forward_hook(lambda module, args, output: seen.append(output))
+                for block in self.model.transformer.h[:1]
+            ]
+            logits = self.model(ids, use_cache=False).logits
+            for handle in handles:
+                handle.remove()
+            return logits, seen[0]
+
+    fast: Any = fxbt.optimize(Returning().eval())
+    for _ in range(2):
+        new, old = fast(prompt(2, 6)), fxbt.restore(fast)(prompt(2, 6))
+        torch.testing.assert_close(new, old)
+    assert all(graph.hits["decoder_layer"] <= 1 for graph in fast.report.graphs.values())

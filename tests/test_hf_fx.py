@@ -75,5 +75,5 @@ def test_a_model_it_cannot_trace_runs_the_original():
 @needs_tracer
 def test_nested_inputs_are_refused():
     model = transformers.BertModel(transformers.BertConfig(**TINY)).eval()
-    with pytest.raises(CaptureError, match="keyword arguments only"):
+    with pytest.raises(CaptureError, match="only as keyword arguments"):
         capture(model, make_call(model, [torch.ones(2, 3, dtype=torch.long)]), "hf-fx", rehearse=False)

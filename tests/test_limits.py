@@ -55,7 +55,7 @@ def test_the_least_recently_used_graph_makes_place():
     call(fast, 1, CALLS_PER_CAPTURE)  # the second is the older one now
     assert call(fast, 3) and not call(fast, 3)
     assert ranks(fast) == [1, 3] and not fast.report.fallbacks
-    assert "graphs (1 more made place for them)" in str(fast.report)
+    assert "graphs (1 more were captured and replaced)" in str(fast.report)
     assert not call(fast, 1)
 
 

@@ -213,6 +213,12 @@ def test_the_report_counts_what_is_fused_in():
         model.gamma.mul_(2)
 
 
+def test_what_is_left_to_torch_is_no_hit(kernels_of_rows):
+    kernels_of_rows[:] = ["F.linear"] * 6
+    record, _, _ = epilogues_of(lambda x, r, w: F.linear(x, w) + r, torch.randn(3, 5, 6), torch.randn(3, 5, 8), w=W)
+    assert record.hits == 0
+
+
 NEAR_MISSES = {
     "read twice": (
         lambda x, r, w: (F.linear(x, w) + r) * F.linear(x, w),
@@ -224,11 +230,19 @@ NEAR_MISSES = {
         "a value inside the pattern is used elsewhere too",
         0,
     ),
-    "broadcast": (lambda x, r, w: F.linear(x, w) + r[:, :1], "what is added has another shape", 0),
-    "of another dtype": (lambda x, r, w: F.linear(x, w) + r.double(), "computed in torch.float32 on the way to", 0),
-    "a coarser residual": (lambda x, r, w: F.linear(x, w) + r.bfloat16(), "what is added is torch.bfloat16", 0),
+    "broadcast": (lambda x, r, w: F.linear(x, w) + r[:, :1], "the other addend has another shape", 0),
+    "of another dtype": (
+        lambda x, r, w: F.linear(x, w) + r.double(),
+        "an intermediate value is in torch.float32, coarser than the result's",
+        0,
+    ),
+    "a coarser residual": (lambda x, r, w: F.linear(x, w) + r.bfloat16(), "the other addend is in torch.bfloat16", 0),
     "to itself": (lambda x, r, w: F.linear(x, w) + F.linear(x, w), "a linear is added to itself", 0),
-    "over two dims": (lambda x, r, w: F.layer_norm(F.linear(x, w) + r, (5, 8)), "the norm is not over the last dim", 1),
+    "over two dims": (
+        lambda x, r, w: F.layer_norm(F.linear(x, w) + r, (5, 8)),
+        "the norm is not over exactly the last dim",
+        1,
+    ),
     "by inputs": (lambda x, r, w: F.layer_norm(F.linear(x, w), (8,), r[0, 0]), "gamma is computed from the inputs", 0),
     "by a computed weight": (lambda x, r, w: F.layer_norm(F.linear(x, w), (8,), w[:, 0] * 2), "gamma is computed", 0),
 }

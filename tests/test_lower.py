@@ -14,6 +14,8 @@ import fxbt
 import fxbt.kernels.autotune
 from fxbt.capture.call import make_call
 from fxbt.capture.capture import capture
+from fxbt.graph.blocks import BUILT_IN
+from fxbt.lower.steps import AT_INFERENCE, WITH_GRADIENTS, Draft, Step, lower
 from fxbt.pipeline import compile as compile_graph
 
 
@@ -217,3 +219,18 @@ def test_a_constant_the_proof_read_is_watched():
         with pytest.warns(fxbt.FxbtWarning, match="changed after the graph was proven on its content"):
             torch.testing.assert_close(fast(x), model(x))
         torch.testing.assert_close(fast(x), model(x))
+
+
+def test_each_built_in_block_has_a_step_that_computes_it():
+    named = {name for step in AT_INFERENCE for name in step.computes.split(", ")}
+    assert BUILT_IN | {"attention", "qkv"} <= named
+    assert all(step.run.__doc__ for step in (*AT_INFERENCE, *WITH_GRADIENTS))
+
+
+def test_steps_of_other_devices_are_left_out():
+    ran = []
+    steps = [Step(device, lambda draft, device=device: ran.append(device), device) for device in ("", "cpu", "cuda")]
+    model = Function(lambda x, w: x @ w, w=torch.ones(6, 6)).eval()
+    module = capture(model, make_call(model, torch.ones(3, 6))).module
+    lower(Draft(module, module.graph), steps)
+    assert ran == ["", "cpu"]

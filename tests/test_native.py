@@ -410,7 +410,7 @@ def test_what_is_built_in_but_not_whole_is_compiled_here(harm, prebuilt, built, 
     monkeypatch.setattr(toolchain, "compiled", lambda *args: built)
     harm(prebuilt)
     assert native.library().path.parent == fresh / "cache"
-    assert ("install fxbt anew" in caplog.text) == (harm is not without_digest)
+    assert ("reinstall fxbt" in caplog.text) == (harm is not without_digest)
 
 
 @by_native
@@ -448,7 +448,7 @@ def test_a_kernel_that_is_off_is_not_taken(right, other, fresh, monkeypatch):
     monkeypatch.setattr(toolchain, "SOURCE", fresh / "native.c")
     toolchain.SOURCE.write_text(wrong)
     assert native.library() is None
-    assert native.obstacle().startswith("what was compiled is off by")
+    assert native.obstacle().startswith("the compiled kernels give values that differ by")
 
 
 @pytest.mark.skipif(
@@ -480,7 +480,7 @@ def test_without_a_compiler_torchs_kernels_stay(fresh, monkeypatch):
 def test_another_processor_keeps_torchs_kernels(fresh, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert native.library() is None
-    assert native.obstacle() == "it needs a CPU with AVX2 or AVX-512, torch reports DEFAULT"
+    assert native.obstacle() == "the kernels need a CPU with AVX2 or AVX-512, but torch reports DEFAULT"
 
 
 def test_it_can_be_switched_off(fresh, monkeypatch):
@@ -492,7 +492,7 @@ def test_it_can_be_switched_off(fresh, monkeypatch):
 def test_without_a_cache_it_is_compiled_into_a_private_folder(fresh, caplog):
     (fresh / "cache").write_text("a file stands in the folder's place")
     assert native.library().path.parent.name.startswith("fxbt-")
-    assert "it is no folder" in caplog.text and "FXBT_CACHE_DIR" in caplog.text
+    assert "it is not a folder" in caplog.text and "FXBT_CACHE_DIR" in caplog.text
 
 
 def test_where_nothing_can_be_written_it_is_told(fresh, monkeypatch):
@@ -501,7 +501,7 @@ def test_where_nothing_can_be_written_it_is_told(fresh, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setenv("CC", "cc")
     assert native.library() is None
-    assert native.obstacle().startswith("what is compiled cannot be kept: ")
+    assert native.obstacle().startswith("the compiled kernels cannot be saved: ")
 
 
 @by_native
@@ -510,4 +510,4 @@ def test_a_folder_that_lets_nothing_run_is_told(fresh, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: facts)
     monkeypatch.setenv("CC", compiler(fresh, 'while [ "$1" != -o ]; do shift; done; echo nothing > "$2"'))
     assert native.library() is None
-    assert "is mounted noexec: FXBT_CACHE_DIR names another place" in native.obstacle()
+    assert "is mounted noexec; set FXBT_CACHE_DIR to another folder" in native.obstacle()

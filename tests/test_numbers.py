@@ -163,7 +163,7 @@ def test_a_number_that_picks_a_module_has_a_graph_for_each_value_and_the_report_
     fast = fxbt.optimize(Function(lambda m, y, t: m.layers[t](y)).eval(), max_captures=4)
     follow(fast, *values(0, 1, 2, 3, 0, 1, 2))
     (reason,) = fast.report.fallbacks
-    assert "; t changes, and has a graph for each value: pass a tensor" in reason
+    assert "; t is a number that changes, and each value needs a graph of its own: pass a tensor" in reason
 
 
 def test_comparisons_are_guards():

@@ -89,7 +89,7 @@ def test_mask_values_other_than_0_and_1_are_guarded(value: float) -> None:
 
 def test_first_token_heads_are_guarded_against_left_padding() -> None:
     fast = ran(net(head=lambda net, x, mask: x[:, 0]), kinds=("nothing padded", "right", "left"))
-    assert calls_of(fast)["padding stands at position 0, which is read"] >= 1 and calls_of(fast)["packed"] >= 1
+    assert calls_of(fast)["position 0 is read, and a row has padding there"] >= 1 and calls_of(fast)["packed"] >= 1
 
 
 def test_last_token_heads_are_guarded_against_empty_rows() -> None:
@@ -97,7 +97,7 @@ def test_last_token_heads_are_guarded_against_empty_rows() -> None:
     fast = ran(
         net(head=lambda net, x, mask: x[torch.arange(x.shape[0]), mask.sum(1) - 1]), kinds=("right", "empty row")
     )
-    assert calls_of(fast)["padding is read at a position that the call gives"] >= 2 and calls_of(fast)["packed"] >= 1
+    assert calls_of(fast)["the call reads a position where there is padding"] >= 2 and calls_of(fast)["packed"] >= 1
 
 
 def test_cross_attention_is_guarded_against_rows_without_keys() -> None:
@@ -234,7 +234,7 @@ def test_dropping_is_the_default_and_only_at_inference() -> None:
 def test_the_report_counts_packed_dense_and_guarded_calls() -> None:
     fast = ran(net(head=lambda net, x, mask: x[:, 0]), kinds=("nothing padded", "right", "left"))
     calls = calls_of(fast)
-    assert set(calls) == {"packed", "dense", "padding stands at position 0, which is read"}
+    assert set(calls) == {"packed", "dense", "position 0 is read, and a row has padding there"}
     lines = str(fast.report).splitlines()
     for verdict, count in calls.items():
         assert any(line.split() == [*verdict.split(), str(count)] for line in lines), f"{verdict}: {count}"

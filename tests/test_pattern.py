@@ -436,7 +436,7 @@ def test_a_rule_that_raises_is_a_miss_that_says_so(place: str) -> None:
 def test_a_wrong_replacement_is_refused_on_its_numbers() -> None:
     wrong = fxbt.rule(lambda x: torch.tanh(x) * 3, lambda x: torch.tanh(x) * 3.001, name="wrong")
     model = Function(lambda x, y: x.tanh() * 3 + y).eval()
-    assert_untouched(wrong, model, (X, Y), reason="the rewrite changes the numbers")
+    assert_untouched(wrong, model, (X, Y), reason="the rewrite changes the values")
 
 
 # --- a match means equal numbers --------------------------------------------------------------------------------

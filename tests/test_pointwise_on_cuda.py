@@ -13,10 +13,11 @@ from test_replay import TapeRecorder
 from torch import fx
 
 import fxbt
+from fxbt.graph.node import copy_of
 from fxbt.lower.cuda import pointwise
 from fxbt.lower.cuda.graphs import Replay
 from fxbt.lower.cuda.pointwise import FusedRegion, fuse_pointwise
-from fxbt.lower.program import _bind_weights
+from fxbt.lower.steps import Draft, bind_weights
 from fxbt.padding.drop import drop_padding
 from fxbt.torch_compat import compile_by_inductor
 
@@ -35,9 +36,9 @@ def afresh(monkeypatch):
 
 
 def bound(module: fx.GraphModule) -> tuple[fx.Graph, list[torch.Tensor]]:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    return graph, _bind_weights(module, graph)
+    draft = Draft(module, copy_of(module.graph)[0])
+    bind_weights(draft)
+    return draft.graph, draft.weights
 
 
 def as_it_is(module: fx.GraphModule, tensors: Any) -> Any:

@@ -88,7 +88,9 @@ def test_the_report_tells_the_error(options):
     graph = fast.report.latest
     assert 1e-5 < graph.error < 3e-2
     name = options.get("quantize", "bfloat16")
-    assert graph.precision == name and f"linears in {name}: outputs off by up to {graph.error:.1e}" in str(fast.report)
+    assert graph.precision == name and f"linear layers in {name}: outputs differ by up to {graph.error:.1e}" in str(
+        fast.report
+    )
 
 
 @precisions
@@ -111,7 +113,7 @@ def test_with_gradients_the_precision_stays(options):
     with torch.enable_grad():
         fast(x)
         torch.testing.assert_close(fast(x), model(x))
-    assert fast.report.latest.precision is None and "outputs off by" not in str(fast.report)
+    assert fast.report.latest.precision is None and "outputs differ by" not in str(fast.report)
 
 
 @precisions
@@ -141,7 +143,10 @@ def test_other_values_are_refused():
         ({"dtype": torch.float16}, "dtype is torch.float16, expected None"),
         ({"quantize": "int4"}, "quantize is 'int4', expected None or 'int8'"),
         ({"quantize": torch.int8}, "quantize is torch.int8, expected None or 'int8'"),
-        ({"dtype": torch.bfloat16, "quantize": "int8"}, "both say how linears compute; give one of them"),
+        (
+            {"dtype": torch.bfloat16, "quantize": "int8"},
+            "both set the precision of linear layers; pass only one of them",
+        ),
     ):
         with pytest.raises(ValueError, match=problem):
             fxbt.optimize(Block(), **options)

@@ -64,7 +64,6 @@ def add(report: Report, misses: list[Miss], fired: tuple[str, ...] = (), signatu
         stochastic=False,
         derived_bytes=3 * 2**20,
         measure=lambda: 5 * 2**20,
-        kernels={},
         weights=None,
     )
     report.add_graph(
@@ -117,7 +116,7 @@ def test_only_the_first_kinds_of_misses_are_printed() -> None:
     text = str(filled([miss("attention", "layer", f"reason {i}") for i in range(12)]))
     assert "reason 7" in text
     assert "reason 8" not in text
-    assert "4 more kinds: report.why(rule) has them" in text
+    assert "4 more kinds: see report.why(rule)" in text
 
 
 def test_refusals_and_fallbacks_are_named_once_each() -> None:
@@ -153,7 +152,7 @@ def test_why_shows_the_nearest_as_in_the_design() -> None:
         "  expected  add(x, a) used once",
         "  found     %add_5 is used twice",
         "  hint      output_hidden_states=False",
-        "and 11 less near: report.misses has them",
+        "and 11 that matched less: see report.misses",
     ]
 
 
@@ -165,7 +164,7 @@ def test_why_keeps_ties_in_the_order_of_the_graph() -> None:
 
 def test_why_takes_whole_module_names() -> None:
     text = filled([miss("attention", "encoder.layer.10", "ten")]).why("attention", at="encoder.layer.1")
-    assert text == "attention found nothing to start from at encoder.layer.1; elsewhere it fired 1 times"
+    assert text == "attention found no op to start from at encoder.layer.1; it fired 1 times elsewhere"
 
 
 def test_why_of_a_rule_that_fired() -> None:

@@ -28,12 +28,12 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[str]]] =
     "another shape": (tanh, lambda x: tanh(x).unsqueeze(0), ["same shape and dtype"]),
     "a reduced shape": (tanh, lambda x: tanh(x).sum(-1), ["same shape and dtype"]),
     "another dtype": (tanh, lambda x: tanh(x).double(), ["torch.float64", "same shape and dtype"]),
-    "no tensor": (tanh, lambda x: 3.0, ["gives a float", "expected a tensor"]),
+    "no tensor": (tanh, lambda x: 3.0, ["returns a float", "expected a tensor"]),
     "two results": (tanh, lambda x: (tanh(x), x), ["2 results", "1 outputs"]),
     "an unbound name": (tanh, lambda x, scale: tanh(x) * scale, ["takes 'scale'", "binds x"]),
-    "a lone variable": (lambda x: x, lambda x: x, ["gives x", "at least one op"]),
-    "nothing": (lambda x: None, lambda x: x, ["gives None", "at least one op"]),
-    "an unknown op": (lambda x: x.frobnicate(), lambda x: x, ["'frobnicate'", "no ATen op"]),
+    "a lone variable": (lambda x: x, lambda x: x, ["returns x", "at least one op"]),
+    "nothing": (lambda x: None, lambda x: x, ["returns None", "at least one op"]),
+    "an unknown op": (lambda x: x.frobnicate(), lambda x: x, ["'frobnicate'", "not an ATen op"]),
     "split by sizes": (lambda x: torch.cat(x.split(2, -1)), lambda x: x, ["split by sizes", "chunk"]),
     "unpacked shape": (lambda x: x.reshape(*x.shape), lambda x: x, ["unpack the shape"]),
     "a size as a number": (lambda x: torch.tanh(x) * x.shape[-1], tanh, ["size of x"]),
@@ -41,9 +41,17 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[str]]] =
     "a variable exponent": (lambda x, y: torch.tanh(x) ** y, lambda x, y: x, ["exponent y"]),
     "a norm of another order": (lambda x: x.norm(1, -1), lambda x: x.sum(-1), ["norm of order 2"]),
     "a cast to integers": (lambda x: x.to(torch.int64) * 2, lambda x: x, ["torch.int64", "floating"]),
-    "a branch on values": (lambda x: tanh(x) if x > 0 else x, tanh, ["cannot branch on gt(x, 0)", "torch.where"]),
-    "a size in Python's math": (lambda x: torch.tanh(x) / math.sqrt(x.shape[-1]), tanh, ["no number", "op.number"]),
-    "an attribute as a value": (lambda x: x - x.max(-1).values, tanh, ["method not called"]),
+    "a branch on values": (
+        lambda x: tanh(x) if x > 0 else x,
+        tanh,
+        ["cannot branch on the value of gt(x, 0)", "torch.where"],
+    ),
+    "a size in Python's math": (
+        lambda x: torch.tanh(x) / math.sqrt(x.shape[-1]),
+        tanh,
+        ["has no value in a pattern", "op.number"],
+    ),
+    "an attribute as a value": (lambda x: x - x.max(-1).values, tanh, ["call the method"]),
     "one element": (lambda x: x[0].tanh(), tanh, ["x.select(dim, index)"]),
     "a composite function": (lambda x: torch.nn.functional.normalize(x), tanh, ["F.normalize", "write out"]),
     "a replacement that raises": (tanh, lambda x: tanh(x).no_such_method(), ["replace fails", "no_such_method"]),
@@ -105,7 +113,7 @@ def test_names_clash() -> None:
 def test_what_is_no_rule() -> None:
     with pytest.raises(TypeError, match="pass an instance"):
         fxbt.optimize(Untouched(), rules=[type(made())])  # type: ignore[list-item]
-    with pytest.raises(TypeError, match="no fxbt.Rule"):
+    with pytest.raises(TypeError, match="not an fxbt.Rule"):
         fxbt.optimize(Untouched(), rules=[tanh])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="sequence of rules"):
         fxbt.optimize(Untouched(), rules=made())  # type: ignore[arg-type]

@@ -167,7 +167,7 @@ def test_what_rounds_on_the_way_stays() -> None:
     def rounding(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).bfloat16().float() + EPS) * w
 
-    reason = "computed in torch.bfloat16 on the way to torch.float32"
+    reason = "an intermediate value is in torch.bfloat16, coarser than the result's torch.float32"
     assert_untouched(RMSNorm(), Apply(rounding).eval(), inputs(), reason=reason)
 
 
@@ -255,7 +255,9 @@ def test_a_residual_sum_that_is_used_elsewhere_is_no_residual_norm() -> None:
         total = x + torch.tanh(x)
         return torch.exp(total) * F.layer_norm(total, (WIDTH,), w, b)
 
-    assert_untouched(ResidualNorm(), Apply(pre_norm).eval(), inputs(), reason="a value inside is used outside")
+    assert_untouched(
+        ResidualNorm(), Apply(pre_norm).eval(), inputs(), reason="a value inside the block is used outside it"
+    )
 
 
 class Scaled(nn.Module):

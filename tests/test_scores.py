@@ -68,9 +68,9 @@ def test_steps_come_innermost_first(name: str) -> None:
 
 REFUSED = {
     "a factor along the keys": (lambda s: s * torch.arange(1.0, 6.0), "varies along the keys"),
-    "a curve": (lambda s: s.exp(), "no affine step"),
-    "a floor that scores reach": (lambda s: s.clamp(min=-1.0), "no affine step"),
-    "a rounding division": (lambda s: torch.div(s, 2, rounding_mode="floor"), "no affine step"),
+    "a curve": (lambda s: s.exp(), "not a scale, bias, mask or cast"),
+    "a floor that scores reach": (lambda s: s.clamp(min=-1.0), "not a scale, bias, mask or cast"),
+    "a rounding division": (lambda s: torch.div(s, 2, rounding_mode="floor"), "not a scale, bias, mask or cast"),
     "a coarser dtype": (lambda s: s.bfloat16().float(), "coarser"),
 }
 
@@ -111,7 +111,7 @@ def test_what_a_mask_proves() -> None:
     assert proven(lambda s: s.masked_fill(~causal(s), -math.inf)) == (True, ())
     assert proven(lambda s: s.masked_fill(torch.zeros(5, 5, dtype=torch.bool), -math.inf)) == (False, ())
     assert proven(lambda s: s.masked_fill(causal(s), -math.inf)) is None, "earlier keys"
-    assert proven(lambda s: s.masked_fill(~causal(s), -100.0)) is None, "no mask for every score"
+    assert proven(lambda s: s.masked_fill(~causal(s), -100.0)) is None, "does not mask every possible score"
     assert proven(lambda s: s.masked_fill(~causal(s), -math.inf) + torch.arange(5.0)) is None, "a bias besides"
 
 
@@ -123,7 +123,7 @@ def test_what_sdpa_cannot_express() -> None:
     assert reason(lambda s: s * 2 + torch.arange(5.0)) is None
     assert reason(lambda s: s.masked_fill(~causal(s), -1e9)) is None
     assert "softcapped" in str(reason(lambda s: s.tanh()))
-    assert "no mask for every score" in str(reason(lambda s: s.masked_fill(~causal(s), -100.0)))
+    assert "does not mask every possible score" in str(reason(lambda s: s.masked_fill(~causal(s), -100.0)))
 
 
 def test_scores_that_are_read_elsewhere_are_not_closed() -> None:

@@ -180,7 +180,7 @@ def test_one_object_in_two_places_is_another_call():
 def test_an_object_that_holds_itself_is_no_tree():
     holder = Holder(x=X)
     holder.again = [holder]
-    with pytest.raises(NotCapturable, match=r"argument mask.again\[0\] is a Holder that holds itself"):
+    with pytest.raises(NotCapturable, match=r"argument mask.again\[0\] is a Holder that contains itself"):
         key(X, mask=holder)
 
 

@@ -295,7 +295,7 @@ def test_a_write_while_the_file_is_written_is_kept(monkeypatch):
     monkeypatch.setattr(fxbt.lower.spill, "_mapped", with_a_write)
     with spilled([weight]) as result:
         pass
-    assert result.nbytes == 0 and result.kept["it was written to meanwhile"] == weight.nbytes
+    assert result.nbytes == 0 and result.kept["the weight changed during the move"] == weight.nbytes
     assert (weight == 3).all()
 
 
@@ -320,7 +320,7 @@ def test_a_folder_in_memory_is_refused(model, monkeypatch):
 
 def test_another_system_is_refused(model, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(ValueError, match="needs Linux's memory mapping, this is darwin"):
+    with pytest.raises(ValueError, match="needs Linux's memory mapping, but this is darwin"):
         fxbt.optimize(model, keep_original=False)
 
 

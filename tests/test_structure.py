@@ -2,11 +2,14 @@
 
 import ast
 import graphlib
+import importlib
 import inspect
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,6 +175,68 @@ def test_public_methods_have_a_docstring(name: str) -> None:
     for member, function in vars(getattr(fxbt, name)).items():
         if inspect.isfunction(function) and not member.startswith("_"):
             assert inspect.getdoc(function), f"fxbt.{name}.{member} has no docstring"
+
+
+def documented(path: Path) -> Iterator[tuple[str, str]]:
+    """(name, docstring) of each public function, class, method and property that a file defines.
+
+    A method's docstring may be its base class's. `fxbt.Rule` says what `pattern` and `replace` of all rules are.
+    """
+    package = ["fxbt", *place_of(path)] if path in CORE else ["fxbt", "patterns", path.stem]
+    module = importlib.import_module(".".join(package).removesuffix(".__init__"))
+    for name, member in vars(module).items():
+        if name.startswith("_") or getattr(member, "__module__", None) != module.__name__ or not callable(member):
+            continue
+        if not inspect.isclass(member) and not inspect.isfunction(member):
+            continue
+        yield name, inspect.getdoc(member) or ""
+        for inner, value in vars(member).items() if inspect.isclass(member) else ():
+            is_function = inspect.isfunction(value) and value.__name__ == inner  # no lambda, as a default of a field is
+            is_documented = isinstance(value, property | classmethod | staticmethod) or is_function
+            is_of_a_rule = issubclass(member, fxbt.Rule) and inner in {"pattern", "replace"}
+            if is_documented and not inner.startswith("_") and not is_of_a_rule:
+                yield f"{name}.{inner}", inspect.getdoc(getattr(member, inner)) or ""
+
+
+@pytest.mark.parametrize("path", CORE + PATTERNS, ids=name_of)
+def test_public_names_of_all_files_have_a_docstring(path: Path) -> None:
+    missing = [name for name, text in documented(path) if not text]
+    assert not missing, f"{name_of(path)}: no docstring of {', '.join(missing)}"
+
+
+def raises_itself(function: Any) -> bool:
+    """Whether a function's own body has a `raise`; an abstract one, or one of a function inside, does not count."""
+    (tree,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(function))).body
+    waiting: list[ast.AST] = list(ast.iter_child_nodes(tree))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Raise) and node.exc is not None and "NotImplementedError" not in ast.unparse(node.exc):
+            return True
+        if not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            waiting += ast.iter_child_nodes(node)
+    return False
+
+
+def functions_of(name: str) -> Iterator[tuple[str, Any]]:
+    """A public function; of a public class its public methods."""
+    value = getattr(fxbt, name)
+    for inner, member in vars(value).items() if inspect.isclass(value) else [("", value)]:
+        if inspect.isfunction(member) and not inner.startswith("_"):
+            yield f"fxbt.{name}.{inner}".removesuffix("."), member
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions_say_what_they_raise(name: str) -> None:
+    for full_name, function in functions_of(name):
+        says_so = "Raises" in (inspect.getdoc(function) or "")
+        assert says_so or not raises_itself(function), f"{full_name} raises, and its docstring does not say what"
+
+
+def test_blocks_name_the_shapes_they_take() -> None:
+    """(batch, seq, hidden), say, for every function of `fxbt.ops` that takes tensors."""
+    for name, text in documented(ROOT / "fxbt" / "graph" / "blocks.py"):
+        takes_tensors = "Tensor" in str(inspect.signature(getattr(fxbt.ops, name)).parameters)
+        assert not takes_tensors or re.search(r"\(batch, \w+", text), f"fxbt.ops.{name} takes tensors of which shape?"
 
 
 def test_every_package_is_in_the_wheel() -> None:

@@ -79,7 +79,7 @@ def test_a_part_that_is_called_by_itself_has_graphs(pair: tuple[Whole, Any]) -> 
             torch.testing.assert_close(fast.by_parts(x(batch, length)), model.by_parts(x(batch, length)))
     assert len(graphs_of(fast.encoder)) == 1 and served(fast.encoder) == 3
     assert list(fast.report.parts) == ["encoder"] and not fast.report.parts["encoder"].fallbacks
-    assert not fast.report.graphs and "encoder, called by itself" in str(fast.report)
+    assert not fast.report.graphs and "encoder, called directly" in str(fast.report)
     assert fast.report.parts["encoder"] is fast.encoder.report
 
 

@@ -568,8 +568,14 @@ def values():
 GENERATOR = values()
 GENERATOR_OF_NUMPY = np.random.default_rng(0)
 UNWATCHABLE = {
-    "a counter": (lambda self, x: self.linear(x) * next(COUNTER), "test_surroundings.COUNTER, a count, which goes on"),
-    "a generator": (lambda self, x: self.linear(x) * next(GENERATOR), "GENERATOR, a generator, which goes on"),
+    "a counter": (
+        lambda self, x: self.linear(x) * next(COUNTER),
+        "test_surroundings.COUNTER, a count, which changes with each use",
+    ),
+    "a generator": (
+        lambda self, x: self.linear(x) * next(GENERATOR),
+        "GENERATOR, a generator, which changes with each use",
+    ),
     "the clock": (lambda self, x: self.linear(x) * time.time(), "forward uses time.time"),
     "random numbers": (lambda self, x: self.linear(x) * random.random(), "forward uses Random.random"),
     "random integers": (lambda self, x: self.linear(x) * random.randint(1, 9), "forward uses random.randint"),
@@ -678,7 +684,7 @@ def test_objects_that_cannot_be_looked_at_never_reach_the_caller():
     fast, x = fxbt.optimize(model_of(lambda self, x: self.linear(x) if odd else x)), torch.randn(2, 4)
     for _ in range(2):
         torch.testing.assert_close(fast(x), fast.linear(x))
-    assert "what it reads cannot be told (RuntimeError: no dict)" in fast.report.fallbacks[0]
+    assert "fxbt cannot find out what forward reads (RuntimeError: no dict)" in fast.report.fallbacks[0]
 
 
 def test_what_ran_is_known():

@@ -12,14 +12,22 @@ from padding_models import Case
 from tracing import by_native
 
 import fxbt.kernels.cache
-from fxbt.kernels import autotune, native
-from fxbt.kernels.autotune import Contest
+from fxbt.kernels import autotune, machine, native, turns
+from fxbt.kernels.autotune import Measurements, Tuner
+from fxbt.kernels.turns import Contest, finished
 from fxbt.lower.cpu import attention, linears
 from fxbt.lower.cpu.epilogue import Activation
 from fxbt.runtime.race import Clock
 
 SIZES, UP_TO = (1, 4, 16), (2, 8)
 GELU = Activation("gelu", "none", torch._C._nn.gelu_)
+
+
+def choose(contest: Contest, seconds: float = 60.0) -> tuple[str, ...]:
+    """What a model's warmup chooses."""
+    measurements = Measurements(seconds)
+    with measurements.at_once():
+        return Tuner(measurements).choose(contest)
 
 
 def contest(key: str = "linear", by_rule: str = "plain") -> Contest:
@@ -39,20 +47,27 @@ def measured(monkeypatch):
     """Counts the measurements, and answers: the third is the fastest at the second size, the second at the last."""
     keys = []
 
-    def measure(contest):
+    def measure(contest, clock):
         keys.append(contest.key)
+        yield
         return {"plain": [4.0, 4.0, 4.0], "second": [4.0, 3.0, 1.0], "third": [5.0, 2.0, 2.0]}
 
-    monkeypatch.setattr(autotune, "_measure", measure)
+    monkeypatch.setattr(autotune, "measure", measure)
     return keys
+
+
+def steps_to(turns):
+    """`in_turns` in one step."""
+    yield
+    return turns
 
 
 WANTED = ("second", "third", "second")  # the second loses least; third is clearly faster at the second size
 
 
 def test_a_shape_is_measured_once_and_remembered(measured, cache):
-    assert autotune.Tuner().choose(contest()) == WANTED
-    assert autotune.Tuner().choose(contest()) == WANTED
+    assert choose(contest()) == WANTED
+    assert choose(contest()) == WANTED
     assert measured == ["linear"]
     (file,) = cache.iterdir()  # no temporary file is left
     assert set(json.loads(file.read_text())["measured"]) == {"linear"}
@@ -60,7 +75,7 @@ def test_a_shape_is_measured_once_and_remembered(measured, cache):
 
 def test_measurements_add_up(measured):
     for key in ("a", "b", "c", "a", "b", "c"):
-        autotune.Tuner().choose(contest(key))
+        choose(contest(key))
     assert len(measured) == 3
 
 
@@ -70,8 +85,8 @@ def test_measurements_add_up(measured):
 )
 def test_foreign_and_broken_files_are_ignored(measured, content, cache):
     (cache / autotune.file_name()).write_text(content)
-    assert autotune.Tuner().choose(contest()) == WANTED
-    assert autotune.Tuner().choose(contest()) == WANTED and measured == ["linear"]
+    assert choose(contest()) == WANTED
+    assert choose(contest()) == WANTED and measured == ["linear"]
 
 
 @pytest.mark.parametrize(
@@ -88,27 +103,27 @@ def test_foreign_and_broken_files_are_ignored(measured, content, cache):
 def test_broken_entries_are_measured_anew(measured, times, cache):
     data = {"machine": autotune._machine(), "measured": {"linear": times}}
     (cache / autotune.file_name()).write_text(json.dumps(data))
-    assert autotune.Tuner().choose(contest()) == WANTED and measured == ["linear"]
+    assert choose(contest()) == WANTED and measured == ["linear"]
 
 
 def test_another_machine_has_a_file_of_its_own(measured, monkeypatch):
-    autotune.Tuner().choose(contest())
+    choose(contest())
     first = autotune.file_name()
-    monkeypatch.setattr(autotune, "_cpu_name", lambda: "another")
+    monkeypatch.setattr(machine, "cpu_name", lambda: "another")
     assert autotune.file_name() != first
-    autotune.Tuner().choose(contest())
+    choose(contest())
     assert len(measured) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(measured, monkeypatch, cache):
     (cache / "file").write_text("")
     monkeypatch.setenv("FXBT_CACHE_DIR", str(cache / "file" / "below"))
-    assert autotune.Tuner().choose(contest()) == WANTED
+    assert choose(contest()) == WANTED
 
 
 def test_without_tuning_a_rule_decides(measured, monkeypatch, cache):
     monkeypatch.setenv("FXBT_TUNE", "0")
-    tuner = autotune.Tuner()
+    tuner = Tuner()
     assert tuner.choose(contest("a")) == ("plain",) * 3
     assert tuner.choose(contest("b", by_rule="third")) == ("third",) * 3
     assert not measured and not list(cache.iterdir())
@@ -142,45 +157,43 @@ def test_few_turns_that_say_what_is_seldom_are_more(others, asked, monkeypatch):
     """Uneven ones, and kernels far apart."""
     least = []
     monkeypatch.setattr(
-        autotune, "in_turns", lambda *kernels, **how: least.append(how["least"]) or [[2.0, 2.0], others]
+        turns, "in_turns", lambda *kernels, **how: steps_to(least.append(how["least"]) or [[2.0, 2.0], others])
     )
-    assert autotune._undisturbed_turns([[], []], Host(0)) is not None
-    assert least == [autotune.LEAST_TURNS, autotune.ENOUGH][:asked]
+    assert finished(turns.undisturbed_turns([[], []], Host(0))) is not None
+    assert least == [turns.LEAST_TURNS, turns.ENOUGH][:asked]
 
 
-def test_when_the_time_is_up_the_rule_decides(measured, monkeypatch):
-    monkeypatch.setattr(autotune, "BUDGET_SECONDS", 0.0)
-    assert autotune.Tuner().choose(contest()) == ("plain",) * 3
-    assert not measured
+def test_when_the_time_is_up_the_rule_decides(measured):
+    assert choose(contest(), seconds=1e-9) == ("plain",) * 3
+    assert choose(contest()) == WANTED  # nothing was kept
 
 
 def test_one_kernel_serves_all_sizes_where_none_is_clearly_faster():
     times = {"plain": [1.0, 1.0, 1.0], "second": [0.5, 0.5, 1.02], "third": [0.9, 0.49, 2.0]}
-    assert autotune._by_times(contest(), times) == ("second", "second", "second")
-    assert autotune._by_times(contest(), {**times, "second": [0.5, 0.5, 1.1]}) == ("second", "second", "plain")
-    assert autotune._by_times(contest(), {**times, "third": [0.9, 0.4, 2.0]}) == ("second", "third", "second")
+    assert turns.by_times(contest(), times) == ("second", "second", "second")
+    assert turns.by_times(contest(), {**times, "second": [0.5, 0.5, 1.1]}) == ("second", "second", "plain")
+    assert turns.by_times(contest(), {**times, "third": [0.9, 0.4, 2.0]}) == ("second", "third", "second")
 
 
 def test_the_graphs_of_a_model_ask_once_whatever_the_machine_does(measured, monkeypatch):
-    def busy(contest):
+    def busy(contest, clock):
         measured.append(contest.key)
-        return
+        yield
 
-    monkeypatch.setattr(autotune, "_measure", busy)
+    monkeypatch.setattr(autotune, "measure", busy)
     fast = fxbt.optimize(Case("BertModel", ENCODER).model())
     with torch.no_grad():
-        for _ in range(2):
-            fast(**tokens(2, 7, "right"))
+        fast.warmup(**tokens(2, 7, "right"))
+        fast(**tokens(2, 7, "right"))
     assert fast.report.latest.calls == {"packed": 2}  # a graph of its own beside the dense one
-    assert len(measured) == len(set(measured)) > 3
+    assert len(measured) == autotune.TRIES * len(set(measured)) > 3
 
 
 def test_a_size_too_large_to_measure_is_as_the_one_before():
     host = Host(0)
     calls = [[host.call(1e-3)], [host.call(1e-3)]]
-    times = autotune._measure(
-        Contest("x", ("a", "b"), SIZES, UP_TO, lambda size: calls if size == 1 else None, "a"), host
-    )
+    asked = Contest("x", ("a", "b"), SIZES, UP_TO, lambda size: calls if size == 1 else None, "a")
+    times = finished(turns.measure(asked, host))
     assert times is not None
     assert all(len(set(measured)) == 1 and len(measured) == 3 for measured in times.values())
 
@@ -195,35 +208,37 @@ def test_a_size_too_large_to_measure_is_as_the_one_before():
 )
 def test_the_largest_size_is_left_out_where_one_kernel_wins_before(at_third_size, is_measured, monkeypatch):
     def in_turns(*kernels, **options):
-        return [[2.0], [at_third_size if 16 in kernels else 1.0]]
+        return steps_to([[2.0], [at_third_size if 16 in kernels else 1.0]])
 
-    monkeypatch.setattr(autotune, "in_turns", in_turns)
+    monkeypatch.setattr(turns, "in_turns", in_turns)
     asked = []
     sizes = (1, 4, 16, 64)
-    autotune._measure(Contest("x", ("a", "b"), sizes, (2, 8, 32), lambda size: asked.append(size) or [size] * 2, "a"))
+    kernels = Contest("x", ("a", "b"), sizes, (2, 8, 32), lambda size: asked.append(size) or [size] * 2, "a")
+    finished(turns.measure(kernels))
     assert set(asked) == ({1, 4, 16, 64} if is_measured else {1, 4, 16})
 
 
 def test_the_only_kernel_there_is_can_be_measured():
     calls = [[lambda: None]]
     contest = Contest("x", ("a",), (1, 4, 16, 64), (2, 8, 32), lambda size: calls, "a")
-    assert autotune.Tuner().choose(contest) == ("a",) * 4
+    assert choose(contest) == ("a",) * 4
 
 
 @pytest.mark.parametrize(
-    ("turns", "is_kept"),
+    ("samples", "is_kept"),
     [
         ([2.0, 2.1, 2.2, 2.5], True),
         ([2.0, 2.0, 2.0, 900.0], True),  # once: the shortest turns are as ever
         ([2.0, 2.0, 9.0, 900.0], False),
     ],
 )
-def test_what_a_busy_machine_says_is_neither_kept_nor_believed(turns, is_kept, monkeypatch, cache):
-    monkeypatch.setattr(autotune, "in_turns", lambda *kernels, **options: [[4.0] * 4, turns, [5.0] * 4])
-    tuner = autotune.Tuner()
-    assert tuner.choose(contest(by_rule="third")) == (("second",) if is_kept else ("third",)) * 3
+def test_what_a_busy_machine_says_is_neither_kept_nor_believed(samples, is_kept, monkeypatch, cache):
+    monkeypatch.setattr(turns, "in_turns", lambda *kernels, **how: steps_to([[4.0] * 4, samples, [5.0] * 4]))
+    tuner = Tuner()
+    with tuner.measurements.at_once():
+        assert tuner.choose(contest(by_rule="third")) == (("second",) if is_kept else ("third",)) * 3
     assert list(cache.iterdir()) == ([cache / autotune.file_name()] if is_kept else [])
-    assert ("by rule, other programs were in the way" in tuner.answers["linear"]) != is_kept
+    assert ("by rule, other programs disturbed the measurement" in tuner.answers["linear"]) != is_kept
 
 
 class Counting(Clock):
@@ -238,20 +253,20 @@ class Counting(Clock):
 
 @pytest.mark.parametrize(("taken", "is_kept"), [(12, True), (24, False)])  # of 12 calls
 def test_nor_what_one_says_on_which_every_call_lost_a_processor(taken, is_kept, monkeypatch):
-    monkeypatch.setattr(autotune, "in_turns", lambda *kernels, **options: [[4.0] * 4, [2.0] * 4, [5.0] * 4])
-    assert (autotune._measure(contest(), Counting(taken)) is not None) == is_kept
+    monkeypatch.setattr(turns, "in_turns", lambda *kernels, **how: steps_to([[4.0] * 4, [2.0] * 4, [5.0] * 4]))
+    assert (finished(turns.measure(contest(), Counting(taken))) is not None) == is_kept
 
 
 def test_one_size_at_which_the_machine_was_busy_leaves_all_to_the_rule(monkeypatch, cache):
     def in_turns(*kernels, **options):
         asked_at.append(kernels[0])
-        return [[4.0] * 5, [2.0] * 5, [1.0, 9.0, 9.0, 9.0, 9.0] if kernels[0] == 4 else [5.0] * 5]
+        return steps_to([[4.0] * 5, [2.0] * 5, [1.0, 9.0, 9.0, 9.0, 9.0] if kernels[0] == 4 else [5.0] * 5])
 
     asked_at = []
-    monkeypatch.setattr(autotune, "in_turns", in_turns)
+    monkeypatch.setattr(turns, "in_turns", in_turns)
     asked = Contest("linear", ("plain", "second", "third"), SIZES, UP_TO, lambda size: [size] * 3, "third")
-    assert autotune.Tuner().choose(asked) == ("third",) * 3 and not list(cache.iterdir())
-    assert asked_at == [1, 4, 4]  # and no more is measured
+    assert choose(asked) == ("third",) * 3 and not list(cache.iterdir())
+    assert asked_at == [1, 4, 4] * autotune.TRIES  # and no more is measured
 
 
 def on(host, times, by_rule="plain"):
@@ -273,7 +288,7 @@ def test_no_host_makes_a_kernel_look_many_times_slower_than_it_is(kind, times):
     """64 us against 31,776 us was kept of a disturbed one, where the kernels are about as fast."""
     for seed in range(300):
         host = kind(seed)
-        for place in range(len(SIZES)) if (measured := autotune._measure(on(host, times), host)) else ():
+        for place in range(len(SIZES)) if (measured := finished(turns.measure(on(host, times), host))) else ():
             slowed = [measured[name][place] / times[name][place] for name in times]
             assert max(slowed) < 3 * min(slowed), (seed, measured)
 
@@ -284,8 +299,8 @@ def test_the_faster_kernel_is_found_on_a_quiet_host(kind):
     for seed in range(100):
         host = kind(seed)
         asked = on(host, clear)
-        measured = autotune._measure(asked, host)
-        assert measured is not None and autotune._by_times(asked, measured) == ("second",) * 3
+        measured = finished(turns.measure(asked, host))
+        assert measured is not None and turns.by_times(asked, measured) == ("second",) * 3
 
 
 @pytest.mark.parametrize("kind", [Bursts, Half, Shared])
@@ -294,15 +309,15 @@ def test_a_disturbed_host_makes_no_slower_kernel_the_choice(kind, times):
     for seed in range(300):
         host = kind(seed)
         asked = on(host, {**times, "second": times["third"]})
-        measured = autotune._measure(asked, host)
-        assert measured is None or set(autotune._by_times(asked, measured)) == {"plain"}, (seed, measured)
+        measured = finished(turns.measure(asked, host))
+        assert measured is None or set(turns.by_times(asked, measured)) == {"plain"}, (seed, measured)
 
 
 def test_on_a_quiet_host_measuring_takes_as_long_as_it_did():
     host = Host(0)
-    autotune._measure(on(host, NEAR), host)
-    assert host.time < 3 * (autotune.TURNS_SECONDS + 3 * autotune.DOUBTFUL_SECONDS)
-    assert host.calls < 3 * 3 * 16 * autotune.LEAST_TURNS
+    finished(turns.measure(on(host, NEAR), host))
+    assert host.time < 3 * (turns.TURNS_SECONDS + 3 * turns.DOUBTFUL_SECONDS)
+    assert host.calls < 3 * 3 * 16 * turns.LEAST_TURNS
 
 
 def test_another_answer_for_a_size_is_measured_again(monkeypatch):
@@ -313,38 +328,40 @@ def test_another_answer_for_a_size_is_measured_again(monkeypatch):
         size = kernels[0]
         again = size in seen
         seen.append(size)
-        return [[4.0] * 5, [2.0 if size != 4 or again else 3.0] * 5, [2.0 if size == 4 else 5.0] * 5]
+        return steps_to([[4.0] * 5, [2.0 if size != 4 or again else 3.0] * 5, [2.0 if size == 4 else 5.0] * 5])
 
-    monkeypatch.setattr(autotune, "in_turns", in_turns)
+    monkeypatch.setattr(turns, "in_turns", in_turns)
     asked = Contest("linear", ("plain", "second", "third"), SIZES, UP_TO, lambda size: [size] * 3, "plain")
-    assert autotune.Tuner().choose(asked) == ("second",) * 3
+    assert choose(asked) == ("second",) * 3
     assert seen == [1, 4, 16, 4]
 
 
 def test_layers_of_one_shape_ask_once_even_if_the_measurement_is_not_kept(monkeypatch):
     measured = []
 
-    def measure(contest):
+    def measure(contest, clock):
         measured.append(contest.key)
-        return
+        yield
 
-    monkeypatch.setattr(autotune, "_measure", measure)
-    tuner = autotune.Tuner()
-    assert tuner.choose(contest("a")) == tuner.choose(contest("a")) == ("plain",) * 3
-    tuner.choose(contest("b"))
-    assert measured == ["a", "b"]
+    monkeypatch.setattr(autotune, "measure", measure)
+    tuner = Tuner()
+    with tuner.measurements.at_once():
+        assert tuner.choose(contest("a")) == tuner.choose(contest("a")) == ("plain",) * 3
+        tuner.choose(contest("b"))
+    assert measured == ["a"] * autotune.TRIES + ["b"] * autotune.TRIES
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 def test_real_kernels_can_be_measured():
-    tuner = autotune.Tuner()
-    assert len(tuner.choose(linears.linears(24, 16))) == len(linears.ROWS)
+    tuner = Tuner()
+    with tuner.measurements.at_once():
+        assert len(tuner.choose(linears.linears(24, 16))) == len(linears.ROWS)
     answer = tuner.answers["linear 24x16 float32"]
-    assert "us)" in answer or "other programs were in the way" in answer  # as they may be here
+    assert "us)" in answer or "other programs disturbed the measurement" in answer  # as they may be here
 
 
 @pytest.mark.parametrize(
     ("rows", "bucket"), [(0, 0), (1, 0), (2, 0), (3, 1), (8, 1), (9, 2), (129, 4), (513, 5), (10**6, 5)]
 )
 def test_rows_have_the_bucket_of_the_next_measurement(rows, bucket):
-    assert autotune.bucket_of(rows, linears.UP_TO) == bucket
+    assert turns.bucket_of(rows, linears.UP_TO) == bucket

@@ -83,7 +83,7 @@ def by_bounds(q, k, v, starts, key_starts, longest, longest_key, *, scale, windo
 def on_a_tape(monkeypatch, torchs_kernels):
     """Makes (unpadding as if on CUDA, the dense program) of a model."""
     monkeypatch.setattr(packed, "varlen_attention_by_torch", by_bounds)
-    monkeypatch.setattr("fxbt.lower.program.fuse_pointwise", lambda graph: (graph, []))  # its kernels are on no tape
+    monkeypatch.setattr("fxbt.lower.steps.fuse_pointwise", lambda graph: (graph, []))  # its kernels are on no tape
 
     def make(name: str = "BertModel", recorder: Any = None, **settings: Any) -> tuple[UnpaddingOnCuda, Program]:
         module = graph_on_cuda(name, torch.bfloat16, **settings)

@@ -1,1 +1,1 @@
-"""What can be known of a graph; changes nothing."""
+"""Analysis: what can be known about a graph; changes nothing."""

@@ -1,8 +1,8 @@
-"""How ops carry marked axes on: one engine for all who ask, op by op, whether an axis is kept apart place by place.
+"""One engine that says op by op whether an axis is kept apart place by place, and where it goes.
 
 A domain marks atoms (the batch; or the batch and the tokens of each mask) and gives the axes of an op's operands. The
-engine answers where the marked atoms stand in the result, or that the op computes along them: a `Flow`. What follows
-from it is the domain's to say. See `padding.sequences` and `padding.transfer`.
+engine answers where the marked atoms are in the result, or that the op computes along them: a `Flow`. The domain
+decides what follows from it. See `padding.sequences` and `padding.transfer`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ Given = Mapping[fx.Node, Axes]  # the operands that have marked atoms
 
 @dataclass(frozen=True)
 class Flow:
-    """What an op makes of marked axes.
+    """What an op does with marked axes.
 
-    `operands` are those that bring marked axes into the result, each with the dims of the result where they stand, and
-    `axes` are the result's. Where `mixes` says that the op computes along marked axes, the dims are the operands' own,
-    and there are no `axes`. Operands that stand `is_beside` each other, dim by dim of the result, broadcast.
+    `operands` are those whose marked axes reach the result, each with the result's dims that hold them; `axes` are the
+    result's. If `mixes` says that the op computes along marked axes, the dims are the operands' own, and there are no
+    `axes`. With `is_beside`, operands broadcast dim by dim to the result.
     """
 
     operands: dict[fx.Node, Labels]
@@ -61,26 +61,26 @@ class Flow:
 
 @dataclass(frozen=True)
 class Product:
-    """A contraction: for each side the letters of its dims, and what stands for those that are marked."""
+    """A contraction: the letters of each side's dims, and the labels of the marked letters."""
 
     sides: list[tuple[fx.Node, Axes]]
     axes: Axes  # the letters of the result
     known: dict[Label, Label]
-    is_along: bool  # sums over marked axes
+    is_along: bool  # it sums over marked axes
 
     @property
     def labels(self) -> Labels:
-        """Of the result."""
+        """The labels of the result."""
         return self.beside(self.axes, self.known)
 
     def beside(self, axes: Axes, letters: Iterable[Label]) -> Labels:
-        """What stands for these letters in a tensor whose dims have the letters `axes`."""
+        """The labels of these letters in a tensor whose dims have the letters `axes`."""
         marked = self.known.keys() & set(letters)
         return {dim - len(axes): self.known[letter] for dim, letter in enumerate(axes) if letter in marked}
 
 
 class AxisTransfer:
-    """The engine for one domain: the atoms it marks, and what it calls that which shall be kept apart.
+    """The engine for one domain: the atoms it marks, and `what` messages call the things to keep apart.
 
     Example::
 
@@ -93,10 +93,10 @@ class AxisTransfer:
         self.marks = frozenset(marks)
 
     def carry(self, node: fx.Node, given: Given) -> Flow:
-        """Where the marked axes of its operands stand in the result of an op.
+        """Where the marked axes of an op's operands are in its result.
 
         Raises:
-            Miss: the op is not known to keep places apart, or different axes meet in it.
+            Miss: the op is not known to keep places apart, or it combines different axes.
         """
         is_pointwise = is_pure(node) and torch.Tag.pointwise in getattr(node.target, "tags", ())
         rule = RULES.get(node.target, pointwise if is_pointwise else None)
@@ -105,14 +105,15 @@ class AxisTransfer:
         return rule(self, node, {source: axes for source, axes in given.items() if self.labels(axes)})
 
     def unknown(self, node: fx.Node) -> Miss:
-        return Miss(f"an op that is not known to keep {self.what} apart", node=node)
+        """The Miss of an op that is not known to keep places apart."""
+        return Miss(f"an op is not known to keep {self.what} apart", node=node)
 
     def labels(self, axes: Axes) -> Labels:
         """The dims that hold marked atoms."""
         return {dim - len(axes): label for dim, label in enumerate(axes) if not self.marks.isdisjoint(label)}
 
     def is_same(self, one: Labels, other: Labels) -> bool:
-        """Whether labels say the same: of axes merged with marked ones, the size alone."""
+        """Whether labels agree; of axes merged with marked ones, only the size counts."""
         return one.keys() == other.keys() and all(self._key(one[dim]) == self._key(other[dim]) for dim in one)
 
     def _key(self, label: Label) -> list[Any]:
@@ -123,7 +124,7 @@ class AxisTransfer:
         return key
 
     def merged(self, node: fx.Node, found: Iterable[Labels]) -> Labels:
-        """The labels of a value whose parts have these.
+        """The labels of a value whose parts have these labels.
 
         Raises:
             Miss: they disagree about a dim.
@@ -131,11 +132,11 @@ class AxisTransfer:
         labels: Labels = {}
         for dim, label in (entry for other in found for entry in other.items()):
             if self._key(labels.setdefault(dim, label)) != self._key(label):
-                raise Miss("different axes meet in one dim", node=node)
+                raise Miss("an op combines different axes in one dim", node=node)
         return labels
 
     def axes(self, node: fx.Node, labels: Labels) -> Axes:
-        """The axes of a node with these labels, new where it has none. Of several results: the labels alone.
+        """The axes of a node with these labels, new ones elsewhere. For several results: only the labels.
 
         Raises:
             Miss: it has no such dims.
@@ -148,14 +149,14 @@ class AxisTransfer:
         return tuple(labels.get(dim - rank, other) for dim, other in enumerate(others))
 
     def flow(self, node: fx.Node, operands: dict[fx.Node, Labels], is_beside: bool = False) -> Flow:
-        """Of an op that keeps its operands' marked axes apart."""
+        """The flow of an op that keeps its operands' marked axes apart."""
         return Flow(operands, self.axes(node, self.merged(node, operands.values())), is_beside=is_beside)
 
     def alone(self, node: fx.Node, given: Given, source: Any) -> Labels:
-        """The labels of the one operand that an op works on; all else that it reads must have none.
+        """The labels of the only operand an op works on; nothing else that it reads may have labels.
 
         Raises:
-            Miss: another operand has some, or the same one in another place.
+            Miss: another operand has labels, or the same operand in another place.
         """
         read: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), read.append)
@@ -164,31 +165,32 @@ class AxisTransfer:
         return self.labels(given[source])
 
     def product(self, node: fx.Node, given: Given) -> Product:
-        """matmul, bmm, einsum.
+        """The letters and labels of a matmul, bmm or einsum.
 
         Raises:
-            Miss: it cannot be read, or different axes meet in it.
+            Miss: it cannot be read, or it combines different axes.
         """
         read = contraction_of(node, fresh(node))
         if read is None or read.addend is not None:
-            raise Miss("a product that cannot be read", node=node)
+            raise Miss("a product cannot be read", node=node)
         sides = [(read.lhs, read.lhs_axes), (read.rhs, read.rhs_axes)]
         known: dict[Label, Label] = {}
         for operand, axes in sides:
             for dim, label in self.labels(given.get(operand, ())).items():
                 if self._key(known.setdefault(axes[dim], label)) != self._key(label):
-                    raise Miss("different axes meet in one dim", node=node)
+                    raise Miss("an op combines different axes in one dim", node=node)
         return Product(sides, read.axes, known, any((atom,) in known for atom in read.contracted))
 
 
 def tensors_of(node: fx.Node) -> list[Tensor]:
-    """The tensors that a node gives."""
+    """The tensors that a node returns."""
     value = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
     return [value for value in values if isinstance(value, Tensor)]
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a node that are tensors."""
     return [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
 
 
@@ -198,7 +200,7 @@ def _rank(node: Any) -> int:
 
 
 def dim_of(node: fx.Node, rank: int) -> int:
-    """The dim that an op takes, counted from the right; the first where it takes none."""
+    """The dim argument of an op, counted from the right; the first dim if there is none."""
     return (argument(node, "dim") or 0) % rank - rank
 
 
@@ -210,10 +212,12 @@ def _labelled(transfer: AxisTransfer, given: Given) -> dict[fx.Node, Labels]:
 
 
 def pointwise(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
+    """Pointwise ops: operands broadcast to the result."""
     return transfer.flow(node, _labelled(transfer, given), is_beside=True)
 
 
 def concatenation(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
+    """torch.cat along an axis that is not marked."""
     operands = _labelled(transfer, given)
     dim = dim_of(node, _rank(node))
     if any(dim in labels for labels in operands.values()):
@@ -222,6 +226,7 @@ def concatenation(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
 
 
 def stack(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
+    """torch.stack: the result has one more dim."""
     new = dim_of(node, _rank(node))
     operands = {
         source: {dim if dim > new else dim - 1: label for dim, label in labels.items()}
@@ -231,16 +236,17 @@ def stack(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
 
 
 def gather(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
-    """torch.gather and scatter along other axes, all their tensors being equally large in the marked ones."""
+    """torch.gather and scatter along other axes, if all their tensors have equal sizes in the marked ones."""
     operands = _labelled(transfer, given)
     dim, sizes = dim_of(node, _rank(node)), [sizes_of(source) for source in tensor_inputs(node)]
     marked = {at for labels in operands.values() for at in labels}
     if dim in marked or any(size[at] != sizes[0][at] for size in sizes for at in marked):
-        return Flow(operands, mixes="positions given as data choose")
+        return Flow(operands, mixes="positions given as data select")
     return transfer.flow(node, operands, is_beside=True)
 
 
 def contraction(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
+    """matmul, bmm, einsum over axes that are not marked."""
     product = transfer.product(node, given)
     if product.is_along:
         return Flow(_labelled(transfer, given), mixes="a product sums over")
@@ -249,7 +255,7 @@ def contraction(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
 
 
 def attention(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
-    """Of (batch, heads, seq, head_dim) under masks and biases that stand beside the scores."""
+    """Attention of (batch, heads, seq, head_dim) with masks and biases that broadcast to the scores."""
     operands = _labelled(transfer, given)
     is_along = any(dim in labels for labels in operands.values() for dim in (-2, -1))
     if is_along or argument(node, "dropout_p", 0.0):
@@ -261,13 +267,15 @@ def attention(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
 
 
 def cast(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
-    source: Any = node.args[0]  # another operand gives its type alone
+    """A cast, which may read another operand's dtype."""
+    source: Any = node.args[0]  # another operand gives only its dtype
     return transfer.flow(node, {source: transfer.labels(given[source])}) if source in given else Flow({})
 
 
 def layout(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
+    """A layout op, which moves the axes of its first operand."""
     source: Any = node.args[0]
-    if source not in given:  # another operand gives its shape alone
+    if source not in given:  # another operand gives only its shape
         return Flow({})
     axes = _moved(transfer, node, given[source])
     return Flow({source: transfer.labels(axes)}, axes)
@@ -287,12 +295,12 @@ def _moved(transfer: AxisTransfer, node: fx.Node, axes: Axes) -> Axes:
 
 
 def new(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
-    """x.new_zeros(shape): of x, the type alone."""
+    """x.new_zeros(shape): reads only the dtype of x."""
     return Flow({})
 
 
 def selection(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
-    """torch.index_select: of each place the same, or rows of a table for each."""
+    """torch.index_select: the same indices everywhere, or rows of a table for each place."""
     if node.args[0] in given:
         return Along(dims_of)(transfer, node, given)
     positions: Any = argument(node, "index")
@@ -301,24 +309,25 @@ def selection(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
 
 
 def index(transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
-    """x[..., features], at positions along one dim that is not marked."""
+    """x[..., features] at positions along one dim that is not marked."""
     source: Any = node.args[0]
     positions: Any = node.args[1]
     labels, rank = transfer.alone(node, given, source), len(given[source])
     dims = [dim - rank for dim, at in enumerate(positions) if at is not None]
     if len(dims) != 1 or dims[0] in labels or _rank(node) != rank:
-        return Flow({source: labels}, mixes="positions given as data choose")
+        return Flow({source: labels}, mixes="positions given as data select")
     return transfer.flow(node, {source: labels})
 
 
 @dataclass(frozen=True)
 class Along:
-    """The rule of ops on one operand that compute along some dims, counted from the right, and keep or remove those."""
+    """The rule of ops that compute along some dims of one operand (counted from the right), and keep or remove
+    these."""
 
     dims: Callable[[fx.Node, int], Iterable[int]]  # of a node whose operand has this rank
-    place: int = 0  # of the operand
+    place: int = 0  # position of the operand
     mixes: str = "an op mixes"
-    added: int = 0  # dims at the right of the result
+    added: int = 0  # dims added at the right of the result
 
     def __call__(self, transfer: AxisTransfer, node: fx.Node, given: Given) -> Flow:
         source: Any = node.args[self.place]
@@ -337,11 +346,12 @@ class Along:
 
 
 def last(count: int) -> Callable[[fx.Node, int], Iterable[int]]:
+    """The last `count` dims of an operand."""
     return lambda node, rank: range(-count, 0)
 
 
 def dims_of(node: fx.Node, rank: int) -> list[int]:
-    """Of reductions, scans, norms and parts."""
+    """The dims of reductions, scans, norms and parts."""
     if node.target in NORMS:
         return list(range(-len(argument(node, "normalized_shape")), 0))
     dim = argument(node, "dim", argument(node, "dims"))
@@ -360,24 +370,25 @@ def _is_whole_slice(node: fx.Node) -> bool:
 
 
 def repeated(node: fx.Node, rank: int) -> list[int]:
+    """The dims that torch.Tensor.repeat repeats."""
     repeats: Any = node.args[1]
     return [dim for dim in range(-rank, 0) if repeats[dim] != 1]
 
 
 def padded(node: fx.Node, rank: int) -> range:
-    """F.pad: the last dims, a pair of numbers for each."""
+    """The dims of F.pad: the last ones, with two numbers each."""
     return range(-(len(argument(node, "pad")) // 2), 0)
 
 
 def added_to(node: fx.Node, rank: int) -> range:
-    """addmm: the last dim, as of a linear, where the addend is the same for each row."""
+    """The last dim of an addmm, as of a linear, if the addend is equal for all rows."""
     if _rank(node.args[0]) != 1:
-        raise Miss("an addend of its own for each row", node=node)
+        raise Miss("the addend of an addmm differs from row to row", node=node)
     return range(-1, 0)
 
 
 def convolved(node: fx.Node, rank: int) -> range:
-    """Of ([batch,] channels, ...): the channels, and the rest too unless kernels and steps have size 1."""
+    """The channels of a convolution's ([batch,] channels, ...), and all other dims unless kernels and strides are 1."""
     kernel = argument(node, "weight").meta["val"].shape[2:]
     padding = argument(node, "padding")  # "same" or "valid" in some overloads
     is_unpadded = not isinstance(padding, str) and all(size == 0 for size in padding)
@@ -387,7 +398,7 @@ def convolved(node: fx.Node, rank: int) -> range:
 
 
 def normed(node: fx.Node, rank: int) -> range:
-    """Batch norm: the channels, and all else too while it learns."""
+    """The channels of a batch norm, and all dims while it is training."""
     return range(-rank, 0) if argument(node, "training") else range(1 - rank, 2 - rank)
 
 
@@ -395,7 +406,7 @@ def normed(node: fx.Node, rank: int) -> range:
 
 SHAPES_OF = {aten.reshape_as.default, aten.view_as.default}
 LAYOUTS = RESHAPES | SHAPES_OF | UNIT_DIMS | PERMUTES | EXPANDS | IDENTITIES
-UNTAGGED = {  # pointwise, though torch does not say so
+UNTAGGED = {  # pointwise, although torch does not tag them so
     *(aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.masked_fill.Tensor),
     *(aten.__and__.Tensor, aten.__and__.Scalar, aten.__or__.Tensor, aten.__or__.Scalar, aten.rsub.Tensor),
     *(aten.multiply.Tensor, aten.subtract.Tensor, aten.divide.Tensor, aten.floor_divide.default),
@@ -422,7 +433,7 @@ CONVOLUTIONS = {
     *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
     *(aten.conv1d.padding, aten.conv2d.padding),
 }
-POOLS: dict[Any, int] = {  # over how many dims
+POOLS: dict[Any, int] = {  # number of dims they pool over
     **dict.fromkeys((aten.max_pool1d.default, aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default), 1),
     **dict.fromkeys((aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default), 2),
 }

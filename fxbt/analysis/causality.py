@@ -1,4 +1,4 @@
-"""Whether an attention keeps its queries from later keys, by its argument or by its mask."""
+"""Whether an attention hides later keys from its queries, by its argument or by its mask."""
 
 from __future__ import annotations
 
@@ -11,20 +11,32 @@ from .scores import LARGEST_FILL
 
 
 def is_causal(attention: fx.Node) -> bool:
-    """Whether an SDPA lets no query see a later key; a mask that cannot be read proves nothing.
+    """Whether an SDPA node lets no query see a later key; False if its mask cannot be read.
 
     Example::
 
         m.need(fxbt.is_causal(m["attention"]), "the mask is not proven causal")
     """
-    if argument(attention, "is_causal"):
+    if argument(attention, "is_causal") or _is_one_step(attention):
         return True
     mask = argument(attention, "attn_mask")
     return mask is not None and any(map(_masks_later_keys, _addends(mask)))
 
 
+def _is_one_step(attention: fx.Node) -> bool:
+    """Whether its keys are those of a cache, an input of the graph, and the new one behind them: none is later."""
+    key = argument(attention, "key")
+    while getattr(key.target, "is_view", False):
+        key = key.all_input_nodes[0]
+    if key.target is not torch.ops.aten.cat.default or len(key.all_input_nodes) != 2:
+        return False
+    past, new = key.all_input_nodes
+    axis = argument(key, "dim") % new.meta["val"].dim()
+    return past.op == "placeholder" and axis == new.meta["val"].dim() - 2 and new.meta["val"].shape[axis] == 1
+
+
 def _addends(bias: fx.Node) -> list[fx.Node]:
-    """What a bias is the sum of: one mask among positions and other biases is enough."""
+    """The addends of a bias; one of them being a causal mask is enough."""
     if bias.target is not torch.ops.aten.add.Tensor or bias.kwargs:
         return [bias]
     return [addend for arg in bias.args if isinstance(arg, fx.Node) for addend in _addends(arg)]

@@ -1,7 +1,7 @@
-"""What a mask says, proven from its nodes: evaluated at symbolic positions instead of on data.
+"""Proves what a mask says by evaluating its nodes at symbolic positions instead of on data.
 
-A mask in a captured graph is arange, compare, where and broadcasting. `evaluate` gives its value at index (b, h, i, j)
-as a sympy expression; `is_causal` asks whether that is "j <= i, nothing else".
+A mask in a captured graph consists of arange, comparisons, where and broadcasting. `evaluate` gives its value at index
+(b, h, i, j) as a sympy expression; `is_causal` tests whether that is exactly "j <= i".
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from .rounding import EXACT_FOR_POSITIONS, NO_NUMBERS, Opaque, cast_to, number_o
 aten = torch.ops.aten
 Index = tuple[Any, ...]
 VIEWS = RESHAPES | UNIT_DIMS
-Truth = Relational | BooleanFunction | BooleanAtom  # not sympy's Boolean: its Symbol is one, integers included
+Truth = Relational | BooleanFunction | BooleanAtom  # not sympy's Boolean, which includes Symbol, even integer ones
 
 
 def index_symbols(count: int) -> Index:
-    """Non-negative integer symbols to evaluate a mask at."""
+    """Nonnegative integer symbols at which to evaluate a mask."""
     return tuple(sympy.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis in range(count))
 
 
 def evaluate(node: Any, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
-    """The value of `node` at `index`, one entry a dim: a sympy expression or boolean.
+    """The value of `node` at `index` (one entry per dim): a sympy expression or boolean.
 
-    Values read from data stand as applied functions (`mask(i0, i3)`). `constants` gives the content of get_attr nodes;
-    the ones whose content the result rests on must be watched by the caller (`read_constants`).
+    Values read from data appear as applied functions (`mask(i0, i3)`). `constants` gives the content of get_attr nodes;
+    the caller must watch those whose content the result depends on (`read_constants`).
 
     Raises:
-        Opaque: an op whose value at a position is not known.
+        Opaque: the value of an op at a position is not known.
     """
     if not isinstance(node, fx.Node):
         return number_of(node)
@@ -62,7 +62,7 @@ def read_constants(node: fx.Node) -> dict[fx.Node, torch.Tensor]:
 
 
 def zero_else_below(value: Any, limit: float) -> Any | None:
-    """Where an evaluated additive mask is 0, if it is at most `limit` everywhere else; None where it is not."""
+    """Where an evaluated additive mask is 0, if it is at most `limit` everywhere else; otherwise None."""
     if isinstance(value, sympy.Piecewise):
         cases = [(zero_else_below(case, limit), when) for case, when in value.args]
         return None if any(truth is None for truth, _ in cases) else _join(cases)
@@ -81,6 +81,7 @@ def truth(value: Any) -> Any:
 
 
 def negate(value: Any) -> Any:
+    """The negation of an evaluated boolean."""
     return sympy.Not(value)
 
 
@@ -104,9 +105,9 @@ def implies_causal(value: Any, query: sympy.Symbol, key: sympy.Symbol) -> bool:
 
 
 def without_bounds(value: Any, index: Index, shape: Sequence[Any]) -> Any:
-    """An evaluated boolean mask without the comparisons that hold at every position of a tensor of this shape.
+    """An evaluated boolean mask without comparisons that hold at every position of a tensor of this shape.
 
-    Positions run from 0 to the size less one: `key <= length` holds where there are `length + 1` keys.
+    Positions run from 0 to the size minus one: `key <= length` always holds for `length + 1` keys.
     """
     if not isinstance(value, Truth):
         return value
@@ -123,7 +124,7 @@ def _always_holds(term: Any, sizes: dict[Any, Any]) -> bool:
         if not slope.is_number:
             return False
         last = size.node.expr - 1 if isinstance(size, torch.SymInt) else sympy.Integer(size - 1)
-        slack = slack.subs(position, 0 if slope >= 0 else last)  # where it is the least
+        slack = slack.subs(position, 0 if slope >= 0 else last)  # at its lowest
     slack = sympy.expand(slack)
     known = [size.node.shape_env for size in sizes.values() if isinstance(size, torch.SymInt)]
     in_range = known and slack.free_symbols <= known[0].var_to_range.keys()
@@ -131,7 +132,7 @@ def _always_holds(term: Any, sizes: dict[Any, Any]) -> bool:
 
 
 def slack_of(term: Any) -> Any | None:
-    """The integer expression that is >= 0 exactly where the comparison `term` holds."""
+    """The integer expression that is >= 0 exactly where the comparison `term` holds; None if there is none."""
     if not isinstance(term, Relational):
         return None
     gap = sympy.expand(term.lhs - term.rhs)
@@ -145,7 +146,7 @@ def slack_of(term: Any) -> Any | None:
 def _data(node: fx.Node, index: Index) -> Any:
     shape = node.meta["val"].shape
     read = [position for dim, position in enumerate(index) if not _is_one(shape[dim])]
-    # nothing is assumed of floats: integer=False would say that no float is 0
+    # assume nothing of floats: integer=False would say that no float is 0
     known = {} if node.meta["val"].dtype.is_floating_point else {"integer": True}
     applied = sympy.Function(node.name, **known)(*read) if read else sympy.Symbol(node.name, **known)
     return sympy.Ne(applied, 0) if node.meta["val"].dtype is torch.bool else applied
@@ -156,7 +157,7 @@ def _is_one(size: Any) -> bool:
 
 
 def _constant(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
-    """A constant that holds a triangle of ones reads as key <= query; a scalar as its number."""
+    """Reads a constant triangle of ones as key <= query, and a scalar as its number."""
     content = constants.get(node)
     if content is None:
         return _data(node, index)
@@ -192,7 +193,7 @@ def _compare(relation: Any, lhs: Any, rhs: Any) -> Any:
 
 
 def _join(cases: list[tuple[Any, Any]]) -> Any:
-    """Booleans by case as one boolean."""
+    """Combines booleans by case into one boolean."""
     result, earlier = sympy.false, sympy.true
     for truth, when in cases:
         result = sympy.Or(result, sympy.And(earlier, when, truth))
@@ -227,7 +228,8 @@ def _relational(relation: Any) -> Callable[..., Any]:
 
 
 def _compared(operand: Any, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
-    """An operand of a comparison. Numbers along one axis that may be rounded are data: another way rounds otherwise."""
+    """An operand of a comparison. Possibly rounded numbers along one axis count as data: other code rounds
+    otherwise."""
     value = evaluate(operand, index, constants)
     if not isinstance(operand, fx.Node) or not isinstance(operand.meta["val"], torch.Tensor):
         return value
@@ -310,7 +312,7 @@ def _permute(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]
 
 
 def _unit_dims(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
-    """A reshape that only adds or removes dims of size one, seen from whichever of the reshapes before it."""
+    """A reshape that only adds or removes dims of size one, also relative to an earlier reshape."""
     result_sizes = sizes_of(node)
     source: Any = node.args[0]
     while not _differ_in_units(sizes_of(source), result_sizes):
@@ -354,7 +356,7 @@ def _cast(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -
     source = node.args[0].meta["val"].dtype
     is_known = value.is_number or value.is_integer or isinstance(value, sympy.Piecewise)
     if source.is_floating_point and not dtype.is_floating_point and not is_known:
-        return _data(node, index)  # whatever it rounds to
+        return _data(node, index)  # rounds in an unknown way
     return cast_to(value, source, dtype)
 
 
@@ -369,7 +371,7 @@ def _triangle(relation: Any, outside: Callable[[Any], Any]) -> Callable[..., Any
 
 
 def _gather(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
-    """x[rows, columns] with index tensors for all of x's dims."""
+    """x[rows, columns] with index tensors for all dims of x."""
     source: Any
     indices: Any
     source, indices = node.args[:2]
@@ -382,7 +384,7 @@ def _gather(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor])
 
 
 def _diff(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
-    """x[i] - x[i - 1], the first against `prepend`; known where it is the same at every position."""
+    """x[i] - x[i - 1], the first against `prepend`; known if it is equal at every position."""
     source, prepend = node.args[0], argument(node, "prepend")
     dim = argument(node, "dim", -1) % len(index)
     if argument(node, "n", 1) != 1 or argument(node, "append") is not None or prepend is None:
@@ -400,7 +402,7 @@ def _diff(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -
 
 
 def _cumsum(node: fx.Node, index: Index, constants: dict[fx.Node, torch.Tensor]) -> Any:
-    """The running sum of what is the same number everywhere."""
+    """The running sum of a value that is the same number everywhere."""
     value = evaluate(node.args[0], index, constants)
     if isinstance(value, Truth):
         value = {sympy.true: sympy.Integer(1), sympy.false: sympy.Integer(0)}.get(value)

@@ -1,4 +1,4 @@
-"""A replacement's tensors, laid out by the names of their axes: no transpose or reshape is written in a rule."""
+"""A replacement's tensors, laid out by axis names: rules write no transpose or reshape."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from . import axes
 
 
 class Operands:
-    """What a match's inputs are at run time, each in the layout that the replacement asks for.
+    """The inputs of a match at run time, each in the layout that the replacement asks for.
 
-    `tensors` come in the order of `Match.inputs`, `position` gives each node's place there, `known` the axes of each;
-    `named` turns names into axes. Names are separated by spaces; "1" is a dim of size one.
+    `tensors` are in the order of `Match.inputs`, `position` gives each node's index there, `known` the axes of each
+    tensor; `named` turns names into axes. Names are separated by spaces; "1" is a dim of size one.
 
     Example::
 
@@ -41,10 +41,10 @@ class Operands:
         return Operands(self._tensors, self._position, self._known, named)
 
     def __call__(self, node: fx.Node, labels: axes.Axes, names: str, expand: bool = True) -> Any:
-        """The tensor of `node`, whose axes are `labels`, with the axes `names`; a number computed from sizes as it is.
+        """The tensor of `node` (whose axes are `labels`) with the axes `names`; a number is returned as it is.
 
         Raises:
-            Miss: a size is needed that can be read off no operand.
+            Miss: a needed size cannot be read off any operand.
         """
         tensor = self._tensors[self._position[node]]
         if not isinstance(tensor, torch.Tensor):
@@ -52,9 +52,9 @@ class Operands:
         return axes.arrange(tensor, labels, self._named(names), self._sizes, expand)
 
     def back(self, tensor: torch.Tensor, names: str, labels: axes.Axes) -> torch.Tensor:
-        """A result that has the axes `names`, laid out as `labels`: as the graph has it.
+        """A result with the axes `names`, laid out as `labels`, which is the layout of the graph.
 
         Raises:
-            Miss: a size is needed that can be read off no operand.
+            Miss: a needed size cannot be read off any operand.
         """
         return axes.arrange(tensor, self._named(names), labels, self._sizes)

@@ -1,4 +1,4 @@
-"""Numbers of a mask as sympy has them, and in another dtype: a cast is a function of sympy where it rounds."""
+"""The numbers of a mask in sympy, and their conversion to another dtype: a rounding cast is a sympy function."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Opaque(Exception):
 
 
 def number_of(value: Any) -> Any:
-    """A Python number or boolean as sympy's."""
+    """A Python number or boolean as a sympy one."""
     if isinstance(value, bool):
         return sympy.true if value else sympy.false
-    # sympy holds 0.0 and 0 for different numbers
+    # sympy distinguishes 0.0 and 0
     return sympy.Integer(int(value)) if math.isfinite(value) and value == int(value) else sympy.sympify(value)
 
 
 def cast_to(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
-    """A number as torch converts it; an expression as it is between types that hold all its values."""
+    """A number as torch converts it; an expression unchanged if the new dtype holds all its values."""
     if isinstance(value, sympy.Piecewise):
         return sympy.Piecewise(*[(cast_to(case, source, dtype), when) for case, when in value.args])
     if value.is_number:
@@ -39,29 +39,36 @@ def cast_to(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
 
 
 def converted(number: Any, dtype: torch.dtype) -> Any:
-    """A number as torch holds it in another type."""
+    """A number as a tensor of another dtype holds it."""
     return number_of(torch.tensor(float(number), dtype=torch.float64).to(dtype).item())
 
 
 class Rounding(sympy.Function):
-    """What data becomes in a type of less precision: known as soon as the data is a number, such as a mask's 0 or 1."""
+    """A value in a less precise dtype: evaluated once the value is a number, such as a mask's 0 or 1."""
 
     dtype: torch.dtype
 
     @classmethod
     def eval(cls, value: Any) -> Any:
+        """The rounded number; None, which keeps the call unevaluated, for anything else."""
         return converted(value, cls.dtype) if value.is_number else None
 
 
 class ToFloat16(Rounding):
+    """A value rounded to float16."""
+
     dtype = torch.float16
 
 
 class ToBFloat16(Rounding):
+    """A value rounded to bfloat16."""
+
     dtype = torch.bfloat16
 
 
 class ToFloat32(Rounding):
+    """A value rounded to float32."""
+
     dtype = torch.float32
 
 

@@ -1,7 +1,7 @@
-"""What happens to attention scores between the query-key product and the softmax: a chain of steps, read backward.
+"""The steps on attention scores between the query-key product and the softmax, read backward.
 
 S = Q K^T, then any of: c * S, S * t (t constant along the keys), S + bias, where(mask, S, fill), casts, tanh(S).
-`unwind` reads them off a graph; the rest says what such a chain masks, rounds and lets pass. Nothing is changed.
+`unwind` reads the steps from a graph; other functions say what such a chain masks and rounds. Nothing is changed.
 
 Example::
 
@@ -27,12 +27,12 @@ from . import axes, masks
 
 aten = torch.ops.aten
 
-# A masked score must vanish beside any real score. Those of a model stay above: float32 near 1e8 has steps of 8.
+# A masked score must vanish beside any real score. A model's scores are higher: float32 near 1e8 has steps of 8.
 LARGEST_FILL = -0.99e8
-LARGEST_FILL_OF = {torch.float16: -6e4}  # whose numbers end at -65504
-# From here on float32 rounds a score by more than the tolerance of the tests, and to here it does not absorb it.
+LARGEST_FILL_OF = {torch.float16: -6e4}  # its lowest number is -65504
+# From ROUNDS_FROM on, float32 rounds a score by more than the tests tolerate; below ABSORBS_FROM it does not absorb it.
 ROUNDS_FROM, ABSORBS_FROM = 5e3, 0.99e9
-# A fill no later bias can lift again, and that a score is lost in when it is added: so it stands for any lower one.
+# A fill that no later bias can lift again, and that absorbs a score added to it; so it replaces any lower one.
 BOTTOM = -1e30
 
 MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar}
@@ -44,7 +44,7 @@ MASKED_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 NOT = {aten.logical_not.default, aten.bitwise_not.default}
 COMPARED = {aten.eq.Scalar: False, aten.ne.Scalar: True}
 CLAMPS = {aten.clamp.default, aten.clamp_min.default}
-# Their numbers are places and sizes.
+# The numbers among their arguments are positions and sizes.
 BY_POSITION = {aten.slice.Tensor, aten.select.int, aten.arange.default, aten.arange.start, aten.arange.start_step}
 
 
@@ -99,10 +99,11 @@ Step = Scale | ScaleBy | Add | Fill | Floor | Tanh
 
 
 def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps: list[Step]) -> axes.Contraction:
-    """Back from the softmax input to the query-key product; what happens on the way goes to `steps`, outermost first.
+    """Goes back from the softmax input to the query-key product; appends the steps on the way to `steps`, outermost
+    first.
 
     Raises:
-        Miss: something else stands there.
+        Miss: the way contains something other than these steps.
     """
     product = axes.contraction_of(node, labels)
     if product is not None:
@@ -112,7 +113,9 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
     if back is not None:
         return unwind(*back, keys, steps)
     if node.op != "call_function":
-        raise Miss("no query-key product before the softmax", node=node, expected="a contraction over head_dim")
+        raise Miss(
+            "there is no query-key product before the softmax", node=node, expected="a contraction over head_dim"
+        )
     if node.target in axes.CASTS:
         product = unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
         check_not_coarser(node, node.meta["val"].dtype, product.lhs.meta["val"].dtype)
@@ -133,26 +136,27 @@ def unwind(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps:
         steps.append(Floor(lowest))
         return unwind(node.args[0], labels, keys, steps)  # type: ignore[arg-type]
     raise Miss(
-        "the scores pass through an op that is no affine step",
+        "an op on the scores is not a scale, bias, mask or cast",
         node=node,
         expected="scale, bias, mask or cast between the query-key product and the softmax",
     )
 
 
 def scores_dtype(softmax: fx.Node) -> torch.dtype:
+    """The dtype of the scores in a softmax."""
     return softmax.args[0].meta["val"].dtype
 
 
 def check_not_coarser(node: fx.Node, dtype: torch.dtype, than: torch.dtype) -> None:
-    """SDPA computes at least as precisely as its operands; what the model rounds on the way, it does not."""
+    """SDPA computes at least as precisely as its operands, and does not round what the model rounds."""
     if not (dtype.is_floating_point and than.is_floating_point) or torch.finfo(dtype).eps > torch.finfo(than).eps:
-        raise Miss(f"attention passes through {dtype}, coarser than its operands' {than}", node=node)
+        raise Miss(f"attention computes in {dtype}, coarser than its operands' {than}", node=node)
 
 
 def _try_operands(
     node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], candidates: tuple[int, ...]
 ) -> tuple[int, axes.Contraction, list[Step]]:
-    """Which operand of a binary op carries the scores, with the product and the steps found inside it."""
+    """The operand of a binary op that carries the scores, with the product and the steps found inside it."""
     misses = []
     for position in candidates:
         operand = node.args[position]
@@ -175,7 +179,7 @@ def _unwind_scale(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...],
     if not isinstance(factor, fx.Node):
         steps.append(Scale(1 / factor if divide else factor))  # type: ignore[operator, arg-type]
         return _extend(steps, inner, product)
-    is_tensor = isinstance(factor.meta["val"], torch.Tensor)  # else a number computed from sizes
+    is_tensor = isinstance(factor.meta["val"], torch.Tensor)  # otherwise a number computed from sizes
     factor_axes = axes.broadcast_axes(factor, labels) if is_tensor else ()
     if not axes.is_constant_along(factor_axes, keys):
         mask = None if divide else zeroing_mask(factor, factor_axes)
@@ -188,7 +192,7 @@ def _unwind_scale(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...],
 
 
 def zeroing_mask(factor: fx.Node, labels: axes.Axes) -> Fill | None:
-    """A product with a boolean, or with 0 and 1 made of some, as a fill of zero."""
+    """A product with a boolean, or with 0 and 1 made from booleans, as a fill of zero."""
     return Fill(*unexpanded(factor, labels), 0.0, True) if _is_zero_or_one(factor) else None
 
 
@@ -205,12 +209,12 @@ def _is_zero_or_one(node: fx.Node) -> bool:
 
 
 def same_mask(one: Fill, other: Fill) -> bool:
-    """Whether two fills mask the same, however their masks are negated, cast and laid out."""
+    """Whether two fills mask the same positions, however their masks are negated, cast and laid out."""
     return _meaning(one) == _meaning(other)
 
 
 def _meaning(step: Fill) -> tuple[fx.Node, axes.Axes, bool]:
-    """(tensor, its axes, whether scores are kept where it is not zero)."""
+    """(tensor, its axes, whether scores are kept where it is nonzero)."""
     node, labels, keep = step.node, step.axes, step.keep
     while True:
         node, labels = axes.peel(node, labels)
@@ -227,7 +231,7 @@ def _meaning(step: Fill) -> tuple[fx.Node, axes.Axes, bool]:
 
 
 def _as_one_fill(zeroing: Fill, bias: fx.Node, labels: axes.Axes, factor: float) -> Fill | None:
-    """S * m + (1 - m) * c as a fill of c, where m is 0 or 1 and the bias is known at every position."""
+    """S * m + (1 - m) * c as a fill of c, if m is 0 or 1 and the bias is known at every position."""
     if masks.read_constants(bias) or masks.read_constants(zeroing.node):
         return None
     places = {label: at for label, at in zip(labels, masks.index_symbols(len(labels)), strict=True) if label}
@@ -239,7 +243,7 @@ def _as_one_fill(zeroing: Fill, bias: fx.Node, labels: axes.Axes, factor: float)
     try:
         kept = masks.truth(value_of(zeroing.node, zeroing.axes))
         added = value_of(bias, axes.broadcast_axes(bias, labels))
-    except (masks.Opaque, KeyError, TypeError):  # a place with no name, or NaN: not known
+    except (masks.Opaque, KeyError, TypeError):  # a place without a name, or NaN: not known
         return None
     if not isinstance(added, sympy.Piecewise) or not all(case.is_number for case, _ in added.args):
         return None
@@ -279,13 +283,13 @@ def _unwind_sum(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], s
 def _unwind_fill(node: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...], steps: list[Step]) -> axes.Contraction:
     scores, mask, fill, keep = fill_operands(node)
     if not isinstance(fill, int | float) or not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
-        raise Miss("scores are replaced by other values, not by one mask value", node=node)
+        raise Miss("scores are replaced by a tensor of values, not by one number", node=node)
     steps.append(Fill(*unexpanded(mask, axes.broadcast_axes(mask, labels)), float(fill), keep))
     return unwind(scores, axes.broadcast_axes(scores, labels), keys, steps)
 
 
 def unexpanded(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes]:
-    """A mask before it was expanded, perhaps to the shape of the very scores it masks."""
+    """A mask before it was expanded, even to the shape of the scores it masks."""
     while node.target in axes.EXPANDS and (back := axes.step_back(node, labels)) is not None:
         node, labels = back
     return node, labels
@@ -300,7 +304,7 @@ def fill_operands(node: fx.Node) -> tuple[Any, Any, Any, bool]:
 
 
 def _floor(node: fx.Node) -> float | None:
-    """The bound of a clamp from below alone, at the bottom of the number range, where it changes no real score."""
+    """The bound of a clamp from below only, at the bottom of the number range, where it changes no real score."""
     lowest, highest = (*node.args[1:], None, None)[:2]
     is_bottom = isinstance(lowest, int | float) and lowest <= BOTTOM
     return lowest if is_bottom and highest is None and not node.kwargs else None  # type: ignore[return-value]
@@ -309,7 +313,7 @@ def _floor(node: fx.Node) -> float | None:
 def query_and_key(
     product: axes.Contraction, keys: tuple[axes.Atom, ...]
 ) -> tuple[tuple[fx.Node, axes.Axes], tuple[fx.Node, axes.Axes]]:
-    """The operands as (query, key): the key holds the whole softmax axis, the query nothing of it."""
+    """The operands as (query, key): the key has the whole softmax axis, the query no part of it."""
     wanted = set(axes.leaves(keys))
     lhs, rhs = set(axes.atoms_of(product.lhs_axes)), set(axes.atoms_of(product.rhs_axes))
     if not product.contracted:
@@ -326,25 +330,25 @@ def _after(step: Step, steps: list[Step]) -> list[Step]:
 
 
 def final_of(step: Fill, steps: list[Step]) -> float:
-    """What a fill has become when the scores reach the softmax, but for what is added to it."""
+    """The value of a fill when the scores reach the softmax, without what is added to it."""
     return step.fill * scale_of(_after(step, steps))
 
 
 def is_mask(step: Fill, steps: list[Step], dtype: torch.dtype) -> bool:
-    """Whether a fill is below every score of `dtype` that a model computes, so that its weight is zero beside one."""
+    """Whether a fill is below every `dtype` score that a model computes, so that its weight is zero beside one."""
     return final_of(step, steps) <= LARGEST_FILL_OF.get(dtype, LARGEST_FILL)  # not of NaN
 
 
 def shows(steps: list[Step], dtype: torch.dtype) -> str | None:
-    """Why it shows which number masked scores become: then no lower one may take its place. None where it does not.
+    """Why the number that masked scores become affects the result, so that no lower one may replace it; else None.
 
-    Where a row is masked entirely, finite fills share the weight evenly: by whatever number, if it is one.
+    In a row that is masked entirely, equal finite fills share the weight evenly, whatever their value.
     """
     fills = [step for step in steps if isinstance(step, Fill)]
     finals = {final_of(step, steps) for step in fills}
     weak = [step for step in fills if not is_mask(step, steps, dtype)]
     if weak:
-        return f"masked scores end at {final_of(weak[0], steps):g}, which is no mask for every score"
+        return f"masked scores end at {final_of(weak[0], steps):g}, which does not mask every possible score"
     for step in fills:
         if any(isinstance(other, ScaleBy) for other in _after(step, steps)):
             return "masked scores are scaled by a tensor afterwards"
@@ -353,21 +357,21 @@ def shows(steps: list[Step], dtype: torch.dtype) -> str | None:
     if any(isinstance(other, Add) for step in above for other in _after(step, steps)):
         return "a bias added after the mask could lift the masked scores again"
     if above and len(finals - {-math.inf}) > 1:
-        return "scores are masked by several numbers"
+        return "scores are masked with several different numbers"
     if above and any(isinstance(step, Add) and may_mask(step) for step in steps):
-        return "scores are masked by a number and by a bias"
+        return "scores are masked by a fill and by a bias"
     return None
 
 
 def beyond_sdpa(steps: list[Step], dtype: torch.dtype) -> str | None:
-    """Why SDPA, which adds one bias to a scaled product, cannot express the steps. None where it can."""
+    """Why SDPA, which adds one bias to a scaled product, cannot express the steps; None if it can."""
     if any(isinstance(step, Tanh) for step in steps):
         return "the scores are softcapped"
-    return shows(steps, dtype) or ("a mask rounds the biases it is added to" if rounding_bias(steps) else None)
+    return shows(steps, dtype) or ("adding the mask rounds the biases" if rounding_bias(steps) else None)
 
 
 def lowered(steps: list[Step], dtype: torch.dtype) -> list[Step]:
-    """The same steps where a finite fill is so low that a score is lost in it when SDPA adds the two.
+    """The same steps, with finite fills lowered so far that they absorb a score when SDPA adds the two.
 
     float16 has no such number: see `keeps_open`.
     """
@@ -385,9 +389,9 @@ def has_finite_fill(steps: list[Step]) -> bool:
 
 
 def rounding_bias(steps: list[Step]) -> fx.Node | None:
-    """A mask of about -1e6: it rounds what it is added to, and in rows that it blocks entirely other biases show how.
+    """A mask of about -1e6: it rounds the biases it is added to, which changes rows that it blocks entirely.
 
-    A lower one absorbs them in any order, a smaller one rounds too little to matter.
+    A lower one absorbs them in any order, a higher one rounds too little to matter.
     """
     biases = _biases(steps)
     for bias in biases if len(biases) > 1 else ():
@@ -397,7 +401,7 @@ def rounding_bias(steps: list[Step]) -> fx.Node | None:
 
 
 def check_gradient(steps: list[Step]) -> None:
-    """In rows that a fill and a bias mask only together, a fill stops the gradient and SDPA's bias does not."""
+    """In rows that only a fill and a bias together mask, a fill stops the gradient and SDPA's bias does not."""
     if not torch.is_grad_enabled() or not any(isinstance(step, Fill) and step.fill > -math.inf for step in steps):
         return
     for step in steps:
@@ -409,20 +413,20 @@ def check_gradient(steps: list[Step]) -> None:
 
 
 def _biases(steps: list[Step]) -> list[fx.Node]:
-    """The tensors that are added to the scores, innermost first."""
+    """The tensors added to the scores, innermost first."""
     return [step.node for step in steps if isinstance(step, Add) and isinstance(step.node, fx.Node)]
 
 
 def may_mask(step: Add) -> bool:
-    """Whether a bias is computed from a mask value, or is an argument of which nothing is known."""
+    """Whether a bias is computed from a mask value, or is an argument of unknown values."""
     numbers = _numbers_in(step.node) if isinstance(step.node, fx.Node) else (step.node,)
-    return any(abs(number) >= -LARGEST_FILL for number in numbers)  # it may be taken away
+    return any(abs(number) >= -LARGEST_FILL for number in numbers)  # it may be subtracted
 
 
 def _numbers_in(bias: fx.Node) -> Iterator[float]:
-    """The numbers a bias is computed from; minus infinity for an argument of which nothing is known.
+    """The numbers a bias is computed from; minus infinity for an argument of unknown values.
 
-    What a layer or a product gives is an activation, and those stay small.
+    The result of a layer or product is an activation, which stays small.
     """
     waiting, seen = [bias], {bias}
     while waiting:
@@ -439,12 +443,12 @@ def _numbers_in(bias: fx.Node) -> Iterator[float]:
 
 
 def scale_of(steps: list[Step]) -> float:
-    """What the steps multiply the scores by."""
+    """The factor by which the steps multiply the scores."""
     return math.prod(step.number for step in steps if isinstance(step, Scale))
 
 
 class Unmasked(NamedTuple):
-    """That the steps mask exactly key > query, or (not `causal`) nothing; proven from the content of `assumes`."""
+    """The steps mask exactly key > query, or (if not `causal`) nothing; proven from the content of `assumes`."""
 
     causal: bool
     assumes: tuple[fx.Node, ...]
@@ -453,9 +457,9 @@ class Unmasked(NamedTuple):
 def proves_unmasked(
     steps: list[Step], seq: tuple[axes.Atom, ...], keys: tuple[axes.Atom, ...], dtype: torch.dtype
 ) -> Unmasked | None:
-    """Whether the steps mask later keys alone, or nothing; None where neither is proven."""
+    """A proof that the steps mask only later keys, or nothing; None without one."""
     masking: list[Any] = [step for step in steps if not isinstance(step, Scale | Floor)]
-    while masking and isinstance(masking[0], ScaleBy):  # what scales the scores before they are masked masks nothing
+    while masking and isinstance(masking[0], ScaleBy):  # scaling before masking masks nothing
         masking = masking[1:]
     if len(masking) != 1 or not isinstance(masking[0], Add | Fill) or not isinstance(masking[0].node, fx.Node):
         return None
@@ -466,7 +470,7 @@ def proves_unmasked(
     index = masks.index_symbols(len(labels))
     try:
         value = masks.evaluate(step.node, index, constants)
-    except (masks.Opaque, TypeError):  # sympy raises TypeError on NaN: not proven either
+    except (masks.Opaque, TypeError):  # sympy raises TypeError on NaN: not proven
         return None
     attend = _attends(step, value, later)
     attend = masks.without_bounds(attend, index, step.node.meta["val"].shape)
@@ -481,9 +485,9 @@ def proves_unmasked(
 
 
 def _attends(step: Add | Fill, value: Any, later: float) -> Any:
-    """Where an evaluated mask lets a query attend: a boolean, or None where it is no mask of zero and bottom.
+    """Where an evaluated mask lets a query attend; None if it is not a mask of zero and bottom.
 
-    `later` is the factor by which the masked scores are scaled afterwards.
+    `later` is the factor that scales the masked scores afterwards.
     """
     if isinstance(step, Fill):
         truth = masks.truth(value)

@@ -1,6 +1,6 @@
-"""A sink: one more score for each query, of a key without a value. It takes weight and gives nothing.
+"""A sink: each query has one more score, of a key without a value. It takes weight and adds nothing.
 
-Written as a score that joins the others and is cut off after the softmax, or as a factor on the result: with
+It is written as a score that is joined to the others and cut off after the softmax, or as a factor on the result: with
 L = sum_j exp(S_j),  exp(S) / (L + exp(sink)) = softmax(S) * sigmoid(log L - sink).
 
 Source: Xiao et al. 2024, "Efficient streaming language models with attention sinks"; gpt-oss; Granite.
@@ -21,15 +21,15 @@ aten = torch.ops.aten
 
 
 def joins(scores: fx.Node) -> bool:
-    """Whether a softmax takes scores that were joined with others."""
+    """Whether a softmax runs over scores that were concatenated with others."""
     return scores.target is aten.cat.default
 
 
 def cut_off(softmax: fx.Node, weights: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, Add]:
-    """(scores, their axes, sink) of weights = softmax([scores, sink])[..., :keys], as the weights stand without it.
+    """(scores, their axes, sink) of weights = softmax([scores, sink])[..., :keys]; the axes are those without the sink.
 
     Raises:
-        Miss: other scores are joined, or another part of the weights is read.
+        Miss: something else is concatenated, or another part of the weights is read.
     """
     cat: Any = softmax.args[0]
     last = len(labels) - 1
@@ -42,14 +42,14 @@ def cut_off(softmax: fx.Node, weights: fx.Node, labels: axes.Axes) -> tuple[fx.N
     is_cut = weights.target is aten.slice.Tensor and int(axes.argument(weights, "dim", 0)) % (last + 1) == last
     start, step = axes.argument(weights, "start") or 0, axes.argument(weights, "step", 1)
     if not is_cut or (start, step) != (1 - place, 1) or axes.sizes_of(weights)[last] != sizes[1 - place]:
-        raise Miss("the weights of a sink are not cut off", node=weights, expected="a slice of the other keys")
+        raise Miss("the weight of the sink is not cut off", node=weights, expected="a slice of the other keys")
     rows = labels[:-1]
     node, sink_axes = unexpanded(sink, axes.broadcast_axes(sink, (*rows, ())))
     return scores, (*rows, axes.fresh(scores)[-1]), Add(node, sink_axes, 1)
 
 
 def normalizer_of(scores: fx.Node) -> fx.Node | None:
-    """The logsumexp that reads the very scores of the softmax."""
+    """The logsumexp that reads the same scores as the softmax; None if there is none."""
     return next((user for user in scores.users if user.target is aten.logsumexp.default), None)
 
 
@@ -59,7 +59,7 @@ def multiplied_on(
     """(result, its axes, sink) where result = context * sigmoid(logsumexp(scores) - sink).
 
     Raises:
-        Miss: the logsumexp of the scores does not go into such a factor, one for each query.
+        Miss: the logsumexp does not end in such a factor, one per query.
     """
     precision = context.meta["val"].dtype
     node = context
@@ -94,7 +94,7 @@ def _only_user(node: fx.Node) -> fx.Node:
 
 def _no_sink(node: Any) -> Miss:
     return Miss(
-        "the logsumexp of the scores is read by something else than a sink",
+        "the logsumexp of the scores is used for something other than a sink",
         node=node if isinstance(node, fx.Node) else None,
         expected="the result times sigmoid(logsumexp(scores) - sink)",
     )
@@ -118,7 +118,7 @@ def _back_to(target: Any, node: Any, labels: axes.Axes, precision: torch.dtype) 
 
 
 def _is_over_the_keys(total: fx.Node, total_axes: axes.Axes, softmax: fx.Node, score_axes: axes.Axes) -> bool:
-    """Whether a logsumexp sums what the softmax divides by, and stands for the same rows."""
+    """Whether a logsumexp sums what the softmax divides by, for the same rows."""
     rank = len(score_axes)
     dim = int(softmax.args[1]) % rank  # type: ignore[arg-type]
     if total.args[0] is not softmax.args[0] or [int(d) % rank for d in total.args[1]] != [dim]:  # type: ignore[arg-type]

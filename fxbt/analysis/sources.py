@@ -1,4 +1,4 @@
-"""What a value is computed from."""
+"""Finds what a value is computed from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import fx
 
 
 def nearest_sources(value: Any, targets: Collection[Any], barriers: Collection[Any] = ()) -> list[fx.Node]:
-    """The calls of `targets` that a value is computed from with neither one of them nor of `barriers` in between.
+    """The nearest calls of `targets` that a value is computed from, not looking past them or past `barriers`.
 
     Example::
 

@@ -1,7 +1,7 @@
-"""What happens to attention weights between the softmax and their product with the value: steps, read forward.
+"""The steps on attention weights between the softmax and their product with the value, read forward.
 
-P = softmax(S), then any of: c * P, P * t (t constant along the keys), P * mask, where(mask, P, 0), dropout, casts,
-NaN replaced by zero. `products_of` reads them off a graph. Nothing is changed.
+P = softmax(S), then any of: c * P, P * t (t constant along the keys), P * mask, where(mask, P, 0), dropout, casts, NaN
+replaced by zero. `products_of` reads the steps from a graph. Nothing is changed.
 
 Example::
 
@@ -35,7 +35,7 @@ from .scores import (
 
 aten = torch.ops.aten
 
-SAFE_SOFTMAX = aten._safe_softmax.default  # 0, not NaN, where all scores are -inf: what SDPA gives there
+SAFE_SOFTMAX = aten._safe_softmax.default  # gives 0, not NaN, where all scores are -inf, as SDPA does
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten.special_softmax.default, SAFE_SOFTMAX})
 
 
@@ -48,7 +48,7 @@ class Dropout:
 
 @dataclass
 class ZeroNan:
-    """where(isnan(P), 0, P): the weights of rows that -inf masks entirely"""
+    """where(isnan(P), 0, P), for the weights of rows that -inf masks entirely"""
 
 
 Step = Scale | ScaleBy | Fill | Dropout | ZeroNan
@@ -56,12 +56,12 @@ Steps = list[Step]
 
 
 def products_of(weights: fx.Node, labels: axes.Axes, keys: axes.Label) -> list[tuple[axes.Contraction, fx.Node, Steps]]:
-    """What the weights are multiplied with: a value, or several at once, as in two equal attentions.
+    """The products of the weights with a value, or with several values, as in two equal attentions.
 
-    Each is the product, which of its operands are the weights, and the steps on those.
+    Each is the product, its operand that is the weights, and the steps on the weights.
 
     Raises:
-        Miss: the weights go into something else.
+        Miss: the weights are used for something else.
     """
     products = [axes.contraction_with(user, weights, labels) for user in weights.users]
     if len(products) > 1 and all(products):
@@ -70,7 +70,7 @@ def products_of(weights: fx.Node, labels: axes.Axes, keys: axes.Label) -> list[t
 
 
 def _follow(node: fx.Node, labels: axes.Axes, keys: axes.Label) -> tuple[axes.Contraction, fx.Node, Steps]:
-    """Forward from the softmax, through what does not mix keys, to the contraction with the value."""
+    """Goes forward from the softmax, through steps that do not mix keys, to the contraction with the value."""
     steps: Steps = []
     dtypes: list[torch.dtype] = []
     while True:
@@ -90,7 +90,7 @@ def _follow(node: fx.Node, labels: axes.Axes, keys: axes.Label) -> tuple[axes.Co
 
 
 def _step(user: fx.Node, weights: fx.Node, labels: axes.Axes, keys: axes.Label, steps: Steps) -> Step:
-    """The step that `user` is on weights, `steps` being those before it."""
+    """The step that `user` is on the weights, after the earlier `steps`."""
     if _zeroes_nan(user, weights):
         return ZeroNan()
     is_zeroed = any(isinstance(step, Fill) for step in steps)
@@ -101,14 +101,14 @@ def _step(user: fx.Node, weights: fx.Node, labels: axes.Axes, keys: axes.Label, 
         return _weight_factor(user, weights, labels, keys)
     if user.target is aten.dropout.default:
         if any(isinstance(step, Dropout) and step.p for step in steps):
-            raise Miss("the attention weights pass two dropouts", node=user)
+            raise Miss("dropout is applied to the attention weights twice", node=user)
         return Dropout(float(user.args[1]))  # type: ignore[arg-type]
     if user.target in WHERE | MASKED_FILL:
         if is_zeroed:
             raise Miss("the attention weights are masked twice", node=user)
         return _zeroing(user, weights, labels)
     raise Miss(
-        "the attention weights go into an op other than their product with the value",
+        "the attention weights are used by an op other than their product with the value",
         node=user,
         expected="dropout, cast, a factor per query, then a contraction over the keys",
     )
@@ -122,7 +122,7 @@ def _multiplied_and_summed(user: fx.Node, weights: fx.Node, labels: axes.Axes) -
 
 
 def _without_nan(weights: fx.Node) -> fx.Node | None:
-    """where(isnan(weights), 0, weights), if that and nothing else reads the weights."""
+    """where(isnan(weights), 0, weights), if nothing else reads the weights; else None."""
     users = list(weights.users)
     fills = [user for user in users if user.target in WHERE | MASKED_FILL]
     if len(users) != 2 or len(fills) != 1:
@@ -135,16 +135,16 @@ def _without_nan(weights: fx.Node) -> fx.Node | None:
 
 
 def _zeroes_nan(user: fx.Node, weights: fx.Node) -> bool:
-    """Whether weights are made zero where they are NaN, in rows that -inf masks entirely: which is what SDPA gives."""
+    """Whether NaN weights become zero, in rows that -inf masks entirely, as SDPA does."""
     if user.target is aten.nan_to_num.default:
         if axes.argument(user, "nan") not in (None, 0):
-            raise Miss("NaN of the attention weights becomes another number", node=user, expected="nan_to_num(0.0)")
+            raise Miss("NaN attention weights become a number other than 0", node=user, expected="nan_to_num(0.0)")
         return True
     return user is _without_nan(weights)
 
 
 def _multiplied_mask(user: fx.Node, weights: fx.Node, labels: axes.Axes, keys: tuple[axes.Atom, ...]) -> Fill | None:
-    """The mask that weights are multiplied with along the keys, if it is 0 or 1 for sure."""
+    """The mask that multiplies the weights along the keys, if it is proven to be 0 or 1."""
     if user.target not in MULTIPLY or not all(isinstance(arg, fx.Node) for arg in user.args[:2]):
         return None
     factor: Any = user.args[1] if user.args[0] is weights else user.args[0]
@@ -160,7 +160,7 @@ def _zeroing(user: fx.Node, weights: fx.Node, labels: axes.Axes) -> Fill:
 
 
 def only_user(node: fx.Node) -> fx.Node:
-    """What reads the weights, and nothing else does: else a Miss is raised."""
+    """The only node that reads the weights; raises Miss if there is another."""
     users = list(node.users)
     if len(users) != 1 or users[0].op != "call_function":
         extra = users[-1] if users else node
@@ -178,7 +178,7 @@ def _weight_factor(user: fx.Node, node: fx.Node, labels: axes.Axes, keys: tuple[
     position = 0 if user.args[0] is node else 1
     factor: Any = user.args[1 - position]
     if divide and (position == 1 or user.kwargs):
-        raise Miss("something is divided by the attention weights", node=user)
+        raise Miss("a value is divided by the attention weights", node=user)
     if not isinstance(factor, fx.Node):
         return Scale(1 / factor if divide else factor)
     factor_axes = axes.broadcast_axes(factor, labels)

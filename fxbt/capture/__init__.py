@@ -1,1 +1,1 @@
-"""A model and a call become a graph."""
+"""Capture: turns a model and a call into a graph."""

@@ -1,4 +1,4 @@
-"""What examples to export a call with, most general first."""
+"""The examples with which to export a call, most general first."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from .call import Call
 from .trace_errors import is_user_code, reads_values
 from .value_branches import Answer, Noted
 
-Axes = frozenset[tuple[int, int]]  # of inputs: (which input, which axis)
-_ASKING_LOOP = "a loop asks the values of tensors at every step whether to go on; a graph has a fixed number of steps"
-_MANY_SIZES = 256  # of a call, at most, are compared at every call
+Axes = frozenset[tuple[int, int]]  # of inputs: (input index, axis)
+_ASKING_LOOP = (
+    "a loop decides by the values of tensors at every step whether to go on, but a graph has a fixed number of steps"
+)
+_MANY_SIZES = 256  # at most so many values of a call are compared at every call
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """An example, and how general a graph is asked for."""
+    """An example, and how general a graph to ask for."""
 
     tensors: tuple[Tensor, ...]
-    free_rank: int  # up to which rank inputs are dynamic in all dims rather than the first two
-    varied: Axes = frozenset()  # further axes that are dynamic
-    answers: tuple[Answer, ...] = ()  # to Python's questions for values, which the graph asserts
+    free_rank: int  # inputs up to this rank are dynamic in all dims, others in the first two
+    varied: Axes = frozenset()  # further dynamic axes
+    answers: tuple[Answer, ...] = ()  # answers to Python's questions for values, which the graph asserts
     fixed: frozenset[int] = frozenset()  # inputs whose values are constants of the graph, with a guard
 
     def frees(self, place: int, axis: int) -> bool:
@@ -37,10 +39,10 @@ class Attempt:
 def attempts(
     model: nn.Module, call: Call, example: tuple[Tensor, ...], varied: Axes, errors: list[Exception]
 ) -> Iterator[Attempt]:
-    """What to try, most general first; `errors` are those of the attempts so far."""
+    """What to try, most general first; `errors` has the errors of the attempts so far."""
     larger = [example]
-    # An axis of size one is taken for a constant, so that it is made larger where the model agrees. Beside a cache it
-    # is one token's step, whose graph needs no mask.
+    # A trace takes an axis of size one for a constant, so it is enlarged if the model accepts that. Beside a cache it
+    # is the step of one token, whose graph needs no mask.
     inputs = [i for i in range(len(example)) if i not in number_indices(call)]
     for axes in ((0,),) if call.past else ((0,), (0, 1)):
         enlarged = _enlarge(example, axes, inputs)
@@ -73,20 +75,20 @@ def _shapes(tensors: tuple[Tensor, ...]) -> list[torch.Size]:
 
 
 def _may_hold_sizes(tensor: Tensor) -> bool:
-    """Whether this looks like sizes of images or lengths of sounds: few integers, at most three for each item."""
+    """Whether this looks like image sizes or sound lengths: few integers, at most three per item."""
     is_table = tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] <= 3)
     return is_table and 0 < tensor.numel() <= _MANY_SIZES and not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def number_indices(call: Call) -> set[int]:
-    """Which of a call's tensors stand for numbers."""
+    """The indices of the tensors of a call that represent numbers."""
     return {number.index for number in call.numbers.values()}
 
 
 def _enlarge(example: tuple[Tensor, ...], axes: tuple[int, ...], inputs: list[int]) -> tuple[Tensor, ...] | None:
     enlarged = list(example)
     for axis in axes:
-        # Beyond the batch, only the axis of 2-D inputs (tokens) is known to be a length and no feature.
+        # After the batch, only the axis of 2-D inputs (tokens) is known to be a length, not features.
         having = [i for i in inputs if (enlarged[i].ndim > axis if axis == 0 else enlarged[i].ndim == 2)]
         if not having or any(enlarged[i].shape[axis] != 1 for i in having):
             continue
@@ -99,18 +101,18 @@ def _enlarge(example: tuple[Tensor, ...], axes: tuple[int, ...], inputs: list[in
 def _accepts(model: nn.Module, call: Call, tensors: tuple[Tensor, ...]) -> bool:
     try:
         run_forward(model, call, tensors)
-    except Exception:  # whatever it is, this example is not for this model
+    except Exception:  # whatever the error, this example does not suit this model
         return False
     return True
 
 
 def run_forward(model: nn.Module, call: Call, tensors: Sequence[Tensor]) -> Any:
-    """What the original gives for the call with these tensors in the places of its own."""
+    """The original's output for the call with these tensors in place of its own."""
     args, kwargs = call.rebuild(tensors)
     return model.forward(*args, **kwargs)
 
 
 def fresh(tensor: Tensor, requires_grad: bool | None = None) -> Tensor:
-    """A leaf of the same values in memory of its own; it requires gradients as the tensor does, or as is said."""
+    """A leaf with the same values in memory of its own; it requires gradients as the tensor does, or as given."""
     wanted = tensor.requires_grad if requires_grad is None else requires_grad
     return tensor.detach().clone().requires_grad_(wanted)

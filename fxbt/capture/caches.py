@@ -1,7 +1,7 @@
-"""KV caches among a call's arguments: what one run of the original shows of how they change from call to call.
+"""KV caches among a call's arguments: one run of the original shows how they change from call to call.
 
-A cache is an object whose attributes are a call's tensors and numbers (`containers.py`), of whatever class. Which axes
-grow is seen in the original's own call, so that the first graph for such calls serves all lengths.
+A cache is an object of any class whose attributes are tensors and numbers of the call (`containers.py`). The original's
+own call shows which axes grow, so that the first graph for such calls serves all lengths.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ Growing = frozenset[tuple[str, int]]  # (name of a tensor, axis)
 
 
 def with_growth(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """`call`, served by now, with what `args` and `kwargs` show of the objects in them: what grows, and what counts.
+    """`call` after it was served, with what `args` and `kwargs` show about their objects: which axes grow, which
+    numbers count.
 
-    Numbers that a forward counts on are inputs in the call that comes back, and axes of tensors that it made longer are
-    `growing`. Tensors that are the same attribute of other objects (the keys of a cross-attention's layers, which grow
-    from one generation to the next) count as growing in the same axes.
+    Numbers that forward counts up become inputs of the returned call, and axes of tensors that it made longer are
+    `growing`. A tensor that is the same attribute of another object (the keys of a cross-attention's layers, which grow
+    from one generation to the next) counts as growing in the same axes.
 
     Example:
         >>> with_growth(call, binder, args, kwargs).growing
@@ -32,7 +33,7 @@ def with_growth(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[
     if not call.objects:
         return call
     try:
-        after = binder.call(args, kwargs)  # first, as it shows which numbers vary
+        after = binder.call(args, kwargs)  # first, because it shows which numbers vary
     except NotCapturable:  # the next call with them says why
         return call
     return _grown(binder.call(call.args, call.kwargs), after)
@@ -50,7 +51,7 @@ def _grown(call: Call, after: Call) -> Call:
 
 
 def _new_tokens(call: Call, after: Call) -> int | None:
-    """Which of a call's tensors has as many sequences, and tokens of each, as the first cache got longer by."""
+    """The index of the tensor with as many sequences, and tokens each, as were added to the first cache."""
     held = {name: after.tensors[i] for i, name in enumerate(after.names) if i in after.past}
     if not held:
         return None
@@ -73,27 +74,27 @@ def _longer(before: Tensor, after: Tensor) -> list[int]:
 
 
 def quantised(binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why no graph may stand for a call that left these arguments: an object in them holds values of 8 bits.
+    """Why no graph may serve calls that leave these arguments: an object in them stores 8-bit values.
 
-    Where a graph's last bit differs from the original's, such a value may differ by a whole step, some percent.
+    If a graph's last bit differs from the original's, such a value may differ by a whole step, a few percent.
     """
     after = binder.call(args, kwargs)
     for name, tensor in zip(after.names, after.tensors, strict=True):
         if "." in name and tensor.dtype.itemsize == 1 and tensor.dtype is not torch.bool:
-            return f"argument {name} keeps values in {str(tensor.dtype).removeprefix('torch.')}, a quantised cache"
+            return f"argument {name} stores values in {str(tensor.dtype).removeprefix('torch.')}, a quantised cache"
     return None
 
 
 def is_too_short(call: Call) -> bool:
-    """Whether a growing axis is of size one, which a trace would take for a constant."""
+    """Whether a growing axis has size one, which a trace would take for a constant."""
     named = dict(zip(call.names, call.tensors, strict=True))
     return any(named[name].shape[axis] == 1 for name, axis in call.growing)
 
 
 def one_further(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """The same call once more, with the caches that it left in `args` and `kwargs`, in memory of its own.
+    """The same call with the caches that it left in `args` and `kwargs`, in memory of its own.
 
-    It is as long as a trace needs; whether the model takes it, only a run shows. None where it is another kind of call.
+    These are long enough for a trace; only a run shows whether the model accepts them. None for another kind of call.
     """
     after = binder.call(args, kwargs)
     if after.key != call.key or is_too_short(replace(after, growing=call.growing)):
@@ -105,7 +106,8 @@ def one_further(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[
 
 
 def same_lengths(call: Call) -> list[list[tuple[int, int]]]:
-    """The growing axes (which tensor, which axis) of each object that are of one size: its keys' and its values'."""
+    """Groups of growing axes (tensor index, axis) of one object that have the same size, such as its keys and
+    values."""
     index = {name: i for i, name in enumerate(call.names)}
     groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for name, axis in sorted(call.growing):
@@ -115,6 +117,6 @@ def same_lengths(call: Call) -> list[list[tuple[int, int]]]:
 
 
 def growing_axes(call: Call) -> frozenset[tuple[int, int]]:
-    """The growing axes as (which tensor, which axis)."""
+    """The growing axes as (tensor index, axis)."""
     index = {name: i for i, name in enumerate(call.names)}
     return frozenset((index[name], axis) for name, axis in call.growing)

@@ -1,4 +1,4 @@
-"""A call (args, kwargs) -> `Call`: its distinct tensors in order, and a hashable key for everything else."""
+"""Turns (args, kwargs) into a `Call`: its distinct tensors in order, and a hashable key for everything else."""
 
 from __future__ import annotations
 
@@ -41,46 +41,46 @@ STATIC_TYPES = frozenset(
     ]
 )
 
-_MARKS = "_dynamo"  # torch's own marks on tensors, of a static cache's for example
+_MARKS = "_dynamo"  # torch's own marks on tensors, for example on a static cache's
 _LEAST_DIMS = 3  # of keys and values
 
 
 @dataclass(slots=True)
 class Call:
-    """One call of a model. `tensors` are the distinct tensor objects of (args, kwargs) in order of appearance.
+    """One call of a model. `tensors` are the distinct tensors in (args, kwargs), in order of appearance.
 
-    Two calls with equal `key` differ only in the shapes and values of their tensors. Those include what stands for
-    `numbers`, Python numbers (by their place) that change from call to call; `constants` are the places of the others.
-    `objects` is how many objects of a plain class there are, a KV cache and its layers for example.
+    Two calls with equal `key` differ only in the shapes and values of their tensors. These include the tensors for
+    `numbers`, Python numbers (by place) that change from call to call; `constants` are the places of other numbers.
+    `objects` counts objects of plain classes, such as a KV cache and its layers.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tensors: tuple[Tensor, ...]
     key: Hashable
-    unread: dict[int, Unread] = field(default_factory=dict)  # by the id of attributes that no graph can know
+    unread: dict[int, Unread] = field(default_factory=dict)  # by id: attributes that no graph can know
     numbers: dict[str, Number] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
-    past: frozenset[int] = frozenset()  # the tensors that are an object's attributes, as those of a KV cache
+    past: frozenset[int] = frozenset()  # tensors that are attributes of an object, such as a KV cache's
     objects: int = 0
-    growing: frozenset[tuple[str, int]] = frozenset()  # axes of them, by name, that a forward makes longer
-    new_tokens: int | None = None  # the tensor whose first two axes are what a forward adds to them
+    growing: frozenset[tuple[str, int]] = frozenset()  # axes of these tensors, by name, that forward makes longer
+    new_tokens: int | None = None  # index of the tensor whose first two axes are the tokens that forward adds to them
 
     def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same arguments with `tensors` in the places of `self.tensors`, in fresh containers."""
+        """The same arguments with `tensors` in place of `self.tensors`, in fresh containers."""
         leaves = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)} | self.unread
         numbers = {place: number.of(tensors) for place, number in self.numbers.items()}
         args = tuple([rebuilt(value, f"args[{i}]", leaves, numbers) for i, value in enumerate(self.args)])
         return args, {name: rebuilt(value, name, leaves, numbers) for name, value in self.kwargs.items()}
 
     def copied(self) -> Call:
-        """The same call in containers of its own, which stay as they are whatever a forward does to the caller's."""
+        """The same call in its own containers, which do not change whatever forward does to the caller's."""
         args, kwargs = self.rebuild(self.tensors)
         return replace(self, args=args, kwargs=kwargs)
 
     @property
     def names(self) -> list[str]:
-        """Where each tensor stands in the call: `input_ids`, `args[0]`, `batch['pixels'][1]`."""
+        """The place of each tensor in the call: `input_ids`, `args[0]`, `batch['pixels'][1]`."""
         named: dict[int, str] = {}
         for place, leaf in named_arguments(self.args, self.kwargs):
             named.setdefault(id(leaf), place)
@@ -96,7 +96,7 @@ class Call:
 
 
 class Binder:
-    """Turns the calls of one `forward` into `Call`s, so that positional and keyword calls share a key.
+    """Turns calls of one `forward` into `Call`s, so that positional and keyword calls share a key.
 
     Example:
         >>> call = Binder(model.forward).call((ids,), {"attention_mask": mask})
@@ -113,7 +113,7 @@ class Binder:
         self._positional = [p.name for p in parameters[:first_other]]
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Raises `NotCapturable` when an argument holds what no graph can take."""
+        """Reads a call; raises `NotCapturable` if an argument holds something that no graph can take."""
         args, kwargs = self._by_keyword(args, kwargs)
         reader = _Reader(self._numbers)
         parts: list[Hashable] = [reader.key(v, f"args[{i}]") for i, v in enumerate(args)]
@@ -134,7 +134,7 @@ class Binder:
         )
 
     def _by_keyword(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Flags given by position stay there: decorators around a forward may look for them among the keywords only.
+        # Flags given by position stay there: decorators around a forward may only look for them among the keywords.
         plain = all(value is None or type(value) in TENSOR_TYPES for value in args)
         names = self._positional[: len(args)]
         if not plain or len(names) < len(args) or not kwargs.keys().isdisjoint(names):
@@ -150,26 +150,26 @@ def make_call(model: nn.Module, *args: Any, **kwargs: Any) -> Call:
 
 
 class _Reader:
-    """Reads the arguments of one call: each one's part of the key, and the tensors."""
+    """Reads the arguments of one call: the part of the key of each, and the tensors."""
 
     def __init__(self, known: Numbers | None) -> None:
         self.tensors: list[Tensor] = []
-        self.unread: dict[int, Unread] = {}  # by the id of attributes that no graph can know
+        self.unread: dict[int, Unread] = {}  # by id: attributes that no graph can know
         self.numbers: dict[str, Number] = {}
         self.constants: list[str] = []
         self.past: set[int] = set()
         self.objects = 0
         self._seen: dict[int, int] = {}
         self._known = known
-        self._outer: list[int] = []  # the ids of the containers around what is read
-        self._containers: dict[int, int] = {}  # by id: the how manyth it is
+        self._outer: list[int] = []  # ids of the containers around the current value
+        self._containers: dict[int, int] = {}  # by id: order of first appearance
 
     def key(self, value: Any, place: str) -> Hashable:
         kind = type(value)
         if kind in TENSOR_TYPES:
             return self._tensor_key(value, place)
         if kind is Unread:
-            raise NotCapturable(f"argument {place} was not read")
+            raise NotCapturable(f"argument {place} stands for a value that was not read")
         if kind is int or kind is float:
             return self._number_key(value, place)
         if kind in STATIC_TYPES or isinstance(value, (enum.Enum, type)):
@@ -183,7 +183,9 @@ class _Reader:
 
     def _container_key(self, value: Any, items: dict[Any, Any], place: str) -> Hashable:
         if id(value) in self._outer:
-            raise _Circular(f"argument {place} is a {type(value).__name__} that holds itself; a graph takes trees")
+            raise _Circular(
+                f"argument {place} is a {type(value).__name__} that contains itself; pass arguments without cycles"
+            )
         is_again = id(value) in self._containers and type(value) is not tuple
         first = self._containers.setdefault(id(value), len(self._containers))
         self._outer.append(id(value))
@@ -195,7 +197,7 @@ class _Reader:
         return [self._part_key(name, item, place) for name, item in items.items()]
 
     def _object_key(self, items: dict[Any, Any], place: str) -> list[Hashable]:
-        """The keys of an object's attributes; those of numbers, which come last, know what stands beside them."""
+        """The keys of an object's attributes; numbers come last, because their key depends on the others."""
         self.objects += 1
         numbers = {name: item for name, item in items.items() if type(item) in (int, float)}
         others = {name: item for name, item in items.items() if name not in numbers}
@@ -206,7 +208,7 @@ class _Reader:
         return [*parts, *(self._number_key(item, place_of(place, name), among) for name, item in numbers.items())]
 
     def _part_key(self, name: Any, item: Any, place: str) -> Hashable:
-        """The key of a container's part. An attribute that holds what no graph can take counts by its type alone."""
+        """The key of a container's part. An attribute that no graph can take counts by its type only."""
         count = len(self.tensors)
         try:
             return self.key(item, place_of(place, name))
@@ -228,7 +230,7 @@ class _Reader:
         if first < len(self.tensors):
             return ("same tensor", first)
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
-            raise NotCapturable(f"argument {place} is a {_layout(tensor)} tensor; graphs take dense tensors")
+            raise NotCapturable(f"argument {place} is a {_layout(tensor)} tensor; a graph takes dense tensors only")
         if tensor.__dict__ and type(tensor) is Tensor and not all(name.startswith(_MARKS) for name in tensor.__dict__):
             raise NotCapturable(
                 f"argument {place} has attributes of its own ({', '.join(tensor.__dict__)}), which forward may read"
@@ -249,16 +251,16 @@ class _Reader:
 
 
 class _Circular(NotCapturable):
-    """An argument is part of itself."""
+    """An argument contains itself."""
 
 
 def _is_object(value: Any) -> bool:
-    """Whether a container is an object of a plain class, and no mapping or dataclass."""
+    """Whether a container is an object of a plain class, not a mapping or dataclass."""
     return is_plain_object(value) and not isinstance(value, Mapping) and not is_dataclass(value)
 
 
 def _context(value: Any, place: str) -> tuple[Hashable, ...]:
-    """What pytree remakes an object of a registered class with, beside its parts; () for other containers."""
+    """The context, besides the parts, from which pytree rebuilds an object of a registered class; () for others."""
     if is_plain_object(value) or not is_registered(value) or isinstance(value, Mapping):
         return ()
     context = pytree_parts(value)[1]
@@ -266,7 +268,7 @@ def _context(value: Any, place: str) -> tuple[Hashable, ...]:
         hash(context)
     except TypeError as error:
         raise NotCapturable(
-            f"argument {place} holds a {type(value).__name__}, whose pytree context is no key: {error}"
+            f"argument {place} holds a {type(value).__name__}, whose pytree context cannot be hashed: {error}"
         ) from error
     return (context,)
 
@@ -290,14 +292,14 @@ def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def named_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(where it stands, leaf) for all leaves of a call's arguments, in order: `args[0]`, `batch['ids']`."""
+    """(place, leaf) for all leaves of a call's arguments, in order: `args[0]`, `batch['ids']`."""
     yield from named_leaves(args, "args")
     for name, value in kwargs.items():
         yield from named_leaves(value, name)
 
 
 def shown_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The tensors of a call as a reader sees them: `(input_ids torch.int64[2, 7], mask torch.bool[2, 7])`."""
+    """The tensors of a call for a reader: `(input_ids torch.int64[2, 7], mask torch.bool[2, 7])`."""
     named = [(name, leaf) for name, leaf in named_arguments(args, kwargs) if type(leaf) in TENSOR_TYPES]
     return f"({', '.join(f'{name} {tensor.dtype}{list(tensor.shape)}' for name, tensor in named)})"
 

@@ -1,4 +1,4 @@
-"""Original model + `Call` -> `Captured`: a rehearsal, a tracer, and the model left as it was."""
+"""Turns a model and a `Call` into a `Captured`: a rehearsal, then a tracer; the model stays as it was."""
 
 from __future__ import annotations
 
@@ -35,13 +35,17 @@ def capture(
 ) -> Captured:
     """Captures `model` as `call` calls it, under the caller's grad mode and autocast and the model's training flags.
 
-    `rehearse` runs the model beforehand, for models that make tensors at their first call, and to see whether it
-    changes its attributes at every call; a caller that just saw a call change nothing can save that.
-    `varied` are axes past the second of inputs of four dims and more, as (input, axis), that are dynamic too. For all
-    of them that would take minutes for some vision models (window attention), and hide what a head's size is.
-    `verify` traces layers that are equal one by one as well, and refuses where that gives another graph.
-    The model's attributes, and its surroundings (`around`), are left as they were before tracing, whatever happens.
-    Raises `CaptureError` with the reason and the line of the model's code where it stopped.
+    Whatever happens, the model's attributes and its surroundings (`around`) are restored.
+
+    Args:
+        rehearse: run the model first, for models that create tensors at their first call, and to see whether it changes
+            its attributes at every call. A caller that just saw a call change nothing can skip it.
+        varied: axes after the second of inputs with four and more dims, as (input, axis), that are dynamic, too.
+            Making all of them dynamic takes minutes for some vision models (window attention), and hides the head size.
+        verify: also trace equal layers one by one, and refuse if that gives another graph.
+
+    Raises:
+        CaptureError: with the reason, and the line of the model's code where it stopped.
 
     Example:
         >>> captured = capture(model, make_call(model, input_ids=ids, attention_mask=mask))
@@ -72,7 +76,7 @@ def capture(
 def _refuse_scripted(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise CaptureError(f"{path or 'the model'} is a TorchScript module, which has no Python to trace")
+            raise CaptureError(f"{path or 'the model'} is a TorchScript module, which has no Python code to trace")
 
 
 def _capture(
@@ -80,27 +84,27 @@ def _capture(
 ) -> Captured:
     if tracer == "hf-fx":
         if slots:
-            raise CaptureError(f"forward changes attributes of the model ({slots[0].name}); a graph would not")
+            raise CaptureError(f"forward changes attributes of the model ({slots[0].name}), and a graph cannot")
         return capture_hf_fx(model, call, example)
     return capture_export(model, call, example, type(model).forward, varied, slots)
 
 
 def _check_same(captured: Captured, whole: Captured) -> None:
     if found := graph_difference(captured.module.graph, whole.module.graph):
-        raise CaptureError(f"layers that look equal are traced differently: {found}")
+        raise CaptureError(f"layers that look equal gave different traces: {found}")
 
 
 def _rehearse(model: nn.Module, call: Call, example: tuple[Tensor, ...], around: Surroundings | None) -> list[Slot]:
-    """Runs the model until it is at rest; returns the attributes that it sets to another tensor each time.
+    """Runs the model until nothing changes; returns the attributes that it sets to another tensor in each call.
 
-    They hold what they held. What is beside the model's attributes, the call before this one has seen already, so that
-    the first run must leave it alone.
+    These attributes keep their values. The previous call has already shaped everything besides the model's attributes,
+    so the first run must not change that.
     """
     first = ModelState(model)
     try:
         run_forward(model, call, _anew(example))
         if around is not None and (written := around.changed()):
-            raise CaptureError(f"forward writes to {', '.join(written[:3])} beside its attributes; a graph would not")
+            raise CaptureError(f"forward writes to {', '.join(written[:3])} outside the model, and a graph cannot")
         slots = [] if first.holds() else _slots(model, call, example)
     except Exception:
         first.restore()
@@ -110,7 +114,7 @@ def _rehearse(model: nn.Module, call: Call, example: tuple[Tensor, ...], around:
 
 
 def _slots(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> list[Slot]:
-    """The attributes that the second run and those after it set to another tensor; nothing else may change then."""
+    """The attributes that the second and later runs set to another tensor; nothing else may change by then."""
     second = ModelState(model)
     run_forward(model, call, _anew(example))
     if second.holds():
@@ -120,17 +124,17 @@ def _slots(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> list[Sl
     if third.holds():
         return slots
     changed = "; ".join(third.changed()[:3])
-    raise CaptureError(f"forward changes attributes of the model ({changed}); a graph would not")
+    raise CaptureError(f"forward changes attributes of the model ({changed}), and a graph cannot")
 
 
 def _anew(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same in other tensors, as each call has its own: a model that keeps its input keeps another one each time."""
+    """The same values in new tensors, as in a new call: a model that keeps its input keeps another one each time."""
     return tuple(map(fresh, example))
 
 
 @contextlib.contextmanager
 def _plain_modes() -> Iterator[None]:
-    """Leaves inference mode, whose tensors cannot be traced, and keeps the caller's grad mode."""
+    """Leaves inference mode, whose tensors cannot be traced, but keeps the caller's grad mode."""
     grad = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield

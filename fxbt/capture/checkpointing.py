@@ -1,7 +1,7 @@
-"""`torch.utils.checkpoint` inside a forward: run plainly while it is traced, its operations marked for recomputing.
+"""`torch.utils.checkpoint` inside a forward: run plainly during a trace; its operations are marked for recomputation.
 
-Models hold `checkpoint` itself under many names, so that what it calls is replaced. A marked operation carries the
-regions it stands in, outermost first, as `node.meta["custom"][REGIONS]`: torch and every rewrite copy that along.
+Models hold `checkpoint` itself under many names, so the function that it calls is replaced. A marked operation carries
+the regions around it, outermost first, in `node.meta["custom"][REGIONS]`: torch and every rewrite copy that along.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NUMBERS = itertools.count()
 
 @dataclass(frozen=True)
 class Region:
-    """One call of `checkpoint`, and what it asked for."""
+    """One call of `checkpoint`, and its options."""
 
     number: int
     preserve_rng_state: bool
@@ -36,20 +36,21 @@ class Region:
 
 
 def regions_of(node: fx.Node) -> tuple[Region, ...]:
-    """The checkpoints that a node stands in, outermost first."""
+    """The checkpoints around a node, outermost first."""
     return (node.meta.get("custom") or {}).get(REGIONS, ())
 
 
 @contextlib.contextmanager
 def run_plainly() -> Iterator[None]:
-    """Runs checkpointed functions in this block as if they were not; a trace's operations in them are marked.
+    """Runs checkpointed functions in this block plainly; during a trace, their operations are marked.
 
-    Raises `CaptureError` for a checkpoint that decides by itself what is kept (`context_fn`), or whose gradients would
-    depend on which tensors require them.
+    Raises:
+        CaptureError: a checkpoint decides itself what is kept (`context_fn`), or its gradients would depend on which
+            tensors require them.
     """
     generator = getattr(*CHECKPOINT)
     apply = function_apply()
-    thread = threading.get_ident()  # stand-ins are in the places of functions of the whole process
+    thread = threading.get_ident()  # the replaced functions belong to the whole process
 
     def without_reentrance(*args: Any, **kwargs: Any) -> Iterator[None]:
         return _region(*args, **kwargs) if threading.get_ident() == thread else generator(*args, **kwargs)
@@ -71,8 +72,8 @@ def _reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: An
         return function(*args)
     if not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         raise CaptureError(
-            "a checkpoint with use_reentrant=True is given no tensor that requires a gradient, so that it computes "
-            "none; pass use_reentrant=False"
+            "a checkpoint with use_reentrant=True is given no tensor that requires a gradient, and so computes no "
+            "gradients; pass use_reentrant=False"
         )
     with _marked(Region(next(_NUMBERS), preserve_rng_state, "none", True)):
         return function(*args)
@@ -84,7 +85,7 @@ def _region(*args: Any, **kwargs: Any) -> Iterator[None]:
         return
     told = checkpoint_settings(*args, **kwargs)
     if told["context_fn"] is not torch_checkpoint.noop_context_fn:
-        raise CaptureError("a checkpoint says by a context_fn what it keeps; a graph would not ask it")
+        raise CaptureError("a checkpoint chooses with a context_fn what it keeps, and a graph cannot call it")
     region = Region(next(_NUMBERS), told["preserve_rng_state"], told["determinism_check"], told["early_stop"])
     with _marked(region):
         yield
@@ -92,7 +93,7 @@ def _region(*args: Any, **kwargs: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _marked(region: Region) -> Iterator[None]:
-    """Marks what is traced in a block; where nothing is traced, nothing."""
+    """Marks everything traced in a block; does nothing outside a trace."""
     mode = get_proxy_mode()
     if mode is None:
         yield
@@ -101,12 +102,12 @@ def _marked(region: Region) -> Iterator[None]:
     last = next(iter(reversed(nodes)), None)
     yield
     for node in itertools.takewhile(lambda node: node is not last, reversed(nodes)):
-        # blocks inside have marked theirs already
+        # inner blocks have marked their nodes already
         node.meta["custom"] = {**node.meta.get("custom", {}), REGIONS: (region, *regions_of(node))}
 
 
 def mark_blocks(module: fx.GraphModule) -> None:
-    """A call of a block (`with torch.autocast(...)` kept whole) stands in the regions of what is in the block."""
+    """Puts the call of a block (`with torch.autocast(...)`, kept whole) into the regions of the block's content."""
     for node in module.graph.nodes:
         bodies = [getattr(module, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
         inside = [regions_of(n) for body in bodies if isinstance(body, fx.GraphModule) for n in body.graph.nodes]

@@ -1,4 +1,4 @@
-"""What a code object of Python names, whose code it is, and which functions it is the code of."""
+"""Python code objects: what they name, whose code they are, and which functions have them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_torchs(filename: str) -> bool:
 
 
 def is_model_code(filename: str) -> bool:
-    """Whether a file is the model's or its library's: neither Python's, nor torch's, nor fxbt's own."""
+    """Whether a file belongs to the model or its library, not to Python, torch or fxbt."""
     if filename.startswith("<frozen") or (filename.startswith(_STDLIB) and "site-packages" not in filename):
         return False
     return not filename.startswith((_TORCH, _FXBT))
@@ -36,8 +36,8 @@ def is_model_code(filename: str) -> bool:
 class Facts:
     """What a code object names.
 
-    `chains` are globals with the attributes right behind them, `names` all attributes, wherever they are looked for,
-    with those that may be asked for by `getattr`.
+    `chains` are globals with the attributes read directly from them; `names` are all attributes, on whatever object,
+    including those that `getattr` may ask for.
     """
 
     def __init__(self, code: types.CodeType) -> None:
@@ -51,7 +51,7 @@ class Facts:
             follows = self._add(code, operation, argument, follows)
 
     def _add(self, code: types.CodeType, operation: str, argument: int, follows: bool) -> bool:
-        """Whether the next operation, if it is an attribute's, is about this one's value."""
+        """Returns whether an attribute operation that follows would act on this operation's value."""
         if operation in _GLOBAL:
             self.chains.append((code.co_names[argument >> (operation == "LOAD_GLOBAL")],))
             return True
@@ -67,13 +67,13 @@ class Facts:
 
 
 def _operations(code: types.CodeType) -> Iterator[tuple[str, int]]:
-    """`dis.get_instructions` without the texts it makes, which take ten times as long."""
+    """`dis.get_instructions` without its texts, which take ten times as long."""
     bytecode, high = code.co_code, 0
     for i in range(0, len(bytecode), 2):
         operation = bytecode[i]
         argument = bytecode[i + 1] | high
         high = argument << 8 if operation == dis.EXTENDED_ARG else 0
-        if operation and operation != dis.EXTENDED_ARG:  # zeros are notes of the interpreter's
+        if operation and operation != dis.EXTENDED_ARG:  # zeros are the interpreter's caches
             yield dis.opname[operation], argument
 
 
@@ -86,9 +86,9 @@ def imported(name: str, package: str) -> list[types.ModuleType]:
 
 
 def functions_of(codes: Iterable[types.CodeType]) -> list[types.FunctionType]:
-    """The functions that are alive with one of these codes.
+    """The living functions with one of these codes.
 
-    Those that another one of the codes makes anew whenever it runs are left out, and Python's own.
+    Left out are Python's own, and functions that another one of the codes creates anew whenever it runs.
     """
     wanted = {id(code): code for code in codes if is_model_code(code.co_filename) or is_torchs(code.co_filename)}
     made = {id(inner) for code in wanted.values() for inner in code.co_consts if isinstance(inner, types.CodeType)}

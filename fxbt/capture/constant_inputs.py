@@ -1,4 +1,4 @@
-"""Inputs whose values are constants of a graph (sizes of images, say), and what a trace knows to follow from them."""
+"""Inputs whose values are constants of a graph (such as image sizes), and what a trace can compute from them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from ..torch_compat import _disable_current_modes, fake_tensor, proxy_tensor, pytree
 
-_MANY = 2**16  # elements of a tensor that follows from constants: positions of patches
+_MANY = 2**16  # elements of a tensor computed from constants, such as positions of patches
 _MAKES = ("arange", "zeros", "ones", "full", "eye", "linspace")
 
 
 @contextlib.contextmanager
 def knowing() -> Iterator[None]:
-    """Traces under it compute what follows from constants alone, for tensors of more than one element too."""
+    """Makes traces compute what follows from constants, also for tensors of more than one element."""
     with contextlib.ExitStack() as stack:
         for tracing in (fake_tensor, proxy_tensor):
             stack.enter_context(mock.patch.object(tracing, "CONSTANT_NUMEL_LIMIT", _MANY))
@@ -27,7 +27,7 @@ def knowing() -> Iterator[None]:
 
 
 class Constants(TorchFunctionMode):
-    """Makes constants of tensors that a traced forward makes of numbers: `torch.arange(4)`."""
+    """Makes constants of tensors that a traced forward creates from numbers: `torch.arange(4)`."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -43,7 +43,7 @@ class Constants(TorchFunctionMode):
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """A tensor of these values that a trace knows."""
+    """A tensor with these values, which a trace knows."""
     with _disable_current_modes():
         values = tensor.tolist()
     return torch.tensor(values, dtype=tensor.dtype, device=tensor.device)

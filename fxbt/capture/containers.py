@@ -1,8 +1,8 @@
-"""The containers that arguments of a call may be: their parts, how to make them anew, and what a forward did to them.
+"""The containers that a call's arguments may be: their parts, how to rebuild them, and what forward did to them.
 
-Lists, tuples and dicts are their items; a `Mapping` of another kind (`UserDict`, a tokenizer's `BatchEncoding`), a
-dataclass and an object of a plain class (a KV cache and its layers) are their attributes; an object of any other class
-that pytree knows is what pytree makes of it.
+Lists, tuples and dicts have items. Other `Mapping`s (`UserDict`, a tokenizer's `BatchEncoding`), dataclasses and
+objects of plain classes (a KV cache and its layers) have attributes. An object of any other class known to pytree has
+the parts that pytree gives it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _OWN_WAY_OF_COPYING = ("__getstate__", "__setstate__", "__reduce__", "__reduce_e
 
 
 class Attribute(str):
-    """The name of a part that is an attribute, where others are items."""
+    """The name of a part that is an attribute, not an item."""
 
 
 class Unread:
-    """Stands, while a model is traced, for an attribute that no graph can know: reading it ends the capture."""
+    """Replaces an attribute that no graph can know during a trace: reading it ends the capture."""
 
     def __init__(self, name: str) -> None:
         object.__setattr__(self, "_name", name)
@@ -47,15 +47,15 @@ class Unread:
 
 def _end_capture(unread: Unread, *_: Any) -> NoReturn:
     name = object.__getattribute__(unread, "_name")
-    raise CaptureError(f"forward reads {name} of an argument, which is no tensor or plain value")
+    raise CaptureError(f"forward reads {name} of an argument, which is neither a tensor nor a plain value")
 
 
 for _method in ("bool", "len", "iter", "next", "hash", "eq", "getitem", "contains", "add", "mul"):
-    setattr(Unread, f"__{_method}__", _end_capture)  # Python looks these up past __getattribute__
+    setattr(Unread, f"__{_method}__", _end_capture)  # Python looks these up without __getattribute__
 
 
 def is_record(value: Any) -> bool:
-    """Whether value is a dataclass that is a dict too and known to pytree, like transformers' ModelOutput."""
+    """Whether the value is a dataclass that is also a dict and known to pytree, like transformers' ModelOutput."""
     kind = type(value)
     return isinstance(value, OrderedDict) and dataclasses.is_dataclass(kind) and kind in pytree.SUPPORTED_NODES
 
@@ -78,7 +78,7 @@ def children(value: Any) -> dict[Any, Any] | None:
 
 @functools.lru_cache(maxsize=1024)
 def _is_plain_class(kind: Hashable) -> bool:
-    """Whether objects of a class are made by Python's `object` alone, from nothing but their `__dict__`."""
+    """Whether objects of a class are created by Python's `object` alone, and consist of their `__dict__`."""
     assert isinstance(kind, type)
     if issubclass(kind, (Tensor, nn.Module, type, torch.SymInt, torch.SymFloat, torch.SymBool, Unread)):
         return False
@@ -89,24 +89,24 @@ def _is_plain_class(kind: Hashable) -> bool:
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether an object is its class and its `__dict__` and nothing else."""
+    """Whether an object consists of its class and its `__dict__`."""
     return _is_plain_class(type(value)) and hasattr(value, "__dict__")  # type: ignore[arg-type]
 
 
 def is_registered(value: Any) -> bool:
-    """Whether value is of a class of somebody's own that pytree knows how to take apart and put together."""
+    """Whether the value's class is not Python's or torch's but pytree can flatten and unflatten it."""
     kind = type(value)
     return kind in pytree.SUPPORTED_NODES and kind.__module__.partition(".")[0] not in ("builtins", "torch")
 
 
 def pytree_parts(value: Any) -> tuple[list[Any], Any]:
-    """What pytree makes of an object of a registered class: its parts, and the context that it is remade with."""
+    """The parts and the context that pytree gives an object of a registered class."""
     parts, context = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
     return list(parts), context
 
 
 def named_leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, leaf) for all leaves of nested containers, in order."""
+    """(place, leaf) for all leaves of nested containers, in order."""
     items = children(value)
     if items is None:
         yield place, value
@@ -116,14 +116,14 @@ def named_leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def place_of(place: str, name: Any) -> str:
-    """Where a part of the container at `place` stands: `batch['ids']`, `features.data`."""
+    """The place of a part of the container at `place`: `batch['ids']`, `features.data`."""
     return f"{place}.{name}" if isinstance(name, Attribute) else f"{place}[{name!r}]"
 
 
 def rebuilt(value: Any, place: str, leaves: dict[int, Any], numbers: dict[str, Any]) -> Any:
-    """`value`, which stands at `place`, in fresh containers.
+    """`value`, which is at `place`, in fresh containers.
 
-    In a leaf's place stands what `numbers` has for its place, or `leaves` for its id; other leaves stay.
+    A leaf is replaced by the entry of `numbers` for its place or of `leaves` for its id; other leaves stay.
     """
     if place in numbers:
         return numbers[place]
@@ -172,24 +172,24 @@ def _attributes(value: Any) -> dict[Any, Any] | None:
     return {Attribute(field.name): getattr(value, field.name) for field in fields} or None
 
 
-# What a forward did to the containers that it was given
+# Changes of the containers given to forward
 
-Place = tuple[Any, ...]  # of a container in a call: a keyword or the number of an argument, then names of parts
+Place = tuple[Any, ...]  # of a container in a call: an argument's keyword or index, then names of parts
 
 GONE = "fxbt: this attribute was deleted"
 
 
 @dataclass(frozen=True)
 class Given:
-    """In a result: the container at this place of the call's arguments, itself and no copy of it."""
+    """In a result: the container itself (not a copy) at this place of the call's arguments."""
 
     place: Place
 
 
 class Changed(NamedTuple):
-    """A forward's result, and the containers among its arguments that it changed, as they are afterwards.
+    """A forward's result, and the containers among its arguments that it changed, with their new content.
 
-    Of containers that are their attributes, those that it set, and `GONE` for those that it deleted.
+    For containers with attributes, that is the attributes that it set, and `GONE` for those that it deleted.
     """
 
     result: Any
@@ -197,14 +197,14 @@ class Changed(NamedTuple):
 
 
 class Arguments:
-    """The containers of a call, in the order they are met, and their parts as they were at first."""
+    """The containers of a call in order, and their original parts."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._containers = containers(args, kwargs)
         self._before = {place: children(container) or {} for place, container in self._containers.items()}
 
     def seen_in(self, result: Any) -> Any:
-        """`result`, or, where the call's containers are in it or were changed, a `Changed` with their places."""
+        """`result`; or a `Changed` with places, if it contains the call's containers or forward changed them."""
         places: dict[int, Place] = {}
         for place, container in self._containers.items():
             places.setdefault(id(container), place)
@@ -217,7 +217,7 @@ class Arguments:
         return Changed(marked, contents) if contents or _has_given(marked) else result
 
     def is_inside(self, value: Any) -> bool:
-        """Whether a new object's attributes have one of the call's containers among them."""
+        """Whether a new object's attributes include one of the call's containers."""
         known = set(map(id, self._containers.values()))
         found = containers((value,), {}).values()
         return any(id(container) in known for container in found)
@@ -239,7 +239,7 @@ def _is_attributes(container: Any, parts: dict[Any, Any]) -> bool:
 
 
 def containers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Place, Any]:
-    """The containers inside a call's arguments by their places, in order, outer ones first."""
+    """The containers inside a call's arguments by place, outer ones first."""
     found = {}
     waiting: list[tuple[Place, Any]] = [((name,), value) for name, value in [*enumerate(args), *kwargs.items()]][::-1]
     while waiting:
@@ -251,20 +251,25 @@ def containers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Place, Any
 
 
 def put_back(changed: Changed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Does to a call's containers what the forward did to those it was traced with; returns the call's result."""
-    found = {place: _at(place, args, kwargs) for place in changed.contents}  # all, before one of them is changed
+    """Changes a call's containers as forward changed those it was traced with; returns the call's result."""
 
     def given(leaf: Any) -> Any:
-        return _at(leaf.place, args, kwargs) if type(leaf) is Given else leaf
+        return at(leaf.place, args, kwargs) if type(leaf) is Given else leaf
 
     result = pytree.tree_map(given, changed.result)
-    contents = {place: pytree.tree_map(given, content) for place, content in changed.contents.items()}
-    for place, content in contents.items():
-        _fill(found[place], content)
+    fill_all({place: pytree.tree_map(given, content) for place, content in changed.contents.items()}, args, kwargs)
     return result
 
 
-def _at(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def fill_all(contents: dict[Place, dict[Any, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Gives the containers at these places of a call what they are to hold."""
+    found = [at(place, args, kwargs) for place in contents]  # all, before one of them is changed
+    for container, content in zip(found, contents.values(), strict=True):
+        _fill(container, content)
+
+
+def at(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The container at a place of a call."""
     first, *rest = place
     value = args[first] if isinstance(first, int) else kwargs[first]
     for name in rest:
@@ -295,10 +300,10 @@ def _set_attribute(container: Any, name: str, part: Any) -> None:
 
 
 def _fill_dict(container: dict[Any, Any], content: dict[Any, Any]) -> None:
-    if is_record(container):  # items are attributes too, and cannot be deleted
+    if is_record(container):  # items are attributes, too, and cannot be deleted
         container.update(content)
         return
-    base = OrderedDict if isinstance(container, OrderedDict) else dict  # past what a subclass makes of writes
+    base = OrderedDict if isinstance(container, OrderedDict) else dict  # bypasses a subclass's own handling of writes
     base.clear(container)
     for name, part in content.items():
         base.__setitem__(container, name, part)

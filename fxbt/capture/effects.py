@@ -1,7 +1,7 @@
-"""What a graph's call leaves in the model beside its outputs: new values in buffers, other tensors as attributes.
+"""The effects of a graph's call on the model: new values in buffers, other tensors as attributes.
 
 A buffer that forward writes to in place is an input of the graph, and its new value an output. An attribute that each
-forward sets to a tensor of its own (as `torch.nn.utils.weight_norm` sets `weight`) is an output alone, once a trace has
+forward sets to a tensor of its own (as `torch.nn.utils.weight_norm` sets `weight`) is only an output, once a trace has
 shown that its old value is not read.
 """
 
@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Buffer:
-    """A buffer of the model that calls write to. `is_counted` is whether forward's writes count as versions."""
+    """A buffer of the model that calls write to; `is_counted`: forward's writes increase its version."""
 
     name: str
     tensor: Tensor
@@ -57,22 +57,24 @@ class Effects:
 
     @property
     def names(self) -> list[str]:
+        """The names of the buffers and attributes in the model."""
         return [*(buffer.name for buffer in self.buffers), *(slot.name for slot in self.slots)]
 
     def inputs(self) -> list[Tensor]:
-        """Copies of the buffers, as what autograd keeps of them must not change with them."""
+        """Copies of the buffers, because what autograd saves of them must not change with them."""
         return [buffer.tensor.detach().clone() for buffer in self.buffers]
 
     def current(self) -> list[Any]:
-        """What buffers (copied) and attributes hold now: the last outputs of a graph if the original just ran."""
+        """The current values of buffers (copied) and attributes, which a graph would return last after the same
+        call."""
         return [*self.inputs(), *(slot.value for slot in self.slots)]
 
     def outputs(self, values: Sequence[Any]) -> Sequence[Any]:
-        """Those of a graph's values that the call returns."""
+        """The values of a graph that the call returns."""
         return values[: len(values) - len(self.buffers) - len(self.slots)]
 
     def put(self, values: Sequence[Any]) -> None:
-        """Takes the last of a graph's values over into the model."""
+        """Stores the last of a graph's values in the model."""
         new = values[len(self.outputs(values)) :]
         for buffer, value in zip(self.buffers, new[: len(self.buffers)], strict=True):
             _write(buffer, value)
@@ -80,39 +82,41 @@ class Effects:
             slot.value = value
 
     def note(self, tensors: Sequence[Tensor], before: Sequence[Tensor], counted: Sequence[int]) -> None:
-        """Learns from a run of the original on which of its writes torch counts.
+        """Learns from a run of the original which of its writes torch counts.
 
         `before` and `counted` are the values and versions of the model's `tensors` before that run.
 
         Raises:
-            CaptureError: it wrote to other tensors than these buffers.
+            CaptureError: it wrote to tensors other than these buffers.
         """
         known = {id(buffer.tensor): buffer for buffer in self.buffers}
         for tensor, value, old, new in zip(tensors, before, counted, versions(tensors), strict=True):
             if id(tensor) in known:
                 known[id(tensor)].is_counted = old != new
             elif old != new or not _equal(tensor, value):
-                raise CaptureError("forward writes in place to a tensor of the model, which its trace does not show")
+                raise CaptureError(
+                    "forward writes in place to a tensor of the model, but its trace does not show the write"
+                )
 
     def check_apart(self, values: Sequence[Any]) -> None:
-        """Raises `CaptureError` if what forward returned or left in attributes is in the memory of the buffers."""
+        """Raises `CaptureError` if forward's results or attributes share memory with the buffers."""
         left = [*values, *(slot.value for slot in self.slots)]
         if self.hold(value for value in left if isinstance(value, Tensor)):
-            raise CaptureError(f"forward returns a part of what it writes in place to ({', '.join(self.names)})")
+            raise CaptureError(f"forward returns memory that it writes in place to ({', '.join(self.names)})")
 
     def hold(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether one of these tensors is in the memory of the buffers."""
+        """Whether one of these tensors shares memory with the buffers."""
         memory = {memory_of(buffer.tensor) for buffer in self.buffers}
         return bool(memory) and any(memory_of(tensor) in memory for tensor in tensors)
 
     def rebind(self, pairs: Mapping[int, Tensor]) -> None:
-        """Writes to the tensors that `pairs` puts in the places of others (by their id) from now on."""
+        """From now on writes to the tensors in `pairs`, which replace others (by their id)."""
         for buffer in self.buffers:
             buffer.tensor = pairs.get(id(buffer.tensor), buffer.tensor)
 
     @contextlib.contextmanager
     def attributes_kept(self) -> Iterator[None]:
-        """Runs a block after which the attributes hold what they held before."""
+        """Runs a block and then restores the attributes."""
         with kept(self.slots):
             yield
 
@@ -130,7 +134,7 @@ def _equal(tensor: Tensor, value: Tensor) -> bool:
 
 @contextlib.contextmanager
 def kept(slots: Sequence[Slot]) -> Iterator[None]:
-    """Runs a block after which these attributes hold what they held before."""
+    """Runs a block and then restores these attributes."""
     values = [slot.value for slot in slots]
     try:
         yield
@@ -151,14 +155,14 @@ def written_names(program: ExportedProgram) -> list[str]:
 
 
 def buffer_metas(program: ExportedProgram) -> dict[str, dict[str, Any]]:
-    """What is known of each tensor of the model that a program takes, by its name."""
+    """The node.meta of each tensor of the model that a program takes, by name."""
     placeholders = program.graph.find_nodes(op="placeholder")
     specs = zip(placeholders, program.graph_signature.input_specs, strict=True)
     return {str(spec.target): node.meta for node, spec in specs if spec.target is not None}
 
 
 def make_inputs(module: fx.GraphModule, buffers: Sequence[str], metas: Mapping[str, dict[str, Any]]) -> None:
-    """The attributes of these names -> the graph's last inputs, in this order."""
+    """Turns the attributes of these names into the graph's last inputs, in this order."""
     graph = module.graph
     last = graph.find_nodes(op="placeholder")[-1:]
     read = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
@@ -180,7 +184,7 @@ def check_buffers(model: nn.Module, buffers: Sequence[Buffer]) -> None:
         if type(buffer.tensor) is not Tensor or buffer.tensor.layout is not torch.strided:
             raise CaptureError(f"forward writes in place to {buffer.name}, a {type(buffer.tensor).__name__}")
         if buffer.tensor.requires_grad:
-            raise CaptureError(f"forward writes in place to {buffer.name} what requires a gradient")
+            raise CaptureError(f"forward writes in place to {buffer.name} a value that requires a gradient")
         if buffer.tensor.is_inference():
             raise CaptureError(f"forward writes in place to {buffer.name}, which was made in inference mode")
         if sum(memory_of(tensor) == memory_of(buffer.tensor) for tensor in shared) > 1:
@@ -190,7 +194,7 @@ def check_buffers(model: nn.Module, buffers: Sequence[Buffer]) -> None:
 def written_buffers(
     model: nn.Module, watched: Sequence[Tensor], before: Sequence[int], call: Call
 ) -> list[tuple[str, Tensor]]:
-    """The buffers, by name, that the original wrote to in place since `watched` were at the versions `before`.
+    """The buffers, by name, that the original wrote to in place since `watched` had the versions `before`.
 
     Raises:
         CaptureError: it wrote to another tensor, or to a buffer that cannot be given a new value.
@@ -202,7 +206,7 @@ def written_buffers(
     others = [t for t in written if id(t) not in buffers or memory_of(t) in arguments]
     if others:
         named = [arguments.get(memory_of(t), parameters.get(id(t), "a tensor")) for t in others]
-        raise CaptureError(f"forward writes in place to {', '.join(named)}")
+        raise CaptureError(f"forward writes in place to {', '.join(named)}, and a graph cannot")
     check_buffers(model, [Buffer(buffers[id(tensor)], tensor) for tensor in written])
     return [(buffers[id(tensor)], tensor) for tensor in written]
 
@@ -216,7 +220,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def memory_of(tensor: Tensor) -> int | None:
-    """Where the memory of a tensor is; None where it has none that can be told."""
+    """The id of a tensor's memory; None if there is none to compare."""
     is_plain = tensor.layout is torch.strided and not tensor.is_nested
     return tensor.untyped_storage()._cdata if is_plain else None
 
@@ -226,10 +230,10 @@ def memory_of(tensor: Tensor) -> int | None:
 
 @contextlib.contextmanager
 def unread(slots: Sequence[Slot]) -> Iterator[Callable[[], list[Tensor]]]:
-    """Runs a traced forward that must set these attributes before it reads them; yields what asks for their values.
+    """Runs a traced forward that must set these attributes before reading them; yields a function for their values.
 
     Raises:
-        CaptureError: at the first read of an old value, however it is read.
+        CaptureError: at the first read of an old value, in whatever way.
     """
     stand_ins = [_Unread(slot.name) for slot in slots]
 
@@ -239,7 +243,7 @@ def unread(slots: Sequence[Slot]) -> Iterator[Callable[[], list[Tensor]]]:
             if _is_read(stand_in):
                 raise CaptureError(_reads(slot.name))
             if not isinstance(value, Tensor):
-                raise CaptureError(f"forward sets its attribute {slot.name} in some calls only")
+                raise CaptureError(f"forward sets its attribute {slot.name} only in some calls")
         return found
 
     with kept(slots):
@@ -249,11 +253,11 @@ def unread(slots: Sequence[Slot]) -> Iterator[Callable[[], list[Tensor]]]:
 
 
 def _reads(name: str) -> str:
-    return f"forward reads what an earlier call left in its attribute {name}; a graph would not"
+    return f"forward reads the value that an earlier call left in its attribute {name}, and a graph cannot"
 
 
 class _Unread:
-    """Stands for an old value: whatever is done with it is refused, and noted for who catches that."""
+    """Replaces an old value: any use of it is refused, and recorded in case the model catches the error."""
 
     def __init__(self, name: str) -> None:
         object.__setattr__(self, "name", name)
@@ -275,7 +279,7 @@ def _is_read(stand_in: _Unread) -> bool:
 
 
 def _is_torchs_export(file: str) -> bool:
-    """Export itself looks at the kinds of what a module has."""
+    """Export itself looks at the classes of a module's attributes."""
     return is_torchs(file) and "export" in file
 
 

@@ -1,9 +1,9 @@
-"""Equal layers are traced once: the first one's part of the graph is copied for others, onto their own weights.
+"""Traces equal layers once: the first layer's part of the graph is copied for the others, with their own weights.
 
-That is sound by what it asks for. Two layers are equal if they are of the same classes, and everything in them is equal
-but parameters and buffers, and numbers that the trace of the first one did not read (a layer's own index). A call is
-equal to an earlier one if its tensors are alike (symbolic sizes, strides, dtype, which of them are the same), and all
-else in it is equal. Whatever differs, or changes anything beside its result, is traced by itself.
+This is sound because of what it requires. Two layers are equal if they have the same classes and equal content, except
+for parameters, buffers, and numbers that the trace of the first layer did not read (a layer's own index). A call equals
+an earlier one if its tensors are alike (symbolic sizes, strides, dtype, which of them are identical) and everything
+else is equal. A layer that differs, or changes anything besides its result, is traced separately.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .layer_likeness import Name, differences, is_plain, leaves_of, modules_of, 
 from .model_state import ModelState
 from .twins import subclass
 
-LEAST = 3  # equal layers that are worth it
+LEAST = 3  # the least number of equal layers worth copying
 _SIZES = frozenset([torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default])
-_PURE = frozenset(["_operator", "math", "torch"])  # modules of functions that compute sizes, and `getitem`
+_PURE = frozenset(["_operator", "math", "torch"])  # modules of functions that compute sizes, and of `getitem`
 
 _DICT = vars(nn.Module)["__dict__"].__get__
 
@@ -49,21 +49,21 @@ Output = Any
 
 @dataclass
 class _Call:
-    """A call of a layer while it is traced: its leaves in order, and what else its trace may depend on."""
+    """A call of a layer during a trace: its leaves in order, and what else its trace may depend on."""
 
     leaves: list[Any]
     form: Any  # how the leaves are nested
-    modes: int  # that look at what runs
+    modes: int  # number of active function modes
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
-        """None where something in it could be changed by the layer, or is known by identity alone."""
+        """The call; None if the layer could change something in it, or something is only known by identity."""
         leaves: list[Any] = []
         form = (leaves_of(args, leaves), [(name, leaves_of(value, leaves)) for name, value in kwargs.items()])
         return cls(leaves, form, count_of_function_modes()) if all(map(is_plain, leaves)) else None
 
     def is_like(self, other: _Call) -> bool:
-        """Whether a trace of one is a trace of the other, on its tensors."""
+        """Whether the trace of one call also fits the other call's tensors."""
         if (self.form, self.modes, len(self.leaves)) != (other.form, other.modes, len(other.leaves)):
             return False
         return all(map(same_value, self.leaves, other.leaves))
@@ -71,22 +71,22 @@ class _Call:
 
 @dataclass
 class _Traced:
-    """A layer that was traced by itself, and what it takes to say the same of another one."""
+    """A layer that was traced, and what it takes to copy its trace for another layer."""
 
     module: nn.Module
     path: str
     call: _Call
-    depth: int  # of modules that it stands in
+    depth: int  # number of modules around it
     nodes: list[fx.Node]
-    outer: list[fx.Node]  # of its tensors: those of the call, then weights
+    outer: list[fx.Node]  # nodes of its tensors: those of the call, then weights
     output: Output
     read: set[Name]
-    calls: dict[str, int] = field(default_factory=dict)  # of modules inside, by their paths from here
+    calls: dict[str, int] = field(default_factory=dict)  # of modules inside, by their paths from this layer
 
 
 @contextlib.contextmanager
 def one_by_one() -> Iterator[None]:
-    """In this block each layer is traced by itself."""
+    """In this block, each layer is traced separately."""
     token = _one_by_one.set(True)
     try:
         yield
@@ -95,11 +95,11 @@ def one_by_one() -> Iterator[None]:
 
 
 class EqualLayers:
-    """While it lasts, torch.export traces layers of a model in this thread once for all that are equal.
+    """While active, torch.export traces a model's equal layers once, in this thread.
 
     Args:
-        read: how much the trace has read of the values of tensors; a layer that reads some is no one's equal.
-        may_copy: False traces each by itself; a trace that goes by values that a run before it noted must.
+        read: how many tensor values the trace has read; a layer that reads some is not copied.
+        may_copy: False traces each layer separately; needed if the trace uses values noted in an earlier run.
 
     Example:
         >>> with EqualLayers(model, lambda: len(scalars.read)) as equal:
@@ -183,7 +183,7 @@ class EqualLayers:
         return _copy(tracer, traced, call, path, nodes)
 
     def _equal_of(self, tracer: Any, module: nn.Module, call: _Call) -> tuple[_Traced | None, dict[fx.Node, fx.Node]]:
-        """What was traced of an equal layer for an equal call, and what stands for its outer nodes in this one."""
+        """A trace of an equal layer with an equal call, and the nodes of this call that replace its outer nodes."""
         for traced in self._known_like(module):
             found = differences(traced.module, module)
             is_same_layer = found is not None and not found & traced.read
@@ -204,7 +204,7 @@ class EqualLayers:
     def _trace(
         self, tracer: Any, module: nn.Module, forward: Any, args: Any, kwargs: Any, call: _Call, path: str
     ) -> Output:
-        """The layer's output; keeps what was traced, if it can be copied."""
+        """Traces a layer and returns its output; keeps the trace if it can be copied."""
         with unseen_by_modes():
             others = [differences(module, other) for other in self._group[id(module)] if other is not module]
             names = {name for found in others for name in found or ()}
@@ -256,7 +256,7 @@ def _watched(path: str, name: str, read: set[Name]) -> property:
 
 
 def _watched_dict(names: set[Name], read: set[Name]) -> property:
-    """A module's `__dict__`: whoever asks for it but torch's own modules may read each attribute."""
+    """A module's `__dict__`: any reader of it except torch's own modules may read each attribute."""
 
     def get(self: nn.Module) -> dict[str, Any]:
         if not is_torchs(sys._getframe(1).f_code.co_filename):
@@ -267,7 +267,7 @@ def _watched_dict(names: set[Name], read: set[Name]) -> property:
 
 
 def _outer_of(tracer: Any, module: nn.Module, call: _Call) -> list[fx.Node] | None:
-    """The nodes of a call's tensors, and of the layer's own; None where one has none."""
+    """The nodes of a call's tensors and of the layer's own; None if one has no node."""
     tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
     nodes = [_node_of(tracer, tensor) for tensor in [*tensors, *tensors_of(module)]]
     return None if None in nodes else nodes  # type: ignore[return-value]
@@ -279,7 +279,7 @@ def _node_of(tracer: Any, tensor: Tensor) -> fx.Node | None:
 
 
 def _stand_ins(tracer: Any, traced: _Traced, module: nn.Module, call: _Call) -> dict[fx.Node, fx.Node] | None:
-    """What stands for each of the outer nodes of a traced layer in another one's call; None where not one does."""
+    """The node of another call for each outer node of a traced layer; None if they do not match one to one."""
     new = _outer_of(tracer, module, call)
     if new is None:
         return None
@@ -293,7 +293,7 @@ def _nodes_behind(last: fx.Node | None, graph: fx.Graph) -> list[fx.Node]:
 
 
 def _can_be_copied(nodes: Sequence[fx.Node], outer: Sequence[fx.Node]) -> bool:
-    """Whether nodes compute from a call's tensors, the layer's and sizes alone, and write to nothing."""
+    """Whether the nodes compute only from the call's tensors, the layer's and sizes, and write nothing."""
     known = {*nodes, *outer}
     computing = [node for node in nodes if node.target not in _SIZES]
     return all(_is_pure(node) and all(n in known or _is_size(n) for n in node.all_input_nodes) for node in computing)
@@ -312,7 +312,7 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _is_known(tracer: Any, output: Output, call: _Call, nodes: Sequence[fx.Node]) -> bool:
-    """Whether each tensor of an output is the call's, or one that these nodes made, which lies in memory by itself."""
+    """Whether each tensor of an output is the call's, or was made by these nodes in memory of its own."""
     leaves: list[Any] = []
     leaves_of(output, leaves)
     given, made = {id(leaf) for leaf in call.leaves}, set(nodes)
@@ -322,10 +322,10 @@ def _is_known(tracer: Any, output: Output, call: _Call, nodes: Sequence[fx.Node]
 
 
 def _copy(tracer: Any, traced: _Traced, call: _Call, path: str, nodes: dict[fx.Node, fx.Node]) -> Output:
-    """The output of a call whose nodes are copied from an equal one's; `nodes` says what stands for the outer ones."""
+    """The output of a call whose nodes are copied from an equal call's; `nodes` maps the outer ones."""
     stack = {key: (place, _name_of(kind)) for key, (place, kind) in tracer.module_stack.items()}
     for node in traced.nodes:
-        if node.target in _SIZES:  # of alike tensors: known already
+        if node.target in _SIZES:  # sizes of like tensors are known already
             continue
         nodes[node] = tracer.graph.node_copy(node, lambda n: nodes.get(n, n))
         inner = list(node.meta["nn_module_stack"].items())[traced.depth :]
@@ -357,10 +357,10 @@ def _output(tracer: Any, output: Output, made: dict[int, Tensor], nodes: dict[fx
 
 
 def graph_difference(one: fx.Graph, other: fx.Graph) -> str | None:
-    """The first node that differs between two graphs, up to names; None where none does."""
+    """The first node that differs between two graphs, apart from names; None if none does."""
     pairs: dict[fx.Node, fx.Node] = {}
     if len(one.nodes) != len(other.nodes):
-        return f"{len(one.nodes)} and {len(other.nodes)} nodes"
+        return f"{len(one.nodes)} nodes, expected {len(other.nodes)}"
     for left, right in zip(one.nodes, other.nodes, strict=True):
         pairs[left] = right
         moved = fx.node.map_arg((left.args, left.kwargs), lambda node: pairs[node])

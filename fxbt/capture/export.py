@@ -48,13 +48,13 @@ _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 @dataclass
 class _Outputs:
-    """What the traced forward returned, noted while it was traced."""
+    """What the traced forward returned, recorded during the trace."""
 
     spec: pytree.TreeSpec | None = None
-    constants: dict[int, Any] = field(default_factory=dict)  # position among the leaves -> value
+    constants: dict[int, Any] = field(default_factory=dict)  # index among the leaves -> value
     originals: dict[str, Tensor] = field(default_factory=dict)  # the model's buffers
-    read: list[Constant] = field(default_factory=list)  # those whose value is part of the graph
-    replaced: set[str] = field(default_factory=set)  # those in whose places other tensors stand after it
+    read: list[Constant] = field(default_factory=list)  # constants whose value is part of the graph
+    replaced: set[str] = field(default_factory=set)  # buffers that forward replaces by other tensors
     copied: int = 0  # layers that were not traced
 
 
@@ -66,10 +66,10 @@ def capture_export(
     varied: Axes = frozenset(),
     slots: Sequence[Slot] = (),
 ) -> Captured:
-    """The most general graph that torch.export gives for a call of `run`, which stands for the model's forward.
+    """The most general graph that torch.export gives for a call of `run`, which acts as the model's forward.
 
     Raises:
-        Exception: the error of the attempt that tells most; `capture` makes a `CaptureError` of it.
+        Exception: the most telling error of all attempts; `capture` turns it into a `CaptureError`.
     """
     errors: list[Exception] = []
     for attempt in attempts(model, call, example, varied, errors):
@@ -81,7 +81,7 @@ def capture_export(
             raise
         except Exception as error:  # the next attempt asks for less
             errors.append(error)
-    # The first error tells most, if it is no guard that the example itself does not fulfil.
+    # The first error is the most telling one, unless it is a guard that the example itself violates.
     raise next((error for error in errors if not isinstance(error, AssertionError)), errors[0])
 
 
@@ -89,9 +89,9 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
     outputs = _Outputs(originals=dict(model.named_buffers()))
     tensors = attempt.tensors
     fixed = {i: tensors[i] for i in attempt.fixed}
-    # A GraphModule's class is made for its own graph, and torch.export asks such modules for it.
+    # A GraphModule's class belongs to its own graph, and torch.export reads the graph from it.
     kind = nn.Module if isinstance(model, fx.GraphModule) else type(model)
-    # Hooks on the model itself are called around its forward as ever, graph or not.
+    # Hooks on the model itself run around its forward as usual, graph or not.
     attributes = {**vars(model), **{kind: OrderedDict() for kind in HOOKS}}
     traced = [replace(slot, attributes=attributes) if slot.attributes is vars(model) else slot for slot in slots]
     forward = _flat_forward(call, outputs, run, ModelState(model), fixed, attempt.answers, traced)
@@ -105,8 +105,8 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
         for i, t in enumerate(tensors)
     ]
     dims = [{0: Dim.AUTO} if i in numbers and tensors[i].ndim else axes for i, axes in enumerate(dims)]
-    # Size-oblivious: one graph serves size one too, wherever the model does not ask for it. torch's cache of what ops
-    # give on symbolic sizes costs more than it saves: MiniLM was ready in 4.8 s with it, 3.9 s without (medians of 3).
+    # Size-oblivious: one graph also serves size one, unless the model asks for it. torch's cache of op results on
+    # symbolic sizes costs more than it saves: MiniLM was ready in 4.8 s with it, 3.9 s without (medians of 3).
     with (
         fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         dynamo_config.patch(fake_tensor_cache_enabled=False),
@@ -146,15 +146,15 @@ def _effects(program: ExportedProgram, outputs: _Outputs, slots: Sequence[Slot])
     """What a program without in-place writes changes in the model."""
     written = written_names(program)
     if replaced := [name for name in written if name in outputs.replaced]:
-        raise CaptureError(f"forward puts another tensor in the place of {', '.join(replaced)}; a graph would not")
+        raise CaptureError(f"forward replaces {', '.join(replaced)} by another tensor, and a graph cannot")
     if decides := [constant.name for constant in outputs.read if constant.name in written]:
-        raise CaptureError(f"forward goes by the value of {', '.join(decides)}, which it writes in place to")
+        raise CaptureError(f"forward branches on the value of {', '.join(decides)}, which it also writes in place")
     return Effects([Buffer(name, outputs.originals[name]) for name in written], list(slots))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps torch from printing the graph so far where an attempt fails; the error says what there is to say."""
+    """Keeps torch from printing the graph so far when an attempt fails; the error says enough."""
 
     def is_wanted(record: logging.LogRecord) -> bool:
         return "Unable to find user code" not in str(record.msg)
@@ -203,9 +203,11 @@ def _flat_forward(
         flat, outputs.spec = forms.flatten(result)
         _check_outputs(result, flat)
         if kept := [type(value).__name__ for value in forms.plain_objects(result) if state.knows(value)]:
-            raise CaptureError(f"forward returns a {kept[0]} that the model keeps; a graph would return another")
+            raise CaptureError(
+                f"forward returns a {kept[0]} that the model keeps, but a graph would return another object"
+            )
         if around := [type(value).__name__ for value in forms.plain_objects(result) if arguments.is_inside(value)]:
-            raise CaptureError(f"forward puts an argument into a new {around[0]}; a graph would put a copy there")
+            raise CaptureError(f"forward puts an argument into a new {around[0]}, but a graph would put a copy there")
         outputs.constants = {i: leaf for i, leaf in enumerate(flat) if isinstance(leaf, _CONSTANTS)}
         return *(leaf for leaf in flat if not isinstance(leaf, _CONSTANTS)), *left
 
@@ -213,7 +215,7 @@ def _flat_forward(
 
 
 def _share_batch(tensors: Sequence[Tensor]) -> None:
-    """Inputs of one batch size have it as one symbol (a guard): sizes derived from two could not be compared."""
+    """Gives inputs of equal batch size one symbol (a guard): sizes derived from two symbols could not be compared."""
     first: dict[int, Any] = {}
     for tensor in tensors:
         if tensor.ndim and isinstance(tensor.shape[0], SymInt):
@@ -222,7 +224,7 @@ def _share_batch(tensors: Sequence[Tensor]) -> None:
 
 
 def _share_lengths(tensors: Sequence[Tensor], groups: list[list[tuple[int, int]]]) -> None:
-    """What grows together has one size as one symbol (a guard): no operation on keys and values compares theirs."""
+    """Gives tensors that grow together one symbol for their length (a guard), because no operation compares them."""
     for (first, axis), *others in groups:
         for other, its_axis in others:
             torch._check(tensors[other].shape[its_axis] == tensors[first].shape[axis])
@@ -257,7 +259,7 @@ def _flat_module(
             if spec.kind is InputKind.USER_INPUT:
                 continue
             if spec.kind not in _LIFTED or spec.target is None:
-                raise CaptureError(f"the graph takes {spec.arg}, which is no tensor")
+                raise CaptureError(f"the graph takes {spec.arg}, which is not a tensor")
             attributes[spec.target] = _attribute(model, spec.target, program)
             weight = graph.create_node("get_attr", spec.target)
             weight.meta = node.meta
@@ -275,7 +277,7 @@ def _flat_module(
 
 
 def _attribute(model: nn.Module, path: str, program: ExportedProgram) -> Tensor:
-    """The original's own tensor object of that name; literals of the forward are found in the program only."""
+    """The original's own tensor of that name; literals of forward exist only in the program."""
     value: Any = model
     for name in path.split("."):
         value = getattr(value, name, None)
@@ -283,7 +285,7 @@ def _attribute(model: nn.Module, path: str, program: ExportedProgram) -> Tensor:
 
 
 def _set_outputs(graph: fx.Graph, constants: dict[int, Any], effects: Effects) -> None:
-    """Puts constants in their places, and what goes to buffers, which comes first, behind what forward returns."""
+    """Inserts constants at their places, and moves new buffer values, which come first, to the end."""
     output = graph.output_node()
     returned: Any = output.args[0]
     written, returned = returned[: len(effects.buffers)], returned[len(effects.buffers) :]

@@ -1,8 +1,8 @@
-"""An exported program -> the same without in-place writes; refuses one whose writes show in arguments or parameters.
+"""Removes in-place writes from an exported program; refuses writes that show in arguments or parameters.
 
-Most writes are to a value that nothing else holds, as in `scores = query @ key.mT; scores += bias`, and become the op
-that returns a new one. For all others torch functionalises the program, which takes as long as the export itself; new
-values of the model's buffers are outputs then.
+Most writes are to a value that nothing else holds, as in `scores = query @ key.mT; scores += bias`; they become the op
+that returns a new value. For all others, torch functionalises the program, which takes as long as the export itself;
+new values of the model's buffers then become outputs.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ _STATISTICS = {
 
 
 def functional(program: ExportedProgram, names: list[str]) -> ExportedProgram:
-    """The program without in-place writes; what it writes to buffers are its first outputs.
+    """The program without in-place writes; the values it writes to buffers are its first outputs.
 
-    Raises `CaptureError` if it writes to the model's parameters, to its arguments, which have these `names`, to a value
-    that shows in another one through an op that does not say so, or to a buffer inside a checkpoint, which writes again
-    in the backward.
+    Raises:
+        CaptureError: it writes to the model's parameters, to its arguments (called `names`), to a value that shows in
+            another one through an op that does not declare it, or to a buffer inside a checkpoint, which writes again
+            in the backward.
     """
     for node in program.graph.nodes:
         if node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
-            node.replace_all_uses_with(node.args[0])  # how torch.tensor(...) is traced: no reason to functionalise
+            node.replace_all_uses_with(node.args[0])  # the trace of torch.tensor(...); no reason to functionalise
             program.graph.erase_node(node)
         elif node.target is aten.copy_.default and _is_unconverted(node.args[1], node.args[0]):
-            node.replace_all_uses_with(node.args[0])  # how `self.x = self.x.to(dtype)` is traced, which changes nothing
+            node.replace_all_uses_with(node.args[0])  # the trace of `self.x = self.x.to(dtype)` without a conversion
             program.graph.erase_node(node)
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
     for graph in graphs:
@@ -57,20 +58,26 @@ def functional(program: ExportedProgram, names: list[str]) -> ExportedProgram:
         inline_regions(program.graph_module, may_write=True)
         program = program.run_decompositions({})
         if is_checkpointed and (mutated := list(program.graph_signature.buffers_to_mutate.values())):
-            raise CaptureError(f"forward writes in place to {', '.join(mutated)} and uses checkpoints, which may again")
+            raise CaptureError(
+                f"forward writes in place to {', '.join(mutated)} and uses checkpoints, which may repeat the write"
+            )
         if left := [str(node.target) for node in program.graph.nodes if _writes_statistics(node)]:
-            raise CaptureError(f"forward writes in place to the statistics of {left[0].removeprefix('aten.')}")
+            raise CaptureError(
+                f"forward writes in place to the statistics of {left[0].removeprefix('aten.')}, and a graph cannot"
+            )
     signature = program.graph_signature
     if mutated := list(signature.parameters_to_mutate.values()):
-        raise CaptureError(f"forward writes in place to {', '.join(mutated)}; a graph would not")
+        raise CaptureError(f"forward writes in place to {', '.join(mutated)}, and a graph cannot")
     if mutated := list(signature.user_inputs_to_mutate.values()):
         inputs = dict(zip(signature.user_inputs, names, strict=True))
-        raise CaptureError(f"forward writes in place to its argument {', '.join(inputs[m] for m in mutated)}")
+        raise CaptureError(
+            f"forward writes in place to its argument {', '.join(inputs[m] for m in mutated)}, and a graph cannot"
+        )
     return program
 
 
 def _return_instead(graph: fx.Graph) -> None:
-    """Ops that write to a value nothing else holds -> those that return a new one, read by all that follows."""
+    """Replaces ops that write to a value nothing else holds by ops that return a new one, read by all later nodes."""
     for node in graph.nodes:
         written = node.args[0] if writes(node) else None
         if not isinstance(written, fx.Node):
@@ -97,7 +104,7 @@ def _holders(written: fx.Node, write: fx.Node, may_share: Callable[[fx.Node, fx.
 
 
 def _is_seen(holder: fx.Node, write: fx.Node) -> bool:
-    """Whether what is written shows in a holder of the same memory: it is read later on, or not the graph's own."""
+    """Whether a write shows in another holder of the memory: it is read later, or is not the graph's own."""
     return not _is_made_here(holder) or any(not user < write for user in holder.users)
 
 
@@ -106,18 +113,18 @@ def _is_made_here(holder: fx.Node) -> bool:
 
 
 def _check_declared(written: fx.Node, write: fx.Node, seen: list[fx.Node]) -> None:
-    """Refuses a write that shows through an op that does not say it returns a view: torch would not follow it."""
+    """Refuses a write that shows through an op that does not declare a view; torch would not follow it."""
     if not set(seen) <= _holders(written, write, _is_declared_view):
         op = str(write.target).removeprefix("aten.")
-        raise CaptureError(f"forward writes in place ({op}) to memory that another value shares; a graph would not")
+        raise CaptureError(f"forward writes in place ({op}) to memory that another value shares, and a graph cannot")
 
 
 def _may_share(result: fx.Node, source: fx.Node) -> bool:
-    """Whether a node's result may be in the memory of one of its inputs, at the sizes of some call."""
+    """Whether a node's result may share memory with one of its inputs, at the sizes of some call."""
     if _is_declared_view(result, source):
         return True
     if drop_inactive_dropout(result) is source:
-        return True  # though it was traced as a copy
+        return True  # although it was traced as a copy
     return not _memory(result).isdisjoint(_memory(source))
 
 
@@ -130,7 +137,7 @@ def _returns_view(op: OpOverload) -> bool:
 
 
 def _pure(op: OpOverload) -> OpOverload | None:
-    """The op that takes the same and returns what `op` writes to its first argument: `add.Tensor` for `add_.Tensor`."""
+    """The op that returns what `op` writes to its first argument: `add.Tensor` for `add_.Tensor`; None if none does."""
     packet = getattr(getattr(torch.ops, op.namespace), op._opname.removesuffix("_"), None)
     pure = getattr(packet, op._overloadname, None)
     if pure is None or pure._schema.is_mutable or _returns_view(pure):
@@ -141,13 +148,13 @@ def _pure(op: OpOverload) -> OpOverload | None:
 
 
 def _memory(node: fx.Node) -> set[int]:
-    """The places of a node's tensors; those of sparse ones cannot be told apart."""
+    """The ids of the memory of a node's tensors; sparse ones share the id 0."""
     tensors = [value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
     return {tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0 for tensor in tensors}
 
 
 def _returns_alike(write: fx.Node, pure: OpOverload) -> bool:
-    """Whether the op returns the dtype, sizes and strides that the write left as they were."""
+    """Whether the op returns the dtype, sizes and strides of the tensor written to."""
     values: Any = fx.map_arg((write.args, write.kwargs), lambda node: node.meta["val"])
     args, kwargs = values
     written = args[0]
@@ -161,7 +168,7 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _is_unconverted(value: Any, tensor: fx.Node) -> bool:
-    """Whether `value` is `tensor` itself: no more than conversions to the dtype and device that it has already."""
+    """Whether `value` is `tensor` after conversions to the dtype and device that it already has."""
     while value is not tensor:
         if not isinstance(value, fx.Node) or value.target not in _CONVERSIONS or argument(value, "copy"):
             return False
@@ -173,11 +180,11 @@ def _is_unconverted(value: Any, tensor: fx.Node) -> bool:
 
 
 def _writes_statistics(node: fx.Node) -> bool:
-    """Whether it is a normalization in training that keeps its statistics, of which its schema says nothing."""
+    """Whether a node is a norm in training that updates its statistics, which its schema does not say."""
     switch = _STATISTICS.get(node.target) if isinstance(node.target, OpOverload) else None
     return switch is not None and bool(argument(node, switch)) and argument(node, "running_mean") is not None
 
 
 def _is_of_vmap(node: fx.Node) -> bool:
-    """Whether it opens or closes a batch axis of `vmap`, which means nothing outside of a running one."""
+    """Whether a node opens or closes a batch axis of `vmap`, which is meaningless outside a running one."""
     return getattr(node.target, "__module__", None) == predispatch.__name__

@@ -1,4 +1,4 @@
-"""What a trace took for granted of a call's shapes and values, as a function that asserts it."""
+"""Turns what a trace assumed about a call's shapes and values into a function that asserts it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 
 def erase_asserts(graph: fx.Graph) -> list[sympy.Basic]:
-    """Erases assertions. Those about input shapes are returned (they become guards); dtypes are in the call's key.
+    """Erases assertions; returns those about input shapes, which become guards (dtypes are in the call's key).
 
-    Those about sizes that follow from values stay in the graph: a call for which they fail runs the original.
+    Assertions about sizes that depend on values stay in the graph: a call for which they fail runs the original.
     """
     conditions = []
     for node in [node for node in graph.nodes if node.target in _ASSERTS]:
@@ -40,12 +40,12 @@ def erase_asserts(graph: fx.Graph) -> list[sympy.Basic]:
 def guards_of(
     module: fx.GraphModule, names: list[str], fixed: Mapping[int, Tensor], assumed: Sequence[sympy.Basic]
 ) -> Callable[..., None]:
-    """A function of the call's tensors that asserts all that was `assumed` of their shapes and values while tracing.
+    """A function of the call's tensors that asserts everything `assumed` about their shapes and values.
 
-    The first placeholders are the call's tensors, with these `names`; the values of those in `fixed` are constants.
+    The first placeholders are the call's tensors, called `names`; the values of those in `fixed` are constants.
     """
     placeholders = module.graph.find_nodes(op="placeholder")[: len(names)]
-    conditions: list[tuple[str, str]] = []  # python over t0, t1, ...; what to say
+    conditions: list[tuple[str, str]] = []  # Python code over t0, t1, ...; its text for messages
     size_of: dict[sympy.Symbol, tuple[str, str]] = {}
     unsettled: list[tuple[str, str, sympy.Basic]] = []
     for i, (node, name) in enumerate(zip(placeholders, names, strict=True)):
@@ -62,12 +62,12 @@ def guards_of(
 
     def printed(expression: sympy.Basic) -> tuple[str, str]:
         if expression.free_symbols - size_of.keys():
-            raise CaptureError(f"shapes depend on the values of tensors ({expression})")
+            raise CaptureError(f"the shapes depend on the values of tensors ({expression})")
         written = [_print(expression, {s: size_of[s][way] for s in expression.free_symbols}) for way in (0, 1)]
         return written[0], written[1]
 
     for code, text in size_of.values():
-        conditions.append((f"{code} >= 1", f"{text} >= 1"))  # a trace takes for granted that no size is 0
+        conditions.append((f"{code} >= 1", f"{text} >= 1"))  # a trace assumes that no size is 0
     for code, text, expression in unsettled:
         conditions.append((f"{code} == {printed(expression)[0]}", f"{text} == {printed(expression)[1]}"))
     for expression in assumed:
@@ -78,7 +78,7 @@ def guards_of(
 
 
 def environment_of_inputs(module: fx.GraphModule) -> ShapeEnv | None:
-    """What is known of the sizes of a graph's inputs; None where all are numbers."""
+    """The shape environment of a graph's inputs; None if all their sizes are ints."""
     values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     return next((size.node.shape_env for value in values for size in value.shape if isinstance(size, SymInt)), None)
 
@@ -91,7 +91,7 @@ def sizes_of_inputs(module: fx.GraphModule) -> list[sympy.Symbol]:
 
 
 def assumptions(module: fx.GraphModule) -> list[sympy.Basic]:
-    """Everything the trace took for true about the sizes of inputs, of a module that still says what was asserted."""
+    """Everything the trace assumed about the sizes of inputs; the module must still have its assertions."""
     environment, sizes = environment_of_inputs(module), sizes_of_inputs(module)
     found = [*module.meta.pop("fxbt_asserted"), *_unsqueezed(module)]
     if environment is None:
@@ -105,7 +105,7 @@ def assumptions(module: fx.GraphModule) -> list[sympy.Basic]:
 
 
 def _unsqueezed(module: fx.GraphModule) -> list[sympy.Basic]:
-    """A squeeze of a dynamic axis was traced as keeping it, without any guard that says so."""
+    """Squeezes of dynamic axes were traced as keeping them, without a guard that says so."""
     kept = []
     for node in module.graph.nodes:
         if node.target not in _SQUEEZES:
@@ -126,15 +126,16 @@ def _print(expression: sympy.Basic, names: dict[sympy.Symbol, str]) -> str:
 
 
 def assertions(count: int, conditions: list[tuple[str, str]]) -> Callable[..., None]:
+    """A function of `count` tensors t0, t1, ... that asserts (code, text) conditions, naming the first that fails."""
     lines = [f"    if not ({code}): raise AssertionError({text!r})" for code, text in dict.fromkeys(conditions)]
     source = "\n".join([f"def guards({', '.join(f't{i}' for i in range(count))}):", "    pass", *lines])
     namespace: dict[str, Any] = {"math": math}
-    exec(source, namespace)  # sizes compare at full speed, without a graph in between
+    exec(source, namespace)  # compares sizes at full speed, without a graph
     return namespace["guards"]
 
 
 def and_values(guards: Callable[..., None], constants: list[Constant]) -> Callable[..., None]:
-    """These guards, and that tensors of the model have the values that they had."""
+    """These guards, and that tensors of the model have their captured values."""
 
     def both(*tensors: Tensor) -> None:
         guards(*tensors)

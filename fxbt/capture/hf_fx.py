@@ -1,4 +1,4 @@
-"""transformers' own fx tracer (4.x): its graph is exported like a model's own forward."""
+"""transformers' own fx tracer (4.x): exports its graph like a model's forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .guards import assertions
 
 
 def capture_hf_fx(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> Captured:
-    """The graph of transformers' HFTracer; for the example's own shapes alone unless it is right on a larger one.
+    """The graph of transformers' HFTracer; only for the example's own shapes unless it is right on a larger one.
 
     Raises:
         CaptureError: the call passes tensors by position.
@@ -27,7 +27,9 @@ def capture_hf_fx(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> 
 
     inputs = dict(zip(call.names, example, strict=True))
     if call.args or not inputs.keys() <= call.kwargs.keys():
-        raise CaptureError('HFTracer takes tensors as keyword arguments only; use tracer="export"')
+        raise CaptureError(
+            'HFTracer takes tensors only as keyword arguments; pass them by name, or use tracer="export"'
+        )
     fixed = {name: value for name, value in call.kwargs.items() if name not in inputs}
     _, spec = pytree.tree_flatten(run_forward(model, call, example))
     graph = HFTracer().trace(
@@ -42,7 +44,7 @@ def capture_hf_fx(model: nn.Module, call: Call, example: tuple[Tensor, ...]) -> 
 
     captured = capture_export(traced, call, example, run)
     if not _agrees_on_larger(captured, model, call, example):
-        captured.guards = _only_these_shapes(example, call.names)  # HFTracer burns sizes in without saying so
+        captured.guards = _only_these_shapes(example, call.names)  # HFTracer hardcodes sizes without saying so
     return captured
 
 
@@ -53,7 +55,7 @@ def _agrees_on_larger(captured: Captured, model: nn.Module, call: Call, example:
         captured.guards(*larger)
         expected = pytree.tree_leaves(run_forward(model, call, larger))
         return all(map(_close, captured.module(*larger), expected))
-    except Exception:  # not proven on another shape is not proven
+    except Exception:  # a failure on another shape means: not proven
         return False
 
 

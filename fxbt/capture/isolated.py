@@ -1,7 +1,7 @@
-"""What tracing patches for the whole process, made the tracing thread's own: other threads see nothing of it.
+"""Confines what tracing patches in the whole process to the tracing thread, so that other threads see nothing of it.
 
-FX puts wrappers in the places of `nn.Module.__call__` and `__getattr__`, which know the modules of one trace only, and
-torch.export sets flags that models ask (`torch.compiler.is_compiling()`). Other threads' modules must meet neither.
+FX replaces `nn.Module.__call__` and `__getattr__` by wrappers that know the modules of one trace only, and torch.export
+sets flags that models read (`torch.compiler.is_compiling()`). Modules in other threads must see neither.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..torch_compat import (
     proxy_tensor,
 )
 
-OBJECTS_PER_COLLECTION = 100_000  # while a call is captured; Python's own number is 700
+OBJECTS_PER_COLLECTION = 100_000  # during a capture; Python's own number is 700
 
 
 class _Here:
-    """True in the thread that made it, False in others; in place of torch's flags, it computes as a bool does."""
+    """True in the thread that made it, False in others; replaces torch's flags, so it computes like a bool."""
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
@@ -72,10 +72,10 @@ def here_only(replacement: Callable[..., Any], original: Callable[..., Any]) -> 
 
 
 class _OwnPatcher(fx_trace._Patcher):
-    """FX's patches of methods, for this thread, and only until they are taken back.
+    """FX's patches of methods, for this thread only, and only until they are reverted.
 
-    Another thread may trace too (torch.compile in there) and take its patches back in any order: one that was left
-    behind does nothing, and one that stands on top of ours stays.
+    Another thread may trace, too (for example with torch.compile), and revert its patches in any order: a patch left
+    behind does nothing, and one on top of ours stays.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class _OwnPatcher(fx_trace._Patcher):
         super().patch_method(cls, name, method, deduplicate)
 
     def revert_all_patches(self) -> list[Any]:
-        """Dynamo takes all patches off while it compiles, and puts them back: in this thread, it may."""
+        """Dynamo reverts all patches while it compiles and reapplies them; in this thread it may."""
         return super().revert_all_patches() if self._here and not self._is_over else self.patches_made
 
     def reapply_all_patches(self) -> list[Any]:
@@ -101,7 +101,7 @@ class _OwnPatcher(fx_trace._Patcher):
         return super().reapply_all_patches() if self._here and not self._is_over else self.patches_made
 
     def end(self) -> None:
-        """Takes all patches back but those that another thread's stand on."""
+        """Reverts all patches except those with another thread's patch on top."""
         self._is_over = True
         for patch in reversed(self.patches_made):
             if not _is_covered(patch):
@@ -123,7 +123,7 @@ def _own_patcher() -> Iterator[fx_trace._Patcher]:
             yield patcher
     finally:
         patcher.end()
-        if fx_trace.CURRENT_PATCHER is patcher:  # no other thread's, which it takes back itself
+        if fx_trace.CURRENT_PATCHER is patcher:  # otherwise another thread's, which it restores itself
             fx_trace.CURRENT_PATCHER = before
 
 
@@ -138,7 +138,7 @@ def _own_flags() -> Iterator[None]:
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Runs a block whose traces other threads see nothing of, and that nothing of torch's holds after it.
+    """Runs a block whose traces are invisible to other threads and leave nothing behind in torch.
 
     One thread at a time: see `locks`.
 
@@ -151,7 +151,7 @@ def isolated() -> Iterator[None]:
     with (
         mock.patch.object(*NEW_PATCHER, _own_patcher),
         mock.patch.object(*EXPORTS_FLAGS, _own_flags),
-        # torch keeps the nodes of the last trace in it until the next one, and with them the model's weights
+        # torch keeps the nodes of the last trace here until the next one, and with them the model's weights
         mock.patch.object(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}),
     ):
         yield
@@ -159,9 +159,10 @@ def isolated() -> Iterator[None]:
 
 @contextlib.contextmanager
 def collecting_rarely() -> Iterator[None]:
-    """Tracing makes many objects and little garbage: looking for it would take 0.5 of MiniLM's 4.5 seconds."""
+    """Lets Python's garbage collector run rarely: a trace makes little garbage, and looking for it takes 0.5 of 4.5
+    s."""
     first, *others = gc.get_threshold()
-    gc.set_threshold(first and max(first, OBJECTS_PER_COLLECTION), *others)  # 0 is never
+    gc.set_threshold(first and max(first, OBJECTS_PER_COLLECTION), *others)  # 0 means never
     try:
         yield
     finally:

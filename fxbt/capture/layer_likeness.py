@@ -1,4 +1,4 @@
-"""What makes two layers, or two calls of them, alike for a trace: everything in them but the values of tensors."""
+"""Decides whether two layers, or two calls of them, are alike for a trace: equal except for the values of tensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import SymInt, Tensor, nn
 Name = tuple[str, str]  # the path of a module inside a layer, and an attribute of it
 
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-_NAMED = ("_parameters", "_buffers", "_modules")  # compared by themselves, but for those that are None
+_NAMED = ("_parameters", "_buffers", "_modules")  # compared separately, except for entries that are None
 
 
 def differences(one: nn.Module, other: nn.Module) -> set[Name] | None:
-    """The integers in which two layers differ, as (path, name); None where they differ in more than those and tensors.
+    """The integers in which two layers differ, as (path, name); None if they differ in anything else but tensors.
 
-    Layers with hooks are alike no others.
+    A layer with hooks is never like another one.
 
     Example:
         >>> differences(bert.encoder.layer[0], bert.encoder.layer[1])
@@ -74,18 +74,18 @@ def _same_attribute(one: Any, other: Any) -> bool:
 
 
 def modules_of(layer: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a layer by their paths from it, each as often as it is there."""
+    """The modules of a layer by relative path, including repetitions."""
     return dict(layer.named_modules(remove_duplicate=False))
 
 
 def tensors_of(layer: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a layer, in one order for all that are alike."""
+    """The parameters and buffers of a layer, in the same order for all like layers."""
     held = [kind for module in modules_of(layer).values() for kind in (module._parameters, module._buffers)]
     return [tensor for tensors in held for tensor in tensors.values() if tensor is not None]
 
 
 def values_of(layer: nn.Module) -> list[tuple[str, str, int]]:
-    """What a layer holds, by identity: the same before and after a call that changes nothing in it."""
+    """The ids of a layer's content: equal before and after a call that changes nothing."""
     found: list[tuple[str, str, int]] = []
     for path, module in modules_of(layer).items():
         for name, value in vars(module).items():
@@ -95,7 +95,7 @@ def values_of(layer: nn.Module) -> list[tuple[str, str, int]]:
 
 
 def leaves_of(value: Any, leaves: list[Any]) -> Any:
-    """How tuples are nested in a value; what is in them goes to `leaves`."""
+    """How tuples are nested in a value; their content is appended to `leaves`."""
     if type(value) is tuple:
         return [leaves_of(part, leaves) for part in value]
     leaves.append(value)
@@ -103,12 +103,12 @@ def leaves_of(value: Any, leaves: list[Any]) -> Any:
 
 
 def is_plain(leaf: Any) -> bool:
-    """Whether a call's leaf cannot be changed by a layer but as a tensor is, and is known by its value."""
+    """Whether a leaf is known by its value, and a layer cannot change it except by writing to a tensor."""
     return isinstance(leaf, (*_SIMPLE, Tensor, SymInt))
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Whether two leaves are the same for a trace: tensors that are alike, or equal values of one type."""
+    """Whether two leaves are the same for a trace: like tensors, or equal values of one type."""
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
@@ -125,6 +125,6 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _repeats(tensors: list[Tensor]) -> list[int]:
-    """For each of them, which is the first that is the same object."""
+    """For each tensor, the index of the first one that is the same object."""
     first: dict[int, int] = {}
     return [first.setdefault(id(tensor), place) for place, tensor in enumerate(tensors)]

@@ -1,11 +1,13 @@
-"""One call is captured at a time in a process; originals run meanwhile, but for those that capturing endangers.
+"""One capture at a time per process; originals run meanwhile unless the capture endangers them.
 
-What tracing patches process-wide (`nn.Module.__call__` and `__getattr__`, torch's flags that say a trace is running,
-stand-ins for functions of libraries) is the tracing thread's own: see `isolated`. What stays are the modules of the
-traced model, which hold fake parameters meanwhile, and the process's one random generator, which a capture puts back:
-an original that shares anything with the captured model, or is in training mode, waits.
-torch.export also switches oneDNN off for the process: other threads' sums round in another order meanwhile.
-A fork waits too: a child would begin with those modules, and with patches that nobody takes back.
+What tracing patches in the whole process (`nn.Module.__call__` and `__getattr__`, torch's tracing flags, replaced
+library functions) is confined to the tracing thread: see `isolated`. What remains are the modules of the traced model,
+which hold fake parameters during the trace, and the process's random generator, which a capture restores: an original
+that shares anything with the captured model, or is in training mode, waits.
+
+torch.export also switches oneDNN off for the process, so sums in other threads round in another order meanwhile.
+
+A fork waits, too: otherwise the child would start with those modules, and with patches that nobody reverts.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class _Running:
 
 
 class _Claim:
-    """A model that a thread captures, or waits to: until those originals are done that this endangers."""
+    """A thread's capture of a model, active once all originals that it endangers have finished."""
 
     def __init__(self, model: nn.Module, is_alone: bool) -> None:
         self.thread = threading.get_ident()
@@ -38,22 +40,22 @@ class _Claim:
         self._state = None if is_alone else ModelState(model)
 
     def endangers(self, model: nn.Module) -> bool:
-        """Whether the original of `model` must not run meanwhile."""
+        """Whether the original of `model` must not run during the capture."""
         if self._state is None:
             return True
         try:
             return any(module.training for module in model.modules()) or self._state.shares_with(ModelState(model))
-        except Exception:  # another thread edits it, or it cannot be looked through: not proven apart
+        except Exception:  # another thread edits it, or it cannot be inspected: not proven safe
             return True
 
 
 class CaptureLock:
-    """Captures, one at a time, and originals that run beside each other and beside captures that leave them alone.
+    """Captures, one at a time, and originals, which run in parallel with each other and with harmless captures.
 
     Example:
         >>> with lock.capturing(model):
         ...     capture(model, call)
-        >>> with lock.running(other):  # in another thread: at once, if it shares nothing with `model`
+        >>> with lock.running(other):  # in another thread: immediately, if it shares nothing with `model`
         ...     other(x)
     """
 
@@ -62,18 +64,23 @@ class CaptureLock:
         self._running: list[_Running] = []
         self._claim: _Claim | None = None
 
+    @property
+    def is_free(self) -> bool:
+        """Whether no thread captures, or waits to, and this one is in no original: a capture would begin at once."""
+        return self._claim is None and not self.runs_here()
+
     def captures_here(self) -> bool:
-        """Whether this thread captures, or waits to."""
+        """Whether this thread captures, or waits to capture."""
         claim = self._claim
         return claim is not None and claim.thread == threading.get_ident()
 
     def captures_elsewhere(self) -> bool:
-        """Whether another thread captures now, so that functions of torch may have stand-ins."""
+        """Whether another thread captures now, so that functions of torch may be replaced."""
         claim = self._claim
         return claim is not None and claim.is_active and claim.thread != threading.get_ident()
 
     def runs_here(self) -> bool:
-        """Whether this thread is inside `running`, so that waiting for `capturing` could be waiting for itself."""
+        """Whether this thread is inside `running`; waiting in `capturing` could then be waiting for itself."""
         here = threading.get_ident()
         return any(run.thread == here for run in tuple(self._running))
 
@@ -96,13 +103,13 @@ class CaptureLock:
 
     def _is_barred(self, model: nn.Module) -> bool:
         claim = self._claim
-        if claim is None or (not claim.is_active and self.runs_here()):  # that capture waits for this thread, maybe
+        if claim is None or (not claim.is_active and self.runs_here()):  # that capture may be waiting for this thread
             return False
         return claim.endangers(model)
 
     @contextlib.contextmanager
     def capturing(self, model: nn.Module, is_alone: bool = False) -> Iterator[None]:
-        """Runs a block that captures `model`, alone if `is_alone`, else beside originals that it does not endanger."""
+        """Runs a block that captures `model`: alone if `is_alone`, else beside originals that it does not endanger."""
         with self._changed:
             self._changed.wait_for(lambda: self._claim is None)
             claim = self._claim = _Claim(model, is_alone)
@@ -122,7 +129,7 @@ class CaptureLock:
         self._changed.wait_for(lambda: self._claim is None or self.captures_here())
 
     def after_fork(self) -> None:
-        """In the parent, all goes on."""
+        """In the parent, everything continues."""
         self._changed.release()
 
     def after_fork_in_child(self) -> None:

@@ -1,4 +1,4 @@
-"""What a model's forward can read besides its arguments: a snapshot of it, cheap to compare, and restorable."""
+"""A snapshot of what a model's forward can read besides its arguments: cheap to compare, and restorable."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .settings import generators_kept
 
 _OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, types.BuiltinFunctionType, partial)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# No forward reads these, and those for keyword hooks follow the hooks themselves.
+# No forward reads these; those for keyword hooks follow the hooks themselves.
 NOT_READ = {
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
     *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
     "_non_persistent_buffers_set",
 }
-_OBJECT_DEPTH = 3  # a config inside a config inside a module: deeper than that is not the model's own state
+_OBJECT_DEPTH = 3  # a config inside a config inside a module; anything deeper is not the model's own state
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class Slot:
 
     @property
     def value(self) -> Any:
-        """What the attribute holds now; None where there is none."""
+        """The attribute's current value; None if there is none."""
         return self.attributes.get(self.key)
 
     @value.setter
@@ -47,10 +47,10 @@ class Slot:
 
 
 class ModelState:
-    """Every `__dict__`, dict, list and set reachable from a model as it is now, and the tensors in them.
+    """Every `__dict__`, dict, list and set reachable from a model, as they are now, and the tensors in them.
 
-    Values of tensors are no part of it (graphs share the tensors); which tensors they are, their dtype, device, shape
-    and strides are. The attributes in `unread` are no part of it either: forward sets them before it reads them.
+    The values of tensors are not part of it (graphs share the tensors), but their identity, dtype, device, shape and
+    strides are. The attributes in `unread` are not part of it either: forward sets them before reading them.
     """
 
     def __init__(self, model: nn.Module, unread: Sequence[Slot] = ()) -> None:
@@ -58,7 +58,8 @@ class ModelState:
         self._left_out = {(id(slot.attributes), slot.key) for slot in unread}
         self._live: list[Any] = []
         self._places: list[str] = []
-        self._single: list[tuple[Any, Any, Tensor]] = []  # of one element: these compare equal by value, so by identity
+        # one-element tensors compare equal by value, so they are compared by identity
+        self._single: list[tuple[Any, Any, Tensor]] = []
         self.tensors: list[Tensor] = []
         self._classes: list[type[nn.Module]] = []
         self._seen: set[int] = set()
@@ -77,31 +78,32 @@ class ModelState:
             if self._untouched is not None and self._untouched.holds(of_tensors):
                 return True
             return self._equals() and self._note_untouched()
-        except Exception:  # a replaced tensor compares elementwise, another thread may be editing a dict
+        except Exception:  # a replaced tensor compares elementwise, and another thread may edit a dict
             return False
 
     def knows(self, value: Any) -> bool:
-        """Whether the model keeps this object itself."""
+        """Whether the model keeps this very object."""
         return id(vars(value)) in self._seen
 
     def covers(self, container: Any) -> bool:
-        """Whether changes of this dict, list or set are seen here."""
+        """Whether changes of this dict, list or set are noticed here."""
         return id(container) in self._seen
 
     def contents(self) -> list[tuple[str, Any]]:
-        """Where each container stands, and what it held."""
+        """The place of each container, and its content at the snapshot."""
         return list(zip(self._places, self._copies, strict=True))
 
     def looks_into(self, value: Any) -> bool:
-        """Whether the content of this object or container is a part of the state."""
+        """Whether the content of this object or container is part of the state."""
         return id(value) in self._seen or id(getattr(value, "__dict__", None)) in self._seen
 
     def shares_with(self, other: ModelState) -> bool:
-        """Whether a module, a tensor, or anything else that can change is part of both models."""
+        """Whether both models share a module, a tensor, or any other mutable part."""
         mine, its = ({id(part) for part in (*map(_whole, state._live), *state.tensors)} for state in (self, other))
         return not mine.isdisjoint(its)
 
     def is_of_same_classes(self, other: ModelState) -> bool:
+        """Whether both models have modules of the same classes, in the same order."""
         return self._classes == other._classes
 
     def _equals(self) -> bool:
@@ -114,15 +116,15 @@ class ModelState:
     def _note_untouched(self) -> bool:
         if all(tensor.layout is torch.strided and not tensor.is_nested for tensor in self.tensors):
             untouched = _Untouched(self._live, self.tensors, self._single)
-            self._untouched = untouched if self._equals() else None  # another thread may have edited meanwhile
+            self._untouched = untouched if self._equals() else None  # another thread may have edited it meanwhile
         return True
 
     def writable(self) -> list[Tensor]:
-        """The tensors that forward may write to, but for parameters: a forward that writes those is refused."""
+        """The tensors that forward may write to; not parameters, because a forward that writes those is refused."""
         return [t for t in self.tensors if not isinstance(t, nn.Parameter) and _can_be_copied(t)]
 
     def replaced(self) -> list[Slot]:
-        """The attributes of modules that held a tensor and hold another one now."""
+        """The attributes of modules that held a tensor and now hold another one."""
         found = []
         for live, copy, place in zip(self._live, self._copies, self._places, strict=True):
             keys = _differing(live, copy) if isinstance(live, dict) and "_parameters" in live else []
@@ -140,13 +142,13 @@ class ModelState:
         return differing
 
     def put_back(self, slots: Sequence[Slot]) -> None:
-        """Gives these attributes what they held."""
+        """Restores these attributes."""
         held = {id(live): copy for live, copy in zip(self._live, self._copies, strict=True)}
         for slot in slots:
             slot.value = held[id(slot.attributes)][slot.key]
 
     def restore(self) -> None:
-        """Puts every container back, in place."""
+        """Restores every container in place."""
         for live, copy in zip(self._live, self._copies, strict=True):
             if not _differing(live, copy):
                 continue
@@ -196,7 +198,7 @@ class ModelState:
 
 
 class _Partly:
-    """A dict without some of its keys, as it is whenever it is asked."""
+    """A live dict without some of its keys."""
 
     def __init__(self, whole: dict[str, Any], left_out: set[str]) -> None:
         self.whole = whole
@@ -220,14 +222,14 @@ def _are_tensors(*values: Any) -> bool:
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    if tensor.is_nested:  # their sizes are no one shape
+    if tensor.is_nested:  # their sizes do not form one shape
         return tensor.dtype, tensor.device, tensor.layout, id(tensor)
     strides = tensor.stride() if tensor.layout is torch.strided else None
     return tensor.dtype, tensor.device, tensor.shape, strides
 
 
 def _copy(container: Any) -> Any:
-    """A plain copy with the same items: a container's own `copy` may do anything."""
+    """A plain copy with the same items; a container's own `copy` may do anything."""
     if isinstance(container, _Partly):
         return container.now()
     if isinstance(container, dict):
@@ -238,14 +240,14 @@ def _copy(container: Any) -> Any:
 def _has_attributes(value: Any) -> bool:
     try:
         return isinstance(vars(value), dict)
-    except Exception:  # none, or an object that answers for its `__dict__` in its own way: what it has, nobody can see
+    except Exception:  # it has none, or an object answers for its `__dict__` itself, so its content is invisible
         return False
 
 
 class _Untouched:
-    """That nothing was written to containers and tensors since: some ns for each, where comparing them takes 100.
+    """Checks that nothing was written to containers and tensors since: some ns for each, where comparing takes 100.
 
-    Most of a model's dicts are empty and stay so; Python counts the writes to the others.
+    Most of a model's dicts are empty and stay empty; Python counts the writes to the others.
     """
 
     def __init__(self, containers: list[Any], tensors: list[Tensor], single: list[tuple[Any, Any, Tensor]]) -> None:
@@ -261,7 +263,7 @@ class _Untouched:
         self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
     def _version_now(self) -> int:
-        """Versions only grow, so that their sum is equal if each is: no list of them, which a cold cache pays for."""
+        """Versions only grow, so their sum is equal only if each is; a list of them would be slow with a cold cache."""
         return sum(map(dict_version, self._counted))
 
     def holds(self, of_tensors: bool = True) -> bool:
@@ -281,9 +283,9 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Runs a block after which the random states and the values of the model's buffers are as before.
+    """Runs a block and then restores the random states and the values of the model's buffers.
 
-    So are the buffers' versions: what the caller's autograd kept of a buffer is what it kept.
+    The buffers' versions are restored, too: what the caller's autograd saved of a buffer stays valid.
     """
     state = ModelState(model)
     tensors = state.writable()
@@ -295,7 +297,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, value, version in kept:
-                # By value, as batch norm writes its statistics without counting a version; NaN is copied needlessly.
+                # Compared by value, because batch norm does not count its writes; NaN is copied needlessly.
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
                 if versions([tensor]) != [version]:
@@ -303,7 +305,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def _can_be_copied(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be read and written back: FSDP frees the memory of what it has not gathered."""
+    """Whether a tensor's values can be read and written back: FSDP frees the memory of tensors it has not gathered."""
     if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
         return False
     if tensor.is_quantized:
@@ -315,20 +317,20 @@ def _can_be_copied(tensor: Tensor) -> bool:
 
 
 def foreign_hook(model: nn.Module) -> str | None:
-    """A reason not to use graphs: a hook that would not run in one. None where there is no such hook.
+    """A hook that a graph would not call, as a reason against graphs; None if there is none.
 
-    Hooks that the model's own library puts on its modules are part of the forward and are captured with it. Those on
-    the model itself are called around `forward` as ever.
+    Hooks that the model's own library puts on its modules are part of forward and captured with it. Hooks on the model
+    itself run around `forward` as usual.
     """
     everywhere = torch.nn.modules.module
     if any(getattr(everywhere, f"_global{kind}") for kind in HOOKS):
         return "global module hooks are registered (torch.nn.modules.module.register_module_*_hook)"
-    packages: dict[str, set[str]] = {}  # of each module's class and of those above it
+    packages: dict[str, set[str]] = {}  # of each module's class and those above it
     for path, module in model.named_modules():
         above = packages.get(path.rpartition(".")[0], set()) if path else set()
         packages[path] = above | ({own} if (own := _package(inspect.getsourcefile(type(module)))) else set())
         if path and (hook := _foreign_hook_of(module, packages[path])):
-            return f"{path} ({type(module).__name__}) has a hook, {hook}, that a graph would not call; remove it"
+            return f"{path} ({type(module).__name__}) has a hook, {hook}, which a graph would not call; remove it"
     return None
 
 
@@ -341,7 +343,7 @@ def _foreign_hook_of(module: nn.Module, own: set[str]) -> str | None:
 
 
 def _shards(hook: Any) -> bool:
-    """Whether a hook gathers weights from other processes: torch's own, but no part of any forward."""
+    """Whether a hook gathers weights from other processes: torch's own, but not part of any forward."""
     return str(getattr(_function_of(hook), "__module__", None)).startswith("torch.distributed")
 
 
@@ -372,7 +374,7 @@ def _differing(live: Any, copy: Any) -> list[str]:
 
 
 def same(new: Any, old: Any) -> bool:
-    """Whether two values are equal; tensors are only if they are one, and what cannot be compared is not."""
+    """Whether two values are equal; tensors only if identical, and incomparable values never."""
     if new is old:
         return True
     try:

@@ -1,8 +1,8 @@
-"""Python numbers among a call's arguments: part of the key while they stay the same, an input of the graph once not.
+"""Python numbers among a call's arguments: part of the key while they stay the same, then an input of the graph.
 
-A whole number goes in as the size of an empty tensor, which a trace has as a symbol, with guards for what Python
-compares it with; any other number as a float64 tensor, whose value the graph reads as a Python float. The model
-computes with Python numbers either way, in 64 bits as ever.
+An int becomes the size of an empty tensor, which a trace treats as a symbol, with guards for comparisons in Python; a
+float becomes a float64 tensor, whose value the graph reads as a Python float. Either way the model computes with Python
+numbers, in 64 bits as before.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST = 2**62  # of a size
+LARGEST = 2**62  # for a size
 
 
 @dataclass(frozen=True)
 class Number:
-    """How a number stands among the tensors of a call: as which one, and what a call makes of that.
+    """How a call's tensors represent a number: at which index, and how to read it.
 
-    `among` is what stands beside it in an object of the caller's.
+    `among` identifies what is beside it in an object of the caller's.
     """
 
     index: int
@@ -30,11 +30,11 @@ class Number:
     among: Hashable = None
 
     def of(self, tensors: Any) -> Any:
-        """The number: Python's own, or, of traced tensors, a symbol."""
+        """The number: Python's own, or a symbol if the tensors are traced."""
         tensor = tensors[self.index]
         if self.kind is float:
             return tensor.item()
-        size = tensor.shape[0] - 1  # a trace takes for granted that no size is 0
+        size = tensor.shape[0] - 1  # a trace assumes that no size is 0
         return -size if self.is_negative else size
 
     def __str__(self) -> str:
@@ -42,10 +42,10 @@ class Number:
 
 
 class Numbers:
-    """Which number arguments of a model change from call to call; `place` says where one stands (`t`, `args[1]`).
+    """Which number arguments of a model change from call to call; `place` is where one is (`t`, `args[1]`).
 
-    An attribute of an object counts by its place and by what is beside it (`among`): the length of a cache is 0 as long
-    as it has no tensors, and changes once it has.
+    An attribute of an object counts by its place and by what is beside it (`among`): the length of a cache is 0 while
+    it has no tensors, and changes once it has some.
 
     Example:
         >>> numbers = Numbers()
@@ -56,10 +56,10 @@ class Numbers:
     def __init__(self) -> None:
         self._first: dict[tuple[str, type, Hashable], Any] = {}
         self._varying: set[tuple[str, type, Hashable]] = set()
-        self.refused: dict[str, str] = {}  # places whose numbers a graph cannot have as inputs, and why
+        self.refused: dict[str, str] = {}  # places whose numbers cannot be inputs of a graph, and why
 
     def varies(self, place: str, value: int | float, among: Hashable = None) -> bool:
-        """Notes a value; whether this place has had another one, and takes any."""
+        """Records a value; returns whether this place has had different values and may have any."""
         where = place, type(value), among
         if where not in self._varying and repr(self._first.setdefault(where, value)) != repr(value):
             self._varying.add(where)
@@ -67,16 +67,16 @@ class Numbers:
         return where in self._varying and is_small and place not in self.refused
 
     def first(self, place: str, number: Number) -> Any:
-        """The value that this place had first."""
+        """The first value at this place."""
         return self._first[place, number.kind, number.among]
 
     def refuse(self, place: str, reason: str) -> None:
-        """From now on, every value of this place is a constant of its own graph."""
+        """From now on, every value at this place is a constant of a graph of its own."""
         self.refused[place] = reason
 
 
 def as_tensor(value: int | float) -> Tensor:
-    """What stands for a number among the tensors of a call."""
+    """The tensor that represents a number in a call."""
     if isinstance(value, float):
         return torch.tensor(value, dtype=torch.float64)
     return torch.empty((abs(value) + 1, 0))

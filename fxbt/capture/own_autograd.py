@@ -1,6 +1,6 @@
-"""Gradients that a forward makes or changes itself, which a graph of operations does not carry: refused in a trace.
+"""Refuses gradients that a forward makes or changes itself, because a graph of operations cannot carry them.
 
-The derivative of a graph is that of its operations. `detach` and blocks without gradients are operations too, and
+The derivative of a graph is that of its operations. `detach` and blocks without gradients are operations, too, and
 kept; a `torch.autograd.Function`, a hook on a value or a gradient taken inside forward is not.
 """
 
@@ -21,15 +21,15 @@ from ..errors import CaptureError, line_at
 from ..torch_compat import RUN_BACKWARD, get_proxy_mode, is_under_functorch, watching_functions
 from .checkpointing import run_plainly
 
-# What it does to gradients, by the name of the method of a tensor.
+# Effects on gradients, by the name of the tensor method.
 _METHODS = {
     "register_hook": "registers a hook on the gradient of a value",
     "register_post_accumulate_grad_hook": "registers a hook on the gradient of a parameter",
-    "retain_grad": "keeps the gradient of a value inside",
-    "detach_": "detaches a value in place, also for what was computed of it before",
+    "retain_grad": "keeps the gradient of an intermediate value",
+    "detach_": "detaches a value in place, also for earlier results computed from it",
 }
 _READS = {"grad_fn": "reads how a value was computed (grad_fn)"}
-# Functions by which torch itself gives operations their derivatives.
+# Functions with which torch itself gives operations their derivatives.
 _OF_OPERATIONS = ("torch._library", "torch._higher_order_ops", "torch._functorch")
 
 
@@ -37,11 +37,11 @@ _OF_OPERATIONS = ("torch._library", "torch._higher_order_ops", "torch._functorch
 def refused(
     arguments: Sequence[Tensor], kept: Sequence[Tensor], is_model_code: Callable[[str], bool]
 ) -> Iterator[None]:
-    """Raises `CaptureError` in a traced block that makes gradients itself; checkpoints are run plainly and marked.
+    """Raises `CaptureError` in a traced block that makes gradients itself; checkpoints run plainly and are marked.
 
-    `arguments` and the model's `kept` parameters and buffers outlive a call, and a graph would not change them;
-    `is_model_code` says of a file whether its lines are the model's.
-    Without gradients all of that is as good as not there, but for what it does to those.
+    `arguments` and the model's `kept` parameters and buffers outlive a call, and a graph cannot change them.
+    `is_model_code` says whether a file belongs to the model. Without gradients, only changes of those tensors are
+    refused.
     """
     with _no_functions(is_model_code), run_plainly(), _Methods(arguments, kept, is_model_code):
         yield
@@ -49,13 +49,15 @@ def refused(
 
 @contextlib.contextmanager
 def _no_functions(is_model_code: Callable[[str], bool]) -> Iterator[None]:
-    """What is called by functions and classes of torch, under whatever name the model has them."""
+    """Catches functions and classes of torch, under whatever name the model calls them."""
     enter = saved_tensors_hooks.__enter__
     run_engine = getattr(*RUN_BACKWARD)
 
     def refuse(what: str) -> None:
         if _is_traced_here():
-            raise CaptureError(f"forward {what}; a graph has the gradients of its operations", _line(is_model_code))
+            raise CaptureError(
+                f"forward {what}, and a graph has only the gradients of its operations", _line(is_model_code)
+            )
 
     def watch(cls: type) -> None:
         if torch.is_grad_enabled() and not cls.__module__.startswith(_OF_OPERATIONS):
@@ -63,7 +65,7 @@ def _no_functions(is_model_code: Callable[[str], bool]) -> Iterator[None]:
 
     def entered(self: saved_tensors_hooks) -> Any:
         if torch.is_grad_enabled():
-            refuse(f"says how values are kept for the backward ({type(self).__name__})")
+            refuse(f"controls how values are saved for the backward ({type(self).__name__})")
         return enter(self)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -79,12 +81,12 @@ def _no_functions(is_model_code: Callable[[str], bool]) -> Iterator[None]:
 
 
 def _is_traced_here() -> bool:
-    """Whether this thread is the one that traces, and not inside torch.func, whose gradients become operations."""
+    """Whether this thread traces and is not inside torch.func, whose gradients become operations."""
     return get_proxy_mode() is not None and not is_under_functorch()
 
 
 class _Methods(TorchFunctionMode):
-    """What is called on tensors."""
+    """Catches methods called on tensors."""
 
     def __init__(
         self, arguments: Sequence[Tensor], kept: Sequence[Tensor], is_model_code: Callable[[str], bool]
@@ -99,9 +101,9 @@ class _Methods(TorchFunctionMode):
     ) -> Any:
         name, attribute = getattr(func, "__name__", ""), getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "__get__" and attribute == "data":
-            return args[0].detach()  # all that .data is to a reader, and an operation
+            return args[0].detach()  # reading .data is the same, and detach is an operation
         if name == "__set__" and attribute == "data":
-            self._refuse("puts other values in the place of a tensor's (.data = ...)")
+            self._refuse("replaces the values of a tensor (.data = ...)")
         if torch.is_grad_enabled():
             what = _READS.get(attribute) if name == "__get__" else _METHODS.get(name)
             if what is not None:
@@ -111,15 +113,15 @@ class _Methods(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _check_requires_grad(self, tensor: Tensor, requires_grad: bool = True) -> None:
-        """A value inside that is made to require a gradient is one that nobody reads: nothing to carry."""
-        is_argument = id(tensor) in self._arguments  # which requires one already if the model just ran on it
+        """An intermediate value that is made to require a gradient is read by nobody: nothing to carry."""
+        is_argument = id(tensor) in self._arguments  # it may require one already if the model just ran on it
         if tensor.requires_grad == requires_grad and not is_argument:
             return
         if is_argument or id(tensor) in self._kept or not requires_grad:
             self._refuse("changes whether a tensor requires a gradient (requires_grad_)")
 
     def _refuse(self, what: str) -> None:
-        raise CaptureError(f"forward {what}; a graph would not", _line(self._is_model_code))
+        raise CaptureError(f"forward {what}, and a graph cannot", _line(self._is_model_code))
 
 
 def _line(is_model_code: Callable[[str], bool]) -> str:

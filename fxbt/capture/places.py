@@ -1,6 +1,6 @@
-"""Places that Python reads and writes: a dict, some names of a module, a class, a list, a closure's variable, ...
+"""Places that Python reads and writes: a dict, names of a module, a class, a list, a closure's variable, ...
 
-Each keeps what it held, tells whether it still does, and puts it back in place.
+Each keeps its content, says whether it still has it, and restores it in place.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 from .model_state import versions
 
 ABSENT = object()
-HEAP = 1 << 9  # the flag of a class that Python code made
+HEAP = 1 << 9  # the flag of a class made by Python code
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, torch.dtype, torch.device, type(...))
-_SMALL = 1024  # elements of a tensor, which are compared by value too: writes through `.data` count no version
-# What classes carry for Python's own sake, and what copying or pickling one leaves there.
+# elements of a tensor; small ones are also compared by value, because writes through `.data` count no version
+_SMALL = 1024
+# Attributes that classes have for Python's own sake, or that copying or pickling leaves there.
 _NOT_READ = {
     *("__doc__", "__dict__", "__weakref__", "__module__", "__annotations__", "__abstractmethods__", "_abc_impl"),
     *("__slotnames__", "__parameters__", "__orig_bases__", "__qualname__", "__static_attributes__"),
@@ -27,30 +28,34 @@ _NOT_READ = {
 
 
 class Place:
-    """Something of `owner`'s that can change; `kept` is what it held, `name` is for messages."""
+    """Something mutable of `owner`; `kept` is its content at the snapshot, `name` is for messages."""
 
-    is_machinery = False  # torch's own, some of which is replaced during a trace
+    is_machinery = False  # torch's own; some of it is replaced during a trace
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner = owner
         self.name = name
-        self.counted: dict[Any, Any] = {}  # the dict whose version tells of changes, for those that have one
+        self.counted: dict[Any, Any] = {}  # for places that have one: the dict whose version shows changes
         self.kept: Any = self.read()
 
     def read(self) -> Any:
+        """The current content."""
         raise NotImplementedError
 
     def holds(self) -> bool:
+        """Whether the content is as it was."""
         return same(self.read(), self.kept)
 
     def changed(self) -> list[str]:
+        """The names of what differs, for messages."""
         return [self.name]
 
     def restore(self) -> None:
+        """Puts the old content back."""
         raise NotImplementedError
 
     def renew(self) -> None:
-        """From now on it is to be as it is."""
+        """Accepts the current content."""
         self.kept = self.read()
 
 
@@ -63,7 +68,7 @@ class Dict(Place):
         self._mark = mark
 
     def read(self) -> dict[Any, Any]:
-        return dict(dict.items(self.owner))  # as they are kept: a class may give others out (ACT2FN of transformers)
+        return dict(dict.items(self.owner))  # the stored values; a class may return others (ACT2FN of transformers)
 
     def holds(self) -> bool:
         return not self._differing()
@@ -91,6 +96,7 @@ class Names(Dict):
         super().__init__(owner, name, ".")
 
     def watch(self, name: str) -> Any:
+        """Adds a name; returns its value, or `ABSENT`."""
         return self.kept.setdefault(name, self.owner.get(name, ABSENT))
 
     def read(self) -> dict[str, Any]:
@@ -165,7 +171,7 @@ class Function(Place):
 
 
 class Slots(Place):
-    """Attributes of an object without a dict."""
+    """The attributes of an object without a dict."""
 
     def __init__(self, owner: Any, name: str, slots: list[str]) -> None:
         self._slots = slots
@@ -183,7 +189,7 @@ class Slots(Place):
 
 
 class Local(Place):
-    """What a context variable or a thread's own object holds here."""
+    """The value of a context variable or a thread-local object in this context."""
 
     def read(self) -> Any:
         return tuple(vars(self.owner).items()) if isinstance(self.owner, threading.local) else self.owner.get(ABSENT)
@@ -197,18 +203,18 @@ class Local(Place):
 
 
 class Level(Place):
-    """From which level on a logger lets messages through; its own cache of that is nobody's business."""
+    """The level from which a logger lets messages through; its own cache of that does not matter."""
 
     def read(self) -> tuple[int, bool, int]:
         logger = self.owner
         return logger.getEffectiveLevel(), logger.disabled, logger.manager.disable
 
     def restore(self) -> None:
-        self.renew()  # it may be another logger's level, and decides no value of a graph that is refused anyway
+        self.renew()  # it may be another logger's level, and affects no value of a graph, which is refused anyway
 
 
 class Values(Place):
-    """The values of a tensor: which it is, the count of writes to it, and all of them where they are few."""
+    """A tensor's identity, its write counter, and its values if they are few."""
 
     def read(self) -> tuple[Any, ...]:
         tensor = self.owner
@@ -218,7 +224,7 @@ class Values(Place):
         return tuple(versions([tensor])), address, tensor.dtype, tuple(tensor.shape), tensor.requires_grad, repr(few)
 
     def restore(self) -> None:
-        self.renew()  # the values are back, which is one more write
+        self.renew()  # restoring the values is itself a counted write
 
 
 class Array(Place):
@@ -234,7 +240,7 @@ class Array(Place):
 
 
 def same(new: Any, old: Any) -> bool:
-    """Whether two values are one, or plain ones that no code can tell apart."""
+    """Whether two values are identical, or plain values that no code can tell apart."""
     if new is old:
         return True
     if type(new) is not type(old):
@@ -243,7 +249,7 @@ def same(new: Any, old: Any) -> bool:
         return _same_items(new, old)
     if isinstance(new, types.MethodType):
         return new.__self__ is old.__self__ and new.__func__ is old.__func__
-    return type(new) in PLAIN and repr(new) == repr(old)  # 0.0 is no -0.0, and NaN is NaN
+    return type(new) in PLAIN and repr(new) == repr(old)  # 0.0 differs from -0.0, and NaN equals NaN
 
 
 def _same_items(new: Any, old: Any) -> bool:
@@ -251,13 +257,15 @@ def _same_items(new: Any, old: Any) -> bool:
 
 
 def contents(cell: Any) -> Any:
+    """The value in a closure's cell, or `ABSENT`."""
     try:
         return cell.cell_contents
-    except ValueError:  # a variable that has no value yet
+    except ValueError:  # a variable without a value yet
         return ABSENT
 
 
 def slots_of(kind: type) -> list[str]:
+    """The names in `__slots__` of a class and its bases."""
     return [
         name
         for base in kind.__mro__

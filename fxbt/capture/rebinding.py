@@ -1,8 +1,8 @@
-"""Other tensors in a model's places, of the same kinds: which stands for which, so that graphs can go on with those.
+"""Matches other tensors of the same kinds in a model's places, so that graphs can continue with them.
 
-`load_state_dict(assign=True)`, a new `nn.Parameter`, another module of the same class, `model.to()` there and back: the
-model is the same but for the objects that its weights are. A graph holds for whatever values its weights have, so that
-it holds for those, too.
+`load_state_dict(assign=True)`, a new `nn.Parameter`, another module of the same class, `model.to()` there and back:
+only the weight objects of the model change. A graph holds for any values of its weights, so it also holds for these
+tensors.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from .model_state import NOT_READ, ModelState, same
 
-Pairs = dict[int, Tensor]  # the id of a tensor -> the one that stands in all its places now
+Pairs = dict[int, Tensor]  # the id of a tensor -> the one now in all its places
 
 _PLAIN = (type(None), bool, int, float, str)
 
 
 def rebound(old: ModelState, model: nn.Module) -> tuple[ModelState, Pairs] | None:
-    """The state of a model in which other tensors of the same kinds took the places of those in `old`, and which.
+    """The state of a model in which other tensors of the same kinds replaced those in `old`, and which replaced which.
 
-    Plain values that differ (`training`, a number in a config) are expected as they were in `old`: the state that is
-    returned holds once they are that again. None where anything else differs.
+    Plain values that differ (`training`, a number in a config) are expected as in `old`: the returned state holds once
+    they have their old values again. None if anything else differs.
 
     Example:
         >>> state = ModelState(model)
@@ -41,7 +41,7 @@ class _Comparison:
     def __init__(self, old: ModelState, new: ModelState) -> None:
         self.pairs: Pairs = {}
         self._old, self._new = old, new
-        self._sources: dict[int, int] = {}  # the other way round
+        self._sources: dict[int, int] = {}  # from new tensors to old
 
     def is_alike(self) -> bool:
         old, new = self._old.contents(), self._new.contents()
@@ -50,7 +50,7 @@ class _Comparison:
         return all(self._are_alike(before, now) for (_, before), (_, now) in zip(old, new, strict=True))
 
     def _are_alike(self, old: Any, new: Any) -> bool:
-        """Whether two containers hold the same but for tensors; plain values of the new one become those of the old."""
+        """Whether two containers are equal except for tensors; the new one's plain values are set to the old ones."""
         if type(old) is not type(new):
             return False
         if isinstance(old, set):
@@ -74,11 +74,11 @@ class _Comparison:
         if isinstance(old, tuple):
             return len(old) == len(new) and all(map(self._stands_for, old, new))
         if self._old.looks_into(old) and self._new.looks_into(new):
-            return True  # its content is compared in its turn
+            return True  # its content is compared separately
         return same(new, old)
 
     def _pair(self, old: Any, new: Any) -> bool:
-        """One stands for one, wherever they are."""
+        """Pairs two tensors one to one, in all their places."""
         if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
             return False
         if self.pairs.setdefault(id(old), new) is not new or self._sources.setdefault(id(new), id(old)) != id(old):
@@ -87,7 +87,7 @@ class _Comparison:
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...] | None:
-    """All that Python can tell of a tensor without its values; None for one that may be more than its values."""
+    """Everything Python can see of a tensor except its values; None for a tensor that may be more than its values."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor._backward_hooks:
         return None
     attributes = {name: value for name, value in vars(tensor).items() if not name.startswith("_")}

@@ -1,6 +1,6 @@
 """`Recording`: which code a block executes, and what that code read before and after it.
 
-Noted by Python's own profiling hook, in one run of the original; another profiler that is at work is told everything.
+It uses Python's own profiling hook, in one run of the original; an active profiler keeps getting its events.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _NESTING = ("_nested_tensor_from_mask", "_nested_tensor_from_mask_left_aligned")
 _STDLIB = get_paths()["stdlib"]
 _NOW = ("now", "utcnow", "today")
 _OPENERS = frozenset([os.urandom, open, io.open, os.stat, os.listdir, os.scandir, os.access, os.readlink])
-_THROUGH = frozenset(["contextlib"])  # modules of Python's, whose callers are asked
+_THROUGH = frozenset(["contextlib"])  # standard modules whose callers matter instead
 _FILES = {"pathlib", "uuid", "secrets", "random", "codecs", "fileinput", "shelve", "genericpath"}
 _OPENING = _THROUGH | _FILES
 
 
 def is_recording() -> bool:
-    """Whether this thread runs a forward whose code is noted, so that no part of it may be served by a graph."""
+    """Whether this thread runs a forward whose code is being recorded; no part of it may then be served by a graph."""
     return getattr(_here, "is_recording", False)
 
 
 class Recording:
-    """Notes the Python code that runs in a `with` block on this thread.
+    """Records the Python code that runs in a `with` block on this thread.
 
     Example:
         >>> with Recording(model, ModelState(model)) as recording:
@@ -90,8 +90,8 @@ class Recording:
             self._before = Surroundings(self._model, self._state)
             if self._previous is not None and not callable(self._previous):
                 self._previous.disable()
-        except Exception as error:  # objects of anyone's making are read; a profiler may have no way to be paused
-            self._obstacle = f"what it reads cannot be told ({type(error).__name__}: {error})"
+        except Exception as error:  # any object may be read here, and a profiler may have no way to be paused
+            self._obstacle = f"fxbt cannot find out what forward reads ({type(error).__name__}: {error})"
             return self
         self._numpy, self._settings = state_of_numpy(), Settings()
         _here.is_recording = True
@@ -110,16 +110,16 @@ class Recording:
         if self._numpy != state_of_numpy():
             self._refuse("numpy's random numbers")
         if self._settings is not None and (changed := self._settings.changed()):
-            self._obstacle = self._obstacle or f"forward changes {changed[0]} of the whole process; a graph would not"
+            self._obstacle = self._obstacle or f"forward changes {changed[0]} for the whole process, and a graph cannot"
 
     def surroundings(self) -> Surroundings | str:
-        """What the code of the block reads, as it is after it; or why that cannot be told."""
+        """What the code of the block reads, as it is now; or why that cannot be determined."""
         if self._obstacle is not None or self._before is None:
             return str(self._obstacle)
         try:
             return self._surroundings(self._before)
-        except Exception as error:  # objects of anyone's making are read here
-            return f"what it reads cannot be told ({type(error).__name__}: {error})"
+        except Exception as error:  # any object may be read here
+            return f"fxbt cannot find out what forward reads ({type(error).__name__}: {error})"
 
     def _surroundings(self, around: Surroundings) -> Surroundings | str:
         codes = [code for code, _ in self._codes.values()]
@@ -145,7 +145,7 @@ class Recording:
 
     def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if self._collects(frame):
-            pass  # a callback of the garbage collector, which comes whenever it likes
+            pass  # a callback of the garbage collector, which may run at any time
         elif event == "call":
             self._guarded(self._call, frame)
         elif event == "c_call":
@@ -160,8 +160,10 @@ class Recording:
     def _guarded(self, note: Callable[..., None], *arguments: Any) -> None:
         try:
             note(*arguments)
-        except Exception as error:  # raised from here, it would be the model's own
-            self._obstacle = self._obstacle or f"what it reads cannot be told ({type(error).__name__}: {error})"
+        except Exception as error:  # raised from here, it would become the model's own error
+            self._obstacle = (
+                self._obstacle or f"fxbt cannot find out what forward reads ({type(error).__name__}: {error})"
+            )
 
     def _call(self, frame: types.FrameType) -> None:
         code = frame.f_code
@@ -178,7 +180,7 @@ class Recording:
         self._before.reach(code, frame.f_globals)
 
     def _see_process(self, frame: types.FrameType) -> None:
-        """Whether the model asks for, or changes, what the whole process has."""
+        """Checks whether the model reads or changes something of the whole process."""
         code = frame.f_code
         is_random = code.co_filename == random.__file__
         if not is_random and not is_torchs(code.co_filename):
@@ -225,14 +227,14 @@ class Recording:
             self._refuse(f"{getattr(function, '__module__', None) or type(owner).__name__}.{name}")
 
     def _refuse(self, name: str) -> None:
-        self._obstacle = self._obstacle or f"forward uses {name}, which gives something else each time"
+        self._obstacle = self._obstacle or f"forward uses {name}, which returns something else each time"
 
     def _refuse_change(self, name: str) -> None:
-        self._obstacle = self._obstacle or f"forward calls {name}, which no graph does"
+        self._obstacle = self._obstacle or f"forward calls {name}, and a graph cannot"
 
 
 def _would_nest(frame: types.FrameType, function: Any) -> bool:
-    """Whether nn.TransformerEncoder makes nested tensors, or only asks and is told that this mask does not allow it."""
+    """Whether nn.TransformerEncoder makes nested tensors, or only asks and learns that this mask does not allow it."""
     if function.__name__ == "_nested_tensor_from_mask":
         return True
     mask = frame.f_locals["src_key_padding_mask"]
@@ -240,7 +242,7 @@ def _would_nest(frame: types.FrameType, function: Any) -> bool:
 
 
 def _module_of_pythons(frame: types.FrameType) -> str:
-    """The module of Python's own library that a frame's code is in; "" for other code."""
+    """The standard module that a frame's code belongs to; "" for other code."""
     name = frame.f_code.co_filename
     if name.startswith("<frozen "):
         return name.removeprefix("<frozen ").removesuffix(">")

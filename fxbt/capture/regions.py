@@ -1,7 +1,7 @@
-"""`with torch.no_grad():` and `with torch.autocast(enabled=False):` inside a forward, without the block around them.
+"""Inlines `with torch.no_grad():` and `with torch.autocast(enabled=False):` blocks of a forward.
 
-Export keeps such a block as one opaque call of a submodule. What is computed in it (rotary tables, masks, whole
-attentions) is only seen by rules once it stands in the graph itself.
+Export keeps such a block as one opaque call of a submodule. Rules see what it computes (rotary tables, masks, whole
+attentions) only if it is in the graph itself.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 def inline_regions(module: fx.GraphModule, may_write: bool = False) -> None:
-    """Puts the body of each block that changes nothing but gradients in place of its call.
+    """Inlines the body of each block that changes nothing but gradients.
 
-    Blocks without gradients detach what they return, or, where they may write in place, what they are given: the
-    writes then go to the same memory, and are without gradients too. Kept as calls: blocks with gradients inside code
-    without, and autocast that is on, or that switches off the caller's own.
+    Blocks without gradients detach their results or, where they may write in place, their inputs: the writes then go to
+    the same memory, also without gradients. Kept as calls are blocks with gradients inside code without, and autocast
+    that is on, or that switches off the caller's own.
     """
     waiting = list(module.graph.nodes)
     for node in waiting:
@@ -32,7 +32,7 @@ def inline_regions(module: fx.GraphModule, may_write: bool = False) -> None:
 
 
 def _body(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The get_attr node of a block's submodule, if the block can go."""
+    """The get_attr node of a block's submodule if the block can be inlined; else None."""
     if node.target is NO_GRAD:
         enabled, body = node.args[:2]
         return None if enabled else body  # type: ignore[return-value]
@@ -43,7 +43,7 @@ def _body(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _inline(module: fx.GraphModule, call: fx.Node, body: fx.Node, may_write: bool) -> list[fx.Node]:
-    """The nodes that stand for `call` now."""
+    """Inlines a block; returns the nodes that replace `call`."""
     region: Any = getattr(module, str(body.target))
     given: Any = call.args[2 if call.target is NO_GRAD else 5 :]
     copies: dict[fx.Node, Any] = {}

@@ -1,7 +1,7 @@
 """Hooks on saved tensors that are active around a call: checkpointing, offloading to the host, compression.
 
-Autograd hands what an operation saves for its backward to the hooks that the caller entered. `torch.utils.checkpoint`
-counts those tensors, and ends a recomputation by an exception from its hook once it has all of them.
+Autograd passes what an operation saves for its backward to the caller's hooks. `torch.utils.checkpoint` counts those
+tensors, and ends a recomputation with an exception from its hook once it has all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..torch_compat import StopRecomputation, saved_tensors_hooks_now
 
 
 def active_hooks() -> tuple[Any, ...]:
-    """The pack and unpack hooks of the caller's innermost context; () outside of any.
+    """The pack and unpack hooks of the caller's innermost context; () if there is none.
 
     Example:
         >>> with torch.autograd.graph.save_on_cpu():
@@ -30,7 +30,7 @@ def active_hooks() -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
-    """Keeps what is computed under it from the caller's hooks: only the innermost ones are called."""
+    """Hides what this block computes from the caller's hooks: only the innermost hooks are called."""
     if not active_hooks():
         yield
         return
@@ -39,7 +39,7 @@ def hidden() -> Iterator[None]:
 
 
 def comes_from_hook(error: BaseException) -> bool:
-    """Whether an exception is the caller's hook's own, so that it is no failure of what was computed."""
+    """Whether an exception comes from the caller's own hook, and so is not a failure of the computation."""
     if isinstance(error, StopRecomputation):
         return True
     codes = {

@@ -1,4 +1,4 @@
-"""A selective scan as one operation: what a graph holds in the place of a loop over the tokens.
+"""A selective scan as one operation, which replaces a loop over the tokens in a graph.
 
 h_t = a_t * h_(t-1) + b_t and y_t = h_t c_t, from h = 0 (Gu and Dao, Mamba, https://arxiv.org/abs/2312.00752).
 """

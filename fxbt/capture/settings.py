@@ -1,7 +1,7 @@
-"""Settings and generators of the whole process that a forward may ask for or change, and that a graph does not.
+"""Process-wide settings and random generators that a forward may read or change, and that a graph does not.
 
-A seed, a dtype by default, a number of threads: what Python sets while a forward runs is not set by its graph. What
-stays changed shows by comparison; what is set to the value that it has already, by whom the forward calls.
+A seed, a default dtype, a number of threads: what Python sets during a forward is not set by its graph. Comparison
+finds lasting changes; recording calls finds a setting that is set to its current value.
 """
 
 from __future__ import annotations
@@ -86,23 +86,23 @@ class Settings:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What they were, by name."""
+        """Their values at the snapshot, by name."""
         return dict(self._values)
 
     def changed(self) -> list[str]:
-        """The names of those that differ now. A module that was imported since may have warning filters of its own."""
+        """The names of settings that differ now. A module imported since may add its own warning filters."""
         differing = [name for name, get in _GETTERS.items() if get() != self._values[name]]
         if len(sys.modules) == self._modules and list(warnings.filters) != self._filters:
             differing.append("warnings.filters")
         return differing
 
     def holds(self) -> bool:
-        """Whether all are as they were; the filters of warnings are no part of it."""
+        """Whether all settings are as they were; warning filters are not included."""
         return all(get() == self._values[name] for name, get in _GETTERS.items())
 
 
 def foreign_to_graphs(code: types.CodeType) -> str | None:
-    """What a forward calls by this function of torch's, if a graph would not do it: generators, settings, files."""
+    """What a forward calls through this torch function, if a graph would not do it: generators, settings, files."""
     file, name = code.co_filename, code.co_name
     if file in _GENERATORS:
         return f"torch.random.{name}"
@@ -113,7 +113,7 @@ def foreign_to_graphs(code: types.CodeType) -> str | None:
 
 
 def foreign_to_graphs_in_c(function: Any, is_called_by_model: bool) -> str | None:
-    """The same of a function in C: what sets a generator is one whoever calls it."""
+    """The same for a function in C; setting a generator counts whoever calls it."""
     owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
     if isinstance(owner, torch.Generator) and (is_called_by_model or name not in _GENERATORS_READ):
         return f"torch.Generator.{name}"
@@ -121,7 +121,7 @@ def foreign_to_graphs_in_c(function: Any, is_called_by_model: bool) -> str | Non
 
 
 def is_asked(code: types.CodeType) -> bool:
-    """Whether a forward that calls this function of torch's asks for a setting."""
+    """Whether a forward that calls this torch function reads a setting."""
     file, name = code.co_filename, code.co_name
     if file == _MAIN:
         return name.startswith(("get_", "are_", "is_")) and name not in ("is_tensor", "is_storage")
@@ -129,33 +129,33 @@ def is_asked(code: types.CodeType) -> bool:
 
 
 def is_asked_of_c(function: Any) -> bool:
-    """The same of a function in C."""
+    """The same for a function in C."""
     return function in _ASKED_OF_C
 
 
 def state_of_numpy() -> str:
-    """How far numpy's own generator has come; its functions are not ones that profilers see."""
+    """The state of numpy's own generator; profilers do not see its functions."""
     state = _numpy("numpy.random", "get_state") or ()
     return str([part.tobytes() if hasattr(part, "tobytes") else part for part in state])
 
 
 @contextlib.contextmanager
 def numpy_unmoved() -> Iterator[None]:
-    """Runs a block that must not draw of numpy's own generator or seed it.
+    """Runs a block that must not draw from or seed numpy's own generator.
 
     Raises:
-        CaptureError: it did. One draw ahead, seeding it with the number that it was seeded with shows too.
+        CaptureError: it did. One number is drawn first, so that seeding with the same seed shows, too.
     """
     _numpy("numpy.random", "random_sample")
     before = state_of_numpy()
     yield
     if state_of_numpy() != before:
-        raise CaptureError("forward draws numpy's random numbers, or seeds them; a graph would not")
+        raise CaptureError("forward draws numpy's random numbers or seeds them, and a graph cannot")
 
 
 @contextlib.contextmanager
 def generators_kept(devices: list[torch.device]) -> Iterator[None]:
-    """Runs a block that leaves the generators of torch, Python and numpy as they are."""
+    """Runs a block and then restores the generators of torch, Python and numpy."""
     python, numpy = random.getstate(), _numpy("numpy.random", "get_state")
     try:
         with torch.random.fork_rng(devices=devices):
@@ -167,5 +167,5 @@ def generators_kept(devices: list[torch.device]) -> Iterator[None]:
 
 
 def _numpy(module: str, name: str) -> Any:
-    """What a function of numpy gives, if the process has loaded it."""
+    """The result of a numpy function, if the process has loaded numpy."""
     return getattr(sys.modules[module], name)() if module in sys.modules else None

@@ -1,9 +1,9 @@
-"""Numbers that a model computes from sizes with 0-d tensors, known while tracing: `ceil((length - kernel) / stride)`.
+"""Numbers that a model computes from sizes with 0-d tensors, known during a trace: `ceil((length - kernel) / stride)`.
 
-To a trace, a size is a symbol and the value of a tensor is unknown. A 0-d tensor that follows from sizes and constants
-is both: the graph computes the tensor as the model does, and where Python or a size asks for its value, the trace goes
-on with the symbols. Constants are numbers in the forward and the model's own 0-d tensors; which of these were read is
-noted, as a graph holds only while they keep their values.
+To a trace, a size is a symbol and the value of a tensor is unknown. A 0-d tensor computed from sizes and constants is
+both: the graph computes the tensor as the model does, and where Python or a size asks for its value, the trace
+continues with the symbols. Constants are numbers in forward and the model's own 0-d tensors; those that were read are
+noted, because a graph holds only while they keep their values.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.overrides import TorchFunctionMode
 
 from ..torch_compat import FakeTensor, _disable_current_modes, pytree
 
-_ROUNDINGS = 4  # at most, on the way from a division to the integer made of its result
+_ROUNDINGS = 4  # at most, between a division and the integer made from its result
 
 
 @dataclass(frozen=True)
 class _Number:
-    """The exact value of a tensor, numerator / denominator; a comparison's is a `bool` or `SymBool`.
+    """The exact value of a tensor, numerator / denominator; for a comparison, a `bool` or `SymBool`.
 
-    The tensor's own value is that, rounded; `rounded` are the numerators it was rounded at, with their limits.
+    The tensor's own value is this, rounded; `rounded` has the numerators at which it was rounded, with their limits.
     """
 
     numerator: Any
@@ -39,7 +39,7 @@ class _Number:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the roundings cannot have moved the tensor's value past an integer; for sizes, becomes a guard."""
+        """Whether no rounding can have moved the tensor's value past an integer; for sizes, this becomes a guard."""
         within = [-limit < numerator < limit for numerator, limit in map(_hinted, self.rounded)]
         if len(self.rounded) > _ROUNDINGS or not all(within):
             return False
@@ -56,20 +56,21 @@ def _hinted(rounded: tuple[Any, int]) -> tuple[int, int]:
 
 @dataclass
 class Constant:
-    """A 0-d tensor of the model that the trace took the value of."""
+    """A 0-d tensor of the model whose value the trace read."""
 
     name: str
     tensor: Tensor
     value: int
 
     def holds(self) -> bool:
+        """Whether the tensor still has the value that the trace read."""
         return self.tensor.item() == self.value
 
 
 class Scalars(TorchFunctionMode):
-    """Answers with sizes where a traced forward asks for the value of a 0-d tensor that follows from them.
+    """Answers with sizes where a traced forward asks for the value of a 0-d tensor computed from them.
 
-    `traced` is the module as it is traced, whose buffers are fake; `originals` are its tensors by name.
+    `traced` is the module being traced, whose buffers are fake; `originals` are its tensors by name.
 
     Example:
         >>> with Scalars(model, originals) as scalars:
@@ -148,7 +149,7 @@ class Scalars(TorchFunctionMode):
     def _with_sizes(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with sizes in the places of tensors, but for the tensor that the function is of."""
+        """The arguments with sizes in place of tensors, except the tensor that the function acts on."""
         kept = () if name in _MAKES else args[:1]
 
         def size(value: Any) -> Any:
@@ -165,13 +166,13 @@ class Scalars(TorchFunctionMode):
 
 
 def _as_number(bound: Any) -> Any:
-    """A slice's bound; of a 0-d tensor the value, which torch takes itself from 2.13 on."""
+    """A slice's bound; for a 0-d tensor its value, which torch itself takes from 2.13 on."""
     is_tensor = isinstance(bound, Tensor) and bound.dim() == 0 and bound.dtype is torch.int64
     return bound.item() if is_tensor else bound
 
 
 def _in_dtype(number: _Number, dtype: torch.dtype) -> _Number | None:
-    """The number as a tensor of that dtype holds it."""
+    """The number as a tensor of that dtype holds it; None if that is unknown."""
     is_truth = isinstance(number.numerator, (bool, torch.SymBool))
     if is_truth or dtype is torch.bool:
         return number if is_truth and dtype is torch.bool else None
@@ -179,7 +180,7 @@ def _in_dtype(number: _Number, dtype: torch.dtype) -> _Number | None:
         return _trunc(number)
     if dtype not in (torch.float32, torch.float64):
         return None
-    # Each rounding errs by half a unit in the last place: below the limit, all of them by less than 1 / denominator.
+    # Each rounding errs by half a unit in the last place; below the limit, all of them by less than 1 / denominator.
     limit = int(2 / torch.finfo(dtype).eps) // _ROUNDINGS
     return _Number(number.numerator, number.denominator, (*number.rounded, (number.numerator, limit)))
 

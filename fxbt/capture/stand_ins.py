@@ -1,8 +1,8 @@
-"""Stand-ins for functions of libraries that cannot be traced as they are: the one place that names any.
+"""Stand-ins for library functions that cannot be traced as they are; no other file names any.
 
-A graph cannot branch on values, and a loop in Python becomes thousands of nodes. Each entry replaces one function while
-a model is traced, only then and in that thread alone; it computes the same for every input that it accepts. What it
-does not accept it asserts in the graph, and a call for which that does not hold runs the original forward.
+A graph cannot branch on values, and a Python loop becomes thousands of nodes. Each entry replaces one function during a
+trace, in the tracing thread only, and computes the same for every input that it accepts. The graph asserts what it
+requires, and a call that violates this runs the original forward.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from .scan import selective_scan
 
 @dataclass(frozen=True)
 class Patch:
-    """`replacement` stands for `function` ("name" or "Class.name") of `module`; `reason` says why it may.
+    """`replacement` replaces `function` ("name" or "Class.name") of `module`; `reason` says why.
 
-    With `only_of`, for that function alone: one that somebody put in its place is traced as it is.
+    With `only_of`, only that function is replaced: a function that someone put in its place is traced as it is.
     """
 
     module: str
@@ -54,8 +54,8 @@ def _padding_mask(input_ids: Tensor, padding_idx: int = 1) -> Tensor:
 
 
 def _complete_images(self: Any, pixel_values: Tensor, pixel_mask: Tensor, max_image_length: int = 200) -> Any:
-    """Embeds images of which every pixel counts: all have the same patches, shuffled for each image anew."""
-    assert_async(pixel_mask.all(), "an image is padded; every pixel must count")
+    """Embeds images without padded pixels: all have the same patches, shuffled anew for each image."""
+    assert_async(pixel_mask.all(), "an image has padded pixels; the graph serves only images without padding")
     x = self.patch_embeddings(pixel_values)
     batch, channels, height, width = x.shape
     count = height * width
@@ -81,20 +81,20 @@ _APPLY = nn.Module._apply
 
 
 def _unconverted(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Conversions of a module to the dtype and device that it has already; others would change the model."""
+    """Accepts conversions of a module to the dtype and device that it has already; others would change the model."""
     named = [*self.named_parameters(recurse=recurse), *self.named_buffers(recurse=recurse)]
     if not any(isinstance(tensor, FakeTensor) for _, tensor in named):
-        return _APPLY(self, fn, recurse)  # no module of the traced model: another thread's
+        return _APPLY(self, fn, recurse)  # not a module of the traced model, but another thread's
     with _disable_current_modes(), FakeTensorMode():
         for name, tensor in named:
             like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
             if fn(like) is not like:
-                raise CaptureError(f"forward converts {name} of a {type(self).__name__}; a graph would not")
+                raise CaptureError(f"forward converts {name} of a {type(self).__name__}, and a graph cannot")
     return self
 
 
 def _every_expert(self: Any, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
-    """Each expert on its tokens, those without any too: a graph cannot loop over the ones that have some."""
+    """Runs each expert on its tokens, even if it has none: a graph cannot loop over experts that have some."""
     output = torch.zeros_like(hidden_states)
     chosen = selected_experts.permute(2, 1, 0)
     for i in range(self.num_experts):
@@ -107,7 +107,7 @@ def _every_expert(self: Any, hidden_states: Tensor, selected_experts: Tensor, ro
 def _every_gated_expert(
     self: Any, hidden_states: Tensor, router_indices: Tensor | None = None, routing_weights: Any = None
 ) -> Tensor:
-    """The same with experts that are slices of stacked weights and count in float32, as the privacy filter's."""
+    """The same for experts that are slices of stacked weights and compute in float32, as the privacy filter's."""
     output = torch.zeros_like(hidden_states, dtype=torch.float32)
     chosen = F.one_hot(router_indices, num_classes=self.num_experts).permute(2, 1, 0)  # type: ignore[arg-type]
     for i in range(self.num_experts):
@@ -131,7 +131,7 @@ def _kimi_delta_attention(
     use_qk_l2norm_in_kernel: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The delta rule with a decay for each channel, in chunks; (I - A)^-1 of a chunk by one triangular solve."""
+    """The delta rule with a decay per channel, in chunks; (I - A)^-1 of a chunk by one triangular solve."""
     dtype, length = query.dtype, key.shape[1]
     query, key, value, beta, g = (x.transpose(1, 2).float() for x in (query, key, value, beta, g))
     if use_qk_l2norm_in_kernel:
@@ -199,9 +199,9 @@ def _text_on_patches(
     image_size: int = 224,
     patch_size: int = 16,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """UDOP's tokens with the patches they stand on, then the patches with no token, in order, and zeros."""
+    """UDOP's tokens with the patches they are on, then the patches without a token, in order, and zeros."""
     if max_len != 0:
-        raise CaptureError(f"combine_image_text_embeddings is captured for max_len=0 alone, not {max_len}")
+        raise CaptureError(f"combine_image_text_embeddings can only be captured with max_len=0, not {max_len}")
     column, row = (
         torch.floor((bbox[..., i] + bbox[..., i + 2]) / 2.0 * num_patches).long().clip(0, num_patches - 1)
         for i in (0, 1)
@@ -234,7 +234,7 @@ def _text_on_patches(
 
 
 def _first_step(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer of a recurrent network where only shapes are asked for, whose graph has it as one operation."""
+    """A recurrent network's layer where only shapes are needed; the graph has it as one operation."""
 
     def stand_in(inp: Tensor, *args: Any, **options: Any) -> Any:
         if not isinstance(inp, FakeTensor) or get_proxy_mode() is not None:
@@ -246,9 +246,9 @@ def _first_step(layer: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _linear_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, linear: Any) -> Tensor:
-    """A linear layer, of one row of each sequence (the last token's, in front of a decoder's head) laid out anew.
+    """A linear layer that first copies single rows per sequence (the last token's, before a decoder's head).
 
-    The product's shape is found by a view, which for such rows would ask whether the batch is of size one.
+    torch finds the product's shape with a view, which for such rows would ask whether the batch has size one.
     """
     is_a_row_each = x.ndim == 3 and isinstance(x.shape[1], int) and x.shape[1] == 1 and isinstance(x.stride(0), SymInt)
     return linear(x.clone(memory_format=torch.contiguous_format) if is_a_row_each else x, weight, bias)
@@ -264,7 +264,7 @@ _ATTENTION = Patch(
     "torch.nn.functional",
     "scaled_dot_product_attention",
     attention_of_any_batch,
-    "asks whether a mask's batch is 1 to choose its kernel, which the graph's own op does anew",
+    "asks whether a mask's batch is 1 to choose its kernel; the graph's own op chooses again",
     only_of=F.scaled_dot_product_attention,
 )
 
@@ -272,7 +272,7 @@ _SLICES = Patch(
     "torch._subclasses.fake_impls",
     "_compute_slice_index",
     place_in_slice,
-    "takes the length of a slice for unknown where it is the smaller of two sizes",
+    "treats the length of a slice as unknown where it is the smaller of two sizes",
 )
 
 PATCHES = (
@@ -282,31 +282,31 @@ PATCHES = (
         "torch.nn.modules.module",
         "Module._apply",
         _unconverted,
-        "puts parameters into their module anew, which tracing has its own in the places of",
+        "puts parameters into their module again, where a trace has its own",
     ),
     Patch(
         "transformers.models.fsmt.modeling_fsmt",
         "make_padding_mask",
         _padding_mask,
-        "asks whether there is any padding, to leave out a mask that masks nothing",
+        "asks whether there is any padding, to omit a mask that masks nothing",
     ),
     Patch(
         "transformers.models.bloom.modeling_bloom",
         "BloomGelu.forward",
         _gelu_by_operations,
-        "has a backward of its own, which is the derivative of its operations",
+        "has its own backward, which equals the derivative of its operations",
     ),
     Patch(
         "transformers.models.vilt.modeling_vilt",
         "ViltEmbeddings.visual_embed",
         _complete_images,
-        "loops over the images to cut away padded pixels, and shuffles the rest",
+        "loops over the images to remove padded pixels, and shuffles the rest",
     ),
     Patch(
         "transformers.models.udop.modeling_udop",
         "combine_image_text_embeddings",
         _text_on_patches,
-        "loops over images to take out the patches that tokens stand on",
+        "loops over images to remove the patches that tokens are on",
     ),
     Patch(
         "transformers.models.switch_transformers.modeling_switch_transformers",
@@ -325,7 +325,7 @@ PATCHES = (
             f"transformers.models.{library}.modeling_{library}",
             "is_torchdynamo_exporting",
             _never,
-            "solves the gated delta rule's triangular system row by row where it is exported, at once where it is not",
+            "solves the gated delta rule's triangular system row by row under export, and at once otherwise",
         )
         for library in ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
     ),
@@ -342,7 +342,7 @@ PATCHES = (
         "torch.nn.functional",
         "linear",
         functools.partial(_linear_of_rows, linear=F.linear),
-        "asks whether a batch of single rows is of size one",
+        "asks whether a batch of single rows has size one",
         only_of=F.linear,
     ),
     *(
@@ -368,7 +368,7 @@ PATCHES = (
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """Puts the stand-ins in the places of what they stand for, where those libraries are loaded."""
+    """Replaces functions by their stand-ins, for libraries that are loaded."""
     replaced: list[tuple[Any, str, Any]] = []
     try:
         for patch in PATCHES:

@@ -1,8 +1,8 @@
-"""What a forward reads and writes beside its model's attributes: reached by name, compared at each call, put back.
+"""What a forward reads and writes outside its model's attributes: found by name, compared at each call, restored.
 
-A graph holds what Python did once. From the code that a run executed (`recording.py`), this finds what that code can
-reach: globals, attributes of modules and classes, closures, defaults, and the containers and objects in them. Python's
-own count of the writes to a dict tells whether anything changed since.
+A graph preserves what Python did once. From the code that a run executed (`recording.py`), this finds what that code
+can reach: globals, attributes of modules and classes, closures, defaults, and the containers and objects in them.
+Python's own count of the writes to a dict tells whether anything changed since.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .places import HEAP, PLAIN, Place
 from .settings import Settings
 from .unchanged import Unchanged
 
-_DEPTH = 4  # a list inside a config inside a dict inside a module: deeper than that nothing is looked at
-_LARGE = 1 << 16  # elements of an array: more take too long to compare at every call
+_DEPTH = 4  # a list inside a config inside a dict inside a module; nothing deeper is examined
+_LARGE = 1 << 16  # elements of an array; larger ones take too long to compare at every call
 _OPAQUE = ("logging", "_thread", "re", "typing", "importlib", "_frozen_importlib")
 _POSITIONS: tuple[Any, ...] = (
     *(types.GeneratorType, io.IOBase, enumerate, zip, map, filter, reversed),
@@ -51,10 +51,10 @@ _OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS)
 
 
 class Surroundings:
-    """What code can reach beside a model's attributes, as it is now.
+    """What code can reach outside a model's attributes, as it is now.
 
-    `obstacle` says what was reached that no comparison can follow; None where all can be watched. `tensors` are those
-    that were reached.
+    `obstacle` names something reached that cannot be compared; None if everything can be watched. `tensors` are the
+    tensors reached.
 
     Example:
         >>> around = Surroundings(model, ModelState(model))
@@ -66,19 +66,20 @@ class Surroundings:
     def __init__(self, model: nn.Module, state: ModelState) -> None:
         self.obstacle: str | None = None
         self.tensors: list[Tensor] = []
-        self.settings: Settings | None = None  # of the process, if code asks for some
-        self.codes: list[types.CodeType] = []  # of the model and its library, that ran
-        self.nests = False  # whether code makes, or would make, nested tensors of what is not padding
+        self.settings: Settings | None = None  # of the process, if code reads some
+        self.codes: list[types.CodeType] = []  # code of the model and its library that ran
+        self.nests = False  # whether code makes, or would make, nested tensors of unpadded values
         self._state = state
         self._seen: set[int] = set()
-        self._alive: list[Any] = []  # what `_seen` has the ids of
+        self._alive: list[Any] = []  # keeps objects alive whose ids are in `_seen`
         self._names: dict[int, places.Names] = {}
         self._counted: list[Place] = []  # places with a dict, whose writes Python counts
         self._others: list[Place] = []
         self._functions: list[Any] = []
         self._cells: list[Place] = []
-        self._read: set[str] = set()  # every attribute that some of the model's code names
-        self._pending: dict[str, list[tuple[Any, str, int]]] = collections.defaultdict(list)  # the others, by name
+        self._read: set[str] = set()  # every attribute named by some code of the model
+        # the other attributes, by name
+        self._pending: dict[str, list[tuple[Any, str, int]]] = collections.defaultdict(list)
         self._is_machinery = False
         self._modules = list(model.modules())
         self._own = set(map(id, self._modules))
@@ -88,7 +89,7 @@ class Surroundings:
         self._quick: Unchanged | None = None
 
     def reach(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
-        """Adds all that this code names in its globals."""
+        """Adds everything that this code names in its globals."""
         if code.co_filename in (os.__file__, "<frozen os>"):
             self._visit_environment()
         if not is_model_code(code.co_filename) and not is_torchs(code.co_filename):
@@ -102,7 +103,7 @@ class Surroundings:
             computes_names = ("getattr",) in chains and not self._is_machinery
             for chain in chains:
                 end = self._reach_chain(chain, namespace)
-                for name in list(end) if computes_names else ():  # any of which may be asked for
+                for name in list(end) if computes_names else ():  # getattr may ask for any of them
                     self._watch(end, name)
                 self._reach_module(namespace.get(chain[0]), facts)
             for name in facts.imports:
@@ -110,7 +111,7 @@ class Surroundings:
                     self._reach_module(module, facts)
 
     def reach_class(self, kind: type) -> None:
-        """Adds the attributes of a class and its bases, which an object's own come before."""
+        """Adds the attributes of a class and its bases, which an object's own attributes override."""
         for base in kind.__mro__:
             is_models = _is_models_class(base)
             if id(base) in self._seen or not (is_models or _is_torchs(base)):
@@ -140,18 +141,19 @@ class Surroundings:
                 self._visit_dict(vars(function), name, 1)
 
     def holds(self, during_a_trace: bool = False) -> bool:
-        """Whether all is as it was. Never raises: what cannot be compared counts as changed.
+        """Whether everything is as it was. Never raises: what cannot be compared counts as changed.
 
-        During another thread's trace, which has some of torch's functions replaced, those are not looked at.
+        During another thread's trace, which replaces some of torch's functions, those are ignored.
         """
         try:
             return self._quick is not None and self._quick.holds(during_a_trace)
-        except Exception:  # objects of anyone's making are read here
+        except Exception:  # any object may be read here
             return False
 
     def ready(self) -> Surroundings:
-        """To be called when all is reached: from now on this is compared."""
-        self._state = ModelState(nn.Module())  # asked while walking; it would keep weights that are replaced later
+        """Call this when everything is reached: comparisons start from this moment."""
+        # only needed for the search; it would keep weights alive that are replaced later
+        self._state = ModelState(nn.Module())
         places = self._counted, self._others
         self._quick = Unchanged(*places, self._functions, self._cells, self._modules, self.settings)
         return self
@@ -163,7 +165,7 @@ class Surroundings:
         ]
 
     def settle(self) -> None:
-        """Puts the model's and its libraries' places back; torch's own are to stay as they are now."""
+        """Restores the places of the model and its libraries, and accepts torch's own as they are."""
         for place in self._all():
             if not place.holds():
                 place.renew() if place.is_machinery else place.restore()
@@ -171,7 +173,7 @@ class Surroundings:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Runs a block that leaves the surroundings as they are."""
+        """Runs a block and then restores the surroundings."""
         copies = [(tensor, tensor.detach().clone()) for tensor in self.tensors if tensor.layout is torch.strided]
         try:
             yield
@@ -183,17 +185,17 @@ class Surroundings:
             self.settle()
 
     def contents(self) -> int:
-        """How many places are containers, objects and tensors, whose contents can change while their names do not."""
+        """How many places are containers, objects and tensors, whose content can change under the same name."""
         kinds = (places.Names, places.Class, places.Function, places.Cell)
         return sum(not isinstance(place, kinds) for place in self._all())
 
     @property
     def read(self) -> frozenset[str]:
-        """Every attribute that some of the model's code names."""
+        """Every attribute named by some code of the model."""
         return frozenset(self._read)
 
     def places(self) -> Iterator[Place]:
-        """All that is compared, with what each place held."""
+        """All places that are compared, with their content at the snapshot."""
         return self._all()
 
     def _all(self) -> Iterator[Place]:
@@ -233,9 +235,10 @@ class Surroundings:
             self._visit(value, f"{place.name}.{name}", _DEPTH)
 
     def _reach_chain(self, chain: tuple[str, ...], namespace: dict[str, Any]) -> dict[str, Any]:
-        """`a.b.c` as far as a and b are modules; a global that is not there is looked for in builtins.
+        """Follows `a.b.c` while a and b are modules; looks for missing globals in builtins.
 
-        Returns the names of the module that it ends in; none where it ends in something else.
+        Returns:
+            The names of the module that it ends in; {} if it ends in something else.
         """
         if chain[0] not in namespace:
             self._watch(vars(builtins), chain[0])
@@ -248,7 +251,7 @@ class Surroundings:
         return namespace
 
     def _reach_module(self, module: Any, facts: Facts) -> None:
-        """The attributes of a module that code names in whatever way, and those of the modules among them."""
+        """Watches the attributes of a module that code names in any way, and those of modules among them."""
         left, done = [module], set()
         while left:
             module = left.pop()
@@ -275,7 +278,7 @@ class Surroundings:
             self._pending[name].append((value, place, depth))
 
     def _visit_own(self, module: nn.Module, name: str) -> None:
-        """What `ModelState` does not look into: classes, and objects without a dict of their own."""
+        """Visits what `ModelState` does not: classes, and objects without a dict."""
         self.reach_class(type(module))
         for key, value in list(vars(module).items()):
             if key in _OF_MODULES or isinstance(value, (*PLAIN, Tensor, nn.Module)):
@@ -324,7 +327,7 @@ class Surroundings:
             self._visit_object(value, place, depth)
 
     def _visit_each(self, values: Any, place: str, depth: int) -> None:
-        is_set = isinstance(values, (set, frozenset))  # whose classes are asked for, not what they have
+        is_set = isinstance(values, (set, frozenset))  # code asks for the classes in a set, not for their attributes
         for value in list(values):
             if not (is_set and isinstance(value, type)):
                 self._visit(value, place, depth + 1)
@@ -371,7 +374,7 @@ class Surroundings:
                 self._later(name, inner, f"{place}.{name}", depth + 1)
 
     def _visit_cached(self, value: Any, place: str, depth: int) -> None:
-        """A function whose results are kept: one that did not run now may run again."""
+        """A function with cached results: one that did not run now may run later."""
         self._mark(value)
         function = value.__wrapped__
         if isinstance(function, types.FunctionType):
@@ -381,7 +384,7 @@ class Surroundings:
             self._visit(function, place, depth)
 
     def _visit_logger(self, value: logging.Logger, place: str, depth: int) -> None:
-        """What a logger lets through, if code asks for it."""
+        """The level of a logger, if code asks for it."""
         if self._read.isdisjoint(_ASKED_OF_LOGGERS):
             for name in _ASKED_OF_LOGGERS:
                 self._pending[name].append((value, place, depth))
@@ -419,7 +422,7 @@ class Surroundings:
             self._add(self._others, places.Array(value, place))
 
     def _refuse(self, value: Any, place: str) -> None:
-        why = "is too large to compare at each call" if _is_array(value) else "goes on with each use"
+        why = "is too large to compare at each call" if _is_array(value) else "changes with each use"
         why = "cannot be compared at each call" if isinstance(value, _UNWATCHED) else why
         self.obstacle = self.obstacle or f"forward reads {place}, a {type(value).__name__}, which {why}"
 

@@ -1,4 +1,4 @@
-"""Why a trace failed, in the user's words, with the line of the model's code where it stopped."""
+"""Explains why a trace failed, in the user's words, with the line of the model's code where it stopped."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from .codes import is_model_code
 
 _VALUES_READ = (GuardOnDataDependentSymNode, fake_tensor.DataDependentOutputException)
 _VALUES_NEEDED = (
-    "the model's Python goes by a number that only the values of tensors give, and a graph knows their shapes alone; "
-    "compute it with tensor operations (torch.where instead of if), or pass it as a number"
+    "the model's Python code branches on or uses a number that depends on the values of tensors, and a graph only "
+    "knows "
+    "their shapes; compute it with tensor operations (torch.where instead of if), or pass it as a number"
 )
 
 
 def reads_values(error: Exception) -> bool:
-    """Whether it was Python's looking at values of tensors that a trace failed on."""
+    """Whether the trace failed because Python looked at the values of tensors."""
     return any(isinstance(cause, _VALUES_READ) for cause in _causes(error))
 
 
 def capture_error(error: Exception) -> CaptureError:
-    """What the user is told where a trace ended with `error`; fxbt's own reason among its causes, if there is one."""
+    """The error for the user when a trace ended with `error`; fxbt's own reason if it is among the causes."""
     for cause in _causes(error):
         if isinstance(cause, CaptureError):
             return cause
@@ -35,13 +36,13 @@ def capture_error(error: Exception) -> CaptureError:
 
 
 def _shortened(text: str, most: int = 200) -> str:
-    """torch's first sentence, which has the expression."""
+    """torch's first sentence, which contains the expression."""
     text = re.sub(r" \((unhinted|Size-like symbols):.*", "", text)
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def where(error: BaseException) -> str:
-    """The innermost line of the error's tracebacks that is neither torch's, nor Python's, nor fxbt's own."""
+    """The innermost line in the error's tracebacks that is not torch's, Python's or fxbt's own."""
     for cause in reversed(list(_causes(error))):
         frames = traceback.extract_tb(cause.__traceback__)
         user = [frame for frame in frames if is_user_code(frame.filename)]

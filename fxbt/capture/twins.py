@@ -8,13 +8,13 @@ from torch import nn
 
 
 def twin(model: nn.Module, namespace: dict[str, Any]) -> Any:
-    """An object of a subclass of the model's class that shares the model's `__dict__`: one state, two classes."""
+    """An object of a subclass of the model's class that shares the model's `__dict__`."""
     return share(model, subclass(type(model), namespace))
 
 
 def subclass(base: Any, namespace: dict[str, Any]) -> Any:
-    """A subclass of `base` that looks like it, with what `namespace` has in its place."""
-    # Libraries keep registries by class name: transformers finds by it what outputs a model can record.
+    """A subclass of `base` that looks like it, with the attributes in `namespace`."""
+    # Libraries keep registries by class name: transformers uses it to find which outputs a model can record.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base)(base.__name__, (base,), {**names, **namespace})
 

@@ -1,6 +1,6 @@
-"""Loops of Python over a sequence (`for i in range(length):`), which a trace would unroll: refused before they are.
+"""Refuses Python loops over a sequence (`for i in range(length):`), which a trace would unroll.
 
-The graph would have the loop's body once for each token, so that it took minutes to make and served one length only.
+The graph would contain the loop's body once per token, take minutes to make, and serve a single length.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import SymInt, Tensor
 
 from ..errors import CaptureError, line_at
 
-_UNROLLED = "a loop over the sequence would be unrolled: the graph would be for one length only"
+_UNROLLED = "a loop over the sequence would be unrolled, and the graph would serve one length only"
 
 
 @contextlib.contextmanager
 def refused(inputs: Sequence[Tensor]) -> Iterator[None]:
     """Raises `CaptureError` in a block that loops over the second axis of a 2-D input, which is known to be a length.
 
-    Loops over fewer steps (chunks of the sequence, layers, a batch) pass.
+    Loops with fewer steps (chunks of the sequence, layers, a batch) pass.
 
     Example:
         >>> with refused((input_ids, attention_mask)):

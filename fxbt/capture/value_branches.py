@@ -1,7 +1,7 @@
-"""Python that branches on values of tensors (`if mask.any():`), taken while tracing as the example takes it.
+"""Python that branches on values of tensors (`if mask.any():`): the trace takes the branch that the example takes.
 
-A run of the original notes the answers in order; the trace gives the same ones and has the graph assert them. A call
-for which one does not hold runs the original forward.
+A run of the original notes the answers in order; the trace gives the same answers and makes the graph assert them. A
+call for which one does not hold runs the original forward.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from torch.overrides import TorchFunctionMode
 from ..torch_compat import FakeTensor, assert_async
 
 _ANOTHER_WAY = "the call goes another way than the captured one"
-_LOOP = 16  # answers in a row to one line: a loop that asks at every step whether to go on, for another number of steps
+_LOOP = 16  # answers in a row to one line; more mean a loop that asks at every step whether to go on
 
 Place = tuple[str, int]
 
 
 def goes_another_way(error: Exception) -> bool:
-    """Whether a graph stopped because a value took the model another way: torch's assertions have no type of ours."""
+    """Whether a graph stopped because a value took another branch; torch's assertions cannot raise a type of ours."""
     return isinstance(error, RuntimeError) and _ANOTHER_WAY in str(error)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a tensor was when Python asked for its truth, and the line of the model's code that asked."""
+    """The truth value of a tensor that Python asked for, and the line of the model's code that asked."""
 
     place: Place
     value: bool
 
 
 def assert_now(holds: Tensor, message: str) -> None:
-    """Runs `aten._assert_async`, which on CUDA would take the process with it, as Python's own question was asked."""
+    """Runs `aten._assert_async` by asking in Python, because on CUDA the op would kill the process."""
     if not holds.item():
         raise RuntimeError(message)
 
 
 class Noted(TorchFunctionMode):
-    """Notes the answers of a forward that runs as it is.
+    """Notes the answers in a forward that runs unchanged.
 
-    `is_model_code` says of a file whether its lines are the model's.
+    `is_model_code` says whether a file belongs to the model.
 
     Example:
         >>> with Noted(is_model_code) as noted:
@@ -68,7 +68,7 @@ class Noted(TorchFunctionMode):
         return result
 
     def loop(self) -> Place | None:
-        """The line of a loop that asks at every step, if there is one."""
+        """The line of a loop that asks at every step; None if there is none."""
         for place, answers in itertools.groupby(self.answers, key=lambda answer: answer.place):
             if len(list(answers)) > _LOOP:
                 return place
@@ -98,7 +98,7 @@ class Followed(TorchFunctionMode):
         return answer.value
 
     def _next(self, place: Place) -> Answer | None:
-        """The next answer to this line; a run and a trace may be asked elsewhere what the other is not."""
+        """The next answer for this line; a run and a trace may each ask elsewhere, too."""
         for i, answer in enumerate(self._left):
             if answer.place == place:
                 del self._left[: i + 1]

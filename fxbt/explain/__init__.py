@@ -1,1 +1,1 @@
-"""What was done, and what was not and why."""
+"""Explains what was done, what was not done, and why."""

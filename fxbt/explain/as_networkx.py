@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def as_networkx(graph: fx.Graph) -> networkx.DiGraph:
-    """The nodes and edges of a graph, each node with what it computes: see `GraphReport.networkx`.
+    """The nodes and edges of a graph; each node says what it computes: see `GraphReport.networkx`.
 
     Example:
         >>> sorted(as_networkx(graph).predecessors("linear"))
@@ -50,7 +50,7 @@ def _size(size: Any) -> int | str:
 
 
 def _places(node: fx.Node, source: fx.Node) -> list[int | str]:
-    """The arguments of `node` that `source` is, or is a part of, by number or by name."""
+    """The arguments of `node`, by position or name, that are or contain `source`."""
     given: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
     return [place for place, argument in given if source in _nodes_in(argument)]
 

@@ -1,15 +1,15 @@
-"""Repeated layers in a list of lines: where one segment stands several times in a row, each wired like the last."""
+"""Finds repeated layers in a list of lines: equal segments in a row, each wired like the one before."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-MIN_SAVED = 3  # lines; below that a fold is longer to read than what it folds
+MIN_SAVED = 3  # lines; a fold that saves fewer is longer to read than what it folds
 
 
 class Repeat(NamedTuple):
-    """`times` segments of `length` lines in a row, from line `start` on."""
+    """`times` segments of `length` lines each, from line `start` on."""
 
     start: int
     length: int
@@ -17,26 +17,28 @@ class Repeat(NamedTuple):
 
     @property
     def saved(self) -> int:
+        """The number of lines that folding saves."""
         return self.length * (self.times - 1)
 
     @property
     def end(self) -> int:
+        """The line after the last segment."""
         return self.start + self.length * self.times
 
 
 class Line(NamedTuple):
-    """What decides whether two lines are equal: what they do, and on which lines' values (by number)."""
+    """What makes two lines equal: what they do (`key`), and the numbers of the lines whose values they read."""
 
     key: str
     reads: tuple[int, ...]
 
 
 def repeats(lines: Sequence[Line]) -> list[Repeat]:
-    """The repeats that save most lines, without overlap, in order.
+    """The repeats that save the most lines, without overlap, in order.
 
-    Segments are equal if their lines' keys are, and if each reads its own values, the values of the segment right
-    before it, and values from before them all, in the same places. The first may read anything in the place of a
-    segment before it.
+    Segments are equal if the keys of their lines are, and if each reads, in the same places, its own values, values of
+    the segment right before it, and values from before all of them. In place of a previous segment's value, the first
+    segment may read anything.
 
     Example::
 
@@ -65,7 +67,8 @@ def _candidates(lines: Sequence[Line], start: int, end: int) -> Iterator[Repeat]
 
 
 def _periods(lines: Sequence[Line], start: int, end: int) -> set[int]:
-    """The distances at which a key comes back: a line that stands once in each segment has the segment's length."""
+    """The distances at which a key recurs: the distance of a line that occurs once per segment is the segment's
+    length."""
     last: dict[str, int] = {}
     periods = set()
     for i in range(start, end):
@@ -75,7 +78,7 @@ def _periods(lines: Sequence[Line], start: int, end: int) -> set[int]:
 
 
 def _runs(lines: Sequence[Line], length: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Where, and for how many lines in a row, each line's key comes back `length` lines later."""
+    """Where, and for how many lines in a row, the key of each line recurs `length` lines later."""
     run = 0
     for i in range(start, end - length):
         if lines[i].key == lines[i + length].key:
@@ -89,7 +92,7 @@ def _runs(lines: Sequence[Line], length: int, start: int, end: int) -> Iterator[
 
 
 def _count(lines: Sequence[Line], start: int, length: int, most: int) -> int:
-    """How many of the segments with equal keys are also wired alike."""
+    """How many of the segments with equal keys also have equal wiring."""
     second = _wiring(lines, start + length, length)
     if not _is_first_of(lines, start, length, second):
         return 1
@@ -110,7 +113,7 @@ def _relation(read: int, start: int, length: int) -> tuple[str, int]:
 
 
 def _is_first_of(lines: Sequence[Line], start: int, length: int, second: list[tuple[str, int]]) -> bool:
-    """Whether the segment at `start` is wired as the one after it, with any value from before for the carried ones."""
+    """Whether the first segment is wired like the second, allowing any earlier value for a carried one."""
     reads = [read for line in lines[start : start + length] for read in line.reads]
     if len(reads) != len(second):
         return False

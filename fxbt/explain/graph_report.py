@@ -1,4 +1,4 @@
-"""What fxbt did to one graph: the rules' hits and misses, the texts before and after, and how calls of it went."""
+"""The report on one graph: the rules' hits and misses, the texts before and after, and what its calls did."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _ASKED = re.compile(r"\boutput_(\w+)=True")  # what a call asked to be returned:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One captured graph: what the rules did to it and how long it took. Texts are made when they are asked for.
+    """One captured graph: what the rules did to it and how long that took. Texts are created on access.
 
-    `nodes_before` and `nodes_after` count the lines of the texts in full: operations, inputs and the return, without
-    weights and sizes.
+    `nodes_before` and `nodes_after` count the lines of the uncollapsed texts: operations, inputs and the return,
+    without weights and sizes.
 
     Example::
 
@@ -54,57 +54,67 @@ class GraphReport:
 
     @property
     def captured(self) -> Snapshot:
-        """The graph as it was captured, as records of its nodes."""
+        """The graph as captured, as records of its nodes."""
         return self.compiled.before
 
     @property
     def rewritten(self) -> Snapshot:
-        """The graph as the rules left it, as records of its nodes."""
+        """The graph after the rules, as records of its nodes."""
         return self.compiled.after
 
     @property
     def module(self) -> fx.GraphModule:
-        """The graph as the rules left it."""
+        """The graph after the rules."""
         return self.compiled.module
 
     @property
     def stages(self) -> list[StageRecord]:
-        """What each step did, in the order they ran."""
+        """What each step did, in the order in which they ran."""
         return self.compiled.stages
 
     @property
     def rewrite_seconds(self) -> float:
-        """How long it took to rewrite and lower the graph."""
+        """The seconds for rewriting and lowering the graph."""
         return self.compiled.seconds
 
     @property
     def derived_bytes(self) -> int:
-        """The memory of weights that are made from the model's own (merged, packed ones)."""
+        """The bytes of weights derived from the model's own (merged or packed ones)."""
         return self.compiled.derived_bytes
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most memory that values of the captured call hold at once; None with gradients."""
+        """The largest number of bytes that values of the captured call occupy at once; None with gradients."""
         return self.compiled.peak_bytes
 
     @property
     def kernels(self) -> dict[str, str]:
-        """The kernel of each shape of a linear, and the microseconds that chose it."""
+        """The kernel chosen for each shape of a linear or an attention, with the times that decided it, if any."""
         return self.compiled.kernels
 
     @property
+    def tuning(self) -> str:
+        """How many shapes have kernels that were measured here, that came with the package, or by rule.
+
+        Example::
+
+            fast.report.latest.tuning  # "4 measured, 2 by rule; measuring took 0.61 of 2 s"
+        """
+        return str(self.compiled.weights.tuner) if self.compiled.weights and self.kernels else ""
+
+    @property
     def parts(self) -> StageRecord:
-        """A hit if large batches run part after part, else the miss that says why not."""
+        """A hit if large batches run in parts, else the miss that says why not."""
         return self.compiled.parts
 
     @property
     def precision(self) -> str | None:
-        """The precision of linears ("bfloat16", "int8") where another one than the model's was asked for."""
+        """The precision of linear layers ("bfloat16", "int8") if `dtype` or `quantize` changed it, else None."""
         return self.compiled.precision
 
     @property
     def error(self) -> float | None:
-        """How far `precision` put the captured call's outputs from the original's, as a part of their magnitude."""
+        """The largest difference that `precision` made on the captured call, relative to the output's largest value."""
         return self.compiled.error
 
     @property
@@ -114,7 +124,7 @@ class GraphReport:
 
     @property
     def step(self) -> str:
-        """ "prefill" for calls that begin a KV cache, "decode" for those that go on with one; "" without one.
+        """ "prefill" for calls that start a KV cache, "decode" for calls that continue one; "" without a cache.
 
         Example::
 
@@ -124,17 +134,17 @@ class GraphReport:
 
     @property
     def tokens(self) -> int:
-        """For how many tokens, of all sequences, the graph served calls with a KV cache."""
+        """The number of tokens, of all sequences, in the graph's calls with a KV cache."""
         return self.use.tokens if self.use else 0
 
     @property
     def cache_bytes(self) -> int:
-        """The memory of KV caches that are in use and that the graph makes longer in place, with the room in it."""
+        """The bytes of KV caches in use that the graph lengthens in place, including their free room."""
         return self.use.nbytes if self.use else 0
 
     @property
     def rounds(self) -> int:
-        """After so many calls at most, a write to a weight has been seen, however it was made; 0 where none is kept.
+        """A write to a weight that PyTorch does not count is seen within this many calls; 0 if no weight is derived.
 
         Example::
 
@@ -145,7 +155,7 @@ class GraphReport:
 
     @property
     def before(self) -> str:
-        """The graph as it was captured: see `fxbt.explain.show.text`."""
+        """The graph as captured: see `fxbt.explain.show.text`."""
         return show.text(self.captured)
 
     @property
@@ -155,40 +165,40 @@ class GraphReport:
 
     @property
     def hits(self) -> dict[str, int]:
-        """How often each rule fired."""
+        """How often each rule matched."""
         return self.compiled.hits
 
     @property
     def misses(self) -> list[Miss]:
-        """Every place where a rule was tried and did not fire, in the order of the stages and of the graph."""
+        """Every place where a rule was tried and did not match, in the order of the stages and of the graph."""
         return self.compiled.misses
 
     @property
     def nodes_before(self) -> int:
-        """The lines of the captured graph's text in full."""
+        """The number of lines of the captured graph's uncollapsed text."""
         return len(self._printers[1].printed)
 
     @property
     def nodes_after(self) -> int:
-        """The lines of the rewritten graph's text in full."""
+        """The number of lines of the rewritten graph's uncollapsed text."""
         return len(self._printers[0].printed)
 
     @property
     def calls(self) -> dict[str, int]:
-        """How the calls of this graph went, where it can drop padding: "packed", "dense" (nothing was padded), or why a
-        padded call ran dense.
+        """How many calls ran "packed" (unpadded), "dense" (nothing was padded), or dense for a reason, by that reason.
+
+        Empty if the graph cannot drop padding.
 
         Example::
 
-            fast.report.latest.calls  # {'packed': 12, 'dense': 3, 'padding stands at position 0, which is read': 1}
+            fast.report.latest.calls  # {'packed': 12, 'dense': 3, 'position 0 is read, and a row has padding there': 1}
         """
         unpadding = self.compiled.unpadding
         return dict(unpadding.calls) if unpadding else {}
 
     @property
     def cuda_graphs(self) -> dict[str, int]:
-        """How many calls `cuda_graphs=True` recorded and replayed, and why others were not; fxbt's own at the capture
-        count too.
+        """How many calls `cuda_graphs=True` recorded and replayed, and why others were not, including fxbt's own calls.
 
         Example::
 
@@ -198,7 +208,7 @@ class GraphReport:
 
     @property
     def fused_regions(self) -> dict[str, str]:
-        """The steps that are one kernel each on a CUDA device: "compiled" since they were called, or why they are not.
+        """The steps that run as one kernel on a CUDA device: "compiled" once they were called, or why they are not.
 
         Example::
 
@@ -209,12 +219,12 @@ class GraphReport:
 
     @property
     def cuda_graph_bytes(self) -> int:
-        """The device's memory that recordings hold for their inputs and outputs."""
+        """The bytes of device memory that recordings hold for their inputs and outputs."""
         return sum(replay.nbytes for replay in self.compiled.replays)
 
     @property
     def lost(self) -> dict[str, str]:
-        """For which sizes of calls the original serves, as it was clearly faster there, and on what evidence.
+        """The call sizes that the original serves because it was clearly faster, with the evidence.
 
         Example::
 
@@ -223,7 +233,7 @@ class GraphReport:
         return self.races.lost() if self.races else {}
 
     def diff(self) -> str:
-        """What each rewrite took out and put in, equal ones once: see `fxbt.explain.show.blocks`.
+        """What each rewrite removed and added, equal rewrites once: see `fxbt.explain.show.blocks`.
 
         Example::
 
@@ -233,22 +243,22 @@ class GraphReport:
         return show.blocks(rewrites, dict(self._printers[1].symbols))
 
     def networkx(self) -> networkx.DiGraph:
-        """The graph as it runs, for the tools of https://networkx.org: a node for each operation, input and weight.
+        """The graph as it runs, for https://networkx.org: a node for each operation, input and weight.
 
-        A node has `op` ("sdpa", "placeholder", ...), `module` (the path of the module it comes from), `rule` (the one
-        that made it, or ""), `shape` (a tuple of numbers and symbols; None for what is no tensor) and `dtype`. An edge
-        goes from a value to what reads it; `arguments` are the places there.
+        A node has `op` ("sdpa", "placeholder", ...), `module` (the path of its module), `rule` (the one that made it,
+        or ""), `shape` (a tuple of ints and symbols; None if it is not a tensor) and `dtype`. An edge goes from a
+        value to its reader; `arguments` are its positions there.
 
         Example::
 
             graph = fast.report.latest.networkx()
             attentions = [name for name, node in graph.nodes(data=True) if node["op"] == "sdpa"]
-            networkx.ancestors(graph, attentions[0])  # all that it is computed from
+            networkx.ancestors(graph, attentions[0])  # everything it is computed from
         """
         return as_networkx(self.module.graph)
 
     def why(self, rule: str, at: str | None = None) -> str:
-        """Why `rule` did not fire in this graph: see `Report.why`."""
+        """Why `rule` did not match in this graph: see `Report.why`."""
         if rule not in self.hits:
             return f"no rule {rule!r} ran on this graph; the rules that ran: {', '.join(self.hits) or 'none'}"
         if at and (unknown := self._unknown_place(at)):
@@ -260,11 +270,11 @@ class GraphReport:
         parts = [_fired(rule, places)] if places else []
         if misses:
             parts += self.nearest(misses) or [_far(misses)]
-        elsewhere = f"; elsewhere it fired {self.hits[rule]} times" if at else ""
-        return "\n".join(parts) or f"{rule} found nothing to start from{f' at {at}' if at else ''}{elsewhere}"
+        elsewhere = f"; it fired {self.hits[rule]} times elsewhere" if at else ""
+        return "\n".join(parts) or f"{rule} found no op to start from{f' at {at}' if at else ''}{elsewhere}"
 
     def _unknown_place(self, at: str) -> str:
-        """A sentence, if no operation of the graph is inside module `at`."""
+        """A sentence saying so, if no operation of the graph is inside module `at`; else ""."""
         entries = (*self.captured.entries, *self.rewritten.entries)
         parts = {tuple(module_path(entry.node).split(".")) for entry in entries}
         modules = {".".join(path[:depth]) for path in parts for depth in range(1, len(path) + 1)}
@@ -274,7 +284,7 @@ class GraphReport:
         return f"no operation of this graph is inside {at!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
 
     def nearest(self, misses: Sequence[Miss]) -> list[str]:
-        """For each rule that came near: its nearest misses, those that read alike once, and the number of others."""
+        """For each rule that came near: its nearest misses, without repetition, and the number of others."""
         by_rule: defaultdict[str, list[Miss]] = defaultdict(list)
         for miss in misses:
             by_rule[miss.rule].append(miss)
@@ -288,10 +298,10 @@ class GraphReport:
         lead = f"nearest miss of {len(misses)}" if len(misses) > 1 else "one miss"
         texts = self.grouped(nearest, lead)
         others = len(misses) - len(nearest)
-        return texts + ([f"and {others} less near: report.misses has them"] if others else [])
+        return texts + ([f"and {others} that matched less: see report.misses"] if others else [])
 
     def grouped(self, misses: Iterable[Miss], lead: str) -> list[str]:
-        """One text for misses that differ only in the layer they are at."""
+        """One text for misses that differ only in their layer."""
         keys = show.Keys(self._printers[0])
         groups: dict[tuple[str, ...], list[Miss]] = {}
         for miss in misses:
@@ -309,13 +319,13 @@ class GraphReport:
         return miss.details(describe) + [f"  hint      {hint}" for hint in hints]
 
     def _outputs_of(self, nodes: Sequence[fx.Node]) -> list[str]:
-        """The names of the model's outputs that are among `nodes`: `hidden_states[3]`."""
+        """The names of the model's outputs among `nodes`, such as `hidden_states[3]`."""
         names = [*map(_key_text, paths(self.out_spec)), *self.left]
         returned = self.rewritten.entries[-1].args[0]
         return [name for name, value in zip(names, returned, strict=True) if value in nodes]
 
     def _describe_node(self, node: fx.Node) -> str:
-        """A node by its name in `after`, with a quote by that in `before`, or as FX calls it."""
+        """A node by its name in `after`, by its quoted name in `before`, or by its FX name."""
         after, before = self._printers
         if node in after.names:
             return after.describe(node)
@@ -327,7 +337,7 @@ class GraphReport:
 
     @cached_property
     def _printers(self) -> tuple[show.Printer, show.Printer]:
-        """Those of `after` and `before`, with the names they hand out."""
+        """The printers of `after` and `before`, with the names they assign."""
         printers = show.Printer(self.rewritten.entries), show.Printer(self.captured.entries)
         for printer in printers:
             printer.lines()
@@ -335,7 +345,7 @@ class GraphReport:
 
 
 def _output_hints(signature: str, outputs: Sequence[str]) -> list[str]:
-    """What the call may leave out, so that `outputs` are not returned: it asked for them by output_<name>=True."""
+    """The arguments that would leave `outputs` out, if the call asked for them with output_<name>=True."""
     names = [output.partition("[")[0] for output in outputs]
     asked = [flag for flag in _ASKED.findall(signature) if any(name.endswith(flag) for name in names)]
     return [f"output_{flag}=False" for flag in asked]
@@ -360,7 +370,7 @@ def _miss_text(group: Sequence[Miss], lead: str, details: Sequence[str]) -> str:
 
 
 def _far(misses: Sequence[Miss]) -> str:
-    return f"and {len(misses)} places with little of its pattern: report.misses has them"
+    return f"and {len(misses)} places that match little of its pattern: see report.misses"
 
 
 def _fired(rule: str, places: Sequence[str]) -> str:
@@ -368,7 +378,7 @@ def _fired(rule: str, places: Sequence[str]) -> str:
 
 
 def _places(paths: Sequence[str]) -> str:
-    """`encoder.layer.0..11` for a path in repeated layers, else the first path and how many more there are."""
+    """`encoder.layer.0..11` for paths in repeated layers, else the first path and how many more there are."""
     different = list(dict.fromkeys(path or "the top" for path in paths))
     place = show.common_place(different)
     more = len(different) - 1 if place == different[0] else 0

@@ -1,4 +1,4 @@
-"""What the stages do, as they do it, on the logger "fxbt": set its level, or FXBT_DEBUG=1..4 to see it on stderr."""
+"""Logs what the stages do, on the logger "fxbt": set its level, or FXBT_DEBUG=1..4 to log to stderr."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger("fxbt")
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """While it lasts, the logger writes to stderr what the environment variable FXBT_DEBUG asks for."""
+    """Makes the logger write to stderr, for a while, what the environment variable FXBT_DEBUG asks for."""
     asked = os.environ.get("FXBT_DEBUG", "0")
     if asked == "0":
         yield
@@ -34,7 +34,7 @@ def listening() -> Iterator[None]:
     level, propagate = _log.level, _log.propagate
     _log.addHandler(handler)
     _log.setLevel(_LEVELS[asked])
-    _log.propagate = False  # the root logger may write to stderr as well
+    _log.propagate = False  # the root logger may also write to stderr
     try:
         yield
     finally:
@@ -44,17 +44,17 @@ def listening() -> Iterator[None]:
 
 
 def stage(record: StageRecord) -> None:
-    """A stage has run: its counts, its rewrites and its misses."""
+    """Logs a finished stage: its counts, its rewrites and its misses."""
     nodes = f"{record.nodes_before} -> {record.nodes_after} nodes"
     seconds = f"{1000 * record.seconds:.0f} ms"
     _log.log(COUNTS, "%s: %d hits, %d misses, %s, %s", record.name, record.hits, len(record.misses), nodes, seconds)
     if record.rewrites and _log.isEnabledFor(REWRITES):
         _log.log(REWRITES, "%s", show.blocks(record.rewrites))
     for miss in record.misses:
-        _log.log(MISSES, "%s", miss)  # formatted only if it is written
+        _log.log(MISSES, "%s", miss)  # formatted only if written
 
 
 def graph(stage: str, module: fx.GraphModule) -> None:
-    """A stage has left the graph like this."""
+    """Logs the graph as a stage left it."""
     if _log.isEnabledFor(GRAPHS):
         _log.log(GRAPHS, "the graph after %s:\n%s", stage, show.text(module))

@@ -1,4 +1,4 @@
-"""What fxbt did to a model: the object behind `fast.report`, and its text."""
+"""The report on a model: the object behind `fast.report`, and its text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..runtime.compiled import Compiled
 from ..runtime.race import Races
 from .graph_report import GraphReport
 
-NOTHING_YET = "nothing is captured yet: call the model, or fast.warmup(...) with inputs of the real kind"
+NOTHING_YET = "nothing is captured yet: call the model, or fast.warmup(...) with real inputs"
 _SHOWN_MISSES = 8
 
 
@@ -26,11 +26,10 @@ _SHOWN_MISSES = 8
 class Report:
     """What fxbt did to one model; `print` shows it as tables.
 
-    `graphs` holds a `GraphReport` for each call signature in the order of their captures, `fallbacks` the
-    reasons for which the original forward ran instead,
-    `notes` what became of stored graphs, `parts` the reports of submodules that were called by themselves.
-    The report's own `hits`, `before`, `after`, `diff()`
-    and `why()` speak of the latest graph.
+    `graphs` has a `GraphReport` for each call signature, in the order of capture. `fallbacks` has the reasons why the
+    original forward ran. `notes` says what became of stored graphs and measured kernels, `parts` has the reports of
+    submodules that were called directly. `hits`, `before`, `after`, `diff()` and `why()` of the report describe the
+    latest graph.
 
     Example::
 
@@ -43,18 +42,18 @@ class Report:
 
     graphs: dict[str, GraphReport] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # why stored graphs were not used, or graphs not stored
-    made: int = 0  # graphs, with those that made place for others
-    own_parts: dict[str, Report] = field(default_factory=dict)  # of the model's submodules, called or not
+    notes: list[str] = field(default_factory=list)  # why stored graphs or measured kernels are not used
+    made: int = 0  # number of graphs made, including replaced ones
+    own_parts: dict[str, Report] = field(default_factory=dict)  # of submodules, called or not
 
     @property
     def latest(self) -> GraphReport | None:
-        """The report of the graph that was captured last."""
+        """The report on the graph that was captured last; None before the first capture."""
         return next(reversed(self.graphs.values()), None)
 
     @property
     def parts(self) -> dict[str, Report]:
-        """The reports of submodules that were called by themselves, by their paths.
+        """The reports of submodules that were called directly, by path.
 
         Example::
 
@@ -69,12 +68,12 @@ class Report:
 
     @property
     def hits(self) -> dict[str, int]:
-        """How often each rule fired in the latest graph; {} while there is none."""
+        """How often each rule matched in the latest graph; {} before the first capture."""
         return self.latest.hits if self.latest else {}
 
     @property
     def misses(self) -> list[Miss]:
-        """Every place of the latest graph where a rule was tried and did not fire, as data.
+        """Every place of the latest graph where a rule was tried and did not match, as data.
 
         Example::
 
@@ -84,7 +83,7 @@ class Report:
 
     @property
     def before(self) -> str:
-        """The latest graph as it was captured, as text: see `fxbt.explain.show.text`."""
+        """The latest graph as captured, as text: see `fxbt.explain.show.text`."""
         return self.latest.before if self.latest else NOTHING_YET
 
     @property
@@ -93,7 +92,7 @@ class Report:
         return self.latest.after if self.latest else NOTHING_YET
 
     def diff(self) -> str:
-        """What each rewrite of the latest graph took out (`-`) and put in (`+`); equal layers are written once.
+        """What each rewrite of the latest graph removed (`-`) and added (`+`); equal layers are shown once.
 
         Example::
 
@@ -102,14 +101,14 @@ class Report:
         return self.latest.diff() if self.latest else NOTHING_YET
 
     def why(self, rule: str, at: str | None = None) -> str:
-        """Why `rule` did not fire in the latest graph: its nearest misses, and where it did fire.
+        """Why `rule` did not match in the latest graph: its nearest misses, and where it did match.
 
-        The nearest misses are those that found the largest share of the pattern. Values are named as in `after`, or
-        with a quote as in `before` (`%softmax_0'`).
+        The nearest misses found the largest share of the pattern. Values have the names of `after`, or with a quote
+        those of `before` (`%softmax_0'`).
 
         Args:
-            rule: the rule's name, as in `hits`; an unknown one is answered with the known ones.
-            at: only places inside this module, e.g. "encoder.layer.3".
+            rule: the rule's name, as in `hits`; for an unknown name, the answer lists the known ones.
+            at: only consider places inside this module, for example "encoder.layer.3".
 
         Example::
 
@@ -126,9 +125,9 @@ class Report:
         is_stored: bool = False,
         use: CacheUse | None = None,
     ) -> GraphReport:
-        """Record a captured graph under its call signature (numbered, should the text occur twice).
+        """Records a captured graph under its call signature, numbered if the text occurs twice.
 
-        `is_stored` is whether another process captured it, `use` what it does with KV caches.
+        `is_stored`: another process captured it; `use`: how it uses KV caches.
         """
         self.made += 1
         name = next(n for n in _numbered(signature) if n not in self.graphs)
@@ -138,27 +137,27 @@ class Report:
         return self.graphs[name]
 
     def drop_graph(self, graph: GraphReport) -> None:
-        """A graph made place for another, or stood for weights that the model no longer has."""
+        """Removes a graph that was replaced, or whose weights the model no longer has."""
         self.graphs = {name: other for name, other in self.graphs.items() if other is not graph}
 
     def add_fallback(self, reason: str) -> None:
-        """Record why the original forward ran; each reason once."""
+        """Records why the original forward ran; each reason once."""
         if reason not in self.fallbacks:
             self.fallbacks.append(reason)
 
     def add_note(self, note: str) -> None:
-        """Record what became of stored graphs; each note once."""
+        """Records what became of a stored graph or measured kernels; each note once."""
         if note not in self.notes:
             self.notes.append(note)
 
     def __str__(self) -> str:
-        parts = [f"{path}, called by itself\n\n{report.own_text()}" for path, report in self.parts.items()]
+        parts = [f"{path}, called directly\n\n{report.own_text()}" for path, report in self.parts.items()]
         return "\n\n\n".join([self.own_text(), *parts])
 
     def own_text(self) -> str:
-        """The report as text, without its parts."""
+        """The report as text, without those of submodules."""
         dropped = self.made - len(self.graphs)
-        title = f"graphs ({dropped} more made place for them)" if dropped else "graphs"
+        title = f"graphs ({dropped} more were captured and replaced)" if dropped else "graphs"
         sections = [(title, _graph_table(dict(self.graphs)))]
         if any(graph.use for graph in self.graphs.values()):
             sections.append(("calls with a KV cache", _cache_table(self.graphs.values())))
@@ -166,7 +165,7 @@ class Report:
         if self.fallbacks:
             sections.append(("the original forward ran because", _bullets(self.fallbacks)))
         if self.notes:
-            sections.append(("stored graphs", _bullets(self.notes)))
+            sections.append(("notes", _bullets(self.notes)))
         return "\n\n".join(f"{title}\n{body}" for title, body in sections)
 
 
@@ -205,10 +204,12 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
     sections = [("stages of the latest graph", _table(["stage", "hits", "near misses", "seconds"], rows))]
     if unpadding := graph.compiled.unpadding:
         counts = [[verdict, count] for verdict, count in unpadding.verdicts().items()]
-        sections.append(("padding is dropped; calls of the latest graph", _table(["went", "calls"], counts)))
+        sections.append(
+            ("padding is dropped (unpadding); calls of the latest graph", _table(["went", "calls"], counts))
+        )
     sections.append(("batches with values over 32 MiB", _parts_text(graph.parts)))
     if graph.lost:
-        sections.append(("calls that the original serves, which was faster than the graph", _table_of(graph.lost)))
+        sections.append(("calls that the original serves because it was faster than the graph", _table_of(graph.lost)))
     if graph.fused_regions:
         rows = [list(item) for item in graph.fused_regions.items()]
         sections.append(("steps that are one kernel each on the device", _table(["steps", "state"], rows)))
@@ -217,15 +218,20 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
         sections.append((title, _table(["went", "calls"], [list(item) for item in graph.cuda_graphs.items()])))
     if graph.precision is not None and graph.error is not None:
         sections.append(
-            ("precision", f"linears in {graph.precision}: outputs off by up to {graph.error:.1e} of their magnitude")
+            (
+                "precision",
+                f"linear layers in {graph.precision}: outputs differ by up to {graph.error:.1e}, relative to the "
+                "largest value",
+            )
         )
     if graph.spilled is not None:
-        sections.append(("weights that only copies are read of (keep_original=False)", _spilled_table(graph.spilled)))
-    if graph.kernels:
         sections.append(
-            ("kernels, by rows of a linear and tokens of a sequence (each one's time)", _table_of(graph.kernels))
+            ("weights of which graphs read only copies (keep_original=False)", _spilled_table(graph.spilled))
         )
-    # What another rule has made part of a larger block since is no loss: `why` tells of it, not the summary.
+    if graph.kernels:
+        title = "kernels, by rows of a linear and tokens of a sequence (time of each)"
+        sections.append((f"{title}: {graph.tuning}", _table_of(graph.kernels)))
+    # A miss whose op has since become part of a larger block is no loss: `why` shows it, the summary does not.
     fused = {entry.node for stage in graph.stages for rewrite in stage.rewrites for entry in rewrite.removed}
     misses = [miss for miss in graph.misses if not miss.refused and miss.anchor not in fused]
     refused = [miss for miss in graph.misses if miss.refused]
@@ -238,12 +244,12 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
 
 def _first(texts: Sequence[str]) -> str:
     left_out = len(texts) - _SHOWN_MISSES
-    more = [f"… and {left_out} more kinds: report.why(rule) has them"] if left_out > 0 else []
+    more = [f"… and {left_out} more kinds: see report.why(rule)"] if left_out > 0 else []
     return "\n".join([*texts[:_SHOWN_MISSES], *more])
 
 
 def _parts_text(parts: StageRecord) -> str:
-    return "run part after part" if parts.hits else "\n".join(f"run whole: {miss}" for miss in parts.misses)
+    return "run in parts" if parts.hits else "\n".join(f"run whole: {miss}" for miss in parts.misses)
 
 
 def _spilled_table(spilled: Spilled) -> str:

@@ -1,4 +1,4 @@
-"""Graphs and rewrites as text, the same for every capture of the same model, repeated layers written once."""
+"""Graphs and rewrites as text: equal for every capture of a model, with repeated layers written once."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ _SLICE_END = torch.iinfo(torch.int64).max
 
 
 def text(graph: fx.GraphModule | Snapshot, collapse: bool = True) -> str:
-    """The graph as text: one operation a line, in the order of execution.
+    """The graph as text: one operation per line, in execution order.
 
-    A line reads `%name = op(args) -> dtype[shape]  # module path  [rule that made it]`. Names count each op
-    from 0, symbolic sizes are s0, s1, … in order of appearance: nothing depends on the numbers a capture
-    happened to draw. Weights and sizes have no line of their own: they stand where they are used, a weight by
-    its name in the model (`.weight` for one of the module the line is from), a size as its formula.
+    A line reads `%name = op(args) -> dtype[shape]  # module path  [rule that made it]`. Names count each op from 0, and
+    symbolic sizes are s0, s1, … in order of appearance, so nothing depends on the numbers that a capture assigned.
+    Weights and sizes have no line of their own. A weight appears where it is used, by its name in the model (`.weight`
+    if it belongs to the line's module); a size appears as its formula.
 
     Args:
-        graph: a flat graph module, or a graph as it was; values with `meta["val"]` (fake tensors) print with dtype
-            and shape.
-        collapse: write equal layers in a row once, with their number and what each hands on to the next.
+        graph: a flat graph module, or a snapshot; values with `meta["val"]` (fake tensors) print with dtype and shape.
+        collapse: write equal layers in a row once, with their count and what each passes to the next.
 
     Example::
 
@@ -53,10 +52,10 @@ def text(graph: fx.GraphModule | Snapshot, collapse: bool = True) -> str:
 
 
 def blocks(rewrites: Sequence[Rewrite], symbols: Symbols | None = None) -> str:
-    """What the rewrites took out (`-`) and put in (`+`), a block each; equal ones, as in equal layers, once.
+    """What the rewrites removed (`-`) and added (`+`), one block each; equal ones (in equal layers) are shown once.
 
-    Names count within a block; a new value that stands for an old one bears its name. `symbols` are those of a
-    graph's `Printer`, for sizes of the same names.
+    Names count within a block; a new value that replaces an old one has the old name. `symbols` are those of a graph's
+    `Printer`, so that sizes have the same names.
 
     Example::
 
@@ -92,7 +91,7 @@ def _block(rewrite: Rewrite, printer: Printer) -> str:
 
 
 def common_place(paths: Sequence[str]) -> str:
-    """Paths of repeated layers as one: `encoder.layer.0..11.mlp`; the first of them where they have less in common.
+    """The paths of repeated layers as one: `encoder.layer.0..11.mlp`; the first path if they differ in more.
 
     Example::
 
@@ -112,7 +111,7 @@ def common_place(paths: Sequence[str]) -> str:
 
 
 def _collapsed(printer: Printer, lines: list[str]) -> list[str]:
-    """The lines with each repeated segment once, indented under its count, and what it hands on below."""
+    """The lines with each repeated segment once: indented under its count, with the values it passes on below."""
     entries = printer.printed
     keys = Keys(printer)
     number = {entry.node: i for i, entry in enumerate(entries)}
@@ -130,7 +129,7 @@ def _collapsed(printer: Printer, lines: list[str]) -> list[str]:
 
 
 def _layers(entries: Sequence[Entry], repeat: Repeat) -> str:
-    """Which modules the segments are: `  # encoder.layer.0..11`, "" where their paths do not say."""
+    """The modules of the segments: `  # encoder.layer.0..11`; "" if their paths do not show it."""
     for i in range(repeat.start, repeat.start + repeat.length):
         paths = [module_path(entries[i + k * repeat.length].node) for k in range(repeat.times)]
         if len(set(paths)) > 1:
@@ -141,7 +140,7 @@ def _layers(entries: Sequence[Entry], repeat: Repeat) -> str:
 
 
 def _handed_on(printer: Printer, lines: Sequence[Line], repeat: Repeat) -> list[str]:
-    """For each value that a segment reads from the one before it: what stands for it in the first and the last."""
+    """For each value that a segment reads from the previous one: its name in the first and in the last segment."""
     start, length, times = repeat
     handed: dict[int, int] = {}
     for first, second in zip(lines[start : start + length], lines[start + length :], strict=False):
@@ -150,7 +149,7 @@ def _handed_on(printer: Printer, lines: Sequence[Line], repeat: Repeat) -> list[
     names = [printer.name(entry.node) for entry in printer.printed]
     to_last = (times - 1) * length
     return [
-        f"each hands {names[new]} on as the next one's {names[old]}; the last one's is {names[new + to_last]}"
+        f"each passes {names[new]} to the next one as {names[old]}; in the last one it is {names[new + to_last]}"
         for new, old in handed.items()
     ]
 
@@ -164,8 +163,8 @@ def _reads(entry: Entry) -> list[fx.Node]:
 def diff(before: str, after: str) -> str:
     """What changed between two graph texts, as a unified diff; "" if nothing did.
 
-    Equal lines are found without looking at the counted names, so that a removed op does not show as a change
-    in every line after it. Names are those of `after`; a value of `before` alone has a quote: `%softmax_0'`.
+    Equal lines are found ignoring the counted names, so that a removed op does not change every line after it. Names
+    are those of `after`; a value that only `before` has gets a quote: `%softmax_0'`.
 
     Example::
 
@@ -182,11 +181,11 @@ def diff(before: str, after: str) -> str:
 
 
 def _rename(old: list[str], new: list[str]) -> list[str]:
-    """The lines of `old` with the names of `new` for the values both have, quoted ones for the others."""
+    """The lines of `old`, with names of `new` for the values both have and quoted names for the others."""
     pairs: list[tuple[str, str]] = []
     done = (0, 0)
     for i, j, length in _common(_keys(old), _keys(new)):
-        # Between two runs of equal lines: what differs in its arguments only is still the same value.
+        # Between two runs of equal lines, lines that differ only in their arguments are still the same value.
         changed = old[done[0] : i], new[done[1] : j]
         for k, m, count in _common(_heads(changed[0]), _heads(changed[1])):
             pairs += zip(changed[0][k : k + count], changed[1][m : m + count], strict=True)
@@ -213,7 +212,7 @@ def _defined(line: str) -> str:
 
 
 class Printer:
-    """One pass over a graph: hands out names and symbols in the order in which they appear."""
+    """Prints one graph: assigns names and symbols in order of appearance."""
 
     def __init__(self, entries: Sequence[Entry]):
         self.printed = [entry for entry in entries if not _has_no_line(entry.node)]
@@ -224,9 +223,11 @@ class Printer:
         self.symbols: Symbols = {}
 
     def lines(self) -> list[str]:
+        """All lines of the text."""
         return [self.line(entry) for entry in self.printed]
 
     def line(self, entry: Entry) -> str:
+        """The line of one node."""
         node = entry.node
         path = module_path(node)
         arguments = self.items(_without_body(entry.args), path)
@@ -244,24 +245,27 @@ class Printer:
         return (f"  # {self.path(path)}" if path else "") + (f"  [{made_by}]" if made_by else "")
 
     def path(self, path: str) -> str:
-        """A module path or weight name as it is written."""
+        """A module path or weight name as printed."""
         return path
 
     def describe(self, node: fx.Node) -> str:
-        """`fxbt.rule.describe` with the names of this text."""
+        """`describe` with the names of this text."""
         type = short_type(node.meta.get("val"), self.size)
         return description(self.name(node), type, self.path(module_path(node)), source_line(node))
 
     def op(self, node: fx.Node) -> str:
+        """The short name of what a node called."""
         return op_name(self.targets.get(node, node.target))
 
     def name(self, node: fx.Node) -> str:
+        """The name of a node's value, assigned on first use."""
         if node not in self.names:
             self.names[node] = self.new_name(node)
             self.used.add(self.names[node])
         return self.names[node]
 
     def new_name(self, node: fx.Node) -> str:
+        """A name that no other value has."""
         if node.op in ("placeholder", "output"):
             return f"%{node.target}"
         op = self.op(node)
@@ -270,6 +274,7 @@ class Printer:
         return name
 
     def argument(self, value: Any, path: str) -> str:
+        """An argument as text."""
         match value:
             case fx.Node(op="get_attr"):
                 return self.path(_relative(str(value.target), path))
@@ -292,20 +297,22 @@ class Printer:
         return self.size(value).removeprefix("torch.")
 
     def items(self, values: Iterable[Any], path: str) -> str:
+        """Several arguments as text, separated by commas."""
         return ", ".join(self.argument(value, path) for value in values)
 
     def size(self, size: Any) -> str:
+        """A size as text, its symbols renamed to s0, s1, ..."""
         if not isinstance(size, (torch.SymInt, torch.SymBool, torch.SymFloat)):
             return str(size)
         expression = sympy.sympify(size.node.expr)
         for symbol in sorted(expression.free_symbols - self.symbols.keys(), key=_symbol_order):
-            # The same assumptions, so that substituting does not simplify the formula into another one.
+            # Keep the assumptions, so that substitution does not simplify the formula.
             self.symbols[symbol] = sympy.Symbol(f"s{len(self.symbols)}", **symbol.assumptions0)
         return str(expression.xreplace(self.symbols))
 
 
 class Keys(Printer):
-    """Lines without what tells equal layers apart: the numbers of values and of layers."""
+    """Lines without what distinguishes equal layers: the numbers of values and of layers."""
 
     def __init__(self, printer: Printer):
         super().__init__(())
@@ -319,11 +326,11 @@ class Keys(Printer):
 
     def argument(self, value: Any, path: str) -> str:
         is_line = isinstance(value, fx.Node) and not _has_no_line(value)
-        return "%" if is_line else super().argument(value, path)  # which line is for `Line.reads` to say
+        return "%" if is_line else super().argument(value, path)  # `Line.reads` says which line
 
 
 class _BlockPrinter(Printer):
-    """Lines of one rewrite: module paths relative to where it is, and the rule only in the block's head."""
+    """Lines of one rewrite: module paths relative to its place, and the rule only in the block's head."""
 
     def __init__(self, rewrite: Rewrite, symbols: Symbols):
         super().__init__((*rewrite.removed, *rewrite.added))
@@ -334,7 +341,7 @@ class _BlockPrinter(Printer):
 
 
 class _BlockKeys(_BlockPrinter):
-    """The same without layer numbers, and without what computes the values that the rewrite found and left there."""
+    """The same without layer numbers, and without what computes the values that the rewrite only reads."""
 
     def path(self, path: str) -> str:
         return _LAYER_NUMBER.sub("*", path)
@@ -344,7 +351,7 @@ class _BlockKeys(_BlockPrinter):
 
 
 def _without_body(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a fused op without the submodule that holds its graph, and its weights as their number."""
+    """The arguments of a fused op without the submodule of its graph, and with the number of its weights."""
     if not args or not _is_body(args[0]):
         return args
     weights = [arg for arg in args[1:] if isinstance(arg, fx.Node) and arg.op == "get_attr"]

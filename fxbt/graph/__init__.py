@@ -1,1 +1,1 @@
-"""Reading and spelling FX graphs."""
+"""Reading and canonicalising FX graphs."""

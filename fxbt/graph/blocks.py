@@ -1,10 +1,10 @@
-"""The fused call nodes: what a rewritten graph reads as, one node for each block that rules found.
+"""The fused call nodes: a rewritten graph has one for each block that rules found.
 
-Each is a plain function of a body, the graph of the block as it was captured, and the values that the body reads; the
-first ones are the block's own inputs. So a fused node differentiates, fake-traces and compiles like the nodes it
-stands for, and `fxbt.rewrite.outline.inline` gives those back for lowering.
+Each is a plain function of a body (the captured graph of the block) and the values that the body reads, the block's own
+inputs first. A fused node therefore differentiates, fake-traces and compiles like the nodes it replaces, and
+`fxbt.rewrite.outline.inline` restores those for lowering.
 
-`attention_by_products` is a torch operator of its own, for attention that SDPA cannot express.
+`attention_by_products` is a torch operator for attention that SDPA cannot express.
 
 Example::
 
@@ -38,19 +38,19 @@ def rotary(body: Body, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *o
 
 
 def residual_norm(body: Body, x: torch.Tensor, branch: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    """norm(x + branch) over the last dim, a layer norm or an RMS norm; x (batch, seq, hidden)."""
+    """norm(x + branch) over the last dim, where norm is a layer norm or an RMS norm; x is (batch, seq, hidden)."""
     return body(x, branch, *others)
 
 
 def mlp(body: Body, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    """act(x W1^T) W2^T, or gated: (act(x Wg^T) * x Wu^T) Wd^T; x (batch, seq, hidden)."""
+    """act(x W1^T) W2^T, or gated: (act(x Wg^T) * x Wu^T) Wd^T; x is (batch, seq, hidden)."""
     return body(x, *others)
 
 
 def encoder_layer(body: Body, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     """A transformer encoder layer on x (batch, seq, hidden): self-attention and MLP, each with residual and norm.
 
-    `others`: the attention mask (batch, heads, seq, seq) first where there is one, rotary tables, the weights last.
+    `others`: the attention mask (batch, heads, seq, seq) if there is one, rotary tables, and last the weights.
 
     Source: Vaswani et al. 2017, "Attention is all you need", section 3.1; pre-norm: Xiong et al. 2020.
     """
@@ -58,9 +58,9 @@ def encoder_layer(body: Body, x: torch.Tensor, *others: torch.Tensor) -> torch.T
 
 
 def decoder_layer(body: Body, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    """A transformer decoder layer on x (batch, seq, hidden): causal self-attention, perhaps cross-attention, MLP.
+    """A transformer decoder layer on x (batch, seq, hidden): causal self-attention, optional cross-attention, MLP.
 
-    `others`: the encoder's states (batch, source, hidden) first where it attends to them, masks, the weights last.
+    `others`: the encoder's states (batch, source, hidden) if the layer attends to them, masks, and last the weights.
 
     Source: Vaswani et al. 2017, "Attention is all you need", section 3.1.
     """
@@ -78,13 +78,14 @@ WORDS = {"attention", "activation", "normalize", "either", "maybe", "number", "w
 
 
 def block(name: str, formula: str = "") -> Callable[..., torch.Tensor]:
-    """A block of one's own: `fxbt.ops.<name>` is what its call nodes call, `outline = "<name>"` makes a rule find it.
+    """Makes a block of your own: its call nodes call `fxbt.ops.<name>`; a rule with `outline = "<name>"` finds it.
 
-    Asked for again, it is the same one. `fxbt.lowering` says what computes it. Rules of one's own run before those
-    whose blocks they do not name: a layer around such a block is no `encoder_layer` any more.
+    A second call with the same name returns the same block. `fxbt.lowering` registers a function that computes it. Your
+    rules run before the built-in rules whose blocks they do not name, so a layer around your block is not an
+    `encoder_layer` any more.
 
     Raises:
-        RuleError: the name is no identifier, or means something else in a pattern.
+        RuleError: the name is not an identifier, or already means something else in patterns.
 
     Example::
 
@@ -99,7 +100,7 @@ def block(name: str, formula: str = "") -> Callable[..., torch.Tensor]:
     if name in FUSED and name not in BUILT_IN:
         return FUSED[name]
     if not name.isidentifier() or name in WORDS or name in BUILT_IN or hasattr(torch.ops.aten, name):
-        raise RuleError(f"a block cannot be called {name!r}: it is no identifier, or the name is taken")
+        raise RuleError(f"a block cannot be called {name!r}: the name is not an identifier, or it is taken")
 
     def call(body: Body, *operands: torch.Tensor) -> torch.Tensor:
         return body(*operands)
@@ -111,23 +112,23 @@ def block(name: str, formula: str = "") -> Callable[..., torch.Tensor]:
 
 
 def __getattr__(name: str) -> Callable[..., torch.Tensor]:
-    """The blocks that `block` made."""
+    """The blocks made by `block`."""
     if name not in FUSED:
         raise AttributeError(f"fxbt.ops has no {name!r}; it has {', '.join(FUSED)}")
     return FUSED[name]
 
 
 def mask_of(attention: fx.Node) -> Any:
-    """The mask, or bias, that a call of one of `ATTENTIONS` adds to its scores; None where it adds nothing.
+    """The mask or bias that one of `ATTENTIONS` adds to its scores; None if there is none.
 
     Raises:
-        Miss: it adds several, one before a softcap, or puts it in the place of scores.
+        Miss: it adds several, adds one before a softcap, or replaces scores.
     """
     if attention.target is SDPA:
         return argument(attention, "attn_mask")
     if argument(attention, "kept") is not None:
-        raise Miss("attention puts a number in the place of scores that is no mask for all of them", node=attention)
+        raise Miss("attention replaces scores with a number that does not mask all of them", node=attention)
     before, after = argument(attention, "before"), argument(attention, "after")
     if before or len(after) > 1:
-        raise Miss("attention adds several biases to its scores, one after the other", node=attention)
+        raise Miss("attention adds several biases to its scores one by one", node=attention)
     return after[0] if after else None

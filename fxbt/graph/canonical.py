@@ -1,7 +1,7 @@
-"""One spelling per meaning: small number-preserving steps that bring a captured graph to its canonical form.
+"""Canonicalisation: one spelling per meaning, reached in small steps that do not change any value.
 
-Every step looks at one node and returns what to use in its place, or None. `canonicalize` runs the table to a fixed
-point, shares common subexpressions and drops dead nodes. A new spelling of a known thing becomes a step: here, in
+Every step looks at one node and returns its replacement, or None. `canonicalize` runs the table to a fixed point,
+shares common subexpressions and drops dead nodes. A new spelling of a known meaning becomes a step: here, in
 `number_spellings.py` or in `softmax_spellings.py`.
 """
 
@@ -47,8 +47,8 @@ def drop_same_dtype_cast(node: fx.Node) -> Any:
 def drop_copy(node: fx.Node) -> Any:
     """x.contiguous(), x.clone() -> x, except where the caller would see the strides or an alias.
 
-    So would a convolution: it and the norms after it compute images by other algorithms where channels come last, and
-    torch's group_norm loses digits there.
+    Convolutions and the norms after them also depend on strides: for channels-last images they use other algorithms,
+    and torch's group_norm loses digits there.
     """
     if node.target not in COPIES or reaches_output(node) or any(user.target in BY_STRIDES for user in node.users):
         return None
@@ -97,14 +97,14 @@ def drop_neutral(node: fx.Node) -> Any:
 
 
 def view_to_reshape(node: fx.Node) -> Any:
-    """x.view(shape) -> x.reshape(shape): a rewritten producer may have other strides than the one captured."""
+    """x.view(shape) -> x.reshape(shape), because a rewritten producer may have other strides than the captured one"""
     if node.target in (aten.view.default, aten._unsafe_view.default):
         node.target = aten.reshape.default
     return None
 
 
 def reshape_as_to_reshape(node: fx.Node) -> Any:
-    """x.reshape_as(y), x.view_as(y) -> x.reshape(sizes of y): y itself is not read"""
+    """x.reshape_as(y), x.view_as(y) -> x.reshape(sizes of y), which does not read y itself"""
     if node.target not in (aten.reshape_as.default, aten.view_as.default):
         return None
     sizes = [_size_node(node, size) for size in value_of(node).shape]
@@ -114,7 +114,7 @@ def reshape_as_to_reshape(node: fx.Node) -> Any:
 
 
 def _size_node(node: fx.Node, size: Any) -> Any:
-    """A size as a number, or as an earlier node that has it; None where none has."""
+    """A size as a number, or as an earlier node with that size; None if there is none."""
     if not isinstance(size, torch.SymInt):
         return size
     for earlier in node.graph.nodes:
@@ -127,12 +127,12 @@ def _size_node(node: fx.Node, size: Any) -> Any:
 
 
 def size_of_another(node: fx.Node) -> Any:
-    """The size of a value inside -> the same size, read earlier: of an input, as a rule"""
+    """The size of an intermediate value -> the same size read earlier, usually from an input"""
     return _size_node(node, value_of(node)) if node.target is aten.sym_size.int and not reaches_output(node) else None
 
 
 def copy_to_cast_and_expand(node: fx.Node) -> Any:
-    """copy(x, y), what functionalising y's write into x leaves -> y cast and expanded to x: that has a derivative"""
+    """copy(x, y), from functionalising a write of y into x -> y cast and expanded to x, which has a derivative"""
     if node.target is not aten.copy.default:
         return None
     into, source = node.args[:2]
@@ -145,7 +145,7 @@ def copy_to_cast_and_expand(node: fx.Node) -> Any:
 
 
 def linear_from_addmm(node: fx.Node) -> Any:
-    """addmm(bias, x, w), as a Conv1D computes it -> linear(x, w^T, bias); so does mm(x, w) for a weight"""
+    """addmm(bias, x, w), as a Conv1D computes it -> linear(x, w^T, bias); also mm(x, w) for a weight w"""
     if node.target not in (aten.addmm.default, aten.mm.default) or node.kwargs:
         return None
     bias, x, weight = node.args if node.target is aten.addmm.default else (None, *node.args)
@@ -179,7 +179,7 @@ def linear_from_matmul(node: fx.Node) -> Any:
 
 
 def _is_transposed(node: fx.Node) -> bool:
-    """Whether a node is the transposition of a matrix, however it is called."""
+    """Whether a node transposes a matrix, under any name."""
     if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
         return True
     if node.target not in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.permute.default):
@@ -222,7 +222,7 @@ def variance_by_correction(node: fx.Node) -> Any:
 
 
 def number_from_size(node: fx.Node) -> Any:
-    """x / size -> x / 16, for a size that is known by now"""
+    """x / size -> x / 16, if the size is known by now"""
     size = value_of(node.args[1]) if node.target in SCALAR_ARITHMETIC else None
     known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
     if known is not None:
@@ -231,7 +231,7 @@ def number_from_size(node: fx.Node) -> Any:
 
 
 def mean_by_size(node: fx.Node) -> Any:
-    """x.sum(dim) / x.shape[dim] -> x.mean(dim), where the size was a symbol when the graph was captured"""
+    """x.sum(dim) / x.shape[dim] -> x.mean(dim), if the size was symbolic in the capture"""
     if node.target is not aten.div.Tensor or node.kwargs or isinstance(value_of(node.args[1]), torch.Tensor):
         return None
     total: Any = node.args[0]
@@ -251,9 +251,9 @@ def mean_by_size(node: fx.Node) -> Any:
 
 
 def keep_reduced_dim(node: fx.Node) -> Any:
-    """x.mean(dim).unsqueeze(dim) -> x.mean(dim, keepdim=True), for sums, maxima and variances too
+    """x.mean(dim).unsqueeze(dim) -> x.mean(dim, keepdim=True), also for sums, maxima and variances
 
-    Also behind arithmetic with numbers, as in rsqrt(x.mean(dim) + eps).unsqueeze(dim).
+    Also after arithmetic with numbers, as in rsqrt(x.mean(dim) + eps).unsqueeze(dim).
     """
     reduction: Any = node.args[0] if node.args else None
     if node.target is not aten.unsqueeze.default:
@@ -282,7 +282,7 @@ def keep_reduced_dim(node: fx.Node) -> Any:
 
 
 def split_by_sizes(node: fx.Node) -> Any:
-    """split(x, n, dim), chunk(x, n, dim) -> split_with_sizes(x, [n, n, ...], dim), where the dim has a known size"""
+    """split(x, n, dim), chunk(x, n, dim) -> split_with_sizes(x, [n, n, ...], dim), if the dim's size is known"""
     if node.target not in (aten.split.Tensor, aten.chunk.default):
         return None
     dim = argument(node, "dim")
@@ -296,7 +296,7 @@ def split_by_sizes(node: fx.Node) -> Any:
 
 
 def new_to_full(node: fx.Node) -> Any:
-    """x.new_zeros(shape) -> full(shape, 0): it reads nothing of x, and so should not use it"""
+    """x.new_zeros(shape) -> full(shape, 0), which does not read x"""
     if node.target not in NEW_FILLED:
         return None
     value = value_of(node)
@@ -315,7 +315,7 @@ REDUCTIONS = {
     aten.var.correction,
     aten.linalg_vector_norm.default,
 }
-# With one tensor among their operands, the first, these keep its shape.
+# If their first operand is the only tensor, these ops keep its shape.
 OF_ONE_VALUE = {
     *(aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar),
     *(aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.clamp_min.default),
@@ -357,9 +357,9 @@ STEPS: tuple[Callable[[fx.Node], Any], ...] = (
 
 
 def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
-    """Bring `module`'s graph to canonical form in place, and return it.
+    """Canonicalises `module`'s graph in place and returns the module.
 
-    Idempotent and number-preserving: the outputs stay equal, their strides included.
+    Idempotent, and changes neither the values nor the strides of outputs.
 
     Example::
 
@@ -385,9 +385,10 @@ def _apply_steps(node: fx.Node) -> None:
 
 
 def _share_common(graph: fx.Graph) -> None:
-    """Compute equal expressions once.
+    """Computes equal expressions once (common subexpression elimination).
 
-    Not torch's CSEPass: that one takes `x + 1` for `x + 1.0`, shares two dropouts and makes two outputs one tensor.
+    torch's CSEPass does not serve here: it confuses `x + 1` with `x + 1.0`, shares two dropouts, and merges two
+    outputs.
     """
     known: dict[Any, fx.Node] = {}
     for node in graph.nodes:

@@ -1,8 +1,8 @@
-"""What computes a block on a device, by the block's name, and the record of a block as it stands in a graph.
+"""The registry of lowerings: the function that computes a block on a device, and the record of a found block.
 
-A rule with `outline` finds a block, and the fused call node reads as one. `fxbt.rewrite.outline.inline` puts its
-operations back, each with a `Part` in its meta, so that padding is dropped and masks are taken op by op; where all
-parts are still there, the block's lowering takes their place.
+A rule with `outline` finds a block and turns it into one fused call node. `fxbt.rewrite.outline.inline` restores its
+operations, each with a `Part` in its meta, so that unpadding and masks are handled op by op. Where all parts are still
+there, the block's lowering replaces them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .record import Entry
 
 Function = Callable[..., Tensor]
 
-OPERANDS = "fxbt_operands"  # node.meta entry of a fused call node: its rule's `Names`
-PARTS = "fxbt_parts"  # node.meta entry of an operation: the `Part`s that it is, of blocks within each other
+OPERANDS = "fxbt_operands"  # node.meta entry of a fused call node: the `Names` of its rule
+PARTS = "fxbt_parts"  # node.meta entry of an operation: its `Part` in each block around it
 
 
 class Names(NamedTuple):
-    """What the pattern of a block's rule binds: names of the first inputs of the fused node, and what is no node."""
+    """The bindings of a block's rule: the names of the fused node's first inputs, and values that are not nodes."""
 
     inputs: tuple[str, ...]
     static: Mapping[str, Any]
@@ -34,17 +34,17 @@ class Names(NamedTuple):
 
 @dataclass(frozen=True)
 class Lowering:
-    """A function that computes a block on one kind of device; `prepare` makes some of what it takes from weights."""
+    """A function that computes a block on one kind of device; `prepare` computes some of its arguments from weights."""
 
     function: Function
     device: str
     dtype: torch.dtype | None = None
     prepare: Mapping[str, Function] = field(default_factory=dict)
-    compiler: Callable[..., Any] | None = None  # makes the function of a block's graph
+    compiler: Callable[..., Any] | None = None  # makes the function from a block's graph
 
     @property
     def takes(self) -> list[str]:
-        """The names that must be bound: of the function's parameters, those without a default."""
+        """The names that must be bound: the function's parameters without a default."""
         parameters = inspect.signature(self.function).parameters.values()
         return [each.name for each in parameters if each.default is each.empty]
 
@@ -54,9 +54,9 @@ LOWERINGS: dict[str, list[Lowering]] = {}
 
 @dataclass(eq=False)
 class KnownBlock:
-    """A block that a rule found: the `nodes` that compute it in the inlined graph, and what its names stand for there.
+    """A block that a rule found: the `nodes` that compute it in the inlined graph, and the bindings of its names there.
 
-    `lowering` is the one that was tried and is right, once that is known.
+    `lowering` is the lowering that passed its trial, once there is one.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Part(NamedTuple):
 
 
 def inputs_of(nodes: Iterable[Entry]) -> list[fx.Node]:
-    """The values from outside that the nodes read: tensors, and sizes."""
+    """The values from outside that the nodes read: tensors and sizes."""
     read: dict[fx.Node, None] = {}
     inside = set()
     for entry in nodes:
@@ -85,7 +85,7 @@ def inputs_of(nodes: Iterable[Entry]) -> list[fx.Node]:
 
 
 def graph_of(nodes: Sequence[Entry], output: fx.Node, name: str) -> fx.GraphModule:
-    """The nodes as a graph of its own, whose placeholders are what they read."""
+    """The nodes as a graph of their own; its placeholders are the values they read."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in inputs_of(nodes):
         copies[node] = graph.placeholder(node.name)
@@ -106,26 +106,27 @@ def lowering(
     prepare: Mapping[str, Function] | None = None,
     takes_graph: bool = False,
 ) -> Callable[[Function], Function]:
-    """Registers a function that computes a block on a kind of device, in place of the block's own operations.
+    """Registers a function that computes a block on a kind of device instead of the block's own operations.
 
-    The function takes the names that the pattern of the block's rule binds, as `Rule.replace` does: tensors, floats
-    for numbers, None for what was optional and absent; it must take all that the block reads. It is called without
-    gradients only, with tensors of all sizes that a call may have (tokens packed into one sequence, too), and must
-    neither write to them nor return one. Each block found is tried on the captured example beside its operations, and
-    keeps those where the result differs; `report.misses` says so. Graphs that exist already stay as they are.
+    The function takes the names that the pattern of the block's rule binds, as `Rule.replace` does: tensors, floats for
+    numbers, None for optional parts that are absent. It must take everything that the block reads. It is only called
+    without gradients, with tensors of any size that a call may have (also with tokens packed into one sequence), and
+    must neither write to them nor return one of them. Each block found is tried on the captured example beside its
+    operations; if the results differ, the block keeps its operations, and `report.misses` says so. Existing graphs do
+    not change.
 
     Args:
         block: a name in `fxbt.ops`; `fxbt.block` adds one.
         device: "cpu" or "cuda".
-        dtype: of the block's result; None for any.
-        prepare: for further parameters, functions of the names that compute them. What depends on weights alone is
-            computed once, and again when a weight changes.
-        takes_graph: the function takes the block's operations instead, as an `fx.GraphModule` with "val" in each node's
-            meta, and returns what computes them: a function of the placeholders, inputs and weights alike. So built-in
-            blocks, whose patterns name no weights, go to another compiler.
+        dtype: the dtype of the block's result; None for any.
+        prepare: functions that compute further parameters from the bound names. Results that depend only on weights
+            are computed once, and again when a weight changes.
+        takes_graph: the function takes the block's operations instead, as an `fx.GraphModule` with "val" in each
+            node's meta, and returns a function that computes them from the placeholders (inputs and weights). This
+            hands built-in blocks, whose patterns name no weights, to another compiler.
 
     Raises:
-        RuleError: there is no such block, or `prepare` names no parameter.
+        RuleError: there is no such block, or `prepare` names something that is not a parameter.
 
     Example::
 
@@ -153,7 +154,7 @@ def lowering(
 
 
 def lowering_of(block: KnownBlock) -> Lowering | None:
-    """What was registered for a block on its device, the one for its dtype first."""
+    """The lowering registered for a block on its device; one for its dtype takes precedence."""
     value = block.output.meta["val"]
     fitting = [each for each in LOWERINGS.get(block.name, []) if each.device == value.device.type]
     by_dtype = {each.dtype: each for each in fitting}

@@ -1,4 +1,4 @@
-"""How a rule says no: a `Miss` with its place, what was expected and what stands there."""
+"""`Miss`: why a rule did not match, with the place, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-# Text that is made when it is read: nodes are described, anything else becomes its `str`.
+# Text that is built only when read: nodes are described, anything else goes through `str`.
 Words = Any
 
-# Frames of torch and of fxbt lie between the model's own code and the op.
+# Frames of torch and fxbt stand between the model's own code and the op.
 _NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
 _FRAME = re.compile(r'File "(.+)", line (\d+)')
 _SHORT_DTYPES = {
@@ -32,7 +32,7 @@ _SHORT_DTYPES = {
 
 
 def module_path(node: fx.Node) -> str:
-    """The dotted path of the innermost module whose code made `node` ("" at the top)."""
+    """The dotted path of the innermost module whose code made `node`; "" at the top."""
     stack = node.meta.get("nn_module_stack") or {}
     entries = [entry[0] for entry in stack.values()]
     path = entries[-1] if entries else ""
@@ -40,7 +40,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """Where the model's own code computes `node`: "modeling_bert.py:192", "" where that is not known."""
+    """The line of the model's code that computes `node`, such as "modeling_bert.py:192"; "" if unknown."""
     for file, line in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
         if not file.startswith(_NOT_THE_MODEL):
             return f"{Path(file).name}:{line}"
@@ -62,7 +62,7 @@ def short_type(value: Any, size: Callable[[Any], str] = str) -> str:
 
 
 def describe(node: fx.Node) -> str:
-    """`%softmax f32[s0, 4, s1, s1] at encoder.layer.0 (modeling_bert.py:192)` : how messages name a node."""
+    """`%softmax f32[s0, 4, s1, s1] at encoder.layer.0 (modeling_bert.py:192)`: how messages name a node."""
     return description(f"%{node.name}", short_type(node.meta.get("val")), module_path(node), source_line(node))
 
 
@@ -72,12 +72,12 @@ def description(name: str, type: str, path: str, line: str) -> str:
 
 
 class Miss(Exception):
-    """Why a rule did not fire at a place: the one way for a rule to say no.
+    """Why a rule did not match at a place. Rules have no other way to refuse.
 
-    Rules raise it from `find`; the report shows it. `reason` is a sentence; `expected` and `found` say what was asked
-    of the graph and what stands there (`node`, if nothing else is given): a text, a node, anything with a `str`, or a
-    tuple of these, for text is built only when it is asked for. `matched` of the pattern's `total` nodes were found
-    before it failed; the nearest miss is the one with the largest share. `hint` is what the user may change.
+    Rules raise it from `find`; the report shows it. `reason` is a sentence. `expected` and `found` say what the rule
+    needed and what the graph has (by default `node`): a text, a node, anything with a `str`, or a tuple of these,
+    because text is built only when read. `matched` of the pattern's `total` nodes were found before it failed; the
+    nearest miss has the largest share. `hint` says what the user may change.
 
     Example::
 
@@ -100,43 +100,45 @@ class Miss(Exception):
         self.reason = reason
         self.node = node
         self.matched = matched
-        self.total = max(total, matched) if total else 0  # a graph may spell what matched in more nodes
+        self.total = max(total, matched) if total else 0  # a graph may spell the match in more nodes
         self.hint = hint
         self.rule = ""
         self.where = ""
         self.anchor: fx.Node | None = None  # where the rule was tried
-        self.refused = False  # found, but its rewrite did not hold
+        self.refused = False  # it matched, but its rewrite changed the values
         self._expected = expected
         self._found = found
 
     @property
     def expected(self) -> str:
+        """What the rule needed, as text."""
         return _in_words(self._expected, describe)
 
     @property
     def found(self) -> str:
+        """What the graph has instead, as text."""
         return _in_words(self._found or self.node or "", describe)
 
     @property
     def nearness(self) -> float:
-        """The share of the pattern that was found: 0.0 to 1.0, which is also one whose rewrite did not hold."""
+        """The share of the pattern that was found, from 0.0 to 1.0; 1.0 if the rewrite was refused."""
         if self.refused:
             return 1.0
         return self.matched / self.total if self.total else 0.0
 
     @property
     def nodes(self) -> list[fx.Node]:
-        """The nodes it speaks of."""
+        """The nodes that it mentions."""
         words = (self.node, *_parts(self._expected), *_parts(self._found))
         return [part for part in words if isinstance(part, fx.Node)]
 
     def without_frames(self) -> Miss:
-        """The miss itself, without its frames and causes: they would keep a call's tensors as long as the report."""
+        """The miss without frames and causes, which would keep a call's tensors alive as long as the report."""
         self.__cause__ = self.__context__ = None
         return self.with_traceback(None)
 
     def details(self, describe: Callable[[fx.Node], str] = describe) -> list[str]:
-        """What was expected, what was found instead and a hint, a line each; `describe` names the nodes."""
+        """Lines for what was expected, what was found instead, and the hint; `describe` names the nodes."""
         rows = {
             "expected": _in_words(self._expected, describe),
             "found": _in_words(self._found or self.node or "", describe),

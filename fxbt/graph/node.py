@@ -1,4 +1,4 @@
-"""Small questions about one node: its arguments, its value's shape, who reads it, what it writes."""
+"""Small questions about one node: its arguments, its value's shape, its readers, its writes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..torch_compat import LazyGraphModule, pytree, statically_known_true
 
 
 def value_of(node: Any) -> Any:
-    """The fake tensor, size or number that a node stands for; a number is itself."""
+    """The fake tensor, size or number of a node; a number stands for itself."""
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
-    """The argument called `name` in the op's schema, whether given by position, by keyword or not at all.
+    """The argument called `name` in the op's schema, given by position, by keyword, or by default.
 
     Example::
 
@@ -34,7 +34,7 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 
 @functools.cache
 def parameters(op: Any) -> dict[str, tuple[int, Any]]:
-    """Each parameter's place and default, by name; the schema itself makes them anew whenever it is asked."""
+    """The position and default of each parameter by name, cached because torch's schema recomputes them on access."""
     return {each.name: (place, each.default_value) for place, each in enumerate(op._schema.arguments)}
 
 
@@ -44,9 +44,16 @@ def attribute(module: Any, node: fx.Node) -> Any:
 
 
 def with_graph(module: Any, graph: fx.Graph) -> fx.GraphModule:
-    """A module of its own for `graph`, whose weights and constants are those of `module`."""
+    """A module of its own for `graph`, with the weights and constants of `module`."""
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     return LazyGraphModule({name: operator.attrgetter(name)(module) for name in names}, graph)
+
+
+def copy_of(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph, and for each of its nodes the one that it is there."""
+    copy, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    copy.output(copy.graph_copy(graph, copies))
+    return copy, copies
 
 
 def writes(node: fx.Node) -> bool:
@@ -69,7 +76,7 @@ def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def reaches_output(node: fx.Node) -> bool:
-    """Whether the caller gets `node` itself or a view of it: its strides show, and writes to it would be felt."""
+    """Whether the caller gets `node` itself or a view of it, and so can see its strides and write to it."""
     return any(user.op == "output" or (_is_view(user) and reaches_output(user)) for user in node.users)
 
 
@@ -78,12 +85,12 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a node computes the same from the same inputs and writes nowhere."""
+    """Whether a node always computes the same from the same inputs and writes nothing."""
     return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()) and not writes(node)
 
 
 def expression(node: fx.Node) -> Any:
-    """A key that is equal for nodes that compute the same: numbers with their type and sign, for 1 == 1.0 == True."""
+    """A key that is equal for nodes that compute the same; numbers include type and sign, because 1 == 1.0 == True."""
     arguments, spec = pytree.tree_flatten((node.args, node.kwargs))
     return (
         node.target,
@@ -93,7 +100,7 @@ def expression(node: fx.Node) -> Any:
 
 
 def is_weight(value: Any) -> bool:
-    """Whether a node is a parameter, buffer or constant, or computed from such alone."""
+    """Whether a node is a parameter, buffer or constant, or computed from these only."""
     waiting, seen = [value], set()
     while waiting:
         node = waiting.pop()
@@ -107,10 +114,10 @@ def is_weight(value: Any) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers: ops of dropout only where it is on."""
+    """Whether a node draws random numbers; dropout only if it is active."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    # Ops with a dropout probability or a training flag draw numbers only where it is on.
+    # Ops with a dropout probability or a training flag draw numbers only if that is set.
     switches = [argument(node, name) for name in ("dropout_p", "train")]
     return all(switch is None or bool(switch) for switch in switches)
 

@@ -1,6 +1,6 @@
-"""Canonical steps for numbers that a graph holds as tensors of one element, and for fills with such a number.
+"""Canonical steps for numbers held as one-element tensors, and for fills with such a number.
 
-Each step looks at one node and returns what to use in its place, or None, as those of `canonical.py` do.
+Each step looks at one node and returns its replacement, or None, like those of `canonical.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def number_from_constant(node: fx.Node) -> Any:
-    """x * tensor(0.125) -> x * 0.125, for scalars that the code wrote down (not for parameters and buffers)."""
+    """x * tensor(0.125) -> x * 0.125, for scalars written in the code (not for parameters and buffers)"""
     if node.target not in SCALAR_ARITHMETIC:
         return None
     lhs, rhs = node.args[:2]
@@ -32,9 +32,9 @@ def number_from_constant(node: fx.Node) -> Any:
 
 
 def fill_from_constant(node: fx.Node) -> Any:
-    """where(mask, x, tensor(c)), masked_fill(x, mask, tensor(c)), maximum(x, tensor(c)) -> with the number c
+    """where(mask, x, tensor(c)), masked_fill(x, mask, tensor(c)), maximum(x, tensor(c)) -> the same with the number c
 
-    Of a where also full_like(x, c), on either side.
+    In a where, also full_like(x, c) on either side.
     """
     for position, overload in NUMBER_OVERLOADS.get(node.target, ()):
         others = [
@@ -51,7 +51,7 @@ def fill_from_constant(node: fx.Node) -> Any:
 
 
 def _is_as_broadcast(node: fx.Node, others: list[torch.Tensor]) -> bool:
-    """Whether a node has the shape that the others alone broadcast to."""
+    """Whether a node has the shape to which the other values alone broadcast."""
     rank = value_of(node).dim()
     shapes = [[1] * (rank - other.dim()) + list(other.shape) for other in others]
     return all(any(statically_known_true(size == shape[dim]) for shape in shapes) for dim, size in _sizes(node))
@@ -62,7 +62,7 @@ def _sizes(node: fx.Node) -> Any:
 
 
 def _filled_with(node: Any) -> float | int | None:
-    """The number that a tensor made by full_like, full, ones_like and the like holds everywhere."""
+    """The number that fills a tensor made by full_like, full, ones_like and the like; None if there is none."""
     if not isinstance(node, fx.Node):
         return None
     if node.target in (aten.full_like.default, aten.full.default):
@@ -77,7 +77,7 @@ def _filled_with(node: Any) -> float | int | None:
 
 
 def fill_by_index(node: fx.Node) -> Any:
-    """x[mask] = c, an index_put(x, [mask], c) where the boolean mask has dims of x -> masked_fill(x, mask, c)"""
+    """x[mask] = c, an index_put(x, [mask], c) whose boolean mask has dims of x -> masked_fill(x, mask, c)"""
     if node.target is not aten.index_put.default or argument(node, "accumulate"):
         return None
     x: Any
@@ -106,7 +106,7 @@ def fill_by_index(node: fx.Node) -> Any:
 
 
 def compare_with_number(node: fx.Node) -> Any:
-    """x == tensor(c), x < tensor(c) -> with the number c"""
+    """x == tensor(c), x < tensor(c) -> the same with the number c"""
     if node.target not in COMPARISONS:
         return None
     x, constant = node.args
@@ -120,7 +120,7 @@ def compare_with_number(node: fx.Node) -> Any:
 
 
 def _constant_number(node: Any) -> float | int | None:
-    """The value of a scalar computed from lifted constants and numbers alone."""
+    """The value of a scalar that is computed only from lifted constants and numbers; else None."""
     if not isinstance(node, fx.Node) or not isinstance(value_of(node), torch.Tensor) or value_of(node).dim() != 0:
         return None
     content = _constant_tensor(node)

@@ -1,4 +1,4 @@
-"""Which ATen ops are casts, copies or fills: each table once, for all that ask."""
+"""Which ATen ops are casts, copies or fills: each table exists once, for all rooms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 aten = torch.ops.aten
 
-WHOLE_AXIS = 2**63 - 1  # where a slice ends that takes all to the end
+WHOLE_AXIS = 2**63 - 1  # the end of a slice that takes everything
 
 CASTS = {
     *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other),
@@ -16,7 +16,7 @@ COPIES = {
     *(aten.contiguous.default, aten.clone.default, aten.alias.default),
     *(aten.lift_fresh_copy.default, aten.detach.default),
 }
-# Ops that compute by other algorithms where their input has other strides.
+# Ops that use another algorithm if their input has other strides.
 BY_STRIDES = {
     *(aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.conv3d.padding),
     *(aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.convolution.default),
@@ -24,6 +24,6 @@ BY_STRIDES = {
 }
 SCALAR_ARITHMETIC = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
 COMMUTATIVE = {aten.mul.Tensor, aten.add.Tensor}
-# The number that the result holds everywhere; None where it is an argument.
+# The number that fills the result; None if it is an argument.
 FILLED = {aten.ones_like.default: 1, aten.ones.default: 1, aten.zeros_like.default: 0, aten.zeros.default: 0}
 NEW_FILLED = {aten.new_zeros.default: 0, aten.new_ones.default: 1, aten.new_full.default: None}

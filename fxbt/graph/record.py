@@ -1,7 +1,7 @@
-"""What a stage leaves behind for those who ask later: nodes as they were, and no text yet.
+"""What a stage records for later readers: nodes as they were, without text.
 
-Nodes are edited and erased by the steps that follow, but the tuples that held their arguments are not: keeping those
-costs a microsecond a node, and the text is made when someone looks (`show`, `report`).
+Later steps edit and erase nodes, but not the tuples that held their arguments. Keeping those costs a microsecond per
+node, and text is created only when read (`show`, `report`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import fx
 
 from .miss import Miss
 
-RULE = "fxbt_rule"  # node.meta entry: the rule that put a node in, for those who read the graph; it decides nothing
+RULE = "fxbt_rule"  # node.meta entry: the rule that added a node, for readers of the graph; decides nothing
 MADE = "fxbt_made"  # node.meta entry: `is_made`
 
 
 def is_made(node: fx.Node) -> bool:
-    """Whether a rule put the node in: its layout may be another than the model's, and its kernel fxbt's own choice."""
+    """Whether a rule added the node: its layout may differ from the model's, and fxbt may choose its kernel."""
     return bool(node.meta.get(MADE, False))
 
 
 class Entry(NamedTuple):
-    """A node as it was when it was looked at."""
+    """A node as it was when recorded."""
 
     node: fx.Node
     target: Any
@@ -32,11 +32,12 @@ class Entry(NamedTuple):
 
     @classmethod
     def of(cls, node: fx.Node) -> Entry:
+        """A node as it is now."""
         return cls(node, node.target, node.args, node.kwargs)
 
 
 class Snapshot:
-    """A graph as it was: `show.text` prints it, whatever has become of the graph since.
+    """A graph as it was: `show.text` prints it, whatever happens to the graph later.
 
     Example::
 
@@ -51,7 +52,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One replacement: what went, what came, and which new value stands for which old one."""
+    """One replacement: the removed and added nodes, and which new value replaces which old one."""
 
     rule: str
     where: str
@@ -64,8 +65,8 @@ class Rewrite:
 class StageRecord:
     """What one rule did to one graph.
 
-    `places` are the module paths at which it fired, `rewrites` what it changed there (nothing, where the best form
-    stood already).
+    `places` are the module paths where it matched, `rewrites` what it changed there (nothing where the best form was
+    there already).
     """
 
     name: str
@@ -78,9 +79,10 @@ class StageRecord:
 
     @property
     def hits(self) -> int:
+        """How often the rule matched."""
         return len(self.places)
 
 
 def hits_of(stages: list[StageRecord]) -> dict[str, int]:
-    """How often each rule fired."""
+    """How often each rule matched."""
     return {stage.name: sum(other.hits for other in stages if other.name == stage.name) for stage in stages}

@@ -1,6 +1,6 @@
-"""Canonical steps for a softmax that is written out: one node, `softmax(x, dim)`, is what rules look for.
+"""Canonical steps for a softmax that is written out: rules look for one node, `softmax(x, dim)`.
 
-Each step looks at one node and returns what to use in its place, or None, as those of `canonical.py` do.
+Each step looks at one node and returns its replacement, or None, like those of `canonical.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 def softmax_by_hand(node: fx.Node) -> Any:
     """e / e.sum(dim, keepdim) with e = exp(x) or exp(x - x.amax(dim, keepdim)) -> softmax(x, dim)
 
-    A softmax is a number where exp(x) would overflow, or e be 0 throughout.
+    The softmax stays finite where exp(x) would overflow or all of e would be 0.
     """
     exponential, total = _quotient(node)
     summed = _summed_exp(total)
@@ -38,7 +38,7 @@ def softmax_divided_later(node: fx.Node) -> Any:
         return None
     exponential, dim = summed
     rank = value_of(exponential).dim()
-    readers = {user for user in exponential.users if user.users}  # a sum that was written anew is dead
+    readers = {user for user in exponential.users if user.users}  # a sum that was rewritten is dead
     if readers != {product, total} or dim != rank - 1 or rank != value_of(product).dim():
         return None
     if not _sums_last_of(product, exponential):
@@ -52,7 +52,7 @@ def softmax_divided_later(node: fx.Node) -> Any:
 
 
 def _quotient(node: fx.Node) -> tuple[Any, Any]:
-    """(a, b) of a / b or a * (1 / b); (None, None) where node is neither."""
+    """(a, b) of a / b or a * (1 / b); (None, None) if the node is neither."""
     if node.kwargs or len(node.args) != 2 or not all(isinstance(arg, fx.Node) for arg in node.args):
         return None, None
     operands: Any = node.args
@@ -66,7 +66,7 @@ def _quotient(node: fx.Node) -> tuple[Any, Any]:
 
 
 def _summed_exp(total: Any) -> tuple[fx.Node, int] | None:
-    """(e, dim) where total is the sum of an exponential e over one dim, which it keeps."""
+    """(e, dim) if total is the sum of an exponential e over one dim, with keepdim; else None."""
     if not isinstance(total, fx.Node) or total.target is not aten.sum.dim_IntList:
         return None
     exponential: Any
@@ -78,7 +78,7 @@ def _summed_exp(total: Any) -> tuple[fx.Node, int] | None:
 
 
 def _softmax(exponential: fx.Node, dim: int) -> fx.Node:
-    """The softmax that exponentials of scores, or of scores less their maximum, are the numerators of."""
+    """The softmax whose numerators are exponentials of scores, or of scores minus their maximum."""
     scores = exponential.args[0]
     less = _shifted_by_its_max(scores, dim)
     softmax = exponential.graph.call_function(aten.softmax.int, (scores if less is None else less, dim))
@@ -87,7 +87,7 @@ def _softmax(exponential: fx.Node, dim: int) -> fx.Node:
 
 
 def _sums_last_of(product: fx.Node, lhs: fx.Node) -> bool:
-    """Whether a product multiplies rows of `lhs`, its first operand, and keeps them where they are."""
+    """Whether a product multiplies rows of its first operand `lhs` and keeps them in place."""
     if product.target in (aten.matmul.default, aten.bmm.default):
         return product.args[0] is lhs and product.args[1] is not lhs
     if product.target is not aten.einsum.default or len(product.args) != 2:
@@ -117,7 +117,7 @@ def softmax_of_logarithms(node: fx.Node) -> Any:
 
 
 def _less_its_logsumexp(node: fx.Node) -> Any:
-    """(x, dim), where node is x - logsumexp(x, dim, keepdim=True)."""
+    """(x, dim) if the node is x - logsumexp(x, dim, keepdim=True); else None."""
     if node.target is not aten.sub.Tensor or node.kwargs or len(node.args) != 2:
         return None
     x: Any
@@ -133,7 +133,8 @@ def _less_its_logsumexp(node: fx.Node) -> Any:
 def keys_in_parts(node: fx.Node) -> Any:
     """p[..., :n] @ v1 + p[..., n:] @ v2 with p = softmax of cat([q @ k1^T, q @ k2^T], -1) -> one product each
 
-    softmax(q @ cat([k1^T, k2^T], -1)) @ cat([v1, v2], -2), as with a cache whose keys and values stay apart.
+    The result is softmax(q @ cat([k1^T, k2^T], -1)) @ cat([v1, v2], -2), for a cache that keeps old keys and values
+    apart.
     """
     if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
         return None
@@ -157,14 +158,14 @@ def keys_in_parts(node: fx.Node) -> Any:
 
 
 def _is_product(node: Any) -> bool:
-    """Whether a node is a product of matrices on which cat can be done before it as well as after."""
+    """Whether a node is a matrix product that commutes with cat."""
     if not isinstance(node, fx.Node) or node.target not in (aten.matmul.default, aten.bmm.default):
         return False
     return value_of(node.args[0]).dim() == value_of(node.args[1]).dim() >= 3
 
 
 def _whole_of(parts: list[Any]) -> Any:
-    """What two slices, first and rest, or the two parts of a split, cut along the last dim."""
+    """The value that two slices (first and rest), or the two parts of a split, cut along the last dim; else None."""
     first, rest = parts
     if first.target is operator.getitem and rest.target is operator.getitem:
         split = first.args[0]
@@ -183,7 +184,7 @@ def _whole_of(parts: list[Any]) -> Any:
 
 
 def _joined_products(softmax: fx.Node) -> fx.Node | None:
-    """The cat of products of one query, scaled alike or not, that a softmax over the same dim is computed from."""
+    """The cat of equally scaled products of one query from which a softmax over the same dim is computed; else None."""
     node: Any = softmax.args[0]
     last = value_of(softmax).dim() - 1
     if int(softmax.args[1]) % (last + 1) != last:  # type: ignore[arg-type]
@@ -201,7 +202,7 @@ def _joined_products(softmax: fx.Node) -> fx.Node | None:
 
 
 def _unscaled(part: Any) -> tuple[Any, Any]:
-    """(product, how it is scaled) of what may be a product times a number."""
+    """(product, its scaling) of a value that may be a product times a number."""
     is_scaled = part.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(part.args[1], int | float)
     return (part.args[0], (part.target, part.args[1])) if is_scaled and not part.kwargs else (part, None)
 
@@ -224,7 +225,7 @@ def _join_products(cat: fx.Node) -> None:
 
 
 def softmax_of_shifted(node: fx.Node) -> Any:
-    """softmax(x - x.amax(dim, keepdim), dim) -> softmax(x, dim), also where x was made smaller meanwhile
+    """softmax(x - x.amax(dim, keepdim), dim) -> softmax(x, dim), also if x was divided before and multiplied after
 
     CogView's PB-relax, https://huggingface.co/papers/2105.13290: softmax((x / a - max(x / a)) * a).
     """
@@ -238,7 +239,7 @@ def softmax_of_shifted(node: fx.Node) -> Any:
 
 
 def _relaxed(node: Any, dim: int) -> Any:
-    """x, where node is (x / a - max(x / a)) * a for a number a of at least one."""
+    """x, if the node is (x / a - max(x / a)) * a for a number a of at least one; else None."""
     if not isinstance(node, fx.Node) or node.target is not aten.mul.Tensor:
         return None
     factor = node.args[1]
@@ -250,7 +251,7 @@ def _relaxed(node: Any, dim: int) -> Any:
 
 
 def _shifted_by_its_max(node: Any, dim: int) -> Any:
-    """x, where node is x - x.amax(dim, keepdim=True) (or x - x.max(dim, keepdim=True)[0])."""
+    """x, if the node is x - x.amax(dim, keepdim=True) or x - x.max(dim, keepdim=True)[0]; else None."""
     if not isinstance(node, fx.Node) or node.target is not aten.sub.Tensor or node.kwargs.get("alpha", 1) != 1:
         return None
     scores: Any
@@ -269,7 +270,7 @@ def _shifted_by_its_max(node: Any, dim: int) -> Any:
     return scores if same_axis and peak.args[0] is scores and argument(peak, "keepdim") else None
 
 
-# What may stand between scores and their softmax, and which operand the scores are.
+# Ops allowed between scores and their softmax, with the position of the scores among their operands.
 BETWEEN_SCORES = {
     **dict.fromkeys((aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor), 0),
     **dict.fromkeys((aten.masked_fill.Scalar, aten.to.dtype), 0),

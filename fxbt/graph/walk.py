@@ -1,6 +1,7 @@
-"""Ways through a graph: what values are computed from, and what is computed from them.
+"""Walks through a graph: from values to what they are computed from, and to what is computed from them.
 
-Loops, not networkx: it walks in 0.6 of their time, but building its graph takes 2.6 walks, and ours change in between.
+These are plain loops because a networkx walk takes 0.6 of their time, but building its graph takes 2.6 walks, and our
+graphs change between walks.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def ancestors(nodes: Iterable[fx.Node], sources: Callable[[fx.Node], list[fx.Node]] = _inputs) -> set[fx.Node]:
-    """The nodes and all that they are computed from; `sources` are those of a node that count.
+    """The nodes and everything they are computed from; `sources` returns the inputs of a node to follow.
 
     Example:
-        >>> sorted(ancestors([mask]))  # in the order of the graph
+        >>> sorted(ancestors([mask]))  # in graph order
     """
     found = set(nodes)
     waiting = list(found)
@@ -43,7 +44,7 @@ def latest_first(node: fx.Node, earliest: fx.Node | None) -> Iterator[fx.Node]:
 
 
 def computed_from(seeds: list[fx.Node], depth: int) -> list[fx.Node]:
-    """What is computed from the seeds in at most `depth` steps, nearest first."""
+    """Everything computed from the seeds in at most `depth` steps, nearest first."""
     found, layer = dict.fromkeys(seeds), seeds
     for _ in range(depth):
         layer = [user for node in layer for user in node.users if user not in found and user.op == "call_function"]

@@ -1,1 +1,1 @@
-"""What a graph calls at run time."""
+"""Kernels: what a graph calls at run time."""

@@ -1,7 +1,7 @@
-"""Attention written out as two batched products around a softmax, its scores in place and as many as a cache holds.
+"""Attention as two batched products around a softmax, with scores in place, in blocks that fit a cache.
 
-softmax(softcap * tanh(scale Q K^T + before ...) + after ...) V: also what SDPA has no argument for, scores under a
-tanh, biases whose order shows, or scores that a number takes the place of. Without gradients.
+softmax(softcap * tanh(scale Q K^T + before ...) + after ...) V, including what SDPA has no argument for: scores under a
+tanh, biases whose order matters, and scores that a number replaces. Without gradients.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (query, key, value, bias, is_causal, scale), as `products` takes them: every kernel that may stand in SDPA's place
+# (query, key, value, bias, is_causal, scale), as `products` takes them: every kernel that can replace SDPA
 Kernel = Callable[..., Tensor]
 
-SCORES = 2**20  # elements at a time: 4 MiB of float32, which the allocator keeps rather than give back
+SCORES = 2**20  # elements at a time: 4 MiB of float32, which the allocator keeps instead of returning
 
 
 class Scores(NamedTuple):
-    """From products to scores; biases are (batch | 1, heads | 1, seq | 1, keys | 1), and added one after the other."""
+    """Turns products into scores; biases are (batch | 1, heads | 1, seq | 1, keys | 1) and added one by one."""
 
     scale: float
     before: tuple[Tensor, ...] = ()
@@ -32,7 +32,7 @@ class Scores(NamedTuple):
 
     @property
     def are_products(self) -> bool:
-        """Whether there is nothing to do but scale."""
+        """Whether scaling is the only step."""
         plain = self.softcap is None and self.kept is None
         return plain and not (self.before or self.after or self.is_causal)
 
@@ -47,7 +47,8 @@ class Scores(NamedTuple):
         return self._replace(before=tuple(map(cut, self.before)), after=tuple(map(cut, self.after)), kept=kept)
 
     def write(self, products: Tensor, first: int) -> None:
-        """Makes scores of scaled products (batch, heads, seq, keys) in place; the first query stands at `first`."""
+        """Turns scaled products (batch, heads, seq, keys) into scores in place; `first` is the first query's
+        position."""
         for bias in self.before:
             products.add_(bias)
         if self.softcap is not None:
@@ -68,7 +69,7 @@ def products(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale Q K^T + bias) V of tensors (batch, heads, seq, head_dim) without gradients; as SDPA.
+    """softmax(scale Q K^T + bias) V of tensors (batch, heads, seq, head_dim), like SDPA but without gradients.
 
     `bias` is (batch | 1, heads | 1, seq | 1, keys | 1), with something above -inf in each row.
 
@@ -89,14 +90,14 @@ def sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's own kernel as a `Kernel`; its bias may be a boolean mask, too."""
+    """torch's own kernel as a `Kernel`; its bias may also be a boolean mask."""
     return F.scaled_dot_product_attention(query, key, value, bias, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """Attention of query (batch, heads, seq, head_dim), key and value (batch, key_heads, keys, dim)."""
     batch, heads, queries, _ = query.shape
-    # On an accelerator there is nothing to be kept in a cache.
+    # An accelerator has no such cache to fit into.
     most = SCORES if query.device.type == "cpu" else batch * heads * queries * key.shape[2]
     sequences = most // max(1, heads * queries * key.shape[2])
     some = _at_once if sequences or not batch else _by_blocks
@@ -114,7 +115,7 @@ def _at_once(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tenso
 
 
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-    """One sequence, some queries at a time; under a causal mask without the keys behind them."""
+    """One sequence, some queries at a time; under a causal mask without the keys after them."""
     transposed, value = _by_head(key).contiguous().transpose(1, 2), _by_head(value).contiguous()
     _, heads, queries, _ = query.shape
     keys = transposed.shape[2]
@@ -133,7 +134,7 @@ def _by_head(x: Tensor) -> Tensor:
 
 
 def _attended(query: Tensor, transposed_key: Tensor, value: Tensor, scores: Scores, first: int = 0) -> Tensor:
-    """Query (batch, heads, seq, head_dim) on key and value (batch * key_heads, ...): heads of a group are its rows."""
+    """Query (batch, heads, seq, head_dim) on key and value (batch * key_heads, ...): heads of a group become rows."""
     batch, heads, queries, head_dim = query.shape
     groups = batch * heads // max(1, len(transposed_key))
     rows = query.reshape(len(transposed_key), groups * queries, head_dim)
@@ -145,7 +146,7 @@ def _attended(query: Tensor, transposed_key: Tensor, value: Tensor, scores: Scor
 
 
 def _later_blocked(scores: Tensor, first: int) -> Tensor:
-    """-inf at keys behind the query, of which the first stands at position `first`."""
+    """-inf at keys after the query; `first` is the first query's position."""
     return scores.new_full(scores.shape[2:], -math.inf).triu_(first + 1)
 
 
@@ -161,11 +162,11 @@ def attention_by_products(
     is_causal: bool = False,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """softmax(softcap * tanh(scale Q K^T + before ...) + after ...) V; without a softcap, no tanh either.
+    """softmax(softcap * tanh(scale Q K^T + before ...) + after ...) V; without a softcap, also no tanh.
 
-    query (batch, heads, seq, head_dim), key and value (batch, key_heads, keys, dim); biases (batch | 1, heads | 1,
-    seq | 1, keys | 1) are added one after the other. Where the boolean `kept`, of such a shape too, is False, the score
-    is zero before `after` is added, which then stands in its place. Without gradients.
+    query is (batch, heads, seq, head_dim), key and value are (batch, key_heads, keys, dim); biases (batch | 1, heads |
+    1, seq | 1, keys | 1) are added one by one. Where the boolean `kept` (of such a shape) is False, the score is set to
+    zero before `after` is added, which so replaces it. Without gradients.
 
     Source: softcapped scores, Gemma team 2024, "Gemma 2", section 2.
 
@@ -173,7 +174,7 @@ def attention_by_products(
 
         >>> fxbt.ops.attention_by_products(q, k, v, [], [mask], scale=0.125 / 50, softcap=50.0)
     """
-    # As its fake says; the next op of a program takes any strides.
+    # Contiguous like its fake; the next op of a program accepts any strides.
     return by_products(query, key, value, before, after, scale, softcap, is_causal, kept).contiguous()
 
 

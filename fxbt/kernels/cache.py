@@ -1,10 +1,11 @@
-"""What is measured or compiled once is kept on disk, in a folder that nobody else can write.
+"""The cache on disk for what is measured or compiled once, in a folder that nobody else can write.
 
-The folder is `FXBT_CACHE_DIR`, else `$XDG_CACHE_HOME/fxbt`, else `~/.cache/fxbt`. A library from there runs as this
-user: as ssh does with keys, a folder or file that another user owns or may write (or could replace, by a parent) is
-neither read nor written. A private folder, removed at exit, takes its place, and one message says so.
+The folder is `FXBT_CACHE_DIR`, else `$XDG_CACHE_HOME/fxbt`, else `~/.cache/fxbt`. A library from there runs with this
+user's rights. So, as ssh does with keys, a folder or file that another user owns or may write (or could replace through
+a parent) is neither read nor written. A private folder, removed at exit, replaces it, and one message says so.
 
-Processes share the folder: files are replaced whole, and what takes long, one process does while others wait (`once`).
+Processes share the folder: files are replaced as a whole, and for slow work one process does it while others wait
+(`once`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import NamedTuple, TypeVar
 
 try:
     import fcntl
-except ImportError:  # Windows: each process works for itself
+except ImportError:  # Windows: each process works on its own
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("fxbt")
@@ -38,48 +39,48 @@ POLL_SECONDS = 0.02
 
 
 class Found(NamedTuple):
-    """A file of the cache: its path, and the bytes that were read from it."""
+    """A file of the cache: its path and its content."""
 
     path: Path
     data: bytes
 
 
 class Distrusted(OSError):
-    """A place where another user may write, or none at all; the text says which, and what to do."""
+    """A place where another user may write, or no place at all; the text says which, and what to do."""
 
 
 def find(name: str, most: int | None = None) -> Found | None:
-    """Reads a file of the cache; None where there is none that only this user (or root) may write.
+    """Reads a file of the cache; None if there is none that only this user (or root) may write.
 
-    One of more than `most` bytes is not read either.
+    Files of more than `most` bytes are not read either.
     """
     for folder in _folders():
         try:
             return Found(folder / name, read(folder / name, most))
         except FileNotFoundError:
             continue
-        except OSError as error:  # made anew by whoever asks
-            logger.info("%s is not read: %s", folder / name, error)
+        except OSError as error:  # whoever asks makes it again
+            logger.info("%s is not used: %s", folder / name, error)
     return None
 
 
 def write(name: str, data: bytes) -> Path:
-    """Writes a file of the cache whole: a reader sees the old one or the new one.
+    """Writes a file of the cache as a whole: a reader sees the old or the new one.
 
     Raises:
-        OSError: nothing can be written.
+        OSError: the file cannot be written.
     """
     return write_to(place(), name, data)
 
 
 def write_to(folder: Path, name: str, data: bytes) -> Path:
-    """Writes a file of any folder whole.
+    """Writes a file of any folder as a whole.
 
     Raises:
-        OSError: nothing can be written.
+        OSError: the file cannot be written.
     """
     path = folder / name
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # of mode 0600
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # with mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -91,13 +92,13 @@ def write_to(folder: Path, name: str, data: bytes) -> Path:
 
 
 def names(prefix: str) -> list[str]:
-    """The files of the cache that are called so, those that were written last first."""
+    """The files of the cache whose names begin so, newest first."""
     found = [path for folder in _folders() for path in folder.glob(f"{prefix}*")]
     return [path.name for path in sorted(found, key=_written_at, reverse=True)]
 
 
 def remove(name: str) -> None:
-    """Removes a file of the cache, if it is there and may be removed."""
+    """Removes a file of the cache, if it exists and may be removed."""
     for folder in _folders():
         with contextlib.suppress(OSError):
             os.unlink(folder / name)
@@ -111,7 +112,7 @@ def _written_at(path: Path) -> float:
 
 
 def place() -> Path:
-    """The folder that is written: the user's cache, else a private one.
+    """The folder to write to: the user's cache, else a private one.
 
     Raises:
         OSError: there is neither.
@@ -122,23 +123,23 @@ def place() -> Path:
             raise Distrusted(f"{folder} cannot be written")
     except OSError as error:
         _say(
-            f"the cache folder is not used: {error}. What is compiled and measured is kept in a private folder until "
-            "this process ends; FXBT_CACHE_DIR names another place"
+            f"the cache folder is not used: {error}. Compiled kernels and measurements are kept in a private folder "
+            "until this process ends; set FXBT_CACHE_DIR to use another folder"
         )
         return _private()
     return folder
 
 
 def once(name: str, known: Callable[[], T | None], make: Callable[[], T | None], seconds: float) -> T | None:
-    """What `known` finds, or else `make` makes, in one process at a time: the others wait and find it.
+    """The result of `known`, or else of `make`, which only one process runs at a time: the others wait and find it.
 
-    None where `make` made nothing, or another process is still at work after so many `seconds`.
+    None if `make` returned None, or another process still works after so many `seconds`.
     """
     end = time.monotonic() + seconds
     while (found := known()) is None:
         with _lock(f"{name}.lock") as is_ours:
             if is_ours:
-                found = known()  # another process may have written it before it let go
+                found = known()  # another process may have written it before releasing the lock
                 return make() if found is None else found
         if time.monotonic() >= end:
             return None
@@ -150,12 +151,12 @@ def once(name: str, known: Callable[[], T | None], make: Callable[[], T | None],
 
 
 def _wanted() -> Path:
-    """Where the user wants the cache, as an absolute path."""
+    """The folder that the user wants as cache, as an absolute path."""
     asked, xdg = os.environ.get("FXBT_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
     try:
         if asked:
             return Path(asked).expanduser().absolute()
-        if xdg and os.path.isabs(xdg):  # others are to be ignored, says the XDG Base Directory Specification
+        if xdg and os.path.isabs(xdg):  # the XDG Base Directory Specification says to ignore relative paths
             return Path(xdg) / "fxbt"
         return Path.home().absolute() / ".cache" / "fxbt"
     except RuntimeError as error:  # a user id without a name, as in containers, and no HOME
@@ -166,7 +167,7 @@ def _shared(may_make: bool = False) -> Path:
     """The user's cache folder, which other processes share.
 
     Raises:
-        OSError: it is not there, or another user may write to it.
+        OSError: it does not exist, or another user may write to it.
     """
     folder = _wanted()
     if may_make and not folder.exists():
@@ -174,30 +175,30 @@ def _shared(may_make: bool = False) -> Path:
         _make(folder)
     _refuse(folder)
     if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "it is no folder", str(folder))
+        raise NotADirectoryError(errno.ENOTDIR, "it is not a folder", str(folder))
     return folder
 
 
 def _make(folder: Path) -> None:
-    """Makes a folder and its parents, of mode 0700 whatever the umask is."""
+    """Creates a folder and its parents with mode 0700, whatever the umask."""
     if not folder.parent.exists():
         _make(folder.parent)
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _folders() -> Iterator[Path]:
-    """Those that are read."""
-    with contextlib.suppress(OSError):  # `place` says why, as soon as there is something to write
+    """The folders to read from."""
+    with contextlib.suppress(OSError):  # `place` says why as soon as there is something to write
         yield _shared()
     if _made_private and _made_private[-1].is_dir():
         yield _made_private[-1]
 
 
-_made_private: list[Path] = []  # by this process, or the one that it was forked from
+_made_private: list[Path] = []  # by this process, or the one it was forked from
 
 
 def _private() -> Path:
-    """A folder of this process alone."""
+    """A folder for this process only."""
     if not (_made_private and _made_private[-1].is_dir()):
         _refuse(Path(tempfile.gettempdir()).absolute(), to_make_in=True)
         _made_private.append(Path(tempfile.mkdtemp(prefix="fxbt-")).absolute())
@@ -206,13 +207,13 @@ def _private() -> Path:
 
 
 def _remove(folder: Path, process: int) -> None:
-    if os.getpid() == process:  # and not a child of it, which ends earlier
+    if os.getpid() == process:  # not a forked child, which ends earlier
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @functools.cache
 def _say(text: str) -> None:
-    """Warns once a process."""
+    """Warns once per process."""
     logger.warning("fxbt: %s", text)
 
 
@@ -224,33 +225,33 @@ def _is_writable(folder: Path) -> bool:
 
 
 def read(path: Path, most: int | None = None, of_anyone: bool = False) -> bytes:
-    """The bytes of a file that only this user or root may write; what is opened is what is looked at.
+    """The bytes of a file that only this user or root may write; the opened file itself is checked.
 
     Args:
-        most: the bytes that it may have.
-        of_anyone: whether others may write it too.
+        most: the largest allowed number of bytes.
+        of_anyone: whether others may also write it.
 
     Raises:
-        OSError: it is no such file, or a symlink.
+        OSError: there is no such file, or it is a symlink.
     """
     no_surprise = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with os.fdopen(os.open(path, os.O_RDONLY | no_surprise), "rb") as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
-            raise Distrusted(f"{path} is no file")
+            raise Distrusted(f"{path} is not a regular file")
         if not of_anyone and (fault := _fault(path, facts)):
             raise Distrusted(fault)
         if most is not None and facts.st_size > most:
-            raise Distrusted(f"{path} has {facts.st_size} bytes")
+            raise Distrusted(f"{path} is too large ({facts.st_size} bytes)")
         return file.read() if most is None else file.read(most)
 
 
 def _refuse(folder: Path, to_make_in: bool = False) -> None:
-    """Raises `Distrusted` if another user could put a file into a folder, or another folder in its place.
+    """Raises `Distrusted` if another user could put a file into a folder, or replace the folder.
 
-    Each folder and symlink on the way to it belongs to this user or root, and no others may write there but as in /tmp,
-    where nobody can move what is not theirs. That is enough of a folder that one is `to_make_in`, too. What is above
-    the home is the system's, as it is for ssh.
+    Each folder and symlink on the way must belong to this user or root, and others must not be able to write there,
+    except as in /tmp, where nobody can move what is not theirs. That exception also suffices for a folder `to_make_in`.
+    As for ssh, everything above the home belongs to the system.
     """
     trusted = _above_home()
     *parents, last = _steps(folder)
@@ -272,24 +273,24 @@ def _fault(path: Path, facts: os.stat_result, may_be_sticky: bool = False) -> st
     if not facts.st_mode & OTHERS_WRITE or may_be_sticky and facts.st_mode & stat.S_ISVTX:
         return None
     mode = stat.S_IMODE(facts.st_mode)
-    return f"other users may write to {path}, of mode {mode:03o} (`chmod go-w {path}`, if what is there is yours)"
+    return f"other users may write to {path}, of mode {mode:03o} (run `chmod go-w {path}` if its content is yours)"
 
 
 def _user() -> int | None:
-    """Whose rights this process has; None on Windows, where files have other owners and modes."""
+    """The user whose rights this process has; None on Windows, where owners and modes differ."""
     return os.geteuid() if hasattr(os, "geteuid") else None
 
 
 def _above_home() -> set[Path]:
     try:
         home = Path.home().absolute()
-    except RuntimeError:  # there is none: nothing is above it
+    except RuntimeError:  # there is no home: nothing is above it
         return set()
     return {*home.parents, *Path(os.path.realpath(home)).parents}
 
 
 def _steps(path: Path) -> Iterator[Path]:
-    """Every folder and symlink that the system passes on its way to a path, and what it ends at."""
+    """Every folder and symlink on the system's way to a path, and its end."""
     here, ahead, followed = Path(path.anchor), list(reversed(path.parts[1:])), 0
     yield here
     while ahead:
@@ -311,9 +312,9 @@ def _steps(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _lock(name: str) -> Iterator[bool]:
-    """Whether this process has a lock now; where there are no locks, or no folder to share, each has its own.
+    """Whether this process now has a lock; without locks, or a shared folder, each process has its own.
 
-    The system takes it from a process that dies. The file goes with the lock; one that is left means nothing.
+    The system releases the lock of a process that dies. The file goes with the lock; a leftover file means nothing.
     """
     path, handle = _open_lock(name)
     if handle is None:
@@ -327,7 +328,7 @@ def _lock(name: str) -> Iterator[bool]:
         if is_ours:
             with contextlib.suppress(OSError):  # somebody emptied the folder
                 os.unlink(path)
-            fcntl.flock(handle, fcntl.LOCK_UN)  # as closing is not enough where a forked child holds it too
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough if a forked child holds it, too
         os.close(handle)
 
 
@@ -354,5 +355,5 @@ def _is_taken(handle: int, path: Path) -> bool:
         return True
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:  # who had it let go, and took the file, since it was opened here
+    except FileNotFoundError:  # its holder released it, and removed the file, after it was opened here
         return False

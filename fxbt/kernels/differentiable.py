@@ -1,7 +1,7 @@
-"""Attention in graphs with gradients: torch's fused kernels have a first derivative only, eager attention has all.
+"""Attention in graphs with gradients: torch's fused kernels have only a first derivative, eager attention has all.
 
-The fused kernel and its backward run as ever. Where a backward is itself recorded (`create_graph=True`), the derivative
-is taken of the formula that the kernel stands for.
+The fused kernel and its backward run as usual. If a backward is itself recorded (`create_graph=True`), the derivative
+is that of the kernel's formula.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def attention_with_gradient(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    """SDPA [batch, heads, tokens, features] for training, differentiable as often as its formula.
+    """SDPA of (batch, heads, seq, head_dim) for training, differentiable as often as its formula.
 
-    torch 2.13's CPU flash kernel has wrong gradients in rows that a mask blocks entirely, so that masks are not its.
-    A fused kernel on another device that drops weights out (`dropout_p`) keeps its one derivative: which weights it
-    dropped, the kernel alone knows.
+    torch 2.13's CPU flash kernel has wrong gradients in rows that a mask blocks entirely, so it is not used with a
+    mask. A fused kernel on another device with dropout (`dropout_p`) keeps its single derivative: only the kernel knows
+    which weights it dropped.
 
     Example:
         >>> attention_with_gradient(*(torch.randn(2, 4, 7, 8, requires_grad=True) for _ in range(3)))
@@ -43,13 +43,14 @@ def attention_with_gradient(
 
 
 def _formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **options: Any) -> Tensor:
-    if mask is not None and mask.dtype is torch.bool:  # the operation takes what SDPA made of it, and would add ones
+    # the operation takes what SDPA makes of a boolean mask; it would add ones
+    if mask is not None and mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
     return aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
 
 
 class _Twice(torch.autograd.Function):
-    """The output of a fused kernel as it is; a backward that is recorded goes past the kernel, through the formula."""
+    """The output of a fused kernel, unchanged; a recorded backward bypasses the kernel and uses the formula."""
 
     @staticmethod
     def forward(
@@ -62,7 +63,7 @@ class _Twice(torch.autograd.Function):
         is_causal: bool,
         options: dict[str, Any],
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value, attn_mask)  # which the kernel keeps too: no memory of its own
+        ctx.save_for_backward(query, key, value, attn_mask)  # the kernel keeps them, too, so this takes no extra memory
         ctx.is_causal, ctx.options = is_causal, options
         return output.view_as(output)
 
@@ -70,7 +71,7 @@ class _Twice(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         if not torch.is_grad_enabled():
             return gradient, *[None] * 6
-        # Each a tensor of its own, as one may be given twice (key and value).
+        # Views are tensors of their own, because one tensor may be passed twice (as key and value).
         operands: list[Any] = [None if saved is None else saved.view_as(saved) for saved in ctx.saved_tensors]
         output = _formula(*operands[:3], operands[3], 0.0, ctx.is_causal, **ctx.options)
         wanted = [i for i in range(4) if ctx.needs_input_grad[i + 1]]

@@ -1,9 +1,9 @@
-"""Keys and values that grow at their end: appended in memory with room, where nobody can tell it from a new tensor.
+"""Keys and values that grow at their end: appended in place to a buffer with room, if nobody can notice.
 
-`torch.cat` copies a whole cache for each token. Here what grows is a view of a buffer twice its length, and the next
-token goes into the room behind it: the next view is longer, of the same memory. A caller who still holds the last view
-could see a write to one in the other, so that this is done only for a tensor that its cache alone refers to, and whose
-memory no other tensor shares; everyone else gets new memory, as from `torch.cat`.
+`torch.cat` copies a whole cache for each token. Here, a growing tensor is a view of a buffer twice its length, and the
+next token is written behind it: the next view is longer, on the same memory. A caller that still holds the last view
+could see writes through the other, so this is done only for a tensor that nothing but its cache refers to, and whose
+memory no other tensor shares. All others get new memory, as from `torch.cat`.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _here = threading.local()
 
 @dataclass(frozen=True)
 class _Room:
-    """The buffer that a tensor is the beginning of, and how that tensor looked when it was made."""
+    """The buffer whose beginning a tensor is, and the tensor's form when it was made."""
 
     buffer: Tensor
     form: tuple[object, ...]
-    owner: object = None  # what the caller's block is for
+    owner: object = None  # the `owner` of the caller's block
 
 
 class _Key(weakref.ref[Tensor]):
-    """A reference to a tensor that knows the tensor's id."""
+    """A weak reference to a tensor that knows the tensor's id."""
 
     __slots__ = ("key",)
     key: int
 
 
-_ROOMS: dict[int, tuple[_Key, _Room]] = {}  # by the id of the tensor that is all that is used of a buffer
+_ROOMS: dict[int, tuple[_Key, _Room]] = {}  # by the id of the tensor that is the used part of a buffer
 
 
 def _forget(reference: weakref.ref[Tensor]) -> None:
@@ -62,9 +62,9 @@ def _form(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _references() -> int:
-    """What `sys.getrefcount` says in `owned` of a tensor that a call and one object hold."""
+    """The result of `sys.getrefcount` in `owned` for a tensor that a call and one object hold."""
     held = torch.empty(1)
-    return _count((held, held), 1) - 1  # the name here stands for the object
+    return _count((held, held), 1) - 1  # the name `held` stands for the object
 
 
 def _count(tensors: Sequence[Tensor], place: int) -> int:
@@ -76,7 +76,7 @@ def _held_by(room: _Room) -> int:
 
 
 def _uses() -> tuple[int, int]:
-    """How many uses the memory of a buffer, and the buffer, have while one view of it is all there is."""
+    """The numbers of uses of a buffer's memory and of the buffer while only one view of it exists."""
     view = torch.empty(2)[:1]
     room = _Room(view._base, ())  # type: ignore[arg-type]
     return storage_uses(view.untyped_storage()), _held_by(room)
@@ -87,13 +87,13 @@ _SHARED_ONCE, _HELD_BY_ROOM = _uses()
 
 
 def bytes_held(owner: object) -> int:
-    """The memory of all buffers in use that were made, or went on, in blocks for this owner."""
+    """The bytes of all buffers in use that were made or lengthened in blocks of this owner."""
     return sum(room.buffer.nbytes for _, room in list(_ROOMS.values()) if room.owner is owner)
 
 
 @contextlib.contextmanager
 def owned(tensors: Sequence[Tensor], places: Sequence[int], owner: object = None) -> Iterator[None]:
-    """Runs a block whose calls of `append` may make a tensor longer in place: those at `places` that one object holds.
+    """Runs a block whose calls of `append` may lengthen in place the tensors at `places` that a single object holds.
 
     Example:
         >>> with owned(call.tensors, (2, 3)):
@@ -108,7 +108,7 @@ def owned(tensors: Sequence[Tensor], places: Sequence[int], owner: object = None
 
 
 def append(past: Tensor, new: Tensor, dim: int) -> Tensor:
-    """`torch.cat([past, new], dim)`, of the same values; shapes (..., length, ...) and (..., count, ...)."""
+    """`torch.cat([past, new], dim)` with the same values; shapes (..., length, ...) and (..., count, ...)."""
     alone = getattr(_here, "alone", None)
     is_plain = past.dtype is new.dtype and past.ndim == new.ndim and past.device == new.device
     if not alone or id(past) not in alone or not is_plain:
@@ -131,7 +131,7 @@ def _buffer(past: Tensor, length: int, dim: int) -> Tensor:
 
 
 def _room_behind(past: Tensor, length: int, dim: int) -> Tensor | None:
-    """The buffer whose used part is `past`, which nothing else shows, if it is long enough; taken by this call."""
+    """The buffer whose used part is `past`, if it is long enough and nothing else shows it; this call then owns it."""
     found = _ROOMS.pop(id(past), None)
     if found is None or found[0]() is not past:
         return None

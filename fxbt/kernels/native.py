@@ -1,10 +1,10 @@
-"""Float32 kernels of our own for linears and attention on a CPU (native.c), compiled by the machine's C compiler.
+"""Our own float32 CPU kernels for linears and attention (native.c), compiled by the machine's C compiler.
 
-torch's kernels for linears spend 10 us a call around a product and, below some hundred rows, half of the processor's
-speed in it; that for attention multiplies blocks that are too small. Wheels hold the compiled file; what was compiled
-here is kept on disk (`cache`), each with its digest. Where there is neither such a file nor a compiler (`toolchain`),
-or what it made is not right, `library()` is None and those kernels stay; `obstacle()` says why. `FXBT_NATIVE=0` is such
-a reason too.
+torch's kernels for linears spend 10 us per call around a product and reach only half of the processor's speed below
+some hundred rows; its kernel for attention multiplies blocks that are too small. Wheels contain the compiled file; a
+file compiled here is kept on disk (`cache`), each with its digest. If there is neither such a file nor a compiler
+(`toolchain`), or the result is wrong, `library()` is None and torch's kernels stay; `obstacle()` says why.
+`FXBT_NATIVE=0` also disables them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .toolchain import NoKernel
 
 logger = logging.getLogger("fxbt")
 
-PREBUILT = Path(__file__).parent  # where a wheel has the kernels
+PREBUILT = Path(__file__).parent  # the place of the kernels in a wheel
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in the order of native.c, by their names in oneDNN
     "": torch.clone,
     "relu": F.relu,
@@ -38,7 +38,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in the order of native
     "swish": F.silu,
 }
 
-# The types of what native.c is called with.
+# Argument types of the functions in native.c.
 LINEAR = struct.Struct("@8P3qf2i")
 ATTENTION = struct.Struct("@6P23qf2i")
 STEP = struct.Struct("@17qfi")
@@ -48,9 +48,9 @@ CHAIN = struct.Struct("@2P5q")
 class Linear:
     """A linear on a weight [n, k]: (x, packed, bias, residual) -> activation(x W^T + bias + residual).
 
-    x is (..., k), bias (n) or None, residual (..., n) or None, the activation a place in `ACTIVATIONS`. With an
-    `epsilon`, the result's layer norm by two more arguments, gamma (n) or None and beta (n) or None; both, the result
-    and its norm, if it `keeps_sum`. All are float32 on the CPU.
+    x is (..., k), bias (n) or None, residual (..., n) or None; the activation is an index into `ACTIVATIONS`. With an
+    `epsilon`, it returns the layer norm of the result, using two more arguments, gamma (n) or None and beta (n) or
+    None; with `keeps_sum`, both the result and its norm. All tensors are float32 on the CPU.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Linear:
     ):
         self._call = call
         self.n, self.k, self.activation, self.epsilon, self.keeps_sum = n, k, activation, epsilon, keeps_sum
-        self.__name__ = "native"  # fx names nodes by it
+        self.__name__ = "native"  # fx names nodes after it
 
     def __call__(
         self,
@@ -72,7 +72,7 @@ class Linear:
         n, k = self.n, self.k
         x, bias, residual, gamma, beta = map(_dense, (x, bias, residual, gamma, beta))
         y = x.new_empty((*x.shape[:-1], n)) if residual is None else torch.empty_like(residual)
-        if x.shape[-1] != k or x.numel() * n != y.numel() * k:  # the kernel would read past the end
+        if x.shape[-1] != k or x.numel() * n != y.numel() * k:  # otherwise the kernel would read past the end
             raise ValueError(f"x {tuple(x.shape)} W^T + {tuple(y.shape)}, where W is {(n, k)}")
         normed = None if self.epsilon is None else torch.empty_like(y) if self.keeps_sum else y
         self._call(
@@ -86,14 +86,14 @@ class Linear:
 
 
 class Library:
-    """The compiled kernels, as they lie at a `path`."""
+    """The compiled kernels in the file `path`."""
 
     def __init__(self, path: Path):
         try:
-            # OpenMP's functions are not linked in: those that torch has loaded are taken, so that threads are shared
+            # OpenMP is not linked in: the symbols that torch has loaded are used, so that threads are shared
             library = ctypes.CDLL(str(path))
         except OSError as error:
-            raise NoKernel(f"what was compiled cannot be loaded: {error}{_noexec_hint(path)}") from error
+            raise NoKernel(f"the compiled kernels cannot be loaded: {error}{_noexec_hint(path)}") from error
         self.path = path
         self._linear, self._attention, self._chain = library.fxbt_linear, library.fxbt_attention, library.fxbt_chain
         self._linear.restype = None
@@ -103,7 +103,7 @@ class Library:
         self._depth: int = library.fxbt_depth()
 
     def pack(self, weight: Tensor) -> Tensor:
-        """[n, k] as the kernel reads it: for each part of its columns, panels of rows; the last one is filled up."""
+        """A weight [n, k] as the kernel reads it: per part of its columns, panels of rows, the last one zero-padded."""
         panels = F.pad(weight, (0, 0, 0, -len(weight) % self._panel)).unflatten(0, (-1, self._panel))
         return torch.cat([part.transpose(1, 2).flatten() for part in panels.split(self._depth, 2)])
 
@@ -124,16 +124,16 @@ class Library:
         bounds: Tensor | None = None,
         longest: int = 0,
     ) -> Tensor:
-        """softmax(scale Q K^T + bias) V of tensors (batch, heads, seq, head_dim) in float32 on the CPU; as SDPA.
+        """softmax(scale Q K^T + bias) V of float32 CPU tensors (batch, heads, seq, head_dim), like SDPA.
 
-        `bias` is (batch | 1, heads | 1, seq | 1, keys | 1); a query that it blocks all keys of gets zeros. Query heads
-        may be a multiple of key heads. With `bounds` (int32) and no bias, packed tensors (1, heads, tokens, head_dim):
-        the tokens from each bound to the next, `longest` at most, see each other. The result is contiguous as (batch,
-        seq, heads, head_dim).
+        `bias` is (batch | 1, heads | 1, seq | 1, keys | 1); a query with all keys blocked gets zeros. The number of
+        query heads may be a multiple of the number of key heads. With `bounds` (int32) and no bias, the tensors are
+        packed (1, heads, tokens, head_dim): tokens between two bounds, at most `longest`, see each other. The result
+        is contiguous as (batch, seq, heads, head_dim).
 
         Raises:
-            ValueError: shapes that do not fit.
-            MemoryError: no memory for a head's keys, values and scores.
+            ValueError: the shapes do not fit.
+            MemoryError: there is no memory for a head's keys, values and scores.
         """
         of_query, of_key, of_value = query.stride(), key.stride(), value.stride()
         if not of_query[3] == of_key[3] == of_value[3] == 1:
@@ -155,10 +155,10 @@ class Library:
     def attention_of(
         self, heads: tuple[int, int, int], starts: tuple[int, int, int], head_dim: int
     ) -> Callable[..., Tensor]:
-        """`attention` of a projection: (projection, bias, is_causal, scale, bounds, longest) -> the heads' results.
+        """`attention` on a projection: (projection, bias, is_causal, scale, bounds, longest) -> the heads' results.
 
-        `projection` is (batch, seq, all heads * head_dim), of which queries, keys and values are so many `heads` from
-        these `starts` on; the result is (batch, seq, query heads * head_dim).
+        `projection` is (batch, seq, all heads * head_dim); queries, keys and values are `heads` of its heads, from
+        these `starts` on. The result is (batch, seq, query heads * head_dim).
         """
         query_heads, key_heads, value_heads = heads
         if key_heads != value_heads or query_heads % key_heads:
@@ -193,10 +193,10 @@ class Library:
         bounds: Tensor | None,
         sizes: Sequence[int],
     ) -> None:
-        """Runs kernels one after the other: `steps` are so many `STEP`s, `given` the addresses that these refer to.
+        """Runs kernels one by one: `steps` are packed `STEP`s, `given` the addresses that they refer to.
 
-        `sizes` are the rows of all values, the sequences in them, and the tokens of each or, with `bounds`, of the
-        longest.
+        `sizes` are the rows of all values, the number of sequences, and the tokens of each (with `bounds`, of the
+        longest).
         """
         count = len(steps) // STEP.size
         call = CHAIN.pack(block.data_ptr(), _address(bounds), count, *sizes, torch.get_num_threads())
@@ -214,7 +214,7 @@ class Library:
         bounds: Tensor | None = None,
         longest: int = 0,
     ) -> None:
-        """Calls the kernel for query, key, value and output, whose `strides` are from sequence, head and token on."""
+        """Calls the kernel for query, key, value and output; `strides` are those of sequence, head and token."""
         batch, heads, key_heads, queries, keys, head_dim, value_dim = sizes
         each = [stride for of in strides for stride in of[:3]]
         if bounds is not None:
@@ -236,17 +236,17 @@ class Library:
 
 
 def is_bias_of(bias: Tensor, scores: tuple[int, int, int, int]) -> bool:
-    """Whether each axis of a bias is that of the scores (batch, heads, queries, keys), or of size 1."""
+    """Whether each axis of a bias has the size of the scores (batch, heads, queries, keys), or size 1."""
     return all(n in (1, size) for n, size in zip(bias.shape, scores, strict=True))
 
 
 def strides_of(bias: Tensor) -> list[int]:
-    """Floats from one to the next on each axis, 0 where one is read for all."""
+    """The stride of each axis in floats, 0 where one value serves all."""
     return [0 if n == 1 else along for n, along in zip(bias.shape, bias.stride(), strict=True)]
 
 
 def scale_of(scale: float | None, head_dim: int) -> float:
-    """What SDPA multiplies scores with."""
+    """The factor by which SDPA multiplies scores."""
     return 1 / math.sqrt(head_dim) if scale is None else scale
 
 
@@ -259,23 +259,24 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def library() -> Library | None:
-    """The kernels, compiled and tried; None where there are none."""
+    """The kernels, compiled and tested; None if they are not available."""
     found = _library()
     return found if isinstance(found, Library) else None
 
 
 def obstacle() -> str | None:
-    """Why there are none."""
+    """Why the kernels are not available; None if they are."""
     found = _library()
     return found if isinstance(found, str) else None
 
 
 def comes_first() -> bool:
-    """Whether they are taken where nothing is measured: on AVX2, the only place where they have been timed.
+    """Whether to use the kernels where nothing is measured: on processors with instructions they have been timed on.
 
-    Linears took 0.6 to 1.0 there of the best other kernel's time (benchmarks/results/kernels_avx2.txt).
+    On AVX2 (Zen 3) linear layers took 0.6 to 1.0 of the best other kernel's time, attention 0.8 to 1.25; on AVX-512
+    (Zen 5) 0.7 to 1.05 from 4 rows on, and 0.45 to 0.9 from 64 tokens on (`shipped.json`).
     """
-    return torch.backends.cpu.get_cpu_capability() == "AVX2" and library() is not None
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and library() is not None
 
 
 @functools.cache
@@ -283,27 +284,27 @@ def _library() -> Library | str:
     try:
         return _made()
     except NoKernel as error:
-        logger.info("linears and attention run by torch's kernels only: %s", error)
+        logger.info("linears and attention use torch's kernels only: %s", error)
         return str(error)
 
 
 def _made() -> Library:
-    """The kernels from the package or the cache, else compiled now, for this machine and source."""
+    """The kernels for this machine and source: from the package or the cache, else compiled now."""
     path, is_new = compile_ahead().result()
     try:
         return _tried(path)
     except NoKernel as error:
         if is_new:
             raise
-        logger.info("compiled anew, as %s does not do: %s", path, error)
+        logger.info("compiled again, because %s does not work: %s", path, error)
     return _tried(_compiled(*_wanted())[0])
 
 
 @functools.cache
 def compile_ahead() -> Future[tuple[Path, bool]]:
-    """Starts the compiler if the kernels are not there: it takes a second, which tracing a model leaves one core for.
+    """Starts the compiler if the kernels are missing: it takes a second, while tracing a model leaves one core idle.
 
-    The result, or its `NoKernel`, is the file of the kernels and whether it has just been compiled.
+    The result (or its `NoKernel`) is the file of the kernels, and whether it was just compiled.
     """
     thread = ThreadPoolExecutor(1)
     try:
@@ -312,19 +313,19 @@ def compile_ahead() -> Future[tuple[Path, bool]]:
         thread.shutdown(wait=False)
 
 
-if hasattr(os, "register_at_fork"):  # the thread does not come along
+if hasattr(os, "register_at_fork"):  # a forked child does not have the thread
     os.register_at_fork(after_in_child=compile_ahead.cache_clear)
 
 
 def _found_or_compiled() -> tuple[Path, bool]:
-    """One process compiles, and those that want the same meanwhile wait for it."""
+    """One process compiles; others that need the same file wait for it."""
     if path := _prebuilt():
         return path, False
     compiler, flags, name = _wanted()
     shared = cache.once(
         "compiling", lambda: _kept(name), lambda: _compiled(compiler, flags, name), toolchain.COMPILE_SECONDS
     )
-    return shared or _compiled(compiler, flags, name)  # rather than wait any longer
+    return shared or _compiled(compiler, flags, name)  # compile here rather than wait any longer
 
 
 def _flags() -> tuple[str, ...]:
@@ -340,19 +341,19 @@ def _wanted() -> tuple[str, tuple[str, ...], str]:
 
 
 def _prebuilt() -> Path | None:
-    """What a wheel brought for this machine and this very source."""
+    """The file from a wheel for this machine and this exact source; None if there is none."""
     path = PREBUILT / toolchain.name_of(*_flags())
     try:
         is_whole = toolchain.digest_of(path.read_bytes()) == _digest_file(path).read_text()
-    except OSError:  # a wheel that was built without a compiler, or a checkout: it is not there
+    except OSError:  # a checkout, or a wheel built without a compiler
         return None
     if not is_whole:
-        logger.warning("fxbt: %s is not as it was built, and not used: install fxbt anew", path)
+        logger.warning("fxbt: %s is damaged and not used; reinstall fxbt", path)
     return path if is_whole else None
 
 
 def _kept(name: str) -> tuple[Path, bool] | None:
-    """What was compiled before, if it is whole: then it is loaded by its path, as nobody else can write there."""
+    """The file compiled earlier, if it is whole; loading it by path is safe because nobody else can write there."""
     library, digest = cache.find(name), cache.find(_digest_file(Path(name)).name)
     is_whole = library and digest and toolchain.digest_of(library.data).encode() == digest.data
     return (library.path, False) if library and is_whole else None
@@ -364,7 +365,7 @@ def _compiled(compiler: str, flags: tuple[str, ...], name: str) -> tuple[Path, b
         path = cache.write(name, data)
         cache.write(_digest_file(Path(name)).name, toolchain.digest_of(data).encode())
     except OSError as error:
-        raise NoKernel(f"what is compiled cannot be kept: {error}") from error
+        raise NoKernel(f"the compiled kernels cannot be saved: {error}") from error
     return path, True
 
 
@@ -373,12 +374,12 @@ def _digest_file(library: Path) -> Path:
 
 
 def _noexec_hint(path: Path) -> str:
-    """What helps on a file system that lets nothing run."""
+    """A hint for a file system mounted noexec; "" for others."""
     try:
         forbids = bool(os.statvfs(path).f_flag & os.ST_NOEXEC)
     except (AttributeError, OSError):  # Windows, or the file is gone
         return ""
-    return f" ({path.parent} is mounted noexec: FXBT_CACHE_DIR names another place)" if forbids else ""
+    return f" ({path.parent} is mounted noexec; set FXBT_CACHE_DIR to another folder)" if forbids else ""
 
 
 def _tried(path: Path) -> Library:
@@ -406,5 +407,5 @@ def _tried(path: Path) -> Library:
 
 def _check(found: Tensor, exact: Tensor) -> None:
     gap = float((found - exact).abs().max())
-    if not gap <= 1e-4:  # what is around 1, of 1700 products, is off by 2e-6
-        raise NoKernel(f"what was compiled is off by {gap:.1e}")
+    if not gap <= 1e-4:  # values around 1, sums of 1700 products, differ by 2e-6
+        raise NoKernel(f"the compiled kernels give values that differ by {gap:.1e}")

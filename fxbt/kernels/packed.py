@@ -1,8 +1,8 @@
-"""Computing on valid tokens alone: plain functions that a graph without padding calls.
+"""Computing on valid tokens only: plain functions that an unpadded graph calls.
 
 A packed tensor holds the T valid tokens of a (batch, length) mask, rows of equal length side by side. It has the rank
-and dims of the dense tensor it stands for, with its batch dim of size 1 and its token dim of size T (a dim that
-merges both has size T). `Tokens` says where they come from; it is made once a call.
+and dims of the dense tensor it replaces, with batch dim 1 and token dim T (a dim that merges both has size T). `Tokens`
+says where the tokens come from; it is made once per call.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from torch import Tensor
 from ..torch_compat import varlen_attention as varlen_attention_by_torch
 from .attention_products import Kernel, by_products, sdpa
 
-SMALLEST_BUCKET = 32  # tokens: below, calls are bound by the launch of kernels
-EXACT = 2**20  # float32 and int32 hold sums of whole numbers up to that as they are
-BOUND = 1e4  # a bias or a score of an attention is smaller than that; what blocks a key is far larger
+SMALLEST_BUCKET = 32  # tokens; smaller calls are bound by kernel launches
+EXACT = 2**20  # float32 and int32 hold sums of integers up to this exactly
+BOUND = 1e4  # biases and scores of an attention are smaller; what blocks a key is far larger
 
 
 @dataclass(frozen=True)
 class Group:
-    """`count` sequences of equal `length`, side by side from token `start` on."""
+    """`count` sequences of equal `length`, side by side, from token `start` on."""
 
     start: int
     count: int
     length: int
     rows: Tensor  # [count], their rows in the batch
-    positions: Tensor  # [count, length], where their tokens stand in the row
-    offset: int | None  # the position at which all of them begin, where their tokens are contiguous
+    positions: Tensor  # [count, length], the positions of their tokens in the row
+    offset: int | None  # the position where all of them begin, if their tokens are contiguous
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Where packed tokens stand in the dense batch.
+    """The places of packed tokens in the dense batch.
 
-    `flat[t] = rows[t] * length + positions[t]`; `spans[row]` is (first token, number of tokens). `bounds` is where each
-    sequence begins, and the last ends: for kernels that take all at once. On CUDA there are no spans and groups, and
-    behind the tokens may stand copies of the batch's first one, in sequences of their own, which nothing is made of:
-    `targets` is `flat`, and batch * length for them.
+    `flat[t] = rows[t] * length + positions[t]`; `spans[row]` is (first token, number of tokens). `bounds` says where
+    each sequence begins and the last one ends, for kernels that take all sequences at once. On CUDA there are no spans
+    and groups. There, copies of the batch's first token may follow the tokens, in sequences of their own whose results
+    are not used: `targets` equals `flat`, but is batch * length for these copies.
     """
 
     batch: int
@@ -60,7 +60,7 @@ class Tokens:
 
     @classmethod
     def of(cls, mask: Tensor) -> Tokens:
-        """The tokens at which `mask` (batch, length) is not zero, shortest sequences first.
+        """The tokens where `mask` (batch, length) is nonzero, shortest sequences first.
 
         Example::
 
@@ -86,7 +86,7 @@ class Tokens:
 
     @classmethod
     def on_device(cls, mask: Tensor, size: int, most_filled: int = 0) -> Tokens:
-        """The same for kernels that take all sequences at once, row by row, without waiting for the device.
+        """The same, row by row and without waiting for the device, for kernels that take all sequences at once.
 
         Args:
             mask: [batch, length], with at most `size` tokens and at least `size - most_filled`.
@@ -111,7 +111,7 @@ class Tokens:
 
 
 def bucket(count: int, most: int) -> int:
-    """The number of tokens that `count` tokens are computed as, at most `most`: within an eighth, and 8 to an octave.
+    """The bucket for `count` tokens, at most `most`: buckets are within an eighth, eight per factor of two.
 
     Example::
 
@@ -123,7 +123,7 @@ def bucket(count: int, most: int) -> int:
 
 
 def bucket_step(size: int) -> int:
-    """How far apart the buckets around a number of tokens are."""
+    """The distance between the buckets around a number of tokens."""
     return max(SMALLEST_BUCKET, 1 << max(0, size.bit_length() - 4))
 
 
@@ -139,7 +139,7 @@ def _groups(counts: list[int], order: Tensor, positions: Tensor) -> list[Group]:
 
 
 def _offset(positions: Tensor) -> int | None:
-    """Where every row begins, if all begin at one place and have no gap."""
+    """The position where all rows begin, if it is the same and they have no gap; else None."""
     first, last = positions[0, 0].item(), positions[0, -1].item()
     same = bool((positions == positions[0]).all())
     return int(first) if same and last - first == positions.shape[1] - 1 else None
@@ -148,8 +148,8 @@ def _offset(positions: Tensor) -> int | None:
 def gather(x: Tensor, tokens: Tokens, batch: int | None, token: int, rank: int) -> Tensor:
     """A dense tensor at the valid tokens, as an operand of a packed tensor of that rank.
 
-    `batch` and `token` are the dims (of `rank`) of the whole batch and length; no batch where `x` is the same for all
-    rows, and one dim for both where they are merged, batch first.
+    `batch` and `token` are the dims (of `rank`) of batch and length; `batch` is None if `x` is the same for all rows,
+    and both are equal if one dim merges them, batch first.
     """
     x = x[(None,) * (rank - x.dim())]
     if batch is None:
@@ -161,16 +161,16 @@ def gather(x: Tensor, tokens: Tokens, batch: int | None, token: int, rank: int) 
 
 
 def gather_rows(x: Tensor, tokens: Tokens, batch: int, token: int, rank: int) -> Tensor:
-    """What is one value a sequence (size 1 in the token dim), at every valid token."""
+    """A value per sequence (size 1 in the token dim), repeated at every valid token."""
     x = x[(None,) * (rank - x.dim())]
     return x.index_select(batch, tokens.rows).transpose(batch, token)
 
 
 def unpack(x: Tensor, tokens: Tokens, batch: int, token: int, fill: float = 0) -> Tensor:
-    """A packed tensor in its dense shape, `fill` at padded positions."""
+    """A packed tensor in its dense shape, with `fill` at padding."""
     values = x.movedim(token, 0) if batch == token else x.movedim((batch, token), (0, 1))[0]
     positions = tokens.batch * tokens.length
-    is_filled = tokens.targets is not tokens.flat  # by what belongs nowhere, and goes to one more position
+    is_filled = tokens.targets is not tokens.flat  # by copies, which are written to one extra position
     dense = values.new_full((positions + is_filled, *values.shape[1:]), fill)
     dense.index_copy_(0, tokens.targets, values)
     dense = dense[:positions] if is_filled else dense
@@ -180,7 +180,7 @@ def unpack(x: Tensor, tokens: Tokens, batch: int, token: int, fill: float = 0) -
 
 
 def blocks(bias: Tensor, tokens: Tokens) -> list[Tensor]:
-    """The part of a dense attention bias or mask [b|1, h|1, q|1, k|1] that each group of sequences sees."""
+    """The part of a dense attention bias or mask [b|1, h|1, q|1, k|1] that each group of sequences uses."""
     bias = bias[(None,) * (4 - bias.dim())]
     return [_block(bias, group) for group in tokens.groups]
 
@@ -213,9 +213,9 @@ def attention(
     enable_gqa: bool = False,
     attend: Kernel = sdpa,
 ) -> Tensor:
-    """Self-attention of packed [1, heads, T, dim] tensors: every token sees the tokens of its own sequence.
+    """Self-attention on packed (1, heads, T, dim) tensors: every token sees the tokens of its own sequence.
 
-    With `enable_gqa`, groups of query heads see the same keys, by torch's kernel.
+    With `enable_gqa`, groups of query heads share keys, using torch's kernel.
     """
     attend = functools.partial(sdpa, enable_gqa=True) if enable_gqa else attend
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
@@ -258,7 +258,7 @@ def varlen_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`attention` by one kernel for sequences of all lengths: on CUDA, in half precision, without a bias."""
+    """`attention` with one kernel for sequences of all lengths: on CUDA, in half precision, without a bias."""
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     bounds, longest = tokens.bounds, tokens.longest
     window = (-1, 0 if is_causal else -1)
@@ -294,7 +294,7 @@ def cross_attention(
 
 
 def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
-    """[1, heads, T, dim] -> a view [count, heads, length, dim]."""
+    """(1, heads, T, dim) -> a view (count, heads, length, dim)."""
     _, heads, _, dim = x.shape
     _, per_head, per_token, per_dim = x.stride()
     strides = (length * per_token, per_head, per_token, per_dim)
@@ -315,17 +315,17 @@ COMPARISONS: dict[str, Callable[..., Tensor]] = {
 
 
 def is_zero_or_one(mask: Tensor) -> Tensor:
-    """Whether a mask holds nothing but 0 and 1."""
+    """Whether a mask contains only 0 and 1."""
     return ((mask == 0) | (mask == 1)).all()
 
 
 def is_exact(lengths: Tensor) -> Tensor:
-    """Whether all lengths are so small that every type computes the same with them."""
+    """Whether all lengths are small enough to be exact in every dtype."""
     return (lengths.long().abs() <= EXACT).all()
 
 
 def has_tokens_of(mask: Tensor, lengths: Tensor) -> Tensor:
-    """Whether every row has the tokens that lengths say: numbers of tokens, or parts of all where none is above 1."""
+    """Whether every row has as many tokens as its length says; lengths up to 1 are fractions of the row."""
     said = lengths.flatten().to(torch.float64)
     if lengths.is_floating_point():
         said = torch.where((said <= 1).all(), (said * mask.shape[1]).floor(), said)
@@ -338,17 +338,17 @@ def is_valid_between(mask: Tensor, start: int, end: int | None) -> Tensor:
 
 
 def is_valid_at(mask: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Whether no padding is read at these rows and positions."""
+    """Whether there is no padding at these rows and positions."""
     return mask.bool()[rows, positions].all()
 
 
 def is_padded_right(mask: Tensor) -> Tensor:
-    """Whether padding stands behind the tokens in every row."""
+    """Whether padding comes after the tokens in every row."""
     return (mask[:, 1:].bool() <= mask[:, :-1].bool()).all()
 
 
 def is_bounded(largest: Tensor) -> Tensor:
-    """Whether the largest of what a mask adds is no mask itself."""
+    """Whether the largest bias that a mask adds cannot itself mask."""
     return largest <= BOUND
 
 
@@ -358,5 +358,5 @@ def has_no_empty_row(mask: Tensor) -> Tensor:
 
 
 def has_keys_for_queries(mask: Tensor, key_mask: Tensor) -> Tensor:
-    """Whether every row that has queries has keys too."""
+    """Whether every row with queries also has keys."""
     return (mask.bool().any(1) <= key_mask.bool().any(1)).all()

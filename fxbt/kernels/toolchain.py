@@ -1,6 +1,6 @@
-"""How native.c becomes a library: the compiler, its flags and the file's name, at first use and for wheels (setup.py).
+"""Compiles native.c: the compiler, its flags and the file's name, at first use and for wheels (setup.py).
 
-It imports nothing but Python's own: where a wheel is built there is no torch.
+It imports only the standard library, because torch is missing where a wheel is built.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
-OF_CAPABILITY = {  # rather than -march=native: the same file serves every machine that torch runs this code on
+OF_CAPABILITY = {  # not -march=native: one file serves every machine on which torch reports this capability
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
 }
@@ -22,7 +22,7 @@ COMPILE_SECONDS = 60
 
 
 class NoKernel(Exception):
-    """Why the kernels cannot be had here."""
+    """Why the kernels are not available here."""
 
 
 def compiler() -> str:
@@ -38,38 +38,38 @@ def compiler() -> str:
 
 
 def flags_for(capability: str) -> tuple[str, ...]:
-    """What a compiler is given for a processor, by torch's name for what it can do.
+    """The compiler flags for a processor, by torch's name for its capability.
 
     Raises:
         NoKernel: native.c has no code for it.
     """
     if capability not in OF_CAPABILITY:
-        raise NoKernel(f"it needs a CPU with AVX2 or AVX-512, torch reports {capability}")
+        raise NoKernel(f"the kernels need a CPU with AVX2 or AVX-512, but torch reports {capability}")
     return (*FLAGS, *OF_CAPABILITY[capability])
 
 
 def name_of(*made_by: str) -> str:
-    """The library's name, another one for each source and whatever else it is made by: a stale one is not found.
+    """The library's file name. It contains a hash of the source and `made_by`, so that a stale file is not found.
 
     Raises:
         NoKernel: native.c cannot be read.
     """
     try:
         made_of = "\n".join((*made_by, SOURCE.read_text()))
-    except OSError as error:  # an application that was frozen without it
-        raise NoKernel(f"their source cannot be read: {error}") from error
+    except OSError as error:  # a frozen application without the source
+        raise NoKernel(f"the kernels' source cannot be read: {error}") from error
     return f"native-{digest_of(made_of.encode())[:16]}.so"
 
 
 def digest_of(data: bytes) -> str:
-    """SHA-256, as it is kept beside a library."""
+    """SHA-256, as stored beside a library."""
     return hashlib.sha256(data).hexdigest()
 
 
 def compiled(compiler: str, flags: tuple[str, ...], folder: Path) -> bytes:
-    """The library, made in a folder of its own below `folder`.
+    """The bytes of the library, compiled in a temporary folder inside `folder`.
 
-    Two steps, as linking with -fopenmp would bring in a second OpenMP.
+    Compiling and linking are separate steps, because linking with -fopenmp would add a second OpenMP.
 
     Raises:
         NoKernel: the compiler fails, or the folder cannot be written.
@@ -81,7 +81,7 @@ def compiled(compiler: str, flags: tuple[str, ...], folder: Path) -> bytes:
             _run(compiler, "-shared", str(half), "-o", str(whole), "-lm")
             return whole.read_bytes()
     except OSError as error:
-        raise NoKernel(f"it cannot be compiled in {folder}: {error}") from error
+        raise NoKernel(f"the kernels cannot be compiled in {folder}: {error}") from error
 
 
 def _run(*command: str) -> None:

@@ -1,1 +1,1 @@
-"""A rewritten graph becomes a callable."""
+"""Lowering: turns a rewritten graph into a callable."""

@@ -1,4 +1,4 @@
-"""The constants on whose content the proofs of a graph rest, looked at in each of its calls."""
+"""Checks in each call that the constants on whose content a graph's proofs depend are unchanged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .cuda.late_look import LateLook
 
 
 class Assumptions:
-    """Constants by name, with the values that they had when a graph was proven on them.
+    """Constants by name, with the values they had when the graph was proven.
 
-    On a CUDA device a look at the values would wait for it: there a call sees what torch counts, and the rest late (see
-    `LateLook`).
+    On a CUDA device, comparing values would wait for it: there, a call sees what torch counts immediately, and other
+    changes later (see `LateLook`).
 
     Example:
         >>> assumptions = Assumptions({"causal_mask": mask})
@@ -39,7 +39,7 @@ class Assumptions:
         self._late_look = LateLook(lambda *tensors: tensors, self._counted, values) if on_cuda else None
 
     def check(self) -> None:
-        """Raises RuntimeError where a constant is not what it was when the graph was proven on it."""
+        """Raises RuntimeError if a constant changed after the graph was proven."""
         for place in self._on_cpu:
             if not torch.equal(self._live[place], self._values[place]):
                 raise RuntimeError(f"{self._names[place]} changed after the graph was proven on its content")
@@ -50,12 +50,12 @@ class Assumptions:
         self._watch(self._live)
 
     def can_rebind(self, pairs: Mapping[int, Tensor]) -> bool:
-        """Whether the values are the same in the tensors that `pairs` puts in the places of others (by their id)."""
+        """Whether the tensors in `pairs`, which replace others (by their id), have the same values."""
         live = [pairs.get(id(tensor), tensor) for tensor in self._live]
         return all(map(torch.equal, live, self._values))
 
     def rebind(self, pairs: Mapping[int, Tensor]) -> None:
-        """Looks at those tensors from now on."""
+        """From now on checks these tensors."""
         self._watch([pairs.get(id(tensor), tensor) for tensor in self._live])
 
 

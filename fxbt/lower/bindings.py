@@ -1,4 +1,4 @@
-"""The direct torch functions of ATen ops: calling through the dispatcher's Python object takes 5 us instead of 1."""
+"""Direct torch functions for ATen ops: a call through the dispatcher's Python object takes 5 us instead of 1."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 from ..capture.value_branches import assert_now
 from ..graph.blocks import BY_PRODUCTS
+from ..graph.record import is_made
 from ..kernels.attention_products import by_products
+from ..kernels.differentiable import attention_with_gradient
 from ..torch_compat import silu
 
 aten = torch.ops.aten
 
-# The direct binding of an op, where it takes the op's arguments as they stand.
+# The direct binding of an op, if it takes the op's arguments unchanged.
 BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.linear.default: F.linear,
     aten.layer_norm.default: torch.layer_norm,
@@ -57,3 +60,11 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten._assert_async.msg: assert_now,
     BY_PRODUCTS: by_products,
 }
+
+
+def called_by(node: fx.Node) -> Any:
+    """What a program calls for a node."""
+    is_attention = node.target is aten.scaled_dot_product_attention.default
+    if is_attention and is_made(node) and torch.is_grad_enabled():
+        return attention_with_gradient
+    return BINDINGS.get(node.target, node.target)

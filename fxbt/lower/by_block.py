@@ -1,4 +1,4 @@
-"""Blocks that rules found, computed by what was registered for them: tried on the example, put where they are whole."""
+"""Gives found blocks their registered lowerings: each is tried on the example, and used where the block is whole."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ STAGE = "lowering"
 
 
 def choose_lowerings(module: fx.GraphModule, example: Sequence[Tensor]) -> StageRecord | None:
-    """Tries what is registered for the blocks of an inlined graph; those that are right get it as their `lowering`.
+    """Tries the registered lowerings of an inlined graph's blocks; a block keeps one that is right as its `lowering`.
 
-    Returns the record of it, where anything is registered.
+    Returns the record of it; None if nothing is registered.
     """
     blocks = dict.fromkeys(part.block for node in module.graph.nodes for part in node.meta.get(PARTS, ()))
     registered = {block: made for block in blocks if (made := lowering_of(block))}
@@ -50,17 +50,18 @@ def choose_lowerings(module: fx.GraphModule, example: Sequence[Tensor]) -> Stage
 
 
 def _tried(block: KnownBlock, made: Lowering, values: Mapping[fx.Node, Any]) -> Lowering:
-    """What computes the block, once it has given the values that the block has."""
+    """Runs a lowering on the block's values; returns it if its result is right."""
     if any(entry.node.op != "call_function" for entry in block.nodes):
-        raise Miss(f"{block.name} holds a graph of its own", node=block.output)
+        raise Miss(f"{block.name} contains another graph", node=block.output)
     if is_any_autocast_enabled():
-        raise Miss("autocast would not reach into a lowering")
+        raise Miss("autocast is on, and would not reach into a lowering")
     if any(is_random(entry.node) for entry in block.nodes):
-        raise Miss(f"{block.name} draws random numbers, so its lowering cannot be tried", node=block.output)
+        raise Miss(f"{block.name} draws random numbers, so its lowering cannot be compared with it", node=block.output)
     if made.compiler is None:
         _check_names(block, made)
-    with torch.inference_mode(False):  # else tensors have no version
-        given = {node: _copy(values[node]) for node in inputs_of(block.nodes)}  # weights survive what writes to them
+    with torch.inference_mode(False):  # inference tensors have no version
+        # copies, so that weights survive a lowering that writes to them
+        given = {node: _copy(values[node]) for node in inputs_of(block.nodes)}
     tensors = [value for value in given.values() if isinstance(value, Tensor)]
     before = versions(tensors)
     try:
@@ -71,13 +72,13 @@ def _tried(block: KnownBlock, made: Lowering, values: Mapping[fx.Node, Any]) -> 
     except Exception as error:
         raise Miss(f"the lowering of {block.name} raises {type(error).__name__}: {error}") from error
     if versions(tensors) != before:
-        raise Miss(f"the lowering of {block.name} writes to what it is given")
+        raise Miss(f"the lowering of {block.name} writes to its arguments")
     _check_result(block, result, values[block.output], tensors)
     return made
 
 
 def _compiled(block: KnownBlock, made: Lowering, nodes: Sequence[Entry], output: fx.Node) -> Lowering:
-    """A lowering whose function is for these nodes, if it is made of a graph, and has a name, as fx asks for."""
+    """A lowering whose function is for these nodes (if it is compiled from a graph), and has a name, which fx needs."""
     run = made.function if made.compiler is None else made.compiler(graph_of(nodes, output, block.name))
     if hasattr(run, "__name__"):
         return replace(made, function=run)
@@ -85,22 +86,23 @@ def _compiled(block: KnownBlock, made: Lowering, nodes: Sequence[Entry], output:
     def named(*args: Any, **kwargs: Any) -> Tensor:
         return run(*args, **kwargs)
 
-    functools.update_wrapper(named, run, assigned=(), updated=())  # its signature is that of `run`
+    functools.update_wrapper(named, run, assigned=(), updated=())  # it has the signature of `run`
     named.__name__ = block.name
     return replace(made, function=named)
 
 
 def _check_names(block: KnownBlock, made: Lowering) -> None:
-    """Whether the function takes what the block reads, and that alone."""
+    """Checks that the function takes what the block reads, and nothing else."""
     functions = [made, *(Lowering(prepare, made.device) for prepare in made.prepare.values())]
     taken = {name for each in functions for name in each.takes} - made.prepare.keys()
     if unknown := sorted(taken - block.operands.keys()):
         raise Miss(f"the lowering of {block.name} takes {unknown[0]!r}, which the pattern does not bind")
     given = {block.operands[name] for name in taken if isinstance(block.operands[name], fx.Node)}
     read = inputs_of(block.nodes)
-    left = [node for node in read if node not in given and isinstance(node.meta.get("val"), Tensor)]  # sizes may be
+    # it need not take sizes
+    left = [node for node in read if node not in given and isinstance(node.meta.get("val"), Tensor)]
     if left:
-        raise Miss(f"the lowering of {block.name} does not take all that the block reads", node=left[0])
+        raise Miss(f"the lowering of {block.name} does not take everything that the block reads", node=left[0])
     if given.difference(read):
         raise Miss(f"the lowering of {block.name} takes a value that the block does not read", node=block.output)
 
@@ -108,12 +110,12 @@ def _check_names(block: KnownBlock, made: Lowering) -> None:
 def _check_result(block: KnownBlock, result: Any, expected: Tensor, given: Iterable[Tensor]) -> None:
     if not isinstance(result, Tensor) or _form(result) != _form(expected):
         raise Miss(
-            f"the lowering of {block.name} has another shape, dtype, device or layout",
+            f"the lowering of {block.name} returns another shape, dtype, device or layout",
             expected=str(_form(expected)),
             found=str(_form(result)) if isinstance(result, Tensor) else type(result).__name__,
         )
     if any(_shares_memory(result, tensor) for tensor in given):
-        raise Miss(f"the lowering of {block.name} returns memory that it was given")
+        raise Miss(f"the lowering of {block.name} returns memory of its arguments")
     check_value(block.output, expected, result)
 
 
@@ -134,7 +136,7 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
 def _arguments(
     block: KnownBlock, made: Lowering, values: Mapping[fx.Node, Any], call: Callable[..., Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the function is given of the values of nodes, and of what `call(prepare, its arguments)` makes of them."""
+    """The function's arguments: values of nodes, and what `call(prepare, its arguments)` makes from them."""
     if made.compiler is not None:
         return tuple(values[node] for node in inputs_of(block.nodes)), {}
     operands = {name: values.get(v) if isinstance(v, fx.Node) else v for name, v in block.operands.items()}
@@ -149,7 +151,7 @@ def _arguments(
 
 
 def lower_blocks(graph: fx.Graph) -> list[fx.Node]:
-    """Puts lowerings in the place of blocks that are whole in this graph; returns the nodes that prepare operands.
+    """Replaces blocks that are whole in this graph by their lowerings; returns the nodes that prepare operands.
 
     Raises:
         Miss: a compiler fails on a block as it is in this graph.
@@ -161,7 +163,7 @@ def lower_blocks(graph: fx.Graph) -> list[fx.Node]:
                 found.setdefault(block, {}).setdefault(place, []).append(node)
     prepared: list[fx.Node] = []
     erased: set[fx.Node] = set()
-    for block in sorted(found, key=lambda block: -len(block.nodes)):  # a block around others before those
+    for block in sorted(found, key=lambda block: -len(block.nodes)):  # outer blocks before inner ones
         copies = {place: nodes[0] for place, nodes in found[block].items() if len(nodes) == 1}
         output = copies.get([entry.node for entry in block.nodes].index(block.output))
         is_alone = len(copies) == len(found[block]) and erased.isdisjoint(copies.values())
@@ -176,7 +178,7 @@ def lower_blocks(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _is_closed(nodes: Collection[fx.Node], output: fx.Node) -> bool:
-    """Whether nothing but the output is read outside."""
+    """Whether only the output is read outside."""
     inside = set(nodes)
     return all(node is output or inside.issuperset(node.users) for node in nodes)
 
@@ -184,9 +186,10 @@ def _is_closed(nodes: Collection[fx.Node], output: fx.Node) -> bool:
 def _call(
     graph: fx.Graph, block: KnownBlock, copies: Mapping[int, fx.Node], output: fx.Node, prepared: list[fx.Node]
 ) -> fx.Node | None:
-    """The node that computes a block which has these nodes in this graph; None where they are not that block any more.
+    """The node that computes a block with these nodes; None if they are no longer that block.
 
-    What is made of a graph is made anew where they changed: an attention that has no mask any more, say.
+    A lowering compiled from a graph is compiled again where the nodes changed, for example an attention that lost its
+    mask.
     """
     made = block.lowering
     assert made is not None
@@ -209,7 +212,7 @@ def _call(
 
 
 def _outside(block: KnownBlock, copies: Mapping[int, fx.Node]) -> dict[fx.Node, fx.Node] | None:
-    """What each node that the block reads is in a graph where `copies` are its nodes; None where an op is another."""
+    """For each node that the block reads, its copy in a graph where `copies` are the block's; None if an op differs."""
     if len(copies) < len(block.nodes):
         return None
     inside = {entry.node: copies[place] for place, entry in enumerate(block.nodes)}
@@ -223,7 +226,7 @@ def _outside(block: KnownBlock, copies: Mapping[int, fx.Node]) -> dict[fx.Node, 
 
 
 def _is_same(one: Any, other: Any, inside: dict[fx.Node, fx.Node], found: dict[fx.Node, fx.Node]) -> bool:
-    """Whether arguments are equal, where `inside` and `found` say which node is which; `found` learns new ones."""
+    """Whether arguments are equal, with `inside` and `found` mapping nodes; adds new pairs to `found`."""
     if isinstance(one, fx.Node):
         if not isinstance(other, fx.Node):
             return False

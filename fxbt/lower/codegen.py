@@ -1,4 +1,4 @@
-"""A graph as a plain Python function: what a program runs."""
+"""Compiles a graph to a plain Python function, which a program runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 from torch import fx
 
 from ..torch_compat import OpOverload, past_python
+from .bindings import called_by
 
 
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph as a plain Python function of its placeholders: one line a node, ops bound as globals."""
+    """The graph as a plain Python function of its placeholders: one line a node, what is called bound as globals."""
     graph.lint()
     bound: dict[str, Any] = {}
     last_use = {source: node for node in graph.nodes for source in node.all_input_nodes}
@@ -24,7 +25,7 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
             continue
         arguments = [_source(value, bound) for value in node.args]
         arguments += [f"{name}={_source(value, bound)}" for name, value in node.kwargs.items()]
-        lines.append(f"    {node.name} = {_bind(node.target, bound)}({', '.join(arguments)})")
+        lines.append(f"    {node.name} = {_bind(called_by(node), bound)}({', '.join(arguments)})")
         done = [n.name for n in node.all_input_nodes if last_use[n] is node and n.op == "call_function"]
         done += [] if node in last_use else [node.name]
         lines += [f"    del {', '.join(done)}"] if done else []
@@ -34,12 +35,12 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
 
 def _bind(value: Any, bound: dict[str, Any]) -> str:
     name = f"_fxbt{len(bound)}"
-    bound[name] = past_python(value) if isinstance(value, OpOverload) else value  # past one Python frame a call
+    bound[name] = past_python(value) if isinstance(value, OpOverload) else value  # saves one Python frame per call
     return name
 
 
 def _source(value: Any, bound: dict[str, Any]) -> str:
-    """An argument as Python text; what has no exact text of its own becomes a global."""
+    """An argument as Python text; a value without an exact text becomes a global."""
     if isinstance(value, fx.Node):
         return value.name
     if isinstance(value, list):

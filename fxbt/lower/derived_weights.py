@@ -1,7 +1,8 @@
-"""What programs derive from weights and keep: merged projections, packed linears, and when they are out of date.
+"""Derived weights: what programs compute from weights and keep (merged projections, packed linears), and when to redo
+it.
 
-Every value of a graph that is computed from weights alone becomes a function of the weights, run once and again when
-a weight has changed. Programs of one model share such values.
+Every value of a graph that depends only on weights becomes a function of the weights, run once, and again when a weight
+changes. The programs of one model share such values.
 """
 
 from __future__ import annotations
@@ -26,25 +27,26 @@ from .patrol import Patrol
 from .spill import Spilled, spilled
 
 _VERSION = attrgetter("_version")
-_SAMPLE = 16  # elements looked at in each weight: each is a cache miss, and one in every row took 10 % of 1x16
+_SAMPLE = 16  # elements looked at in each weight; each is a cache miss, and one in every row took 10 % of 1x16
 
 
 @dataclass
 class Derived:
-    """Values computed from weights, with the state of the weights they were computed from."""
+    """Values computed from weights, with the state of the weights at that time."""
 
     stamp: tuple[int, ...]
-    # live views: they keep the old storages alive, so that no new one can stand at their address unseen
+    # live views: they keep old storages alive, so that no new one can appear at their address unnoticed
     samples: list[np.ndarray]
     sampled: bytes
     addresses: set[int | None]
     patrol: Patrol
     values: tuple[torch.Tensor, ...]
-    late_look: LateLook | None = None  # where weights are on a CUDA device
+    late_look: LateLook | None = None  # for weights on a CUDA device
 
     @classmethod
     def compute(cls, derive: Callable[..., tuple[torch.Tensor, ...]], weights: list[torch.Tensor]) -> Derived:
-        """The values as the weights are now; the stamp is read first, so that a change meanwhile is seen next time."""
+        """The values for the current weights; the stamp is read first, so that a change meanwhile is noticed next
+        time."""
         derive_plainly = without_autocast(derive, {weight.device.type for weight in weights})
         with torch.inference_mode(False), torch.no_grad():
             watched = cls.watching(weights)
@@ -55,16 +57,16 @@ class Derived:
 
     @classmethod
     def watching(cls, weights: list[torch.Tensor], values: tuple[torch.Tensor, ...] = ()) -> Derived:
-        """Values that are those of the weights as they are now."""
+        """Values that belong to the current weights."""
         stamp = _stamp(weights)
         on_cpu = [weight for weight in weights if not weight.is_cuda]
         samples = [_sample(weight.detach()) for weight in on_cpu]
         return cls(stamp, samples, _content(samples), set(map(_address, weights)), Patrol(on_cpu), values)
 
     def holds(self, weights: list[torch.Tensor]) -> bool:
-        """Whether the weights are as they were: by what torch counts, and, past `.data` (uncounted), by a sample.
+        """Whether the weights are unchanged, by torch's counters and by samples, which also see uncounted writes.
 
-        And by a part of all their bytes, another one each time. On a CUDA device, by a look some calls ago.
+        Each call also compares another part of all their bytes; on a CUDA device, a look from some calls ago counts.
         """
         return (
             self.stamp == _stamp(weights)
@@ -74,17 +76,17 @@ class Derived:
         )
 
     def holds_in_full(self, weights: list[torch.Tensor]) -> bool:
-        """Whether the weights are as they were, by all of their bytes."""
+        """Whether the weights are unchanged, by all of their bytes."""
         holds_late = self.late_look is None or self.late_look.holds_now()
         return holds_late and self.stamp == _stamp(weights) and self.patrol.holds()
 
     def release(self) -> None:
-        """Lets go of the weights' memory."""
+        """Releases the weights' memory."""
         self.samples.clear()
         self.patrol.release()
 
     def nbytes(self) -> int:
-        """The memory of the values that are no views of weights."""
+        """The bytes of the values that are not views of weights."""
         return sum(_nbytes(value) for value in self.values if _address(value) not in self.addresses)
 
 
@@ -101,20 +103,20 @@ def without_autocast(run: Callable[..., Any], devices: Iterable[str]) -> Callabl
 
 
 def _stamp(sources: list[torch.Tensor]) -> tuple[int, ...]:
-    """What changes when a weight is written (version) or swapped (address); a graph's guards see its dtype.
+    """Changes when a weight is written (version) or replaced (address); a graph's guards see its dtype.
 
-    Versions only grow, so that their sum is equal if each is.
+    Versions only grow, so their sum is equal only if each is.
     """
     return sum(map(_VERSION, sources)), *map(torch.Tensor.data_ptr, sources)
 
 
 def _sample(weight: torch.Tensor) -> np.ndarray:
-    """A view of some elements of a weight as integers, evenly over its rows and columns."""
+    """A view of some elements of a weight as integers, spread over its rows and columns."""
     columns = max(1, weight.shape[-1]) if weight.dim() > 1 else 1
     rows_apart = max(1, -(-weight.numel() // (columns * _SAMPLE)))
     next_column = max(1, columns // _SAMPLE) if columns > 1 else 0
     integers = weight.view(-1).view(INTEGERS[weight.element_size()])
-    # .numpy() would forbid resizing the weight ever after
+    # .numpy() would forbid resizing the weight from then on
     return np.from_dlpack(integers[:: rows_apart * columns + next_column])
 
 
@@ -137,12 +139,12 @@ def _nbytes(value: torch.Tensor) -> int:
 
 
 def _address(value: torch.Tensor) -> int | None:
-    """Where the storage of a value stands; packed weights have none to look at."""
+    """The address of a value's storage; None for packed weights, which have none to look at."""
     return value.untyped_storage().data_ptr() if value.layout is torch.strided else None
 
 
 def weight_only(module: fx.GraphModule, graph: fx.Graph) -> set[fx.Node]:
-    """The nodes computed from weights alone, the weights included."""
+    """The nodes computed only from weights, including the weights."""
     constant = {node for node in graph.nodes if node.op == "get_attr" and _can_be_watched(attribute(module, node))}
     for node in graph.nodes:
         inputs = node.all_input_nodes
@@ -154,19 +156,19 @@ def weight_only(module: fx.GraphModule, graph: fx.Graph) -> set[fx.Node]:
 
 
 class Weights:
-    """The values that the programs of a model derive from weights, each computed once and kept until a weight changes.
+    """The values that a model's programs derive from weights, each computed once and kept until a weight changes.
 
-    A program adds what it needs with `add` and picks it from `current()`; equal expressions are one value. They share
-    packed weights, so one `tuner` says which kernels read them.
+    A program registers what it needs with `add` and picks it from `current()`; equal expressions share one value.
+    Because packed weights are shared, one `tuner` decides which kernels read them.
     """
 
-    def __init__(self) -> None:
-        self.tuner = Tuner()
+    def __init__(self, tuner: Tuner | None = None) -> None:
+        self.tuner = tuner or Tuner()
         self._graph = fx.Graph()
         self._sources: list[torch.Tensor] = []
         self._last_source: fx.Node | None = None
         self._known: dict[Any, fx.Node] = {}
-        self._values: dict[fx.Node, int] = {}  # node -> its place among the derived values
+        self._values: dict[fx.Node, int] = {}  # node -> its index among the derived values
         self._compute: Callable[..., tuple[torch.Tensor, ...]] | None = None
         self._derived: Derived | None = None
         self._read: set[int] = set()
@@ -175,7 +177,7 @@ class Weights:
     def add(self, module: fx.GraphModule, graph: fx.Graph, constant: set[fx.Node]) -> list[int]:
         """Moves the nodes in `constant` out of `graph`; those still needed become its last placeholders.
 
-        Returns the place of each such placeholder's value in `current()`.
+        Returns the index in `current()` of each such placeholder's value.
         """
         calls = [node for node in graph.nodes if node in constant and node.op == "call_function"]
         used = [node for node in calls if any(user not in constant for user in node.users)]
@@ -195,7 +197,7 @@ class Weights:
         return places
 
     def current(self) -> tuple[torch.Tensor, ...]:
-        """The derived values as the weights are now."""
+        """The derived values for the current weights."""
         derived = self._derived
         if derived is None or not derived.holds(self._sources):
             with self._lock:
@@ -204,7 +206,7 @@ class Weights:
         return derived.values
 
     def refresh(self) -> bool:
-        """Derives everything anew; whether it was out of date."""
+        """Derives everything again; returns whether it was out of date."""
         with self._lock:
             derived = self._derived
             if not self._values or derived is None:
@@ -215,7 +217,7 @@ class Weights:
             return not held
 
     def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
-        """Derives values from other tensors, which `pairs` puts in the places of some (by their id), from now on."""
+        """From now on derives values from the tensors in `pairs`, which replace others (by their id)."""
         with self._lock:
             new = [pairs.get(id(weight), weight) for weight in self._sources]
             places = {id(weight): self._known.pop(id(weight)) for weight in self._sources}
@@ -225,24 +227,24 @@ class Weights:
 
     @property
     def rounds(self) -> int:
-        """After so many calls, every write to a weight has been seen, however it was made."""
+        """Within this many calls, every write to a weight is noticed, however it was made."""
         if self._derived is None:
             return 0
         return max(self._derived.patrol.rounds, 2 * CALLS_APART if self._derived.late_look else 0)
 
     def nbytes(self) -> int:
-        """The memory of the derived values."""
+        """The bytes of the derived values."""
         if not self._values:
             return 0
         self.current()
         return self._derived.nbytes() if self._derived else 0
 
     def note_read(self, weights: list[torch.Tensor]) -> None:
-        """A program reads these in every call, besides what is derived of them."""
+        """Notes weights that a program reads directly in every call."""
         self._read.update(map(id, weights))
 
     def spill(self) -> Spilled:
-        """Moves the weights that nothing but derived values is read of to a file. No other thread may be running."""
+        """Moves weights of which only derived values are read to a file. No other thread may be running."""
         with self._lock:
             derived, self._derived = self._derived, None
             if derived is None or not derived.holds_in_full(self._sources):
@@ -252,11 +254,11 @@ class Weights:
             with spilled(unread) as result:
                 self._derived = Derived.watching(self._sources, derived.values)
             read = sum(_nbytes(weight) for weight in self._sources if id(weight) in self._read)
-            result.kept.update({"calls read it too": read} if read else {})
+            result.kept.update({"calls also read the weight itself": read} if read else {})
             return result
 
     def spill_anew(self) -> Spilled:
-        """The same of weights that took the places of those that were spilled."""
+        """Spills the weights that replaced spilled ones."""
         self.current()
         return self.spill()
 

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 def append_in_place(graph: fx.Graph) -> None:
     """`cat([input, new], dim)` that the graph returns -> `append(input, new, dim)`.
 
-    What is returned is a part of a longer buffer then: dense in all axes but the one that grows.
+    The result is then a part of a longer buffer: dense in all axes except the growing one.
 
     Example:
         >>> append_in_place(graph)
@@ -36,7 +36,7 @@ def append_in_place(graph: fx.Graph) -> None:
 
 
 def _in_any_layout(node: fx.Node) -> fx.Node:
-    """What a returned value is a dense copy of, if nothing else reads that copy."""
+    """The source of a returned dense copy, if nothing else reads that copy; else the node itself."""
     is_copy = node.target is aten.contiguous.default and len(node.args) == 1 and len(node.users) == 1
     source = node.args[0] if is_copy else node
     assert isinstance(source, fx.Node)

@@ -1,4 +1,4 @@
-"""How much memory the values of a graph take while it runs, each from when it is made to when it is read last."""
+"""The memory of a graph's values while it runs, by liveness: from when each is made until it is last read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..torch_compat import pytree
 
 
 def peak_bytes(graph: fx.Graph, arguments: Sequence[Any]) -> int:
-    """The most bytes that values computed from the arguments hold at once, between two operations of the graph.
+    """The largest number of bytes that values computed from the arguments occupy at once, between two operations.
 
-    A view counts with what it looks at; what an operation takes for itself while it runs is not seen.
+    A view counts with its base; memory that an operation uses internally is not included.
 
     Example::
 
         >>> graph = fx.symbolic_trace(lambda x: x.exp().sin().cos()).graph
-        >>> peak_bytes(graph, [torch.ones(256)])  # what is read and what is made of it
+        >>> peak_bytes(graph, [torch.ones(256)])  # one value read and one made
         2048
     """
     watched = _Watched(graph, arguments)
@@ -32,7 +32,7 @@ class _Watched(fx.Interpreter):
         super().__init__(nn.Module(), garbage_collect_values=True, graph=graph)
         self.peak = 0
         self._given = _storages(arguments)
-        self._held: dict[fx.Node, dict[int, int]] = {}  # by values that are still to be read, and are not given
+        self._held: dict[fx.Node, dict[int, int]] = {}  # by values that are still to be read, and not given
 
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
@@ -45,7 +45,7 @@ class _Watched(fx.Interpreter):
 
 
 def _storages(values: Iterable[Any]) -> dict[int, int]:
-    """The memory behind tensors: storage -> bytes. Packed weights, which have none to look at, are no values."""
+    """The memory behind tensors: storage -> bytes. Packed weights have none to look at, and do not count."""
     tensors = [value for value in pytree.tree_leaves(list(values)) if isinstance(value, Tensor)]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
     return {storage._cdata: storage.nbytes() for storage in storages}

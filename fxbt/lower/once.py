@@ -1,6 +1,6 @@
-"""What a graph without gradients computes once instead of again and again: look-ups of constants, masks, split heads.
+"""What a graph without gradients computes once instead of repeatedly: look-ups of constants, masks, split heads.
 
-Each function changes a lowered graph in place and keeps its numbers.
+Each function changes a lowered graph in place without changing its values.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from ..graph.node import argument, only_user
 
 aten = torch.ops.aten
 
-# Ops that read rows of their first argument, and which argument says where.
+# Ops that read rows of their first argument, and the index of the argument that says which.
 LOOK_UPS = {aten.embedding.default: 1, aten.gather.default: 2}
 
 
 def look_up_once(graph: fx.Graph, constant: set[fx.Node]) -> None:
-    """Rows of a weight at a slice of a constant index (positions, token types) -> a slice of the rows at all of it.
+    """Rows of a weight at a slice of a constant index (positions, token types) -> a slice of the rows at the whole
+    index.
 
-    Expanding comes after the look-up too. The nodes that then depend on weights alone join `constant`.
+    An expansion also moves after the look-up. Nodes that then depend only on weights join `constant`.
     """
     waiting = [node for node in graph.nodes if node.target in LOOK_UPS and node.args[0] in constant]
     while waiting:
@@ -49,7 +50,7 @@ def look_up_once(graph: fx.Graph, constant: set[fx.Node]) -> None:
 
 
 def _can_be_cut_later(look_up: fx.Node, cut: Any, constant: set[fx.Node]) -> bool:
-    """Whether the index is an expansion, or a slice of a constant in a dim that the looked up rows have too."""
+    """Whether the index is an expansion, or a slice of a constant along a dim that the result also has."""
     if not isinstance(cut, fx.Node) or cut.kwargs or look_up.kwargs or cut in constant:
         return False
     if cut.target is aten.expand.default:
@@ -61,7 +62,7 @@ def _can_be_cut_later(look_up: fx.Node, cut: Any, constant: set[fx.Node]) -> boo
 
 
 def make_masks_once(graph: fx.Graph) -> None:
-    """A boolean mask of several attentions -> the additive one that SDPA would make of it in each of them."""
+    """A boolean mask of several attentions -> the additive mask that SDPA would make from it in each of them."""
     attentions: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
@@ -79,16 +80,16 @@ def make_masks_once(graph: fx.Graph) -> None:
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as what is added to scores."""
+    """A boolean mask as an additive one."""
     columns = mask.shape[-1]
-    # On CUDA, SDPA's memory-efficient kernel asks for rows at multiples of 8 elements, and would copy others each time.
+    # On CUDA, SDPA's memory-efficient kernel needs rows at multiples of 8 elements, and would copy others each time.
     room = -(-columns // 8) * 8 if mask.is_cuda else columns
     bias = torch.zeros((*mask.shape[:-1], room), dtype=dtype, device=mask.device).narrow(-1, 0, columns)
     return bias.masked_fill_(mask.logical_not(), -math.inf)
 
 
 def split_heads_once(graph: fx.Graph) -> None:
-    """split(x, sizes, -1), each part viewed as (b, s, heads, d), transposed -> one view, transpose and split."""
+    """split(x, sizes, -1), each part viewed as (b, s, heads, d) and transposed -> one view, transpose and split."""
     for split in [node for node in graph.nodes if node.target is aten.split_with_sizes.default]:
         parts = _parts_of_heads(split)
         if not parts:
@@ -110,7 +111,7 @@ def split_heads_once(graph: fx.Graph) -> None:
 
 
 def _parts_of_heads(split: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
-    """(part, its view, its transpose) for all parts of a split of the last axis; none if one is used otherwise."""
+    """(part, its view, its transpose) for all parts of a split of the last axis; [] if one is used otherwise."""
     source: Any = split.args[0]
     if source.meta["val"].dim() != 3 or argument(split, "dim") not in (-1, 2):
         return []

@@ -1,6 +1,6 @@
-"""Every byte of the weights compared with what it was, a part at each call: a write that nothing counts is found.
+"""Compares every byte of the weights with its old value, a part at each call, to find writes that nothing counts.
 
-A call reads all of its weights once at least; a part of 1/512 of them is read once more, whatever their size.
+A call reads all of its weights at least once; 1/512 of them is read once more, whatever their size.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from torch import Tensor
 
 from .spill import is_in_file, own_pages
 
-ROUNDS = 512  # calls until all is compared: 0.6 % of MiniLM's time at 1x16, 0.8 % of BERT-base's (benchmarks/patrol.py)
-SMALLEST_PART = 2**14  # bytes; fewer cost no less
+# calls until everything is compared: 0.6 % of MiniLM's time at 1x16, 0.8 % of BERT-base's (benchmarks/patrol.py)
+ROUNDS = 512
+SMALLEST_PART = 2**14  # bytes; smaller parts cost no less
 
 Bytes = Any  # np.ndarray, a buffer
-Piece = tuple[Bytes, bool]  # and whether it is of a file that weights were moved to
+Piece = tuple[Bytes, bool]  # and whether it belongs to a file that weights were moved to
 
 
 class Patrol:
-    """The checksums of weights on the CPU, in parts; `next_holds()` compares another part at each call.
+    """The checksums of CPU weights, in parts; `next_holds()` compares another part at each call.
 
-    CRC-32 tells every change of up to 32 neighbouring bits, every exchange of two such stretches within a part (its
-    polynomial is primitive: the pattern repeats after 2^32 - 1 bits), and of all other changes all but one in 2^32.
-    Pages of a file that weights were moved to (`spill`) are not read: they are as they were as long as the process has
-    no copies of its own of them, which the system tells.
+    CRC-32 detects every change of up to 32 adjacent bits, every exchange of two such stretches within a part (its
+    polynomial is primitive: the pattern repeats after 2^32 - 1 bits), and all but one in 2^32 of all other changes.
+    Pages of a file that weights were moved to (`spill`) are not read: they are unchanged as long as the process has no
+    copies of its own, which the system reports.
 
     Example:
         >>> patrol = Patrol([weight])
@@ -42,37 +43,37 @@ class Patrol:
         stretches = [_bytes(weight) for weight in weights]
         self._parts = _parted(stretches, max(SMALLEST_PART, -(-sum(map(len, stretches)) // ROUNDS)))
         self._sums = list(map(_checksum, self._parts))
-        self._turn = itertools.count()  # threads take turns: its steps are atomic
+        self._turn = itertools.count()  # threads take turns; its steps are atomic
 
     @property
     def rounds(self) -> int:
-        """After so many calls all has been compared."""
+        """The number of calls after which everything has been compared."""
         return len(self._parts)
 
     def next_holds(self) -> bool:
-        """Whether the next part is as it was."""
+        """Whether the next part is unchanged."""
         if not self._parts:
             return True
         place = next(self._turn) % len(self._parts)
         return _checksum(self._parts[place]) == self._sums[place]
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
+        """Whether everything is unchanged."""
         return list(map(_checksum, self._parts)) == self._sums
 
     def release(self) -> None:
-        """Lets the memory of the weights go; nothing is compared any more."""
+        """Releases the memory of the weights; nothing is compared any more."""
         self._parts, self._sums = [], []
 
 
 def _bytes(weight: Tensor) -> Bytes:
-    """A contiguous weight's own memory; .numpy() would forbid resizing it ever after."""
+    """A contiguous weight's own memory; .numpy() would forbid resizing it from then on."""
     flat = weight.detach().view(-1)
     return np.from_dlpack(flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8))
 
 
 def _parted(stretches: list[Bytes], size: int) -> list[list[Piece]]:
-    """Stretches of memory as parts of `size` bytes each, the last one less."""
+    """Stretches of memory as parts of `size` bytes each; the last part may be smaller."""
     parts: list[list[Piece]] = []
     room = 0
     for stretch in stretches:

@@ -1,4 +1,4 @@
-"""Regions of a graph that `torch.utils.checkpoint` runs: their values are computed again in the backward, not kept."""
+"""Regions of a graph under `torch.utils.checkpoint`: the backward recomputes their values instead of keeping them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .codegen import compile_graph
 
 
 def recomputing(graph: fx.Graph, depth: int = 0) -> fx.Graph:
-    """The graph with each region that a checkpoint encloses as one call, which runs it under such a checkpoint.
+    """The graph with each checkpointed region as one call, which runs it under such a checkpoint.
 
     `depth` is the number of regions around `graph` itself.
 
     Raises:
-        CaptureError: two regions need each other's values, so that neither can run first.
+        CaptureError: two regions need each other's values, so neither can run first.
     """
     unit_of = _units(graph, depth)
     if not any(isinstance(unit, Region) for unit in unit_of.values()):
@@ -37,7 +37,7 @@ def recomputing(graph: fx.Graph, depth: int = 0) -> fx.Graph:
 
 
 class Recomputed:
-    """A function that a checkpoint runs, with what the model's own checkpoint asked for.
+    """A function that runs under a checkpoint, with the options of the model's own checkpoint.
 
     Example:
         >>> Recomputed(torch.tanh, Region(0, True, "default", True))(x)
@@ -57,12 +57,12 @@ class Recomputed:
 
 
 def _units(graph: fx.Graph, depth: int) -> dict[fx.Node, Region | fx.Node]:
-    """What each node runs in: its region, or itself alone."""
+    """The unit in which each node runs: its region, or the node alone."""
     unit_of: dict[fx.Node, Region | fx.Node] = {}
     for node in graph.nodes:
         marks = regions_of(node) if node.op == "call_function" else ()
         unit_of[node] = marks[depth] if len(marks) > depth else node
-        if node.target is operator.getitem:  # parts stay with what they are parts of
+        if node.target is operator.getitem:  # parts stay with their whole
             unit_of[node] = unit_of[node.args[0]] if isinstance(unit_of[node.args[0]], Region) else node
     for region in dict.fromkeys(unit for unit in unit_of.values() if isinstance(unit, Region)):
         _close(graph, unit_of, region)
@@ -70,7 +70,7 @@ def _units(graph: fx.Graph, depth: int) -> dict[fx.Node, Region | fx.Node]:
 
 
 def _close(graph: fx.Graph, unit_of: dict[fx.Node, Region | fx.Node], region: Region) -> None:
-    """What lies between two nodes of a region runs in it too, as in a rewrite's nodes that carry no mark."""
+    """Adds nodes between two nodes of a region to it, for example new nodes of a rewrite, which carry no mark."""
     after: set[fx.Node] = set()
     for node in graph.nodes:
         if any(unit_of[source] == region or source in after for source in node.all_input_nodes):
@@ -85,7 +85,7 @@ def _close(graph: fx.Graph, unit_of: dict[fx.Node, Region | fx.Node], region: Re
 
 
 def _ordered(unit_of: dict[fx.Node, Region | fx.Node]) -> list[tuple[Region | fx.Node, list[fx.Node]]]:
-    """The units with their nodes, each after those it reads from, otherwise as in the graph."""
+    """The units with their nodes, each after those it reads, otherwise in graph order."""
     members: dict[Region | fx.Node, list[fx.Node]] = {}
     for node, unit in unit_of.items():
         members.setdefault(unit, []).append(node)
@@ -110,7 +110,7 @@ def _ordered(unit_of: dict[fx.Node, Region | fx.Node]) -> list[tuple[Region | fx
             if not waits[reader]:
                 heapq.heappush(ready, place[reader])
     if len(order) < len(members):
-        raise CaptureError("two checkpoints of the model need values of each other, once it is rewritten")
+        raise CaptureError("after rewriting, two checkpoints of the model need each other's values")
     return order
 
 

@@ -1,9 +1,9 @@
-"""Weights that nothing reads as they are, moved from memory to a file: they stay tensors like any others.
+"""Moves weights that nothing reads directly from memory to a file; they remain ordinary tensors.
 
-What a weight was packed into takes its place in every call; its own memory is a copy that only waits: for
-`state_dict`, for training, for a call that no graph is proven for. So its values go to a temporary file without a name
-and the parameter is mapped onto that. Reading it brings pages back, which the system may drop again; writing to it
-makes pages of its own, as after a fork, and never reaches the file. The parameter stays the object that it was.
+Every call reads a packed copy of such a weight; its own memory only waits for `state_dict`, for training, or for a call
+that runs the original. So its values go to a temporary file without a name, and the parameter is mapped onto that.
+Reading it brings pages back, which the system may drop again; writing to it makes private pages, as after a fork, and
+never reaches the file. The parameter stays the same object.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from torch import Tensor, nn
 
 from ..torch_compat import storage_uses
 
-SMALLEST = 16 * mmap.PAGESIZE  # below that, looking for changes would bring all of it back
+SMALLEST = 16 * mmap.PAGESIZE  # a smaller weight would be read back as a whole in the search for changes
 IN_MEMORY = ("tmpfs", "ramfs")  # file systems
-_FILES: list[tuple[weakref.ref[mmap.mmap], range]] = []  # that weights were moved to, and the addresses they are at
-# In /proc/self/pagemap, a number for each page: https://docs.kernel.org/admin-guide/mm/pagemap.html
+_FILES: list[tuple[weakref.ref[mmap.mmap], range]] = []  # files that weights were moved to, and their addresses
+# /proc/self/pagemap has a number for each page: https://docs.kernel.org/admin-guide/mm/pagemap.html
 _IN_MEMORY, _SWAPPED, _OF_FILE = 1 << 63, 1 << 62, 1 << 61
 
 
 @dataclass
 class Spilled:
-    """How many bytes went to a file, and how many stayed in memory, by the reason."""
+    """How many bytes went to a file, and how many stayed in memory, by reason."""
 
     nbytes: int = 0
     kept: Counter[str] = field(default_factory=Counter)
 
 
 def check_can_spill() -> None:
-    """Raises ValueError where a file would free no memory."""
+    """Raises ValueError if a file would free no memory."""
     if not sys.platform.startswith("linux"):
-        raise ValueError(f"keep_original=False needs Linux's memory mapping, this is {sys.platform}")
+        raise ValueError(f"keep_original=False needs Linux's memory mapping, but this is {sys.platform}")
     folder = Path(tempfile.gettempdir()).resolve()
     if _file_system(folder) in IN_MEMORY:
         raise ValueError(
@@ -65,11 +65,11 @@ def _file_system(folder: Path) -> str:
 
 @contextlib.contextmanager
 def spilled(weights: Sequence[Tensor]) -> Iterator[Spilled]:
-    """Moves weights to a file; what the block reads of them brings single pages back, later reads whole stretches.
+    """Moves weights to a file. Reads inside the block bring back single pages, later reads whole stretches.
 
-    A weight whose memory something else looks at too stays, as that would not see its changes any more.
+    A weight whose memory something else uses stays, because the other would not see its changes any more.
     """
-    gc.collect()  # what only a cycle of garbage holds shares no memory
+    gc.collect()  # so that garbage cycles share no memory
     result = Spilled()
     chosen: list[Tensor] = []
     for weight in weights:
@@ -81,7 +81,7 @@ def spilled(weights: Sequence[Tensor]) -> Iterator[Spilled]:
     versions = [weight._version for weight in chosen]
     try:
         pages = _mapped(chosen) if chosen else None
-    except OSError as error:  # no space left on the disk, a quota
+    except OSError as error:  # no space left on the disk, or a quota
         result.kept[f"the file could not be written: {error}"] += sum(weight.nbytes for weight in chosen)
         pages = None
     if pages is None:
@@ -89,8 +89,8 @@ def spilled(weights: Sequence[Tensor]) -> Iterator[Spilled]:
         return
     pages.madvise(mmap.MADV_RANDOM)
     for weight, version, start in zip(chosen, versions, _starts(chosen), strict=False):
-        if weight._version != version:  # by another thread, while it was copied
-            result.kept["it was written to meanwhile"] += weight.nbytes
+        if weight._version != version:  # by another thread during the copy
+            result.kept["the weight changed during the move"] += weight.nbytes
             continue
         result.nbytes += weight.nbytes
         flat = torch.frombuffer(pages, dtype=weight.dtype, count=weight.numel(), offset=start)
@@ -107,9 +107,9 @@ def _reason_to_keep(weight: Tensor) -> str | None:
         return "small"
     storage = weight.untyped_storage()
     if not storage.resizable():
-        return "mapped onto a file already (as safetensors are when they are loaded), or not torch's own"
+        return "already mapped onto a file (as loaded safetensors are), or not torch's own memory"
     if storage.nbytes() != weight.nbytes:
-        return "a part of other memory"
+        return "part of a larger memory block"
     alone = torch.empty(0)
     if storage_uses(storage) > storage_uses(alone.untyped_storage()):
         return "another tensor shares its memory"
@@ -117,7 +117,7 @@ def _reason_to_keep(weight: Tensor) -> str | None:
 
 
 def _starts(weights: Sequence[Tensor]) -> list[int]:
-    """Where each weight begins in the file, and where the file ends: at whole pages."""
+    """The start of each weight in the file, and the end of the file, in whole pages."""
     starts = [0]
     for weight in weights:
         starts.append(starts[-1] + -(-weight.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
@@ -145,16 +145,16 @@ def is_in_file(address: int) -> bool:
 
 
 def own_pages(memory: np.ndarray) -> list[np.ndarray]:
-    """What of a stretch of such memory is the process's own: pages that were written since. Others are not read.
+    """The process's own pages in a stretch of such memory: those written since. Others are not read.
 
-    Where the system does not tell (no /proc/self/pagemap), none.
+    Empty where the system does not report them (no /proc/self/pagemap).
     """
     first, page = memory.ctypes.data, mmap.PAGESIZE
     places = range(first // page, -(-(first + len(memory)) // page))
     try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as file:  # another one after a fork
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:  # a new file after a fork
             numbers = np.frombuffer(os.pread(file.fileno(), 8 * len(places), 8 * places.start), np.uint64)
-    except OSError:  # then versions, addresses and samples have to do
+    except OSError:  # then versions, addresses and samples must suffice
         return []
     is_own = ((numbers & (_IN_MEMORY | _SWAPPED)) != 0) & ((numbers & _OF_FILE) == 0)
     starts = [max(0, place * page - first) for place, own in zip(places, is_own.tolist(), strict=False) if own]
@@ -166,14 +166,14 @@ def _bytes(weight: Tensor) -> Any:
 
 
 def _forget_cached(file: IO[bytes]) -> None:
-    """The file's pages are on the disk, and no longer in memory too."""
+    """Writes the file's pages to the disk and drops them from memory."""
     file.flush()
     os.fsync(file.fileno())
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _return_free_memory() -> None:
-    """What glibc's allocator keeps of freed weights goes back to the system; other C libraries return it themselves."""
+    """Returns freed memory that glibc's allocator keeps to the system; other C libraries return it themselves."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

@@ -1,1 +1,1 @@
-"""Formulas are found in a graph."""
+"""Matching: finds a rule's formula in a graph."""

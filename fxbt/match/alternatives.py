@@ -1,4 +1,4 @@
-"""A sum or a product with optional operands and alternatives, as each of the terms that it stands for."""
+"""Expands a sum or product with optional operands and alternatives into the terms it stands for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .terms import (
 
 
 def always_bound(terms: Iterable[Any]) -> set[str]:
-    """The names that every match binds: not those of optional terms or of one alternative alone."""
+    """The names that every match binds, so not those in optional terms or in only one alternative."""
     bound: set[str] = set()
     for term in terms:
         match term:
@@ -40,7 +40,7 @@ def always_bound(terms: Iterable[Any]) -> set[str]:
 
 
 def variants(term: Sum | Product) -> Iterator[Any]:
-    """The term with each optional operand present, then absent, and each alternative in its place."""
+    """The term with each optional operand present, then absent, and with each alternative."""
     operands = list(children(term))
     place = next((i for i, operand in enumerate(operands) if isinstance(operand, Maybe | Either)), None)
     if place is None:
@@ -52,7 +52,7 @@ def variants(term: Sum | Product) -> Iterator[Any]:
 
 
 def single_factor(term: Product) -> Term | None:
-    """The factor that is left alone where optional ones are absent."""
+    """The factor that remains if all optional ones are absent; None if it is not a single plain factor."""
     is_single = term.coefficient == 1 and not term.counts and [exponent for _, exponent in term.factors] == [1.0]
     return term.factors[0][0] if is_single else None
 
@@ -73,7 +73,7 @@ def _with_operand(term: Sum | Product, place: int, option: Term | None) -> Any:
 
 
 def summed_exponents(powers: Iterable[tuple[Term, float]]) -> dict[Term, float]:
-    """The exponent of each term, added up where one stands among the factors more than once."""
+    """The summed exponent of each term, where a term occurs several times among the factors."""
     summed: dict[Term, float] = {}
     for term, exponent in powers:
         summed[term] = summed.get(term, 0.0) + exponent

@@ -1,7 +1,7 @@
-"""Attention as it stands in a graph: its operands, the axes of each, and what happens to scores and weights.
+"""Attention as found in a graph: its operands, their axes, and the steps on scores and weights.
 
-A rule's pattern finds it (`attentions_of`); a call of SDPA is read as if it were spelled out (`from_sdpa`). The roles
-of all axes follow by set algebra over `fxbt.axes`.
+A rule's pattern finds it (`attentions_of`); an SDPA call is read as if it were spelled out (`from_sdpa`). Set algebra
+over `fxbt.axes` then gives each axis its role.
 
 Example::
 
@@ -56,7 +56,7 @@ __all__ = [
 
 @dataclass
 class Attention:
-    """An attention as found: operands, their axes, and what happens to the scores (innermost step first)."""
+    """An attention as found: operands, their axes, and the steps on the scores (innermost first)."""
 
     query: fx.Node
     query_axes: axes.Axes
@@ -70,17 +70,17 @@ class Attention:
     steps: list[Step]
     output: fx.Node
     output_axes: axes.Axes
-    scale: float = 1.0  # beside what the steps scale by
+    scale: float = 1.0  # in addition to the steps that scale
     dropout: float = 0.0
-    zeroed: bool = False  # weights, where a fill masked the scores
-    zeroes_nan: bool = False  # the weights of rows that -inf masks entirely
+    zeroed: bool = False  # weights are zeroed where a fill masked the scores
+    zeroes_nan: bool = False  # NaN weights become 0 in rows that -inf masks entirely
     after: list[ScaleBy | Scale] = field(default_factory=list)
     causal: bool = False
-    sink: Add | None = None  # one more score for each query, of a key without a value
+    sink: Add | None = None  # one more score per query, of a key without a value
     dtype: torch.dtype = torch.float32  # of the scores in the softmax
 
     def operands(self, dropped: Sequence[Step] = ()) -> list[tuple[fx.Node, axes.Axes]]:
-        """The tensors that it is computed from, with their axes; without those of the `dropped` steps."""
+        """The tensors it is computed from, with their axes, except those of the `dropped` steps."""
         three = [(self.query, self.query_axes), (self.key, self.key_axes), (self.value, self.value_axes)]
         steps = [step for step in self.steps if step not in dropped]
         tensors = [step for step in (*steps, *self.after, self.sink) if isinstance(step, ScaleBy | Add | Fill)]
@@ -88,9 +88,9 @@ class Attention:
 
 
 def attentions_of(m: Found) -> list[Attention]:
-    """One attention, or several of the same weights with other values: what a match of such a pattern says.
+    """The attention of a match; several if the same weights multiply several values.
 
-    The pattern binds query, key, value, `scores` and `weights` (steps) and perhaps a sink, over the axes d and k.
+    The pattern binds query, key, value, `scores` and `weights` (steps) and possibly a sink, over the axes d and k.
 
     Raises:
         Miss: weights are zeroed where the scores were not masked.
@@ -129,13 +129,16 @@ def _attention_of(reading: Reading) -> Attention:
 
 
 def _masked_by_zeroing(steps: list[Step], zeroed: Fill, dtype: torch.dtype) -> list[Step]:
-    """Weights zeroed where the scores were filled last: a fully masked row gives 0, which is what SDPA's -inf means."""
+    """Weights zeroed where the scores were filled last: a fully masked row gives 0, as with SDPA's -inf."""
     fills = [step for step in steps if isinstance(step, Fill | Floor)]
     last = fills[-1] if fills else None
     if not isinstance(last, Fill) or not same_mask(last, zeroed):
         raise Miss("attention weights are zeroed where the scores were not masked", node=zeroed.node)
     if not is_mask(last, steps, dtype):
-        raise Miss(f"attention weights are zeroed where the scores became {last.fill:g}, no mask for every score")
+        raise Miss(
+            f"attention weights are zeroed where the scores became {last.fill:g}, which does not mask every "
+            "possible score"
+        )
     masked = [dataclasses.replace(last, fill=-math.inf) if step is last else step for step in steps]
     if has_finite_fill(masked) or any(isinstance(step, Add) and may_mask(step) for step in masked):
         raise Miss("attention weights are zeroed by one of several masks", node=zeroed.node)
@@ -143,7 +146,7 @@ def _masked_by_zeroing(steps: list[Step], zeroed: Fill, dtype: torch.dtype) -> l
 
 
 def from_sdpa(node: fx.Node) -> list[Attention]:
-    """A call to SDPA, its axes named as if it were spelled out; nothing where there is nothing to improve."""
+    """An SDPA call, its axes named as if it were spelled out; an empty list if nothing can be improved."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     query, key, value = (given[name] for name in names[:3])
@@ -193,7 +196,7 @@ def from_sdpa(node: fx.Node) -> list[Attention]:
 
 @dataclass
 class Layout:
-    """Which axes play which role: the query is (batch, heads, seq, head_dim), the key (batch, key_heads, keys, ...)."""
+    """The role of each axis: the query is (batch, heads, seq, head_dim), the key (batch, key_heads, keys, head_dim)."""
 
     batch: tuple[axes.Atom, ...]
     key_heads: tuple[axes.Atom, ...]
@@ -205,38 +208,39 @@ class Layout:
 
     @property
     def heads(self) -> tuple[axes.Atom, ...]:
+        """The axes of the query's heads: those of the keys, then the groups."""
         return self.key_heads + self.groups
 
     def named(self, names: str) -> axes.Axes:
-        """The axes of a tensor by their names: `layout.named("batch heads seq 1")`, where "1" is a dim of size one."""
+        """The axes of a tensor by role: `layout.named("batch heads seq 1")`, where "1" is a dim of size one."""
         return tuple(() if name == "1" else getattr(self, name) for name in names.split())
 
 
 def layouts_of(attentions: list[Attention]) -> list[Layout]:
-    """The axes of each; all but the value's must be the same.
+    """The layout of each attention; all axes but the value's must agree.
 
     Raises:
-        Miss: they are not, or an operand has an axis that attention has no place for.
+        Miss: they differ, or an operand has an axis that attention has no place for.
     """
     layouts = [layout_of(found) for found in attentions]
     for layout, found in zip(layouts, attentions, strict=True):
         if dataclasses.replace(layout, value_dim=()) != dataclasses.replace(layouts[0], value_dim=()):
-            raise Miss("the attention weights meet values of different axes", node=found.value)
+            raise Miss("the same attention weights multiply values with different axes", node=found.value)
     return layouts
 
 
 def layout_of(found: Attention) -> Layout:
-    """Which axis is batch, head, sequence: by which operands hold it.
+    """Decides which axis is batch, head or sequence by the operands that have it.
 
-    Axes of key or value (or of neither operand) are batch; axes of the query alone are its sequence, and, between a
-    batch axis and the sequence, the groups of heads that share a key head.
+    Axes of key or value (or of neither operand) are batch. Axes of the query alone are its sequence; those between a
+    batch axis and the sequence are the groups of heads that share a key head.
     """
     query, key, value = (set(axes.atoms_of(labels)) for labels in (found.query_axes, found.key_axes, found.value_axes))
     keys, head_dim = axes.leaves(found.keys), axes.leaves(found.head_dim)
     scores = [atom for atom in axes.atoms_of(found.score_axes) if atom not in keys]
     value_dim = tuple(atom for atom in axes.atoms_of(found.value_axes) if atom not in {*keys, *scores})
     if not set(keys) <= value or set(head_dim) & {*scores, *value_dim}:
-        raise Miss("the value does not hold the softmax axis", node=found.value)
+        raise Miss("the value does not have the softmax axis", node=found.value)
     unshared = [atom for atom in scores if atom in key and atom not in value]
     if unshared:
         raise Miss("the key varies along an axis that the value does not", node=found.key)
@@ -252,7 +256,7 @@ def layout_of(found: Attention) -> Layout:
 
 
 def _groups(scores: list[axes.Atom], own: list[axes.Atom]) -> tuple[axes.Atom, ...]:
-    """Query heads that share a key head: the query's own axes of known size that stand before its sequence."""
+    """Query heads that share a key head: the query's own axes of known size before its sequence."""
     groups = []
     for atom in own[:-1]:
         if atom.size.is_Integer and scores.index(atom) < scores.index(own[-1]):
@@ -263,7 +267,7 @@ def _groups(scores: list[axes.Atom], own: list[axes.Atom]) -> tuple[axes.Atom, .
 def _head_axes(
     scores: list[axes.Atom], shared: list[axes.Atom], groups: tuple[axes.Atom, ...]
 ) -> tuple[axes.Atom, ...]:
-    """The last shared axis: the heads; with groups, a neighbour of theirs of known size: inside or outside of it."""
+    """The heads: the last shared axis or, with groups, a shared axis of known size next to the groups."""
     if groups:
         places = (scores.index(groups[0]) - 1, scores.index(groups[-1]) + 1)
         beside = [scores[place] for place in places if 0 <= place < len(scores)]
@@ -273,5 +277,5 @@ def _head_axes(
 
 
 def proven_mask(found: Attention, layout: Layout, masking: list[Step]) -> Unmasked | None:
-    """Whether the steps in `masking` let a query see every key, or every earlier one; None where it is not proven."""
+    """A proof that the steps in `masking` hide no key, or only later keys; None without a proof."""
     return None if found.sink else proves_unmasked(masking, layout.seq, layout.keys, found.dtype)

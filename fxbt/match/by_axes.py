@@ -1,8 +1,8 @@
-"""Formulas whose axes have names: contractions, a softmax over one of the axes, steps around it, in any layout.
+"""Matches formulas with named axes in any layout: contractions, a softmax over a named axis, and steps around it.
 
-A formula with a softmax is anchored there: backward through its scores, forward to what its weights are multiplied
-with. One without is anchored at its last contraction. Layout ops only move axes around, so that they are followed as
-atoms (`fxbt.axes`), and at the end each atom has the name of the axis that stands where it does.
+A formula with a softmax is anchored there: the match goes backward through its scores and forward to what its weights
+multiply. A formula without one is anchored at its last contraction. Layout ops only move axes, so axes are followed as
+atoms (`fxbt.axes`). In the end each atom gets the name of the axis at its place.
 
 Example::
 
@@ -31,22 +31,25 @@ REST = "..."
 
 
 class AxisMatcher:
-    """One formula with named axes against the nodes of one graph.
+    """One formula with named axes, matched against the nodes of one graph.
 
     Raises:
-        RuleError: named axes stand in it where they cannot be followed.
+        RuleError: the formula has named axes in a place where they cannot be followed.
     """
 
     def __init__(self, pattern: Formula):
         if len(pattern.outputs) != 1:
-            raise RuleError("a formula with named axes has one output")
+            raise RuleError("a formula with named axes must have exactly one output")
         (self._term,) = pattern.outputs
         self._optional = pattern.names - always_bound(pattern.outputs)
         self._softmax, self._steps, self._contract = _around_the_softmax(self._term)
         specs = list(_axes_of_variables(self._term))
         self._specs = dict(specs)
         if len(specs) > len(self._specs):
-            raise RuleError("a variable stands in a formula with named axes once; two may stand for the same value")
+            raise RuleError(
+                "a variable may occur only once in a formula with named axes; use two variables, they may match the "
+                "same value"
+            )
         self._result = _contract_in(self._term).equation.result
 
     def anchors(self, nodes: Reversible[fx.Node]) -> list[fx.Node]:
@@ -55,10 +58,10 @@ class AxisMatcher:
         return [node for node in reversed(nodes) if node.op == "call_function" and node.target in targets]
 
     def find(self, anchor: fx.Node) -> Iterator[Found]:
-        """The formula as it stands around `anchor`, if it does: once, with an output for each product of the weights.
+        """The match of the formula around `anchor`: one, with an output for each product of the weights.
 
         Raises:
-            Miss: it does not; the reason says at which op.
+            Miss: it does not match; the reason names the op.
         """
         start = Reading(anchor, axes.fresh(anchor))
         readings = self._around(anchor, start) if self._softmax else _down(self._term, anchor, start)[:1]
@@ -87,17 +90,17 @@ class AxisMatcher:
         return [each.bind(name, sink.node, sink.axes) if sink else each for each in found]
 
     def _times(self, inside: Reading, product: axes.Contraction, operand: fx.Node, passed: weights.Steps) -> Reading:
-        """The weights, after the steps that they passed, times their value."""
+        """The weights, after their steps, times their value."""
         contract: Any = self._contract
         equation = contract.equation
         if product.addend is not None:
-            raise Miss("the product with the value adds a third term", node=product.node)
+            raise Miss("the product with the value also adds a third term", node=product.node)
         (summed,) = equation.summed
         if set(axes.leaves(product.contracted)) != set(axes.leaves(inside.along[summed])):
             raise Miss("the product with the value does not sum over exactly the softmax axis", node=product.node)
         passed = passed + [scores.Scale(product.factor)] * (product.factor != 1)
         if self._steps is None and passed:
-            raise Miss("the weights pass steps that the pattern does not have", node=product.node)
+            raise Miss("steps change the weights that the pattern does not have", node=product.node)
         value = (product.rhs, product.rhs_axes) if product.lhs is operand else (product.lhs, product.lhs_axes)
         other = contract.lhs if contract.rhs in (self._softmax, self._steps) else contract.rhs
         if self._steps is not None:
@@ -108,7 +111,7 @@ class AxisMatcher:
     # --- names of axes
 
     def _named(self, reading: Reading) -> Reading:
-        """The reading, each of its atoms with the name of the axis that stands where it does."""
+        """The reading with a name for each atom: that of the axis at its place."""
         along = {name: list(axes.leaves(label)) for name, label in reading.along.items()}
         known = {atom for atoms in along.values() for atom in atoms}
         places = {name: axes.atoms_of(reading.labels[name]) for name in self._specs}
@@ -120,14 +123,14 @@ class AxisMatcher:
         return dataclasses.replace(reading, along={name: tuple(atoms) for name, atoms in along.items()})
 
     def _name_of(self, here: set[str]) -> str:
-        """The axis of the result that exactly the variables `here` have; "..." where there is none."""
+        """The axis of the result that exactly the variables `here` have; "..." if there is none."""
         for name in self._result:
             if name != REST and {variable for variable, spec in self._specs.items() if name in spec} == here:
                 return name
         return REST
 
     def _layouts(self, readings: Sequence[Reading]) -> dict[str, tuple[axes.Axes, axes.Axes]]:
-        """The axes of each variable as it stands, and as its equation says; those of the result under ""."""
+        """The axes of each variable as found, and as its equation orders them; those of the result under ""."""
         if len(readings) > 1:
             return {}
         (reading,) = readings
@@ -138,10 +141,10 @@ class AxisMatcher:
 
 
 def _laid_out(spec: tuple[str, ...], labels: axes.Axes, reading: Reading) -> axes.Axes:
-    """One dim for each axis of "...", of size one where `labels` have none, and one for each named axis.
+    """One dim for each axis of "..." (of size one where `labels` lack it), and one for each named axis.
 
     Raises:
-        Miss: there is an axis that the equations have no name for.
+        Miss: there is an axis that the equations do not name.
     """
     present = axes.atoms_of(labels)
     target: list[axes.Label] = []
@@ -149,7 +152,7 @@ def _laid_out(spec: tuple[str, ...], labels: axes.Axes, reading: Reading) -> axe
         atoms = reading.along.get(name, ())
         target += [(atom,) if atom in present else () for atom in atoms] if name == REST else [atoms]
     if unnamed := set(present) - set(axes.atoms_of(tuple(target))):
-        raise Miss(f"{unnamed} is no axis of {' '.join(spec)}", node=reading.output)
+        raise Miss(f"{unnamed} is not an axis of {' '.join(spec)}", node=reading.output)
     return tuple(target)
 
 
@@ -157,10 +160,10 @@ def _laid_out(spec: tuple[str, ...], labels: axes.Axes, reading: Reading) -> axe
 
 
 def _down(term: Term, node: fx.Node, reading: Reading, labels: axes.Axes | None = None) -> list[Reading]:
-    """The ways in which `node`, of the axes `labels`, is `term`: at least one.
+    """All ways in which `node`, with the axes `labels`, matches `term`; at least one.
 
     Raises:
-        Miss: it is not.
+        Miss: there is none.
     """
     labels = reading.output_labels if labels is None else labels
     node, labels = axes.peel(node, labels)
@@ -169,18 +172,18 @@ def _down(term: Term, node: fx.Node, reading: Reading, labels: axes.Axes | None 
             return [reading.bind(term.name, node, labels)]
         case WeightVariable():
             if not is_weight(node) or not (term.where is None or term.where(node.meta["val"])):
-                raise Miss(f"{term.name} is computed from the inputs, or does not fulfil its condition", node=node)
+                raise Miss(f"{term.name} is computed from the inputs, or does not meet its condition", node=node)
             return [reading.bind(term.name, node, labels)]
         case Steps():
             return _under_steps(term, node, reading, labels)
     product = axes.contraction_of(node, labels)
     if product is None or product.addend is not None or product.factor != 1:
-        raise Miss("here is no plain product of two operands", node=node, expected=formula(term))
+        raise Miss("this is not a plain product of two operands", node=node, expected=formula(term))
     return _operands(term, product, reading)
 
 
 def _inside_softmax(term: Softmax, softmax: fx.Node, start: Reading) -> tuple[Reading, scores.Add | None]:
-    """The softmax with its scores, its output being the weights; and its sink, where the scores are joined with one."""
+    """The softmax with its scores (its output is the weights), and the sink if the scores are joined with one."""
     dim: Any = softmax.args[1]
     source: Any = softmax.args[0]
     given, labels, sink = softmax, start.output_labels, None
@@ -195,7 +198,7 @@ def _inside_softmax(term: Softmax, softmax: fx.Node, start: Reading) -> tuple[Re
 
 
 def _under_steps(term: Steps, node: fx.Node, reading: Reading, labels: axes.Axes) -> list[Reading]:
-    """Back through the steps on scores to a product that the keys are on one side of."""
+    """Goes back through the steps on scores to the product with the keys."""
     (keys,) = reading.along.values()
     steps: list[scores.Step] = []
     product = scores.unwind(node, labels, keys, steps)
@@ -212,7 +215,7 @@ def _under_steps(term: Steps, node: fx.Node, reading: Reading, labels: axes.Axes
 
 
 def _unscaled(node: fx.Node, labels: axes.Axes) -> tuple[tuple[fx.Node, axes.Axes], float]:
-    """Back through layout ops and constant factors."""
+    """Goes back through layout ops and constant factors."""
     factor = 1.0
     while True:
         node, labels = axes.peel(node, labels)
@@ -224,7 +227,7 @@ def _unscaled(node: fx.Node, labels: axes.Axes) -> tuple[tuple[fx.Node, axes.Axe
 
 
 def _constant_factor(node: fx.Node) -> float | None:
-    """The number that a node multiplies its first operand by; None where it does something else."""
+    """The number by which a node multiplies its first operand; None if it does something else."""
     if node.op != "call_function" or node.target not in scores.MULTIPLY | scores.DIVIDE or node.kwargs:
         return None
     source, factor = node.args[:2]
@@ -234,7 +237,7 @@ def _constant_factor(node: fx.Node) -> float | None:
 
 
 def _operands(term: Any, product: axes.Contraction, reading: Reading) -> list[Reading]:
-    """The ways in which the operands of a product are those of `term`, in either order.
+    """All ways in which the operands of a product match those of `term`, in either order.
 
     Raises:
         Miss: there is none.
@@ -263,7 +266,7 @@ def _operands(term: Any, product: axes.Contraction, reading: Reading) -> list[Re
 
 
 def _check_axes(equation: Equation, lhs: axes.Axes, rhs: axes.Axes, reading: Reading) -> None:
-    """Raises Miss where an operand lacks an axis that it has in the equation, or has one that it lacks there."""
+    """Raises Miss if an operand lacks an axis that the equation gives it, or has one that the equation does not."""
     for name in {*equation.lhs, *equation.rhs} & set(reading.along):
         atoms = set(axes.leaves(reading.along[name]))
         for names, labels in ((equation.lhs, lhs), (equation.rhs, rhs)):
@@ -273,9 +276,9 @@ def _check_axes(equation: Equation, lhs: axes.Axes, rhs: axes.Axes, reading: Rea
 
 
 def _check_closed(readings: Sequence[Reading]) -> None:
-    """The matched ops must die with the rewrite, else they would be computed twice.
+    """Checks that the matched ops die with the rewrite; otherwise they would be computed twice.
 
-    What the replacement itself reads lives on: a bias computed from the scores keeps them.
+    What the replacement itself reads stays alive: a bias computed from the scores keeps them.
 
     Raises:
         Miss: something else reads the scores or the weights.
@@ -299,10 +302,10 @@ def _check_closed(readings: Sequence[Reading]) -> None:
 
 
 def _around_the_softmax(term: Term) -> tuple[Softmax | None, Steps | None, Contract | None]:
-    """The softmax of a formula, and what stands around it: steps on its weights, and the product with a value.
+    """The softmax of a formula and what surrounds it: steps on its weights, and the product with a value.
 
     Raises:
-        RuleError: something else does.
+        RuleError: something else surrounds it.
     """
     if isinstance(term, Softmax):
         _check_contracts(term.source, under_softmax=True)
@@ -320,22 +323,23 @@ def _around_the_softmax(term: Term) -> tuple[Softmax | None, Steps | None, Contr
 
 
 def _check_contracts(term: Term, under_softmax: bool = False) -> None:
-    """Raises RuleError for what is no contraction of variables, weights and such; under a softmax, after steps."""
+    """Raises RuleError unless the term is a contraction of variables and weights, or under a softmax one after
+    steps."""
     if isinstance(term, Variable | WeightVariable):
         return
     if under_softmax and isinstance(term, Steps):
         term = term.source
         under_softmax = False
         if not isinstance(term, Contract):
-            raise RuleError(f"the steps before a softmax begin at a contraction, not at {formula(term)}")
+            raise RuleError(f"the steps before a softmax must begin at an op.contract, not at {formula(term)}")
     if not isinstance(term, Contract):
-        raise RuleError(f"an operand of op.contract is a variable or another op.contract, not {formula(term)}")
+        raise RuleError(f"an operand of op.contract must be a variable or another op.contract, not {formula(term)}")
     _check_contracts(term.lhs)
     _check_contracts(term.rhs)
 
 
 def _axes_of_variables(term: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The axes of each variable, as the equation that it stands in has them."""
+    """The axes of each variable, as its equation names them."""
     if isinstance(term, Softmax | Steps):
         yield from _axes_of_variables(term.source)
     if not isinstance(term, Contract):

@@ -1,4 +1,4 @@
-"""At which nodes a formula can end: the ops that a match is looked for at."""
+"""The ops that a formula can end with, which are the places to look for a match."""
 
 from __future__ import annotations
 

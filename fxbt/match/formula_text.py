@@ -1,4 +1,4 @@
-"""A term as a formula: what "expected" says in a report."""
+"""Writes a term as a formula: the "expected" part of a report."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from .terms import (
     WeightVariable,
 )
 
-WIDTH = 100  # characters of a formula; a longer one is cut where it nests deepest
+WIDTH = 100  # characters of a formula; deeper parts of a longer one become "…"
 DEPTHS = (*range(9, 2, -1), 2)
 
 
 def formula(term: Any) -> str:
-    """A term as a formula: what "expected" says in a report."""
+    """A term as a formula: the "expected" part of a report."""
     texts = (_text(term, depth) for depth in DEPTHS)
     return next((text for text in texts if len(text) <= WIDTH), _text(term, DEPTHS[-1]))
 
 
 def _text(term: Any, depth: int) -> str:
-    """The term to some depth, and "…" for what is deeper."""
+    """The term down to some depth, with "…" for anything deeper."""
     match term:
         case Variable() | NumberVariable() | WeightVariable():
             return term.name

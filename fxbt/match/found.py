@@ -1,4 +1,4 @@
-"""What is bound while a pattern is matched (`State`), and a match as a rule's `check` sees it (`Found`)."""
+"""The bindings during matching (`State`), and a match as a rule's `check` sees it (`Found`)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from ..analysis import axes
 from ..graph.miss import Miss
 from .terms import Term
 
-# --- matching ---------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class State:
-    """What is bound and passed through so far."""
+    """The bindings and the nodes passed so far."""
 
     bound: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[Term, fx.Node] = field(default_factory=dict)
     interior: frozenset[fx.Node] = frozenset()
-    entered: frozenset[Term] = frozenset()  # the ops of the pattern that were found
+    entered: frozenset[Term] = frozenset()  # the pattern's ops found so far
 
     @property
     def matched(self) -> int:
@@ -32,21 +30,24 @@ class State:
         return len(self.entered)
 
     def bind(self, name: str, value: Any) -> State:
+        """The state with one more name bound."""
         return State({**self.bound, name: value}, self.shared, self.interior, self.entered)
 
     def share(self, term: Term, node: fx.Node) -> State:
+        """The state in which a repeated term is this node."""
         return State(self.bound, {**self.shared, term: node}, self.interior, self.entered)
 
     def enter(self, nodes: Iterable[fx.Node], term: Term) -> State:
+        """The state after matching these nodes with an op of the pattern."""
         return State(self.bound, self.shared, self.interior.union(nodes), self.entered | {term})
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A formula with named axes as it stands in a graph, with one output: what its names stand for, of which axes.
+    """A match of a formula with named axes for one output: what its names are bound to, and their axes.
 
-    Of `op.steps`, `values` has the list of them and `labels` the axes of what they work on. `along` has the atoms of
-    each named axis, those of "..." too. `factor` is what products under steps are multiplied by besides.
+    For `op.steps`, `values` has the list of steps and `labels` the axes of their input. `along` has the atoms of each
+    named axis, and those of "...". `factor` is a further constant factor of the products under the steps.
     """
 
     output: fx.Node
@@ -59,31 +60,31 @@ class Reading:
     softmax: fx.Node | None = None
 
     def bind(self, name: str, value: Any, labels: axes.Axes) -> Reading:
-        """The reading with one name more.
+        """The reading with one more name bound.
 
         Raises:
-            Miss: the name stands for something else already.
+            Miss: the name is already bound to another value.
         """
         if name in self.values and (self.values[name] is not value or axes.resolve(self.labels[name]) != labels):
-            raise Miss(f"{name} stands for another value already", node=value)
+            raise Miss(f"{name} already matched another value", node=value)
         return replace(self, values={**self.values, name: value}, labels={**self.labels, name: labels})
 
     def name(self, axis: str, atoms: axes.Label) -> Reading:
-        """The reading with one named axis more.
+        """The reading with one more named axis.
 
         Raises:
-            Miss: the axis is another one already.
+            Miss: the name already belongs to another axis.
         """
         if axis in self.along and set(axes.leaves(self.along[axis])) != set(axes.leaves(atoms)):
-            raise Miss(f"another axis than {axis} is summed over", node=self.output)
+            raise Miss(f"the op sums over an axis other than {axis}", node=self.output)
         return replace(self, along={**self.along, axis: atoms})
 
     def via(self, node: fx.Node) -> Reading:
-        """The reading with one matched op more."""
+        """The reading with one more matched op."""
         return replace(self, inner=(*self.inner, node))
 
     def operands(self) -> Iterator[tuple[fx.Node, axes.Axes]]:
-        """The nodes that it is computed from, those of steps too, with their axes."""
+        """The nodes it is computed from, including those of steps, with their axes."""
         for name, value in self.values.items():
             if isinstance(value, fx.Node):
                 yield value, self.labels[name]
@@ -93,7 +94,7 @@ class Reading:
 
 
 class Found:
-    """A match, as `Rule.check` sees it: `m.x` is the fake tensor (or number) that `x` stands for, `m["x"]` its node.
+    """A match as `Rule.check` sees it: `m.x` is the fake tensor (or number) bound to `x`, `m["x"]` its node.
 
     Example::
 
@@ -135,7 +136,7 @@ class Found:
         return value.meta["val"] if isinstance(value, fx.Node) else value
 
     def size(self, axis: str) -> Any:
-        """The size of a named axis of the pattern: a number, or a sympy expression where it is symbolic."""
+        """The size of a named axis: an int, or a sympy expression if it is symbolic."""
         size = sympy.prod([atom.size for atom in axes.leaves(self.readings[0].along.get(axis, ()))])
         return int(size) if size.is_Integer else size
 
@@ -148,41 +149,49 @@ class Found:
 
     @property
     def values(self) -> dict[str, Any]:
-        """All names with what they are bound to."""
+        """All names and what they are bound to."""
         return dict(self._values)
 
     def need(self, condition: Any, reason: str, expected: str = "", hint: str = "") -> None:
-        """Refuses the match, with `reason` in the report, unless `condition` holds."""
+        """Refuses the match unless `condition` holds; `reason` goes into the report.
+
+        Raises:
+            Miss: the condition does not hold.
+        """
         if not condition:
             raise Miss(reason, node=self._node, expected=expected, hint=hint)
 
     def keep(self) -> None:
-        """Leaves the match as it is, in its best form already: it counts in `report.hits` and is not replaced."""
+        """Leaves the match as it is, because it is already in its best form: counted in `report.hits`, not replaced."""
         self.is_kept = True
 
     def anew(self) -> Found:
-        """The same match, of which no rule has asked anything yet."""
+        """The same match, before any rule changed it."""
         return Found(*self._made_of)
 
     def stand_for(self, *nodes: fx.Node) -> None:
-        """Lets the results of `replace` stand for these nodes, instead of the outputs of the pattern."""
+        """Makes the results of `replace` stand for these nodes instead of the pattern's outputs."""
         self.outputs = nodes
 
     def assume(self, *constants: fx.Node) -> None:
-        """Says that the content of constants was read: should one change, the graph is not used any more."""
+        """Records that a proof read the content of these constants; if one changes, the graph is dropped."""
         self.assumes = (*self.assumes, *constants)
 
     def lay_out(self, tensors: Mapping[fx.Node, axes.Axes]) -> None:
-        """Hands `replace` these nodes, of the axes given, as its parameter `operands`: an `fxbt.Operands`."""
+        """Passes these nodes, with these axes, to `replace` as its parameter `operands` (an `fxbt.Operands`)."""
         self.laid_out = dict(tensors)
 
     def shape(self, name: str, dims: str) -> dict[str, Any]:
-        """Refuses the match unless `name` has as many dims as the string names; equal names must be equal sizes.
+        """Refuses the match unless `name` has as many dims as `dims` names; equal names must have equal sizes.
 
-        Returns the sizes by name: `m.shape("q", "batch heads seq head_dim")["seq"]`.
+        Returns:
+            The size of each named dim: `m.shape("q", "batch heads seq head_dim")["seq"]`.
+
+        Raises:
+            Miss: the value is not a tensor, or its shape does not fit.
         """
         value, wanted = getattr(self, name), dims.split()
-        self.need(isinstance(value, torch.Tensor), f"{name} is {value!r}, no tensor", f"{name} as [{dims}]")
+        self.need(isinstance(value, torch.Tensor), f"{name} is {value!r}, not a tensor", f"{name} as [{dims}]")
         self.need(value.dim() == len(wanted), f"{name} has {value.dim()} dims", f"{name} as [{dims}]")
         sizes: dict[str, Any] = {}
         for dim, label in enumerate(wanted):
@@ -193,5 +202,5 @@ class Found:
         return sizes
 
     def bind(self, **facts: Any) -> None:
-        """Hands facts on to `replace`, which takes them by name."""
+        """Passes facts to `replace`, which takes them as parameters by name."""
         self._values.update(facts)

@@ -1,8 +1,8 @@
-"""The pattern language: formulas over variables, written with Python's operators and torch's functions.
+"""The pattern language: formulas over variables, written with Python operators and torch functions.
 
-A pattern function runs once on `Expression`s. Every operator and every torch function called on one gives a bigger one,
-whose term is in normal form already: sums and products are flat, powers are exponents, sizes and casts are dropped.
-`matcher.py` compares terms with graphs.
+A pattern function runs once on `Expression`s. Every operator and torch function applied to one returns a larger
+expression, whose term is already in normal form: sums and products are flat, powers are exponents, sizes and casts are
+dropped. `matcher.py` compares terms with graphs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _serial = itertools.count(1)
 
 
 def term_of(value: Any) -> Any:
-    """The term of an expression; what is none stays, and lists, tuples and dicts hold terms for expressions."""
+    """The term of an expression; other values stay, and expressions inside lists, tuples and dicts become terms."""
     if isinstance(value, Expression):
         return value.term
     if isinstance(value, list | tuple):
@@ -59,7 +59,7 @@ def _applied(name: str, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Expression:
-    """What a pattern computes with: a term, to which torch functions and methods apply as to a tensor."""
+    """A value inside a pattern: a term that supports torch functions and tensor methods."""
 
     term: Term
 
@@ -112,10 +112,10 @@ class Expression:
         return _applied("le", self, other)
 
     def __bool__(self) -> bool:
-        raise RuleError(f"a pattern cannot branch on {self}; write torch.where, or op.either(one, other)")
+        raise RuleError(f"a pattern cannot branch on the value of {self}; write torch.where, or op.either(one, other)")
 
     def __float__(self) -> float:
-        raise RuleError(f"a pattern has no number for {self}; write op.number('name') for one of the graph")
+        raise RuleError(f"{self} has no value in a pattern; write op.number('name') to match a number in the graph")
 
     __int__ = __index__ = __float__
 
@@ -127,14 +127,17 @@ class Expression:
 
     @property
     def shape(self) -> _Shape:
+        """The shape, of which only single sizes may be used, to divide a sum."""
         return _Shape(self.term)
 
     @property
     def mT(self) -> Expression:
+        """The transpose of the last two dims."""
         return _applied("transpose", self, -1, -2)
 
     @property
     def T(self) -> Expression:
+        """The transpose of a matrix."""
         return _applied("t", self)
 
     @property
@@ -149,7 +152,7 @@ class Expression:
 
 
 def equation_of(text: str) -> Equation:
-    """Raises RuleError where the text is no equation of two operands."""
+    """Parses an equation; raises RuleError if the text is not an equation of two operands."""
     given, arrow, result = text.partition("->")
     operands = [tuple(operand.split()) for operand in given.split(",")]
     names = tuple(result.split())
@@ -161,7 +164,9 @@ def equation_of(text: str) -> Equation:
     made = Equation(operands[0], operands[1], names)
     alone = (set(made.lhs) ^ set(made.rhs)) - set(names)
     if alone or set(names) - {*made.lhs, *made.rhs} or "..." in made.summed:
-        raise RuleError(f"op.contract: {text!r} sums an axis of one operand alone, or its result has one of neither")
+        raise RuleError(
+            f"op.contract: {text!r} sums an axis that only one operand has, or its result has an axis that neither has"
+        )
     if len(made.summed) != 1:
         raise RuleError(
             f"op.contract: {text!r} sums over {len(made.summed)} axes, expected one (of any number of dims)"
@@ -178,12 +183,13 @@ class _Shape:
 
     def __iter__(self) -> Iterator[Any]:
         raise RuleError(
-            f"a pattern cannot unpack the shape of {formula(self.source)}: sizes are never written in a pattern"
+            f"a pattern cannot unpack the shape of {formula(self.source)}: patterns never mention sizes; check them "
+            "with m.shape() in check"
         )
 
 
 class Op:
-    """The ops of a pattern: `op.tanh(x)`, `op.pow(x, 3)`, and what no torch function says: choices and blocks.
+    """The ops of a pattern: `op.tanh(x)`, `op.pow(x, 3)`, and what no torch function expresses: choices and blocks.
 
     Example::
 
@@ -195,7 +201,7 @@ class Op:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
             raise AttributeError(name)
-        if name in FUSED:  # one of the user's own: the others have methods
+        if name in FUSED:  # a user's block; the built-in blocks have methods
             return lambda *args: self._block(name, args, {})
         return lambda *args, **kwargs: _applied(name, *args, **kwargs)
 
@@ -208,26 +214,26 @@ class Op:
         return Expression(Maybe(term_of(term)))
 
     def number(self, name: str, where: Where | None = None) -> Expression:
-        """A Python number in the graph that fulfils `where`."""
+        """A Python number in the graph for which `where(number)` holds."""
         return Expression(NumberVariable(name, where))
 
     def weight(self, name: str, where: Where | None = None) -> Expression:
-        """A parameter, buffer or constant (or what is computed from such alone) whose fake tensor fulfils `where`."""
+        """A parameter, buffer or constant, or a value computed from these only, whose fake tensor meets `where`."""
         return Expression(WeightVariable(name, where))
 
     def any(self, name: str) -> Expression:
-        """Any value: a variable that is no parameter of `pattern`."""
+        """Any value: like a parameter of `pattern`, but named here."""
         return Expression(Variable(name))
 
     def computed_from(self, source: Expression) -> Expression:
-        """Any value on whose way from the weights and inputs `source` stands."""
+        """Any value that is computed, directly or indirectly, from `source`."""
         return Expression(ComputedFrom(term_of(source), next(_serial)))
 
     def pointwise(self, function: Any, x: Expression, name: str = "") -> Expression:
-        """Whatever computes `function` of x elementwise, to seven digits, by sums, products, powers and smooth curves.
+        """Anything that computes `function` of x elementwise, to seven digits, from sums, products, powers and smooth
+        ops.
 
-        Of several functions, given by name, whichever it is: `name` is then bound to its name, for `check` and
-        `replace`.
+        With several functions in a dict, the one that matches: `name` is bound to its key, for `check` and `replace`.
 
         Example::
 
@@ -235,7 +241,7 @@ class Op:
             op.pointwise({"gelu": F.gelu, "silu": F.silu}, x, "kind")  # replace(self, x, kind)
 
         Raises:
-            RuleError: a function is no callable.
+            RuleError: a function is not callable.
         """
         functions = function if isinstance(function, dict) else {getattr(function, "__name__", "it"): function}
         if not all(callable(each) for each in functions.values()):
@@ -243,15 +249,15 @@ class Op:
         return Expression(Pointwise(tuple(functions.items()), term_of(x), name))
 
     def contract(self, equation: str, lhs: Expression, rhs: Expression) -> Expression:
-        """lhs and rhs multiplied, and summed over the axes that the result lacks, however it is written.
+        """lhs times rhs, summed over the axes that the result lacks, however it is written.
 
-        A matmul, bmm, einsum, linear without a bias, or a product that is summed; transposes, reshapes and expansions
-        do not matter. The equation names axes, separated by spaces; "..." stands for any number of others. `replace`
-        gets each variable laid out as its equation says (one dim for each axis of "...", of size one where it has
-        none), and gives its result as the last equation says.
+        It matches matmul, bmm, einsum, a linear without bias, and a product that is summed; transposes, reshapes and
+        expansions do not matter. The equation names axes, separated by spaces; "..." stands for any number of further
+        axes. `replace` gets each variable laid out as its equation says (one dim for each axis of "...", of size one
+        where the variable lacks it), and returns its result as the last equation says.
 
         Raises:
-            RuleError: the equation is none.
+            RuleError: the text is not an equation.
 
         Example::
 
@@ -260,9 +266,9 @@ class Op:
         return Expression(Contract(equation_of(equation), term_of(lhs), term_of(rhs)))
 
     def softmax(self, x: Expression, dim: Any = None, *, over: str = "", sink: Expression | None = None) -> Expression:
-        """softmax(x) over the axis named `over` (or, of a formula without named axes, over `dim`).
+        """softmax(x) over the axis named `over` (or over `dim`, in a formula without named axes).
 
-        With a `sink`, one more score for each row, of a key that is cut off afterwards; `op.maybe(sink)` may be absent.
+        A `sink` is one more score per row, of a key that is cut off afterwards; `op.maybe(sink)` makes it optional.
 
         Example::
 
@@ -273,10 +279,10 @@ class Op:
         return Expression(Softmax(term_of(x), over, term_of(sink)))
 
     def steps(self, x: Expression, name: str) -> Expression:
-        """x, then steps in any number and order, whose list is bound to `name`.
+        """x, then steps in any order and number; `name` is bound to the list of steps.
 
-        On what a softmax takes: a scale, a factor for each row, a bias, a mask that fills, a cast, tanh
-        (`fxbt.scores.Step`). On what it gives: a scale, a factor for each row, dropout, a mask of zeros
+        Steps on a softmax's input: a scale, a factor per row, a bias, a masking fill, a cast, tanh
+        (`fxbt.scores.Step`). Steps on its output: a scale, a factor per row, dropout, a mask of zeros
         (`fxbt.weights.Step`).
 
         Example::
@@ -286,7 +292,8 @@ class Op:
         return Expression(Steps(term_of(x), name))
 
     def attention(self, *args: Any, **kwargs: Any) -> Expression:
-        """SDPA, or what the attention rule turned into it: query, key, value (batch, heads, seq, head_dim), mask."""
+        """SDPA, also as the attention rule made it: attention(query, key, value), each (batch, heads, seq,
+        head_dim)."""
         return self._block("attention", args, kwargs)
 
     def activation(self, x: Any) -> Expression:
@@ -310,15 +317,15 @@ class Op:
         return self._block("rms_norm", args, kwargs)
 
     def mlp(self, *args: Any) -> Expression:
-        """mlp(x): linear, activation, linear, gated or not, as the mlp rule found it"""
+        """mlp(x): linear, activation, linear, gated or not, as the mlp rule made it"""
         return self._block("mlp", args, {})
 
     def rotary(self, *args: Any) -> Expression:
-        """rotary(x, cos, sin), as the rotary rule found it"""
+        """rotary(x, cos, sin), as the rotary rule made it"""
         return self._block("rotary", args, {})
 
     def residual_norm(self, *args: Any) -> Expression:
-        """residual_norm(x, branch) = norm(x + branch), as the residual_norm rule found it"""
+        """residual_norm(x, branch) = norm(x + branch), as the residual_norm rule made it"""
         return self._block("residual_norm", args, {})
 
     def _block(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expression:

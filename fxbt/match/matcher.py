@@ -1,8 +1,8 @@
-"""The matcher: where in a graph a pattern's formula stands, modulo the order and grouping of sums and products.
+"""The matcher: finds where a pattern's formula stands in a graph, in any order and grouping of sums and products.
 
-It compares terms with nodes and backtracks over the ways a node can be read: a chain of additions is a sum of two
-terms or of three, a division a power of -1, a mean a sum with a coefficient. It edits nothing. What comes out is one
-`Found`, or the nearest `Miss`: how many ops matched before what was expected was not there.
+It compares terms with nodes and backtracks over the ways to read a node: a chain of additions is a sum of two terms or
+of three, a division a power of -1, a mean a sum with a coefficient. It changes nothing. The result is a `Found`, or the
+nearest `Miss`, which says how many ops matched before one did not.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ ENDS = "the pattern ends here"
 
 
 class Matcher:
-    """One pattern against the nodes of one graph. `loose`: layout ops and dropout between blocks do not matter."""
+    """One pattern, matched against the nodes of one graph. `loose` ignores layout ops and dropout between blocks."""
 
     def __init__(self, pattern: Formula, loose: bool = False):
         self.pattern = pattern
@@ -69,7 +69,7 @@ class Matcher:
         self._expected: list[Any] = []
 
     def find(self, anchor: fx.Node) -> Iterator[Found]:
-        """The matches whose first output is `anchor`, in the order of the operands as written.
+        """The matches whose first output is `anchor`, trying operands in the order in which they are written.
 
         Raises:
             Miss: after the last match, the nearest miss.
@@ -104,7 +104,7 @@ class Matcher:
         return computed_from([*(n for n in seeds if isinstance(n, fx.Node)), *nodes], depth=8)
 
     def _is_closed(self, outputs: tuple[fx.Node, ...], state: State) -> bool:
-        """Whether nothing else reads a value inside the match."""
+        """Whether only nodes of the match read the values inside it."""
         inside = state.interior | set(outputs)
         bound = {value for value in state.bound.values() if isinstance(value, fx.Node)}
         for node in sorted(state.interior - set(outputs) - bound):
@@ -151,7 +151,7 @@ class Matcher:
             self._nearest = miss
 
     def _match(self, term: Any, value: Any, state: State) -> Iterator[State]:
-        """The states in which `value` is `term`; what stands in the pattern twice is one node."""
+        """The states in which `value` matches `term`; a term that occurs twice in the pattern must be one node."""
         if term not in self._shared or not isinstance(value, fx.Node):
             yield from self._match_anew(term, value, state)
         elif term not in state.shared:
@@ -196,14 +196,14 @@ class Matcher:
             yield state
         else:
             expected = (f"{term.name} =", state.bound[term.name])
-            self._fail(expected, value, state, f"{term.name} stands for another value already")
+            self._fail(expected, value, state, f"{term.name} already matched another value")
 
     def _match_number(self, term: NumberVariable, value: Any, state: State) -> Iterator[State]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number:
-            self._fail(term, value, state, f"{term.name} is a number")
+            self._fail(term, value, state, f"{term.name} must be a number")
         elif term.where is not None and not term.where(value):
-            self._fail(term, value, state, f"{term.name} does not fulfil its condition")
+            self._fail(term, value, state, f"{term.name} does not meet its condition")
         elif term.name not in state.bound:
             yield state.bind(term.name, value)
         elif is_close(state.bound[term.name], value):
@@ -215,14 +215,14 @@ class Matcher:
         if not is_weight(value):
             self._fail(term, value, state, f"{term.name} is computed from the inputs")
         elif term.where is not None and not term.where(value.meta["val"]):
-            self._fail(term, value, state, f"{term.name} does not fulfil its condition")
+            self._fail(term, value, state, f"{term.name} does not meet its condition")
         elif term.name not in state.bound:
             yield state.bind(term.name, value)
         elif is_same(state.bound[term.name], value):
             yield state
         else:
             expected = (f"{term.name} =", state.bound[term.name])
-            self._fail(expected, value, state, f"{term.name} stands for another weight already")
+            self._fail(expected, value, state, f"{term.name} already matched another weight")
 
     # --- sums and products
 
@@ -242,7 +242,7 @@ class Matcher:
     def _assign_sum(
         self, terms: tuple[Term, ...], values: tuple[tuple[float, Any], ...], rest: float, state: State
     ) -> Iterator[State]:
-        """Give each term a value, in any order; a rest of the constant goes to a term that can be a number."""
+        """Gives each term a value, in any order; what remains of the constant goes to a term that can be a number."""
         if not terms:
             if not values and rest == 0:
                 yield state
@@ -284,7 +284,7 @@ class Matcher:
         given: dict[Term, Any],
         state: State,
     ) -> Iterator[State]:
-        """Give each factor a value of its exponent, in any order; then the coefficients must agree."""
+        """Gives each factor a value with its exponent, in any order; then the coefficients must agree."""
         if not factors:
             if not values and self._same_coefficient(term, cut, given, 1.0, state):
                 yield state
@@ -310,7 +310,7 @@ class Matcher:
         given: dict[Term, Any],
         state: State,
     ) -> Iterator[State]:
-        """A factor that is a number: what of the coefficient the pattern does not write."""
+        """Matches a factor with a number: the part of the coefficient that the pattern does not write."""
         ratio = cut.coefficient / term.coefficient if term.coefficient else 0.0
         if ratio in (0.0, 1.0) or (ratio < 0 and exponent != 1):
             return
@@ -319,7 +319,7 @@ class Matcher:
             yield from self._assign_product(term, others, values, rest, given, found)
 
     def _same_coefficient(self, term: Product, cut: Powers, given: dict[Term, Any], scale: float, state: State) -> bool:
-        """Whether the numbers agree, counting the elements that sums and means reduce."""
+        """Whether the coefficients agree, counting the elements that sums and means reduce."""
         exponents, counts = summed_exponents(term.factors), summed_exponents(term.counts)
         expected = term.coefficient * scale
         for factor, value in given.items():
@@ -329,7 +329,7 @@ class Matcher:
                 continue
             reduced = value if isinstance(value, Reduced) else Reduced(value, value.args[0], False)
             if reduced.count is None:
-                self._fail(term, reduced.node, state, "the number of summed_exponents elements is not known")
+                self._fail(term, reduced.node, state, "the number of summed elements is not known")
                 return False
             expected *= float(reduced.count) ** excess
         if is_close(cut.coefficient, expected):
@@ -354,7 +354,7 @@ class Matcher:
         self._fail(term, value, state)
 
     def _readings(self, value: Any) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
-        """The value, then what it is a cast of; between blocks of a loose pattern, what it is a new layout of."""
+        """The value, and what it is a cast of; in a loose pattern also what it is another layout of."""
         passed: tuple[fx.Node, ...] = ()
         while isinstance(value, fx.Node):
             yield value, passed
@@ -368,7 +368,7 @@ class Matcher:
             return
         source, dims, keepdim = term.args
         if not same_reduction(value.node, dims, keepdim):
-            self._fail(term, value.node, state, "another axis is reduced")
+            self._fail(term, value.node, state, "the op reduces another axis")
             return
         yield from self._match(source, value.source, state.enter((value.node,), term))
 
@@ -381,7 +381,7 @@ class Matcher:
             return
         pairs, unwritten = operand_pairs(term, node)
         if unwritten:
-            self._fail(term, node, state, f"{unwritten} in the graph, unlike in the pattern")
+            self._fail(term, node, state, f"the graph has {unwritten}, unlike the pattern")
             return
         yield from self._match_all(pairs, state)
 
@@ -411,7 +411,7 @@ class Matcher:
         rank = node.meta["val"].dim()
         permuted = permuted_axes(term, rank)
         if permuted != axes.permutation(node):
-            reason = f"the tensor has {rank} axes" if permuted is None else "the axes are permuted otherwise"
+            reason = f"the tensor has {rank} axes" if permuted is None else "the axes are permuted in another order"
             self._fail(term, node, state, reason)
             return
         yield from self._match(term.args[0], node.args[0], state)
@@ -440,12 +440,12 @@ class Matcher:
         total = source.meta["val"].shape[dim]
         rank = source.meta["val"].dim()
         if term.dim % rank != dim or not isinstance(total, int) or bounds_of(term, total) != (start, stop, step):
-            self._fail(term, node, state, "another slice is taken")
+            self._fail(term, node, state, "the op takes another slice")
             return
         yield from self._match(term.source, source, state.enter((node,), term))
 
     def _match_computed_from(self, term: ComputedFrom, value: Any, state: State) -> Iterator[State]:
-        """The nearest ancestors that are `source`; where the source's variables are bound, none before those."""
+        """The nearest ancestors that match `source`, but none before the source's bound variables."""
         if not isinstance(value, fx.Node):
             self._fail(term, value, state)
             return
@@ -459,13 +459,13 @@ class Matcher:
                 is_found = True
                 yield found
             if not is_found and self._nearest is not None and self._nearest.matched <= state.matched:
-                self._nearest = nearest  # passing by other values is no miss
+                self._nearest = nearest  # skipping other values is not a miss
         if not is_found:
             self._fail(term, value, state, f"this is not computed {formula(term)}")
 
 
 class _Expected:
-    """What was expected at a place: all that was tried there, which grows until it is read."""
+    """Everything that was tried at one place; it grows until it is printed."""
 
     def __init__(self, terms: list[Term]):
         self._terms = terms

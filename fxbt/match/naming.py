@@ -14,7 +14,7 @@ from .torch_functions import ALIASES
 
 
 def op_of(node: Any) -> str:
-    """The op a node calls, by the name patterns use; "" for what is no op.
+    """The name that patterns use for the op a node calls; "" if the node calls no op.
 
     Example::
 
@@ -33,7 +33,7 @@ def _name_of(op: OpOverload) -> str:
     if op in ATTENTIONS:
         return "attention"
     if op._schema.is_mutable:
-        return ""  # what it writes to is another value after it
+        return ""  # an in-place op changes the value it writes to
     name = op._schema.name.split("::")[-1].strip("_")
     return ALIASES.get(name, name)
 

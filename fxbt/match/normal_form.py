@@ -1,4 +1,4 @@
-"""Sums, products and powers of terms, flat: one term for all spellings that are equal for every real number."""
+"""The normal form of sums, products and powers: one flat term for all spellings that are equal for all real numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def total(*operands: Any) -> Term:
 
 
 def product(*operands: Any) -> Term:
-    """The flat product of terms and numbers, equal factors merged into powers."""
+    """The flat product of terms and numbers, with equal factors merged into powers."""
     coefficient = 1.0
     factors: list[tuple[Term, float]] = []
     counts: list[tuple[Term, float]] = []
@@ -54,7 +54,7 @@ def product(*operands: Any) -> Term:
 
 
 def merge_powers(factors: Iterable[tuple[_T, float]], is_nonnegative: Callable[[_T], bool]) -> list[tuple[_T, float]]:
-    """Equal factors as one power, where that holds for every real number: not x / x at 0, nor sqrt(x) * sqrt(x)."""
+    """Merges equal factors where that holds for all real numbers: not x / x at 0, nor sqrt(x) * sqrt(x)."""
     merged: list[tuple[_T, float]] = []
     for value, power in factors:
         for place, (known, inner) in enumerate(merged):
@@ -69,7 +69,8 @@ def merge_powers(factors: Iterable[tuple[_T, float]], is_nonnegative: Callable[[
 
 
 def _divided_sizes(factors: Factors) -> tuple[Factors, Factors]:
-    """The factors without sizes, and the counts: sum(x, dim) / x.shape[dim] counts what the sum reduces."""
+    """The factors without sizes, and the counts: in sum(x, dim) / x.shape[dim], the size counts what the sum
+    reduces."""
     counts: Factors = []
     for size, exponent in factors:
         if not isinstance(size, Size):
@@ -77,22 +78,22 @@ def _divided_sizes(factors: Factors) -> tuple[Factors, Factors]:
         reduction = next((factor for factor, _ in factors if _reduces(factor, size)), None)
         if reduction is None:
             raise RuleError(
-                f"a size of {formula(size.source)} stands in a pattern; "
-                "only a sum over that one dim can be divided by it"
+                f"the pattern contains a size of {formula(size.source)}; "
+                "a size may only divide a sum over that same dim"
             )
         counts.append((reduction, exponent))
     return [factor for factor in factors if not isinstance(factor[0], Size)], counts
 
 
 def _reduces(term: Term, size: Size) -> bool:
-    """Whether a term is the sum over the dim alone that `size` is of."""
+    """Whether a term is the sum over exactly the dim of `size`."""
     return isinstance(term, Call) and term.op == "sum" and term.args[1] == (size.dim,) and size.source in walk(term)
 
 
 def power(base: Any, exponent: Any) -> Any:
-    """base ** exponent; exponents multiply where that holds for every real number."""
+    """base ** exponent; exponents multiply where that holds for all real numbers."""
     if not isinstance(exponent, int | float):
-        raise RuleError(f"the exponent {formula(exponent)} of a power is no number; write it as a literal")
+        raise RuleError(f"the exponent {formula(exponent)} of a power is not a number; write it as a literal")
     if not isinstance(base, Term):
         return literal(base) ** exponent
     if not isinstance(base, Product):
@@ -107,24 +108,31 @@ def power(base: Any, exponent: Any) -> Any:
 
 
 def powers_multiply(inner: float, outer: float, base_is_nonnegative: bool) -> bool:
-    """Whether (x ** inner) ** outer is x ** (inner * outer): not for the root of a square."""
+    """Whether (x ** inner) ** outer equals x ** (inner * outer): not for the root of a square."""
     if base_is_nonnegative or outer == -1:
         return True
     return inner == int(inner) and outer == int(outer)
 
 
 def is_sum_of_squares(term: Any) -> bool:
+    """Whether a term is a sum of even powers, and so never negative."""
     if not isinstance(term, Call) or term.op != "sum" or not isinstance(term.args[0], Product):
         return False
     return all(exponent % 2 == 0 for _, exponent in term.args[0].factors) and term.args[0].coefficient >= 0
 
 
 def literal(value: Any) -> float:
+    """The number that a pattern writes.
+
+    Raises:
+        RuleError: it is not a number.
+    """
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
     if callable(value):
         raise RuleError(
-            f"a pattern computes with {value!r}, which is a method not called, or an attribute it cannot read"
+            f"a pattern computes with {value!r}: call the method, or remove the attribute, which has no value in a "
+            "pattern"
         )
     if not isinstance(value, int | float):
         raise RuleError(f"a pattern cannot compute with {value!r}; expected a number or a term")
@@ -132,5 +140,5 @@ def literal(value: Any) -> float:
 
 
 def times(factor: float, addend: Any) -> Term:
-    """An addend with a factor: of an optional one, the absent stays 0."""
+    """An addend times a factor; if the addend is optional and absent, the result is 0."""
     return Maybe(product(factor, addend.term)) if isinstance(addend, Maybe) else product(factor, addend)

@@ -1,4 +1,4 @@
-"""Several rules for one thing: at each place the first that finds its meaning there."""
+"""`OneOf`: several rules for one meaning; at each anchor, the first that matches replaces."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ Read = tuple[list[Found], Miss | None]  # all matches of a pattern at an anchor,
 
 @dataclass
 class Chosen:
-    """The place of the rule that matched among the rules, and its match."""
+    """The index of the rule that matched, and its match."""
 
     place: int
     match: Match
 
 
 class OneOf(Rule):
-    """Rules that share a name, a stage and a count in `report.hits`: at each anchor the first that matches replaces.
+    """Rules that share a name, a stage and a count in `report.hits`: at each anchor, the first that matches replaces.
 
-    What one of them makes is offered to all again. Where none matches, the report tells why of the nearest. Each of
-    the rules has `targets`, and a `pattern` or a `find` of its own; a pattern that several share is matched once.
+    The results of one rule are offered to all of them again. If none matches, the report shows the reason of the
+    nearest. Each rule needs `targets`, and either a `pattern` or its own `find`; a pattern that several share is
+    matched once.
 
     Raises:
-        RuleError: a rule among them cannot work, has no targets, or has a tolerance of its own.
+        RuleError: one of the rules cannot work, has no targets, or has another tolerance or `proven` than the others.
 
     Example::
 
@@ -46,9 +47,9 @@ class OneOf(Rule):
         for rule in rules:
             check_rule(rule)
             if not rule.targets or rule.outline:
-                raise RuleError(f"rule {name!r}: {type(rule).__name__} has no targets of its own")
+                raise RuleError(f"rule {name!r}: {type(rule).__name__} needs targets = {{...}} and no outline")
         if len({(rule.proven, rule.tolerance) for rule in rules}) != 1:
-            raise RuleError(f"rule {name!r}: its rules must be proven alike, within the same tolerance")
+            raise RuleError(f"rule {name!r}: its rules must agree in proven and tolerance")
         self.makes = frozenset().union(*(rule.makes for rule in rules))
         self.targets = frozenset().union(*(rule.targets for rule in rules))
         self.proven, self.tolerance = rules[0].proven, rules[0].tolerance
@@ -57,7 +58,7 @@ class OneOf(Rule):
         """The match of the first rule that has one.
 
         Raises:
-            Miss: none has. It is the first that gives a reason without counting ops, else that of the nearest.
+            Miss: no rule matches; the first reason that does not count ops, else that of the nearest miss.
         """
         misses: list[Miss] = []
         known: dict[tuple[Term, ...], Read] = {}
@@ -78,7 +79,7 @@ class OneOf(Rule):
 
 
 def _find(rule: Rule, anchor: fx.Node, known: dict[tuple[Term, ...], Read]) -> Match:
-    """The rule's match, its pattern being looked up in `known`, where it is kept."""
+    """The rule's match; the matches of its pattern are cached in `known`."""
     if not hasattr(rule, "pattern"):
         return rule.find(anchor)
     pattern = rule.formula.outputs

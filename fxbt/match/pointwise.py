@@ -1,8 +1,7 @@
-"""Pointwise regions by what they compute, however they are decomposed.
+"""Recognises pointwise regions by what they compute, however they are decomposed.
 
-A region with one input is evaluated at points all over the number line. Only analytic ops may stand in it, so a region
-that agrees with a function on a dense set of points, to the precision of the constants that model code writes down, is
-that function.
+A region with one input is evaluated at points all over the number line. It may contain only analytic ops, so a region
+that agrees with a function on a dense set of points, to the precision of constants in model code, is that function.
 
 Example::
 
@@ -20,18 +19,18 @@ from torch import fx
 
 from .naming import is_float_cast, op_of
 
-# Ops without kinks or steps: what agrees on a dense set of points agrees between them too.
+# Ops without kinks or steps: functions of these that agree on a dense set of points also agree in between.
 ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "neg", "pow", "reciprocal", "square"}
 CURVES = {"tanh", "erf", "sigmoid", "exp"}
-ENDS = {"mul", "div", "add"}  # what the last op of a region may be
-LARGEST = 20  # nodes of a region; tanh gelu written out has eleven
+ENDS = {"mul", "div", "add"}  # the possible last ops of a region
+LARGEST = 20  # nodes in a region; tanh gelu written out has eleven
 
 POINTS = torch.cat([torch.linspace(-12, 12, 481), torch.tensor([-30.0, -1e-4, 1e-4, 30.0])]).double()
 AGREEMENT = 1e-6  # constants in model code have seven digits or more: 0.7978845608, 1.4142135
 
 
 def regions(end: Any) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-    """The pointwise regions that end at a node and have one input, with it, the smallest first."""
+    """The pointwise regions with one input that end at a node, smallest first, each with its input."""
     if op_of(end) not in ENDS:
         return
     frontier: set[fx.Node] = {end}
@@ -56,7 +55,7 @@ Functions = Iterable[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]
 
 
 def computed(functions: Functions, end: fx.Node, source: fx.Node, region: list[fx.Node]) -> str | None:
-    """The name of the function of its input `source` that a region is, in the input's dtype; None where it is none."""
+    """The name of the function that a region computes of its input `source`, in the input's dtype; else None."""
     value = source.meta["val"]
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype != end.meta["val"].dtype:
         return None
@@ -72,7 +71,7 @@ def computed(functions: Functions, end: fx.Node, source: fx.Node, region: list[f
 
 
 def escape(region: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """A value inside a region, its result apart, and who reads it from outside; None where the region is closed."""
+    """A value inside a region (not its result) and a node outside that reads it; None if there is none."""
     for node in region[:-1]:
         reader = next((user for user in node.users if user not in region), None)
         if reader is not None:

@@ -1,4 +1,4 @@
-"""How a value of a graph can be read: as a product, as a sum, as a reduction or as a slice.
+"""The ways to read a value of a graph: as a product, a sum, a reduction or a slice.
 
 A chain of additions is a sum of two terms or of three, a division a power of -1, a mean a sum with a coefficient.
 """
@@ -21,7 +21,7 @@ from .normal_form import merge_powers, powers_multiply
 
 aten = torch.ops.aten
 LAYOUT = axes.RESHAPES | axes.UNIT_DIMS | axes.IDENTITIES | axes.PERMUTES | axes.EXPANDS
-CLOSE = 1e-6  # relative: constants in model code are written with seven digits or more
+CLOSE = 1e-6  # relative; constants in model code have seven digits or more
 
 
 def is_close(a: float, b: float) -> bool:
@@ -31,7 +31,7 @@ def is_close(a: float, b: float) -> bool:
 
 @dataclass(frozen=True)
 class Powers:
-    """coefficient * values ** exponents; `through` are the nodes this reading passes through."""
+    """coefficient * values ** exponents; `through` are the nodes that this reading passes."""
 
     coefficient: float
     factors: tuple[tuple[Any, float], ...]
@@ -49,7 +49,7 @@ class Addends:
 
 @dataclass(frozen=True)
 class Reduced:
-    """The sum of `source` over dims, or its mean where `averaged`, as `node` computes it."""
+    """The sum (or if `averaged`, the mean) of `source` over dims, as `node` computes it."""
 
     node: fx.Node
     source: Any
@@ -57,14 +57,14 @@ class Reduced:
 
     @property
     def count(self) -> int | None:
-        """How many elements are summed; None where that is symbolic."""
+        """How many elements are summed; None if that is symbolic."""
         value = self.node.args[0].meta["val"]  # type: ignore[union-attr]
         sizes = [value.shape[dim] for dim in reduced_dims(self.node)]
         return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
 def reduced_dims(node: fx.Node) -> list[int]:
-    """The dims that a reduction takes away, counted from the left, in ascending order."""
+    """The dims that a reduction reduces, as nonnegative ints in ascending order."""
     dims: Any = argument(node, "dim")
     rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
     dims = range(rank) if dims is None or dims == [] else dims if isinstance(dims, list | tuple) else [dims]
@@ -72,7 +72,7 @@ def reduced_dims(node: fx.Node) -> list[int]:
 
 
 def product_cuts(value: Any, limit: int) -> Iterator[Powers]:
-    """The readings of a value as a product of at most `limit` factors, the value as one factor first."""
+    """The readings of a value as a product of at most `limit` factors, starting with the value as the only factor."""
     if isinstance(value, Powers):
         yield from _all_cuts(value, limit)
         return
@@ -99,7 +99,7 @@ def product_cuts(value: Any, limit: int) -> Iterator[Powers]:
 
 
 def keeps_elements(value: Any) -> bool:
-    """Whether a node is its input in another layout, or under dropout."""
+    """Whether a node only changes its input's layout, or applies dropout to it."""
     return isinstance(value, fx.Node) and (value.target in LAYOUT or value.target is aten.dropout.default)
 
 
@@ -126,7 +126,7 @@ def _power_cuts(node: fx.Node, base: Any, exponent: float, limit: int) -> Iterat
 
 
 def _raised(cut: Powers, exponent: float) -> Powers | None:
-    """A reading raised to a power, where exponents multiply for all numbers; one factor of power 1 always."""
+    """A reading raised to a power, if exponents multiply for all numbers; a single factor of power 1 always does."""
     if [power for _, power in cut.factors] != [1.0] or cut.coefficient != 1:
         if not all(powers_multiply(power, exponent, _is_nonnegative(value)) for value, power in cut.factors):
             return None
@@ -141,7 +141,7 @@ def _is_nonnegative(value: Any) -> bool:
 
 
 def _merged(cut: Powers) -> Powers:
-    """Equal factors as one power; a number alone is a coefficient."""
+    """Merges equal factors into powers."""
     return replace(cut, factors=tuple(merge_powers(cut.factors, _is_nonnegative)))
 
 
@@ -158,7 +158,7 @@ def _all_cuts(powers: Powers, limit: int) -> Iterator[Powers]:
 
 
 def sum_cuts(value: Any, limit: int, loose: bool = False) -> Iterator[Addends]:
-    """The readings of a value as a sum of at most `limit` terms and a number; `loose` looks through layout ops."""
+    """The readings of a value as a sum of at most `limit` terms and a number; `loose` ignores layout ops."""
     if isinstance(value, int | float):
         yield Addends(float(value), ())
         return
@@ -193,20 +193,20 @@ def _binary_sums(node: fx.Node, limit: int, loose: bool) -> Iterator[Addends]:
 
 
 def plain(value: Any) -> Any:
-    """A product of one value to the power of one is that value."""
+    """The value itself, if a product consists of one value to the power of one."""
     is_single = isinstance(value, Powers) and value.coefficient == 1 and [e for _, e in value.factors] == [1.0]
     return value.factors[0][0] if is_single else value
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Whether two values are one: the same node, perhaps in another precision, or close numbers."""
+    """Whether two values are the same: one node, perhaps in another precision, or close numbers."""
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         return _uncast(a) is _uncast(b)
     return isinstance(a, int | float) and isinstance(b, int | float) and is_close(a, b)
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    """What a node is, rounded nowhere: through casts to a dtype that holds every value of the one before."""
+    """The node behind casts that round nothing: to a dtype that holds every value of the dtype before."""
     while is_float_cast(node):
         source: Any = node.args[0]
         dtype = node.meta["val"].dtype
@@ -217,7 +217,7 @@ def _uncast(node: fx.Node) -> fx.Node:
 
 
 def slice_of(node: Any) -> tuple[fx.Node, int, int, int, int] | None:
-    """(source, dim, start, stop, step) of a node that is a slice, however it is cut out; None where it is none."""
+    """(source, dim, start, stop, step) of a node that is a slice, however it is written; else None."""
     if not isinstance(node, fx.Node) or not isinstance(node.args[0] if node.args else None, fx.Node):
         return None
     source: Any = node.args[0]

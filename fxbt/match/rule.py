@@ -1,4 +1,4 @@
-"""What a rewrite rule is: a formula that it finds in the graph, and what to compute instead."""
+"""A rewrite rule: a formula to find in the graph, and what to compute instead."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from .terms import (
 from .trial import check_results
 
 ENTRY_POINTS = "fxbt.rules"
-Layouts = tuple[axes.Axes, axes.Axes]  # of a tensor as it stands in the graph, and as `replace` has it
+Layouts = tuple[axes.Axes, axes.Axes]  # of a tensor: as it is in the graph, and as `replace` gets it
 
 
 @dataclass
 class Match:
-    """A place where a rule's meaning was found.
+    """A place where a rule matches.
 
-    `inputs` are the graph's values that `Rule.replace` receives as tensors; `outputs` the nodes its results stand
-    for; `facts` is the rule's own description, handed to `replace` unchanged. `replaces=False` means: found, and
-    already in its best form (counted, not rewritten). `assumes` names constants whose *content* the proof read:
-    should one change, the graph is not used any more.
+    `inputs` are the graph values that `Rule.replace` receives as tensors; its results replace `outputs`. `facts` is the
+    rule's own description, passed to `replace` unchanged. `replaces=False` means that the match is already in its best
+    form: it is counted, not rewritten. `assumes` names constants whose *content* the proof read: if one changes, the
+    graph is no longer used.
 
     Example::
 
@@ -63,7 +63,7 @@ class Match:
 
 @dataclass
 class Arguments:
-    """What `replace` of a pattern rule receives by name: which inputs (a count for a list of them), and the rest."""
+    """The arguments of a pattern rule's `replace` by name: tensors (a list has its length), and all other values."""
 
     tensors: dict[str, int | None]
     static: dict[str, Any]
@@ -81,7 +81,7 @@ class Arguments:
         return {**self.static, **named}
 
     def back(self, result: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The result laid out as it is in the graph."""
+        """The result in the layout that the graph has."""
         was, now = self.layouts[""]
         return axes.arrange(result, now, was, self._sizes(tensors))
 
@@ -92,7 +92,7 @@ class Arguments:
 
 @dataclass
 class ByAxes(Arguments):
-    """The same where `check` asked for `fxbt.Operands`: `position` and `labels` are theirs."""
+    """The arguments if `check` asked for an `fxbt.Operands`, which `position` and `labels` describe."""
 
     position: dict[fx.Node, int]
     labels: list[axes.Axes]
@@ -102,28 +102,28 @@ class ByAxes(Arguments):
 
 
 def _no_names(names: str) -> axes.Axes:
-    raise RuleError(f"the axes {names!r} have no names yet: give them by operands.by(...)")
+    raise RuleError(f"the axes {names!r} have no names yet; name them with operands.by(...)")
 
 
 class Rule:
     """A pattern and its replacement.
 
-    `pattern` writes the formula over its parameters, with Python's operators, torch functions and `op`. `replace`
-    says in plain torch what to compute instead; it takes the pattern's names: tensors for values and weights, floats
-    for numbers, None for what was optional and absent. `check`, where it is defined, refuses matches with a reason.
-    Rules hold no state: what `check` learns goes to `replace` through `m.bind`.
+    `pattern` writes the formula over its parameters, with Python operators, torch functions and `op`. `replace`
+    computes the replacement in plain torch; its parameters are names of the pattern: tensors for values and weights,
+    floats for numbers, None for optional parts that are absent. An optional `check` refuses matches, giving a reason.
+    Rules hold no state: `check` passes what it learns to `replace` with `m.bind`.
 
-    What `replace` computes from weights alone (a merged, folded or packed weight) is derived: without gradients it is
-    computed once, and again whenever a source changes; `state_dict` keeps the original names.
+    Anything `replace` computes from weights only (a merged, folded or packed weight) is a derived weight: without
+    gradients it is computed once, and again when a source changes; `state_dict` keeps the original names.
 
     Attributes:
-        name: what `report.hits` counts under.
-        makes: the blocks whose nodes it makes; rules with these in their pattern run after it.
-        outline: a name in `fxbt.ops`, for rules that rewrite nothing but make the match one call node of that function;
-            `fxbt.block` adds one.
-        proven: the match alone proves the numbers. Otherwise each rewrite also runs, on the captured example, beside
-            what it replaces, and is refused where a result differs by more than `tolerance`.
-        tolerance: of the largest value; None for rounding (2e-5 in float32).
+        name: the name in `report.hits`.
+        makes: the blocks that the replacement creates; rules with these blocks in their pattern run later.
+        outline: a name in `fxbt.ops`, for rules that rewrite nothing but turn the match into one call of that function;
+            `fxbt.block` adds such a function.
+        proven: the match alone proves that the values stay equal. Without it, each rewrite is also run on the captured
+            example, beside what it replaces, and refused if a result differs by more than `tolerance`.
+        tolerance: relative to the largest value; None means rounding (2e-5 in float32).
 
     Example::
 
@@ -140,8 +140,8 @@ class Rule:
 
         fast = fxbt.optimize(model, rules=[TanhGelu()])
 
-    A meaning that no formula can say overrides `targets` and `find` instead; its `replace(self, facts, *inputs)` gets
-    the `Match`'s own.
+    For a meaning that no formula can express, override `targets` and `find` instead; `replace(self, facts, *inputs)`
+    then gets the values of the `Match`.
     """
 
     name: str = ""
@@ -150,26 +150,26 @@ class Rule:
     tolerance: float | None = None
     makes: frozenset[str] | set[str] = frozenset()
     targets: frozenset[Any] | set[Any] = frozenset()
-    # Set by subclasses: annotations only, so that their own signatures are not checked against these.
+    # Subclasses set these. They are only annotations, so that type checkers accept any signature.
     pattern: Callable[..., Any]
     replace: Callable[..., Any]
 
     def check(self, m: Found) -> None:
-        """Refuses a match by `m.need(condition, reason)`; hands facts to `replace` by `m.bind(name=value)`."""
+        """Refuses a match with `m.need(condition, reason)`; passes facts to `replace` with `m.bind(name=value)`."""
 
     @functools.cached_property
     def formula(self) -> Formula:
         """The pattern as terms.
 
         Raises:
-            RuleError: the pattern is none; the message says why.
+            RuleError: the function is not a valid pattern; the message says why.
         """
         parameters = list(inspect.signature(self.pattern).parameters)
         return _formula(self, parameters[1:], Op())
 
     @functools.cached_property
     def matcher(self) -> Matcher | AxisMatcher:
-        """What finds the formula in a graph."""
+        """The matcher for this rule's formula."""
         return AxisMatcher(self.formula) if self.formula.has_axes else Matcher(self.formula, loose=bool(self.outline))
 
     @functools.cached_property
@@ -196,15 +196,15 @@ class Rule:
         """The match anchored at `anchor`.
 
         Raises:
-            Miss: this is not the rule's meaning, or it cannot be proven; the reason goes into the report.
+            Miss: the rule does not match here, or the match cannot be proven; the reason goes into the report.
         """
         return self.first_of(self.matcher.find(anchor), anchor)
 
     def first_of(self, matches: Iterator[Found], anchor: fx.Node) -> Match:
-        """The first of the pattern's matches at `anchor` that the rule's own conditions let pass.
+        """The first match of the pattern at `anchor` that the rule's own conditions accept.
 
         Raises:
-            Miss: there is none; the first reason of those that came furthest.
+            Miss: there is none; the first reason among those that matched most ops.
         """
         refusal: Miss | None = None
         while True:
@@ -214,11 +214,12 @@ class Rule:
                 self._call_check(found, anchor)
                 return self.match_of(found, anchor)
             except StopIteration:
-                raise refusal or Miss("the pattern is not here", node=anchor, total=self.formula.size) from None
+                raise refusal or Miss("the pattern does not match here", node=anchor, total=self.formula.size) from None
             except Miss as miss:
                 if refusal is None or miss.matched > refusal.matched:
                     refusal = miss
-                if isinstance(self.matcher, Matcher) and self.formula.size > 1:  # else a reason says more than a count
+                # otherwise a reason says more than a count
+                if isinstance(self.matcher, Matcher) and self.formula.size > 1:
                     miss.matched, miss.total = miss.matched or self.formula.size, max(self.formula.size, miss.matched)
 
     def _call_check(self, found: Found, anchor: fx.Node) -> None:
@@ -230,7 +231,11 @@ class Rule:
             raise Miss(f"check raises {type(error).__name__}: {error}", node=anchor) from error
 
     def match_of(self, found: Found, anchor: fx.Node) -> Match:
-        """The match as those who asked for it take it: with what `replace` takes of the values found."""
+        """The match of what was found, with the values that `replace` takes.
+
+        Raises:
+            Miss: several products read the same weights, and the rule lays none of them out.
+        """
         values = found.values
         if not self.outline:
             wanted = inspect.signature(self.replace).parameters
@@ -251,12 +256,12 @@ class Rule:
         return Match(anchor, tuple(inputs), found.outputs, facts, replaces=not keeps, assumes=assumes)
 
     def results(self, match: Match, tensors: tuple[torch.Tensor, ...]) -> Any:
-        """What `replace` gives for a match, its inputs being `tensors`."""
+        """The result of `replace` for a match whose inputs are `tensors`."""
         if not isinstance(match.facts, Arguments):
             return self.replace(match.facts, *tensors)
         wanted = inspect.signature(self.replace).parameters
         dtypes = [node.meta["val"].dtype for node in match.outputs]
-        if match.facts.passes_casts:  # computed in the precision of the result, as the graph does at least
+        if match.facts.passes_casts:  # compute in the precision of the result; the graph computes in at least that
             tensors = tuple(_widened(tensor, dtypes[0]) for tensor in tensors)
         given = match.facts.named(tensors)
         results = self.replace(**{name: given[name] for name in wanted if name in given})
@@ -269,19 +274,19 @@ class Rule:
 
 
 def _is_of_nodes(value: Any) -> bool:
-    """Whether a value is a node, or some nodes in a tuple or list."""
+    """Whether a value is a node, or a tuple or list of nodes."""
     items = value if isinstance(value, tuple | list) else (value,)
     return bool(items) and all(isinstance(item, fx.Node) for item in items)
 
 
 def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in `dtype` where that is a wider floating dtype."""
+    """The tensor in `dtype`, if that is a wider floating dtype."""
     is_float = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
     return tensor.to(dtype) if is_float and torch.promote_types(tensor.dtype, dtype) == dtype else tensor
 
 
 class _FunctionRule(Rule):
-    """A rule of two plain torch functions."""
+    """A rule made from two plain torch functions."""
 
     def __init__(self, pattern: Callable[..., Any], replacement: Callable[..., Any], name: str, where: Any):
         self.name = name
@@ -305,10 +310,10 @@ def rule(
     """A rule from two plain torch functions: where the graph computes `pattern`, compute `replacement` instead.
 
     Args:
-        pattern: its parameters are the variables; a variable stands for a tensor or, in a sum or product, a number.
+        pattern: its parameters are the variables; each matches a tensor, or a number in a sum or product.
         replacement: takes some or all of the same names.
-        name: what `report.hits` counts under.
-        where: a further condition on the match, as in `lambda m: m.w.dim() == 1`.
+        name: the name in `report.hits`.
+        where: a further condition on the match, such as `lambda m: m.w.dim() == 1`.
 
     Raises:
         RuleError: the pattern or its replacement cannot work.
@@ -337,7 +342,7 @@ def _formula(rule: Rule, parameters: list[str], *op: Op) -> Formula:
     terms = term_of(given)
     for output, term in zip(given, terms, strict=True):
         if not isinstance(term, Term) or isinstance(term, Variable | WeightVariable | NumberVariable | Maybe):
-            raise RuleError(f"{_called(rule)}: the pattern gives {output}, expected a formula of at least one op")
+            raise RuleError(f"{_called(rule)}: the pattern returns {output}, expected a formula with at least one op")
     made = Formula(terms)
     unused = [name for name in parameters if name not in made.names]
     if unused:
@@ -356,13 +361,13 @@ def _check_kinds(rule: Rule, outputs: tuple[Term, ...]) -> None:
         first = kinds.setdefault(term.name, term)
         if first != term:
             raise RuleError(
-                f"{_called(rule)}: the name {term.name!r} stands for a {type(first).__name__} and a "
+                f"{_called(rule)}: the name {term.name!r} is used for a {type(first).__name__} and a "
                 f"{type(term).__name__}; give each its own name"
             )
 
 
 def _check_precision(found: Found) -> None:
-    """What the pattern rounds on its way must not be coarser than what it gives: the replacement would not round."""
+    """Intermediate values must not be rounded more coarsely than the result: the replacement would not round them."""
     result = found.outputs[0].meta["val"].dtype
     for node in found.interior:
         value = node.meta["val"]
@@ -371,7 +376,7 @@ def _check_precision(found: Found) -> None:
         wraps = value.dtype in NARROW and value.dtype is not result
         rounds = value.is_floating_point() and torch.promote_types(value.dtype, result) != value.dtype
         if wraps or rounds:
-            raise Miss(f"computed in {value.dtype} on the way to {result}", node=node)
+            raise Miss(f"an intermediate value is in {value.dtype}, coarser than the result's {result}", node=node)
 
 
 NARROW = {torch.int8, torch.uint8, torch.int16}  # sums in these overflow
@@ -380,10 +385,10 @@ NARROW = {torch.int8, torch.uint8, torch.int16}  # sums in these overflow
 
 
 def check_rules(rules: Iterable[Any], reserved: Iterable[str] = ()) -> tuple[Rule, ...]:
-    """The rules as a tuple; `reserved` are names that are taken.
+    """Checks rules and returns them as a tuple; `reserved` are names that are taken.
 
     Raises:
-        TypeError: something in `rules` is no `Rule` instance.
+        TypeError: an item of `rules` is not a `Rule`.
         RuleError: a rule cannot work; the message names it and says why.
     """
     if isinstance(rules, Rule) or not isinstance(rules, Iterable):
@@ -394,7 +399,7 @@ def check_rules(rules: Iterable[Any], reserved: Iterable[str] = ()) -> tuple[Rul
         _check_type(given)
         check_rule(given)
         if given.name in taken:
-            raise RuleError(f"{_called(given)}: the name is {taken[given.name]}'s already; choose another")
+            raise RuleError(f"{_called(given)}: the name already belongs to {taken[given.name]}; choose another")
         taken[given.name] = f"another rule ({type(given).__name__})"
     return checked
 
@@ -403,11 +408,11 @@ def _check_type(given: Any) -> None:
     if isinstance(given, type) and issubclass(given, Rule):
         raise TypeError(f"fxbt.optimize: rules holds the class {given.__name__}; pass an instance: {given.__name__}()")
     if not isinstance(given, Rule):
-        raise TypeError(f"fxbt.optimize: rules holds {given!r}, which is no fxbt.Rule; subclass fxbt.Rule")
+        raise TypeError(f"fxbt.optimize: rules holds {given!r}, which is not an fxbt.Rule; subclass fxbt.Rule")
 
 
 def check_rule(given: Rule) -> None:
-    """Raises RuleError for a rule that cannot work: no name, no pattern, unbound names, another shape or dtype."""
+    """Raises RuleError for a rule that cannot work: no name, no pattern, unbound names, or results of another shape."""
     if not given.name:
         raise RuleError(f"{type(given).__name__} has no name; set name = '...' on the class")
     has_pattern, has_find = hasattr(given, "pattern"), type(given).find is not Rule.find
@@ -428,7 +433,7 @@ def check_rule(given: Rule) -> None:
     _check_matcher(given)
     if given.outline:
         return
-    # What `check` binds is known only once it ran.
+    # What `check` binds is known only after it has run.
     binds_more = type(given).check not in (Rule.check, _FunctionRule.check)
     unbound = [name for name in _required(given.replace) if name not in bound]
     if unbound and not binds_more:
@@ -446,7 +451,7 @@ def _check_matcher(given: Rule) -> None:
     except RuleError as error:
         raise RuleError(f"{_called(given)}: {error}") from error
     if given.outline and isinstance(made, AxisMatcher):
-        raise RuleError(f"{_called(given)}: an outline has no layout of its own; define replace(self, ...)")
+        raise RuleError(f"{_called(given)}: an outline cannot follow named axes; define replace(self, ...)")
 
 
 def _required(function: Callable[..., Any]) -> list[str]:
@@ -460,12 +465,12 @@ def _called(given: Rule) -> str:
 
 
 def installed_rules() -> tuple[Rule, ...]:
-    """The rules that installed packages ship: their entry points in the group "fxbt.rules", in order of their names.
+    """The rules of installed packages: their entry points in the group "fxbt.rules", ordered by name.
 
     An entry point names a Rule subclass, an instance, or a sequence of either.
 
     Raises:
-        RuleError: an entry point cannot be loaded or holds something else; the message names it.
+        RuleError: an entry point cannot be loaded, or contains something else; the message names it.
     """
     rules: list[Rule] = []
     for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):

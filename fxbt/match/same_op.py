@@ -1,4 +1,4 @@
-"""Whether a node is the op that a pattern calls, and its operands beside those that the pattern writes."""
+"""Whether a node is the op that a pattern calls, and which operands to compare."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .readings import is_close, reduced_dims
 from .terms import Call, Part, Slice
 from .torch_functions import plain_equation
 
-# Arguments that are sizes (never written), dims (compared modulo the rank) or precision (modulo casts).
+# Arguments that are sizes (never written in patterns), dims (compared modulo the rank) or precision (ignored).
 SIZES = {"size", "shape", "sizes", "normalized_shape", "output_size"}
 DIMS = {"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"}
 PRECISION = {"dtype", "layout", "device", "pin_memory", "cudnn_enable", "memory_format", "implicit"}
@@ -22,7 +22,7 @@ PERMUTATIONS = {"transpose", "permute", "t", "mT", "swapaxes", "swapdims", "move
 
 
 def is_op(term: Call, node: fx.Node) -> bool:
-    """Whether a node calls the op of a term: reshapes and permutations count as one op each, by any name."""
+    """Whether a node calls a term's op; all names of reshapes count as one op, and so do all permutations."""
     op = op_of(node)
     if term.op == "normalize":
         return op in ("layer_norm", "rms_norm")
@@ -33,7 +33,7 @@ def is_op(term: Call, node: fx.Node) -> bool:
 
 
 def factors_of_linear(term: Call, node: fx.Node) -> list[tuple[Any, Any]]:
-    """The factors of a pattern's matmul with what a linear multiplies: such is the canonical form of x @ w, x @ w.T."""
+    """Pairs the factors of a pattern's matmul with those of a linear, the canonical form of x @ w and x @ w.T."""
     if term.op != "matmul" or op_of(node) != "linear" or argument(node, "bias") is not None:
         return []
     (first, second), (x, weight) = term.args, node.args[:2]
@@ -45,7 +45,7 @@ def factors_of_linear(term: Call, node: fx.Node) -> list[tuple[Any, Any]]:
 
 
 def operand_pairs(term: Call, node: fx.Node) -> tuple[list[tuple[Any, Any]], str]:
-    """(what the pattern writes, what the node has) for each operand, dims made comparable; what only one has."""
+    """(pattern's value, node's value) for each operand, with comparable dims; and what only one of them has."""
     if not hasattr(node.target, "_schema"):
         return list(zip(term.args, node.args[1:], strict=False)), ""
     written = dict(term.kwargs)
@@ -72,7 +72,7 @@ def operand_pairs(term: Call, node: fx.Node) -> tuple[list[tuple[Any, Any]], str
 
 
 def permuted_axes(term: Call, rank: int) -> list[int] | None:
-    """The axes of a tensor as a term of `PERMUTATIONS` has them; None where it has others."""
+    """The dims of a tensor after the term's permutation; None if it does not fit this rank."""
     probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
     try:
         permuted = getattr(probe, term.op)
@@ -83,7 +83,7 @@ def permuted_axes(term: Call, rank: int) -> list[int] | None:
 
 
 def _rank_of_dims(node: fx.Node) -> int:
-    """How many dims a negative one counts in: of what is read, or of the result that has one more."""
+    """The rank in which a negative dim counts: the input's, or the result's if that has one more dim."""
     source = node.args[0]
     is_larger = op_of(node) == "unsqueeze" or not isinstance(source, fx.Node)
     return (node if is_larger else source).meta["val"].dim()  # type: ignore[union-attr]
@@ -96,21 +96,21 @@ def _plain_dims(dims: Any, rank: int) -> Any:
 
 
 def same_literal(wanted: Any, actual: Any) -> bool:
-    """Whether two arguments that are no tensors are equal; numbers are to seven digits."""
+    """Whether two arguments that are not tensors are equal, numbers to seven digits."""
     if isinstance(wanted, int | float) and isinstance(actual, int | float):
         return bool(wanted == actual) if isinstance(wanted, bool) else is_close(wanted, actual)
     return bool(wanted == actual)
 
 
 def same_reduction(node: fx.Node, dims: Any, keepdim: bool) -> bool:
-    """Whether a node reduces these dims (all of them for None) and keeps them, or not, alike."""
+    """Whether a node reduces exactly these dims (None: all) with the same `keepdim`."""
     rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
     wanted = list(range(rank)) if dims is None else sorted(dim % rank for dim in dims)
     return wanted == reduced_dims(node) and bool(argument(node, "keepdim", False)) == bool(keepdim)
 
 
 def bounds_of(term: Part | Slice, total: int) -> tuple[int, int, int]:
-    """(start, stop, step) of what a term takes of a dim of `total` elements."""
+    """(start, stop, step) of the part that a term takes of a dim of `total` elements."""
     if isinstance(term, Part):
         width = -(-total // term.of)
         return term.index * width, min((term.index + 1) * width, total), 1

@@ -1,4 +1,4 @@
-"""What formulas are made of, as data: variables, calls, sums, products and choices, and the questions about them."""
+"""Formulas as data: variables, calls, sums, products and choices, and functions on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 @dataclass_transform(frozen_default=True)
 def _term(cls: type[_T]) -> type[_T]:
-    """A frozen dataclass whose hash is computed once: patterns share their parts, and equal parts are one."""
+    """A frozen dataclass that computes its hash once: patterns share parts, and equal parts are the same term."""
     made: Any = dataclass(frozen=True)(cls)
     structural = made.__hash__
 
@@ -31,12 +31,12 @@ def _term(cls: type[_T]) -> type[_T]:
 
 
 class Term:
-    """A formula as data: compared by its parts, and hashed once."""
+    """A formula as data, compared by its parts."""
 
 
 @dataclass(frozen=True)
 class Equation:
-    """The names of the axes of two operands and of their product; "..." stands for any number of others."""
+    """The axis names of two operands and of their product; "..." stands for any number of further axes."""
 
     lhs: tuple[str, ...]
     rhs: tuple[str, ...]
@@ -53,7 +53,7 @@ class Equation:
 
 @_term
 class Variable(Term):
-    """Any value; the same name is the same value."""
+    """Any value; equal names are the same value."""
 
     name: str
 
@@ -68,7 +68,7 @@ class NumberVariable(Term):
 
 @_term
 class WeightVariable(Term):
-    """A parameter, a buffer or a constant, or what is computed from such alone."""
+    """A parameter, a buffer or a constant, or a value computed from these only."""
 
     name: str
     where: Where | None = None
@@ -76,7 +76,7 @@ class WeightVariable(Term):
 
 @_term
 class Call(Term):
-    """A torch op. `open`: operands that are not written may be anything, so each such call is a value of its own."""
+    """A torch op. `open`: unwritten operands may be anything, so each such call is a value of its own."""
 
     op: str
     args: tuple[Any, ...]
@@ -94,7 +94,7 @@ class Sum(Term):
 
 @_term
 class Product(Term):
-    """coefficient * factors ** exponents * (elements a reduction sums) ** exponents"""
+    """coefficient * factors ** exponents * (numbers of elements that reductions sum) ** exponents"""
 
     coefficient: float
     factors: tuple[tuple[Term, float], ...]
@@ -138,7 +138,7 @@ class Maybe(Term):
 
 @_term
 class Pointwise(Term):
-    """Whatever computes one of `functions` of `source`, pointwise; `bound` is the name that its name is bound to."""
+    """Anything that computes one of `functions` of `source` pointwise; `bound` gets the function's name."""
 
     functions: tuple[tuple[str, Callable[[torch.Tensor], torch.Tensor]], ...]
     source: Term
@@ -147,7 +147,7 @@ class Pointwise(Term):
 
 @_term
 class Contract(Term):
-    """The sum of `lhs` * `rhs` over the axes that the result lacks, in whatever layout they lie."""
+    """The sum of `lhs` * `rhs` over the axes that the result lacks, in any layout."""
 
     equation: Equation
     lhs: Term
@@ -156,7 +156,7 @@ class Contract(Term):
 
 @_term
 class Softmax(Term):
-    """The softmax of `source` over the axis `over`; `sink` is one more score for each row, cut off afterwards."""
+    """The softmax of `source` over the axis `over`; `sink` is one more score per row, cut off afterwards."""
 
     source: Term
     over: str
@@ -165,7 +165,7 @@ class Softmax(Term):
 
 @_term
 class Steps(Term):
-    """`source`, then steps on it in any number and order; `bound` is the name that the list of them is bound to."""
+    """`source`, then steps in any number and order; `bound` gets the list of steps."""
 
     source: Term
     bound: str
@@ -173,7 +173,7 @@ class Steps(Term):
 
 @_term
 class ComputedFrom(Term):
-    """Any value that is computed from `source`; each is one of its own."""
+    """Any value computed from `source`; each use is a value of its own."""
 
     source: Term
     serial: int = 0
@@ -181,14 +181,14 @@ class ComputedFrom(Term):
 
 @_term
 class Size(Term):
-    """`x.shape[dim]`: only as the number a sum is divided by."""
+    """`x.shape[dim]`: allowed only as a number that divides a sum."""
 
     source: Term
     dim: int
 
 
 def children(term: Any) -> tuple[Any, ...]:
-    """The terms that a term is made of."""
+    """The direct parts of a term."""
     match term:
         case Call():
             return tuple(_terms_in((term.args, tuple(value for _, value in term.kwargs))))
@@ -218,7 +218,7 @@ def _terms_in(values: Any) -> Iterator[Term]:
 
 
 def walk(term: Any) -> list[Term]:
-    """A term and all it is made of, each once."""
+    """A term and all its parts, each once."""
     found, waiting = {term: None}, [term]
     while waiting:
         parts = [part for part in children(waiting.pop()) if part not in found]
@@ -228,14 +228,14 @@ def walk(term: Any) -> list[Term]:
 
 
 def shared(term: Any) -> set[Term]:
-    """The parts of a term, other than variables, that stand in it more than once."""
+    """The parts of a term, other than variables, that occur in it more than once."""
     counts = collections.Counter(part for whole in walk(term) for part in children(whole))
     leaves = (Variable, NumberVariable, WeightVariable)
     return {part for part, count in counts.items() if count > 1 and not isinstance(part, leaves)}
 
 
 def inner_outputs(outputs: tuple[Term, ...]) -> set[Term]:
-    """The outputs that are parts of other ones."""
+    """The outputs that are parts of other outputs."""
     parts = [set(walk(output)) - {output} for output in outputs]
     return {output for output in outputs if any(output in inner for inner in parts)}
 
@@ -250,7 +250,7 @@ def names(term: Term) -> frozenset[str]:
 
 @functools.cache
 def _ops(term: Any) -> frozenset[Term]:
-    """The different ops that a match of the term has: of alternatives, the longest."""
+    """The different ops that a match of the term has; the longest alternative counts."""
     match term:
         case Either():
             return max((_ops(option) for option in term.options), key=len)
@@ -262,7 +262,7 @@ def _ops(term: Any) -> frozenset[Term]:
 
 @dataclass
 class Formula:
-    """A pattern function run once: its outputs as terms and the names they bind."""
+    """A pattern function run once: its outputs as terms, and the names they bind."""
 
     outputs: tuple[Term, ...]
     names: set[str] = field(default_factory=set)

@@ -1,4 +1,4 @@
-"""The terms for torch's functions and methods: sums for means, nothing for casts and dropout, else a call."""
+"""The terms of torch functions and methods: means as sums, nothing for casts and dropout, calls for the rest."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ ALIASES = {
     "less": "lt",
     "less_equal": "le",
 }
-# Blocks that match whatever operands are not written; those of fxbt.ops are nodes that rules made.
+# Blocks match whatever operands are not written. Those in fxbt.ops are nodes that rules made.
 BLOCKS = {"attention", "activation", "normalize", "linear", "layer_norm", "rms_norm", "mlp", "rotary", "residual_norm"}
 
 
-# What torch's Python functions take and ATen ops do not.
+# Arguments that torch's Python functions take and ATen ops do not.
 PYTHON_ONLY = {"inplace", "out"}
 
 
 def functional(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The term for a function of torch or torch.nn.functional, whose arguments may be other than the ATen op's."""
+    """The term of a function of torch or torch.nn.functional; its arguments may differ from the ATen op's."""
     if function is F.normalize:
-        raise RuleError("a pattern calls F.normalize, which is no ATen op; write out what it computes")
+        raise RuleError("a pattern calls F.normalize, which is not an ATen op; write out what it computes")
     if function is F.embedding:
         weight, ids = args[1] if len(args) > 1 else kwargs.pop("weight"), args[0]
         args, kwargs = (weight, ids), {}
@@ -55,7 +55,7 @@ def functional(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def apply(name: str, *args: Any, **kwargs: Any) -> Any:
-    """The term for a torch function or method `name` called with `args`."""
+    """The term of calling the torch function or method `name` with `args`."""
     name = name.strip("_")
     name = ALIASES.get(name, name)
     if name in TRANSPARENT:
@@ -66,7 +66,7 @@ def apply(name: str, *args: Any, **kwargs: Any) -> Any:
     args = tuple(_freeze(arg) for arg in args)
     frozen = tuple((key, _freeze(value)) for key, value in kwargs.items() if not key.startswith("_"))
     if name not in BLOCKS and not hasattr(torch.ops.aten, name):
-        raise RuleError(f"a pattern calls {name!r}, which is no ATen op; write it with ops of torch.ops.aten")
+        raise RuleError(f"a pattern calls {name!r}, which is not an ATen op; write it with ops of torch.ops.aten")
     return Call(name, args, frozen)
 
 
@@ -74,13 +74,15 @@ def _check_cast(name: str, args: tuple[Any, ...]) -> None:
     for dtype in args:
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
             raise RuleError(
-                f"a pattern casts to {dtype} by {name!r}; only casts between floating dtypes may be written"
+                f"a pattern casts to {dtype} with {name!r}; a pattern may only cast between floating dtypes"
             )
 
 
 def _freeze(value: Any) -> Any:
     if callable(value) and not isinstance(value, Term):
-        raise RuleError(f"a pattern hands on {value!r}, which is a method not called, or an attribute it cannot read")
+        raise RuleError(
+            f"a pattern passes {value!r}: call the method, or remove the attribute, which has no value in a pattern"
+        )
     return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value
 
 
@@ -96,7 +98,7 @@ def _sum(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> T
 
 def _norm(x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, p: Any = None) -> Term:
     if (ord if p is None else p) not in (2, 2.0):
-        raise RuleError(f"a pattern knows the norm of order 2 only, not {ord if p is None else p}")
+        raise RuleError(f"a pattern supports only the norm of order 2, not {ord if p is None else p}")
     return power(_sum(power(x, 2), dim, keepdim), 0.5)
 
 
@@ -119,14 +121,14 @@ def _einsum(equation: str, *operands: Any) -> Term:
 
 
 def plain_equation(equation: str) -> str:
-    """An einsum equation in the first letters of the alphabet: "bqd,bkd->bqk" is "abc,adc->abd"."""
+    """An einsum equation with letters from "a" on: "bqd,bkd->bqk" becomes "abc,adc->abd"."""
     letters = dict.fromkeys(letter for letter in equation if letter.isalpha())
     plain = {letter: chr(ord("a") + place) for place, letter in enumerate(letters)}
     return "".join(plain.get(letter, letter) for letter in equation if letter != " ")
 
 
 def _no_split(*args: Any, **kwargs: Any) -> Any:
-    raise RuleError("a pattern cannot split by sizes, which are never written; write x.chunk(parts, dim)")
+    raise RuleError("a pattern cannot split by sizes, because patterns never mention sizes; write x.chunk(parts, dim)")
 
 
 ARITHMETIC: dict[str, Callable[..., Any]] = {
@@ -154,14 +156,14 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
 
 
 def slice_term(source: Term, index: Any) -> Term:
-    """x[..., start:stop:step]: slices of the last dims, counted from the right; x[..., None] is a dim more."""
+    """The term of x[..., start:stop:step] (slices of the last dims) or of x[..., None]."""
     items = index if isinstance(index, tuple) else (index,)
     if items == (Ellipsis, None):
         return apply("unsqueeze", source, -1)
     if items[:1] != (Ellipsis,) or not all(isinstance(item, slice) for item in items[1:]):
         raise RuleError(
-            f"a pattern slices from the right, as in x[..., ::2]; found [{index!r}]; "
-            "one element is x.select(dim, index)"
+            f"a pattern can only slice the last dims, as in x[..., ::2]; found [{index!r}]; "
+            "for one element write x.select(dim, index)"
         )
     for place, item in enumerate(items[1:]):
         if item != slice(None):

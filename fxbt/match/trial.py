@@ -1,4 +1,4 @@
-"""A pattern and its replacement tried on small fake tensors, before any model runs."""
+"""Tries a pattern and its replacement on small fake tensors, before any model runs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..errors import RuleError
 from ..torch_compat import FAKES_LOG, FakeTensorMode
 from .language import equation_of
 
-# Shapes that most formulas over activations and weights take: ops broadcast, matmuls are square.
+# Shapes that most formulas over activations and weights accept: ops broadcast, matmuls are square.
 VALUES = ((2, 4, 4), (2, 2, 4, 4), (4, 4))
 WEIGHTS = ((4, 4), (4,))
-DIFFERENT_WEIGHTS = 3  # a matrix, its bias and a scale may each be of another shape
+DIFFERENT_WEIGHTS = 3  # a matrix, its bias and a scale may each have another shape
 NUMBER = 0.5
 
 
 class _TorchOp:
-    """`op` on tensors: the pattern as the torch function that it is."""
+    """`op` on tensors: runs the pattern as a torch function."""
 
     def __init__(self, weight_shapes: tuple[tuple[int, ...], ...], value_shape: tuple[int, ...]):
         self._weight_shapes, self._value_shape = itertools.cycle(weight_shapes), value_shape
@@ -106,10 +106,10 @@ class _TorchOp:
 
 
 def check_results(pattern: Callable[..., Any], replace: Callable[..., Any], plain: bool, called: str) -> None:
-    """Raises RuleError where a replacement has another shape or dtype than its pattern, or fails wherever that runs.
+    """Raises RuleError if a replacement returns another shape or dtype than its pattern, or always fails.
 
-    One set of shapes on which both agree is enough. Formulas that take none of the shapes tried here are left to the
-    check at every match.
+    One set of shapes on which both agree is enough. A formula that accepts none of the shapes tried here is checked at
+    every match instead.
     """
     problem: Exception | None = None
     for wanted, given in _trials(pattern, plain):
@@ -124,11 +124,11 @@ def check_results(pattern: Callable[..., Any], replace: Callable[..., Any], plai
     if isinstance(problem, RuleError):
         raise problem
     if problem is not None:
-        raise RuleError(f"{called}: replace fails where its pattern runs: {problem}") from problem
+        raise RuleError(f"{called}: replace fails on shapes that its pattern accepts: {problem}") from problem
 
 
 def _trials(pattern: Callable[..., Any], plain: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """(results, values by name) of the pattern on each set of shapes that it runs on."""
+    """(results, values by name) of the pattern for each set of shapes that it accepts."""
     names = list(inspect.signature(pattern).parameters)[0 if plain else 1 :]
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         for value_shape, *weight_shapes in itertools.product(VALUES, *[WEIGHTS] * DIFFERENT_WEIGHTS):
@@ -138,13 +138,13 @@ def _trials(pattern: Callable[..., Any], plain: bool) -> Iterator[tuple[Any, dic
                 try:
                     results = pattern(*values.values()) if plain else pattern(op, *values.values())
                 except Exception:
-                    continue  # not shapes for this formula
+                    continue  # the formula does not accept these shapes
                 yield results, {**values, **op.made}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch logs each shape that an op does not take as an error; here they are trials."""
+    """Silences torch, which logs each failing shape as an error; failing shapes are expected here."""
     log = logging.getLogger(FAKES_LOG)
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -157,12 +157,12 @@ def _quiet() -> Iterator[None]:
 def _compare(wanted: Any, results: Any, called: str) -> None:
     wanted, results = (each if isinstance(each, tuple) else (each,) for each in (wanted, results))
     if len(wanted) != len(results):
-        raise RuleError(f"{called}: replace gives {len(results)} results, the pattern has {len(wanted)} outputs")
+        raise RuleError(f"{called}: replace returns {len(results)} results, but the pattern has {len(wanted)} outputs")
     for old, new in zip(wanted, results, strict=True):
         if not isinstance(new, torch.Tensor):
-            raise RuleError(f"{called}: replace gives a {type(new).__name__}, expected a tensor")
+            raise RuleError(f"{called}: replace returns a {type(new).__name__}, expected a tensor")
         if isinstance(old, torch.Tensor) and (old.shape != new.shape or old.dtype != new.dtype):
             raise RuleError(
-                f"{called}: for {old.dtype}{list(old.shape)} of the pattern, replace gives "
-                f"{new.dtype}{list(new.shape)}; it must give the same shape and dtype"
+                f"{called}: replace returns {new.dtype}{list(new.shape)} where the pattern returns "
+                f"{old.dtype}{list(old.shape)}; both must have the same shape and dtype"
             )

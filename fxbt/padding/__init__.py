@@ -1,1 +1,1 @@
-"""The graph on valid tokens alone, where that is proven."""
+"""Unpadding: computes a graph on valid tokens only, where that is proven to be right."""

@@ -1,9 +1,9 @@
-"""The same graph without computing on padding: derived by proof, or refused with the reason.
+"""Unpadding a graph: derives by proof a graph that does not compute on padding, or refuses with a reason.
 
-Packed values begin at embeddings and linears over (batch, length) and go on through everything that keeps tokens
-apart (see `transfer`); attention is where tokens meet, under a mask that must be proven to hide padding (see
-`proof`). They end at outputs, and where an op is right whatever stands at padding or a run-time guard says that it
-reads none. What cannot be followed is a `Miss`, and the graph stays as it is.
+Packed values begin at embeddings and linears over (batch, length) and pass through every op that keeps tokens apart
+(see `transfer`). Attention is where tokens meet, under a mask that must be proven to hide padding (see `proof`). Packed
+values end at outputs, at ops that are right whatever padding holds, and where a run-time guard says that padding is not
+read. What cannot be followed is a `Miss`, and the graph does not change.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ ATTENTIONS = {packed.attention, packed.softcapped_attention, packed.cross_attent
 
 @dataclass(frozen=True)
 class Output:
-    """How an output shows padding: the mask it was dropped by, the dims it stands in, and what stands there."""
+    """How an output shows padding: the mask of its tokens, their dims, and the value at padding."""
 
-    mask: int  # position among the masks
+    mask: int  # index of the mask
     batch: int
     token: int
     fill: float
@@ -42,20 +42,20 @@ class Output:
 
 @dataclass(frozen=True)
 class Unpadded:
-    """A graph that computes on valid tokens. It takes the dense graph's inputs, then one `Tokens` for each mask."""
+    """A graph that computes on valid tokens. It takes the dense graph's inputs, then one `Tokens` per mask."""
 
     module: fx.GraphModule
-    masks: fx.GraphModule  # inputs -> for each, [batch, length], not 0 where tokens are
-    given: list[GivenMask | GivenLengths]  # what each comes from
-    validities: list[Validity]  # the same, of the dense graph
+    masks: fx.GraphModule  # inputs -> for each mask, [batch, length], nonzero where tokens are
+    given: list[GivenMask | GivenLengths]  # what each mask comes from
+    validities: list[Validity]  # the same, in the dense graph
     guards: fx.GraphModule  # inputs -> booleans
-    reasons: list[str]  # for each guard, why a call is dense if it does not hold
+    reasons: list[str]  # for each guard, why a call runs dense if it fails
     outputs: list[Output | None]  # None: exact everywhere
     assumes: dict[str, torch.Tensor]
 
 
 def drop_padding(module: fx.GraphModule) -> Unpadded:
-    """The graph of `module` on valid tokens alone; `module` itself is left as it is.
+    """The graph of `module` on valid tokens only; `module` itself does not change.
 
     Raises:
         Miss: nothing masks padding, or something in the graph would see it.
@@ -63,7 +63,10 @@ def drop_padding(module: fx.GraphModule) -> Unpadded:
     masks = attention_masks(module.graph)
     candidates = dict.fromkeys(found for mask in masks.values() for found in mask.validities(module.graph))
     if not candidates:
-        raise Miss("no attention is masked by an input [batch, length], or an embedding's padding_idx, or lengths")
+        raise Miss(
+            "no attention is masked by an input [batch, length], an embedding's padding_idx, or lengths; nothing "
+            "says which tokens are padding"
+        )
     first: Miss | None = None
     for validities, seeds in itertools.product(_one_for_each_length(candidates), SEEDS):
         try:
@@ -75,7 +78,7 @@ def drop_padding(module: fx.GraphModule) -> Unpadded:
 
 
 def _one_for_each_length(candidates: Iterable[Validity]) -> list[tuple[Validity, ...]]:
-    """The ways to choose who says which tokens of a length are valid: a mask, before lengths, before the ids."""
+    """The possible sources of which tokens of a length are valid, in order: a mask, lengths, token ids."""
     by_length: dict[Any, list[Validity]] = {}
     for validity in sorted(candidates, key=lambda one: (one.of_ids, one.condition is not None)):
         by_length.setdefault(validity.sizes[1], []).append(validity)
@@ -92,7 +95,7 @@ def _packed_from(
     outputs: list[Output | None] = []
     for node in module.graph.nodes:
         try:
-            if node in writer.values:  # where tokens are is computed from it
+            if node in writer.values:  # it is part of computing where the tokens are
                 continue
             if node.op == "get_attr":
                 writer.values[node] = Dense(writer.copy(node))
@@ -107,7 +110,7 @@ def _packed_from(
 
 
 def _guard_source(writer: Writer, domain: Domain) -> None:
-    """What must hold of the values that say where tokens are."""
+    """Guards what the values that say where tokens are must satisfy."""
     validity, source = domain.validity, domain.validity.source
     if validity.condition is None:
         if validity.relation is None and source.meta["val"].dtype is not torch.bool:
@@ -118,7 +121,7 @@ def _guard_source(writer: Writer, domain: Domain) -> None:
         reason = f"{lengths.name} holds values above {packed.EXACT}"
         writer.guard(reason, packed.is_exact, writer.values[counted].node)
     inputs = [node for node in source.graph.nodes if node.op == "placeholder"]
-    if any(validity.sizes[1] in sizes_of(node) for node in inputs):  # else of other tokens than the call's
+    if any(validity.sizes[1] in sizes_of(node) for node in inputs):  # otherwise these are not the tokens of the call
         reason = f"a row has fewer tokens than {lengths.name} says"
         writer.guard(reason, packed.has_tokens_of, domain.mask, writer.values[lengths].node)
 
@@ -144,7 +147,7 @@ def _packed_again(writer: Writer, node: fx.Node, value: Wide) -> Packed:
     labels = writer.labels(value)
     domain = writer.domain_of(labels)
     if domain is None:
-        raise Miss("an output holds pairs of tokens, padded ones among them", node=node)
+        raise Miss("an output holds pairs of tokens, including padded ones", node=node)
     return Packed(writer.gathered(node, labels, domain), value.axes, domain)
 
 
@@ -160,9 +163,9 @@ def _unpadded(module: fx.GraphModule, writer: Writer, outputs: list[Output | Non
     guards = list(writer.guards.values())
     guard_graph = _input_graph(writer, [guard.node for guard in guards])
     mask_graph = _input_graph(writer, [domain.mask for domain in writer.domains])
-    writer.graph.eliminate_dead_code()  # guards and masks, which nothing in it reads, go with it
+    writer.graph.eliminate_dead_code()  # also removes guards and masks, which nothing in it reads
     if not any(node.target in ATTENTIONS for node in writer.graph.nodes):
-        raise Miss("no attention is between tokens of the mask's batch and length")
+        raise Miss("no attention runs over tokens of the mask's batch and length")
     return Unpadded(
         with_graph(module, writer.graph),
         with_graph(module, mask_graph),
@@ -186,7 +189,7 @@ def _given(module: fx.GraphModule, validity: Validity) -> GivenMask | GivenLengt
 
 
 def _input_graph(writer: Writer, results: list[fx.Node]) -> fx.Graph:
-    """What is computed from the inputs alone, as a graph of its own that runs before anything else."""
+    """Values computed only from the inputs, as a graph of their own that runs first."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     tokens = {domain.tokens for domain in writer.domains}
@@ -195,7 +198,7 @@ def _input_graph(writer: Writer, results: list[fx.Node]) -> fx.Graph:
         if node in needed:
             needed.update(node.all_input_nodes)
     if not tokens.isdisjoint(needed):
-        raise Miss("what is read of padding depends on tokens")
+        raise Miss("a guard or mask for padding depends on packed tokens")
     for node in writer.graph.nodes:
         is_input = node.op == "placeholder" and node not in tokens
         if is_input or (node in needed and node.op != "placeholder"):

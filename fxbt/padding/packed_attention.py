@@ -1,4 +1,4 @@
-"""Attention on packed tokens: where tokens meet, under a mask that is proven to hide padding (see `proof`)."""
+"""Attention on packed tokens: where tokens meet, under a mask proven to hide padding (see `proof`)."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ CHOICES = {
 
 
 def attention(writer: Writer, node: fx.Node) -> Value:
-    """Per sequence where queries and keys are packed, else on dense queries under a mask that hides padding."""
+    """Attention per sequence if queries and keys are packed, else on dense queries under a mask that hides padding."""
     if argument(node, "dropout_p"):
-        raise Miss("attention with dropout", node=node)
+        raise Miss("the attention uses dropout", node=node)
     operands: list[Any] = [argument(node, name) for name in ("query", "key", "value")]
     mask = mask_of(node)
     if any(-1 in writer.labels(writer.values[operand]) for operand in operands):
         raise Miss("attention sums over batch or tokens as if they were features", node=node)
     query, key, value = (_sequences(writer, writer.values[operand]) for operand in operands)
     if key is not value:
-        raise Miss("keys and values stand for different tokens", node=node)
+        raise Miss("keys and values belong to different tokens", node=node)
     if query is not None and query is key:
         return _self_attention(writer, node, mask, query)
     if key is not None:
@@ -45,12 +45,12 @@ def attention(writer: Writer, node: fx.Node) -> Value:
     if isinstance(mask, fx.Node) and not isinstance(writer.values[mask], Dense):
         raise Miss("an attention mask depends on tokens", node=node)
     if not all(isinstance(writer.values[operand], Dense) for operand in operands[1:]):
-        raise Miss("attention between packed and other tokens", node=node)
+        raise Miss("the attention runs between packed and other tokens", node=node)
     return Wide(writer.copy(node, writer.spread), writer.transfer.axes(node, writer.labels(writer.values[operands[0]])))
 
 
 def _sequences(writer: Writer, value: Value) -> Domain | None:
-    """The domain of a packed [batch, heads, tokens, dim]."""
+    """The domain of a packed (batch, heads, tokens, dim) value; None if it is not one."""
     if not isinstance(value, Packed) or len(value.axes) != 4:
         return None
     domain = value.domain
@@ -62,9 +62,7 @@ def _self_attention(writer: Writer, node: fx.Node, mask: Any, domain: Domain) ->
     if mask is None and not is_causal:
         raise Miss("padding is not masked out of the attention", node=node)
     if mask is None:
-        writer.guard(
-            "padding stands before tokens under a mask that is only causal", packed.is_padded_right, domain.mask
-        )
+        writer.guard("padding comes before tokens, and the mask is only causal", packed.is_padded_right, domain.mask)
     else:
         residue = writer.masks[mask].self_attention(domain.validity)
         _rely_on(writer, writer.masks[mask])
@@ -87,17 +85,17 @@ def _is_on_cuda(node: fx.Node) -> bool:
 
 
 def _check_varlen(node: fx.Node, bias: fx.Node | None) -> None:
-    """Raises Miss for what `varlen_attn` does not take; sequence by sequence, a GPU is slower than with padding."""
+    """Raises Miss for what `varlen_attn` does not support; attention per sequence is slower on a GPU than padding."""
     if node.target is not SDPA:
-        raise Miss("on CUDA, sequences of different lengths attend without a softcap only", node=node)
+        raise Miss("on CUDA, attention over sequences of different lengths supports no softcap", node=node)
     if bias is not None:
-        raise Miss("on CUDA, sequences of different lengths attend without a bias only", node=node)
+        raise Miss("on CUDA, attention over sequences of different lengths supports no bias", node=node)
     operands: Any = [argument(node, name).meta["val"] for name in ("query", "key", "value")]
     if any(operand.dtype not in (torch.float16, torch.bfloat16) for operand in operands):
-        raise Miss("on CUDA, sequences of different lengths attend in float16 or bfloat16 only", node=node)
+        raise Miss("on CUDA, attention over sequences of different lengths needs float16 or bfloat16", node=node)
     widths = {operand.shape[-1] for operand in operands}
     if len(widths) > 1 or any(not isinstance(width, int) or width % 8 or width > 256 for width in widths):
-        raise Miss("on CUDA, heads must be alike and 8, 16, ... 256 wide", node=node, found=str(widths))
+        raise Miss("on CUDA, query, key and value need one head_dim of 8, 16, ... 256", node=node, found=str(widths))
 
 
 def _attention_on_packed_keys(writer: Writer, node: fx.Node, mask: Any, query: Domain | None, key: Domain) -> Value:
@@ -123,14 +121,14 @@ def _attention_on_packed_keys(writer: Writer, node: fx.Node, mask: Any, query: D
 
 
 def _rely_on(writer: Writer, proof: AttentionMask) -> None:
-    """What must hold for a proof: constants as they are, and a bias that is none as large as a mask."""
+    """Records what a proof relies on: the content of constants, and biases smaller than a mask."""
     writer.assumes |= proof.assumes
     for addend in proof.addends():
         _bound(writer, addend)
 
 
 def _bound(writer: Writer, addend: fx.Node) -> None:
-    """Guards the size of what a mask adds, up to where it is computed as scores are: those are taken to be small."""
+    """Guards the size of what a mask adds, back to where it is computed like scores, which count as small."""
     if isinstance(writer.values[addend], Dense):
         source = _selected_from(addend)
         largest = writer.cached(aten.abs.default, writer.values[source].node, val=source.meta["val"])
@@ -141,13 +139,13 @@ def _bound(writer: Writer, addend: fx.Node) -> None:
     if addend.target in SCORES:
         return
     if any(isinstance(arg, int | float) and abs(arg) > packed.BOUND for arg in addend.args):
-        raise Miss("an attention mask adds what may be a mask itself", node=addend)
+        raise Miss("an attention mask adds a term that may itself be a mask", node=addend)
     for source in tensor_inputs(addend):
         _bound(writer, source)
 
 
 def _selected_from(node: fx.Node) -> fx.Node:
-    """What a node only selects elements of, or lays out anew."""
+    """The value of which a node only selects elements or changes the layout."""
     while node.target in CHOICES:
         node = node.args[0]  # type: ignore[assignment]
     return node

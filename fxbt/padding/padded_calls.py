@@ -1,4 +1,4 @@
-"""Calls like a given one but with padding where it is asked for: what the checks of graphs without padding run."""
+"""Makes calls like a given one, but with padding at given places, for the checks of unpadded graphs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from ..kernels.packed import COMPARISONS
 
-HALVINGS = 64  # of an interval of lengths, until the one that is looked for is found
+HALVINGS = 64  # of an interval of lengths, in the search for one of them
 
-Valid = Callable[[Sequence[Tensor]], Tensor]  # the tensors of a call -> [batch, length], not 0 where tokens are
+Valid = Callable[[Sequence[Tensor]], Tensor]  # the tensors of a call -> [batch, length], nonzero where tokens are
 
 
 @dataclass(frozen=True)
 class GivenMask:
-    """The input at `place` says where tokens are: where it is not 0, or compares with a number."""
+    """The input at `place` says where tokens are: where it is nonzero, or where a comparison with a number holds."""
 
     place: int
     comparison: str | None = None
     number: float = 1
 
     def example(self, tensors: Sequence[Tensor], padded: Tensor, valid: Valid) -> Tensor:
-        """A tensor like the one given, of tokens wherever `padded` [batch, length] does not hold.
+        """A tensor like the given one, with tokens wherever `padded` [batch, length] is False.
 
         Raises:
-            ValueError: no value is known that stands for one of the two.
+            ValueError: no value is known for a token or for padding.
         """
         given = tensors[self.place]
         if self.comparison is None:
@@ -36,7 +36,7 @@ class GivenMask:
         values = torch.cat([given.flatten(), near[near >= 0].to(given.device)])
         is_token = COMPARISONS[self.comparison](values, self.number)
         if is_token.all() or not is_token.any():
-            raise ValueError(f"nothing is {self.comparison} {self.number} and nothing else")
+            raise ValueError(f"no values are known for which {self.comparison} {self.number} holds and fails")
         token, padding = values[is_token][0], values[~is_token][-1]
         tokens = torch.where(is_token[: given.numel()].view_as(given), given, token)
         return torch.where(padded, padding, tokens)
@@ -44,26 +44,26 @@ class GivenMask:
 
 @dataclass(frozen=True)
 class GivenLengths:
-    """The input at `place`, a number a row, says how many tokens there are."""
+    """The input at `place`, one number per row, says how many tokens there are."""
 
     place: int
 
     def example(self, tensors: Sequence[Tensor], padded: Tensor, valid: Valid) -> Tensor:
-        """Lengths under which padding stands exactly where `padded` [batch, length] holds.
+        """Lengths that put padding exactly where `padded` [batch, length] is True.
 
         Raises:
-            ValueError: there are none; at the other end, for example.
+            ValueError: there are none; for example if padding is at the other end.
         """
         given = tensors[self.place]
         counts = (~padded).sum(1).tolist()
         lengths = {count: self._length(tensors, count, padded.shape[1], valid) for count in set(counts)}
         made = torch.tensor([lengths[count] for count in counts], dtype=given.dtype, device=given.device).view_as(given)
         if not torch.equal(valid(self._with(tensors, made)) != 0, ~padded):
-            raise ValueError("no lengths leave padding there")
+            raise ValueError("no lengths put padding there")
         return made
 
     def _length(self, tensors: Sequence[Tensor], count: int, length: int, valid: Valid) -> float:
-        """The length that gives the first row that many tokens: more give no fewer."""
+        """The length that gives the first row that many tokens; a larger length never gives fewer."""
         given = tensors[self.place]
         is_float = given.is_floating_point()
         low, high = (0.0, 1.0) if is_float else (0, length)

@@ -1,8 +1,9 @@
-"""What an attention mask does with padding, proven from its nodes at symbolic positions (see `masks`).
+"""Proves what an attention mask does to padding, from its nodes at symbolic positions (see `masks`).
 
-With v the validity mask, i a query and j a key of row b: padding can be dropped if the mask blocks every j with
-v[b, j] = 0 from every i with v[b, i] = 1, so that valid tokens see valid tokens only. What the mask says among valid
-tokens is nothing, "j <= i" (which survives packing, as order does), or a block to be read at the original positions.
+Let v be the validity mask, i a query and j a key of row b. Padding can be dropped if the mask blocks every j with v[b,
+j] = 0 from every i with v[b, i] = 1, so that valid tokens see only valid tokens. Among valid tokens, the mask says
+nothing, "j <= i" (which packing preserves, because it preserves order), or it is a block to read at the original
+positions.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from ..torch_compat import Max, Min
 from .validity_sources import Validity, computed
 
 EMBEDDING = torch.ops.aten.embedding.default
-# An additive mask counts as blocking below this: exp of it is 0 beside any score that a model computes. -10000 is not
-# enough, since a row that it blocks everywhere still averages over padding by the scores.
+# An additive mask blocks below this: exp of it is 0 beside any score that a model computes. -10000 is not enough: a row
+# that it blocks everywhere still averages over padding by the scores.
 BLOCKING = -1e8
-_POSITIONS = 2.0**31  # more than a length or position can be
+_POSITIONS = 2.0**31  # larger than any length or position
 
 
 class Residue(enum.Enum):
@@ -54,7 +55,7 @@ class AttentionMask:
 
     def __init__(self, node: fx.Node):
         if node.target is torch.ops.aten.cat.default:
-            raise Miss("an attention sink or other keys of their own stand beside the tokens'", node=node)
+            raise Miss("the attention has keys that are not the tokens' own, such as an attention sink", node=node)
         self.node = node
         self.index = index_symbols(4)
         rank = node.meta["val"].dim()
@@ -72,8 +73,7 @@ class AttentionMask:
 
     def validities(self, graph: fx.Graph) -> list[Validity]:
         """What may say which keys are valid: inputs [batch, length] that the mask reads at (batch, key), and booleans
-        computed from lengths.
-        """
+        computed from lengths."""
         batch, _, _, key = self.index
         read = {_name(f): f for f in self.value.atoms(AppliedUndef) if f.args == (batch, key)}
         inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name in read and n.meta["val"].dim() == 2]
@@ -81,7 +81,8 @@ class AttentionMask:
         return [*given, *self._that_block(computed(self.node, self.index))]
 
     def _validities(self, node: fx.Node, data: Any) -> list[Validity]:
-        """An input is a mask of 0 and 1, a boolean one may say where padding is, and of ids an embedding knows one."""
+        """The readings of an input: a mask of 0 and 1, a boolean mask of tokens or of padding, or ids with a
+        padding_idx."""
         conditions = [c if c.lhs == data else c.reversed for c in self.value.atoms(Relational) if data in c.args]
         conditions = [c for one in conditions if one.rhs.is_Integer for c in (one, sympy.Not(one))]
         pads = _padding_ids(node)
@@ -99,7 +100,7 @@ class AttentionMask:
         return [one for one in found if self._range(one.assume(self.value, (batch, key), False))[1] <= self.limit]
 
     def self_attention(self, tokens: Validity) -> Residue:
-        """What is left among the valid tokens, which are both the queries and the keys.
+        """What the mask says among the valid tokens, which are both the queries and the keys.
 
         Raises:
             Miss: padding is not proven to be blocked.
@@ -112,13 +113,13 @@ class AttentionMask:
         return self._residue(among_valid)
 
     def addends(self) -> list[fx.Node]:
-        """The values that the mask adds, and that are taken to be no larger than `packed.BOUND`."""
+        """The values that the mask adds, which count as no larger than `packed.BOUND`."""
         names = {_name(f) for f in _data_in(self.value)}
         found = [self._nodes[name] for name in sorted(names) if name in self._nodes]
-        return [node for node in found if node.op != "placeholder"]  # of those, the proof knows the value
+        return [node for node in found if node.op != "placeholder"]  # the proof knows the values of inputs
 
     def without_padding(self, validities: list[Validity]) -> Residue:
-        """What the mask says where all tokens are valid."""
+        """What the mask says if all tokens are valid."""
         batch, _, query, key = self.index
         value = self.value
         places = {(batch, query), (batch, key), *(data.args for data in self.value.atoms(AppliedUndef))}
@@ -127,28 +128,28 @@ class AttentionMask:
         return self._residue(value)
 
     def is_padding_alone(self, tokens: Validity, keys: Validity) -> bool:
-        """Whether every query that is valid sees exactly the keys of its row that are."""
+        """Whether every valid query sees exactly the valid keys of its row."""
         query, key = self.index[2:]
         highest = self._range(self._at((tokens, query, True), (keys, key, False)))[1]
         among_valid = self._at((tokens, query, True), (keys, key, True))
         return highest <= self.limit and self._residue(among_valid) is Residue.NOTHING
 
     def blocks_keys(self, keys: Validity) -> None:
-        """Proves that no query sees padded keys, and all see some valid one (of a row that has any)."""
+        """Proves that no query sees padded keys, and every query sees some valid key (of a row that has any)."""
         key = self.index[3]
         blocked = self._check_blocked(self._at((keys, key, False)))
         if not isinstance(self.value, Truth):
             self._check_open(self._at((keys, key, True)), blocked)
 
     def _at(self, *settings: tuple[Validity, Any, bool]) -> Any:
-        """The mask where the tokens at these positions are valid or padding."""
+        """The mask with valid tokens or padding at these positions."""
         value = self.value
         for tokens, position, is_valid in settings:
             value = tokens.assume(value, (self.index[0], position), is_valid)
         return value
 
     def _check_blocked(self, value: Any) -> float:
-        """The highest that the mask is at padding, which must be low enough."""
+        """The highest value of the mask at padding, which must be low enough to block."""
         highest = self._range(value)[1]
         if highest > self.limit:
             raise Miss("padding is not masked out of the attention", node=self.node, found=_shown(value))
@@ -157,10 +158,12 @@ class AttentionMask:
     def _check_open(self, value: Any, blocked: float) -> None:
         lowest = self._range(value)[0]
         if lowest == -math.inf or lowest - blocked < -self.limit / 2:
-            raise Miss("a valid token may not see itself, so padding may show", node=self.node, found=_shown(value))
+            raise Miss(
+                "a valid token may not see itself, so padding may affect it", node=self.node, found=_shown(value)
+            )
 
     def _range(self, value: Any) -> tuple[float, float]:
-        """The lowest and highest that a mask can be as an addend of scores."""
+        """The lowest and highest values of a mask as an addend of scores."""
         if isinstance(value, Truth):
             return (-math.inf, -math.inf) if value is sympy.false else UNKNOWN
         match value:
@@ -182,7 +185,7 @@ class AttentionMask:
                 lows, highs = zip(*map(self._range, value.args), strict=True)
                 return pick(lows), pick(highs)
             case AppliedUndef() | sympy.Symbol() if _name(value) in self._nodes:
-                # what the caller gives may be as low as a mask, or as high
+                # the caller's values may be as low or as high as a mask
                 is_input = self._nodes[_name(value)].op == "placeholder"
                 return UNKNOWN if is_input else (-BOUND, BOUND)
             case sympy.Symbol():
@@ -213,7 +216,7 @@ def is_read(content: torch.Tensor) -> bool:
 
 
 def _padding_ids(node: fx.Node) -> set[int] | None:
-    """What embeddings that look a value up declare as padding; None where none does look it up."""
+    """The padding_idx of embeddings that look a value up; None if none does."""
     found: set[int] | None = None
     for user in node.users:
         inner = None
@@ -227,13 +230,13 @@ def _padding_ids(node: fx.Node) -> set[int] | None:
 
 
 def _spares(condition: Relational, data: Any, padding: int) -> bool:
-    """Whether a condition on ids, which are not negative, holds for all but one."""
+    """Whether a condition on nonnegative ids holds for all but one."""
     others = (padding + 1, padding - 1) if padding else (1,)
     return condition.subs(data, padding) == sympy.false and all(condition.subs(data, n) == sympy.true for n in others)
 
 
 def value_at_padding(node: fx.Node, index: Index, tokens: Validity, at: Index) -> float | None:
-    """The number that `node` is at `index` wherever the token at `at` is padding; None where it is none."""
+    """The number that `node` has at `index` wherever the token at `at` is padding; None if it is not one number."""
     try:
         value = evaluate(node, index, {})
     except Opaque:
@@ -249,7 +252,7 @@ def _name(applied: Any) -> str:
 
 
 def _data_in(value: Any) -> set[Any]:
-    """The data among the addends of an additive mask: not what its conditions compare."""
+    """The data among the addends of an additive mask, without what its conditions compare."""
     if isinstance(value, Truth):
         return set()
     if isinstance(value, AppliedUndef | sympy.Symbol):

@@ -1,7 +1,7 @@
-"""The batch: which axis of each value it is, proven op by op, so that a call's outputs are those of its parts, joined.
+"""Proves op by op which axis of each value is the batch, so that a call can run in parts and join their outputs.
 
-An op keeps sequences apart that handles their axis place by place. One that sums, sorts, counts or looks along it does
-not, nor one that computes with the number of sequences.
+An op keeps sequences apart if it handles the batch axis index by index. Ops that sum, sort, count or look along it do
+not, nor does an op that computes with the number of sequences.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..graph.opsets import CASTS
 
 aten = torch.ops.aten
 
-SHAPES = {  # ops that make values of a shape, and which argument that is
+SHAPES = {  # ops that create values of a given shape, and the position of that argument
     **dict.fromkeys((aten.full.default, aten.zeros.default, aten.ones.default), 0),
     **dict.fromkeys((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default), 1),
 }
@@ -75,7 +75,7 @@ def batch_of(graph: fx.Graph) -> Batch:
     """The batch of a graph without side effects.
 
     Raises:
-        Miss: there is none, or something may let sequences meet.
+        Miss: there is no batch, or something may let sequences interact.
     """
     follower = _Follower(graph)
     for node in graph.nodes:
@@ -84,24 +84,24 @@ def batch_of(graph: fx.Graph) -> Batch:
     (returned,) = graph.find_nodes(op="output")[0].args
     outputs = [follower.is_joined(value) for value in returned]
     if not any(outputs):
-        raise Miss("no output has the batch")
+        raise Miss("no output has a batch axis")
     inputs = [node in follower.axes for node in graph.find_nodes(op="placeholder")]
     return Batch(inputs, outputs, *follower.sizes(returned))
 
 
 class _Follower:
-    """Goes through a graph with the axes of each value that has the batch."""
+    """Follows the axes of each value that has the batch through a graph."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._inputs = [node for node in graph.find_nodes(op="placeholder") if isinstance(node.meta["val"], Tensor)]
         first = [sizes_of(node)[0] for node in self._inputs if node.meta["val"].dim()]
         symbols = [size for size in first if size.is_Symbol]
         if not symbols:
-            raise Miss("no input has a first axis of any size")
+            raise Miss("no input has a first axis of symbolic size")
         self._symbol = symbols[0]
         self._atom = Atom(self._symbol)
         self._transfer = AxisTransfer("sequences", [self._atom])
-        self._numbers: set[fx.Node] = set()  # values that are 0, 1, 2 ... along the batch: they may pick rows alone
+        self._numbers: set[fx.Node] = set()  # values that count 0, 1, 2 ... along the batch; they may only select rows
         self.axes: dict[fx.Node, Axes] = {}
         for node in filter(self._has_batch, self._inputs):
             self.axes[node] = self._by_size(node)
@@ -110,12 +110,12 @@ class _Follower:
             self._check(node, self.axes[node])
 
     def follow(self, node: fx.Node) -> Axes | None:
-        """The axes of what an op gives; None where it does not have the batch."""
+        """The axes of an op's result; None if it does not have the batch."""
         given = {source: self.axes[source] for source in node.all_input_nodes if source in self.axes}
         if node.target is aten.sym_size.int or not (given or tensors_of(node)):
             return None
         if any(self._is_number_of_sequences(value) for value in self._sizes_read(node)):
-            raise Miss("an op computes with the number of sequences", node=node)
+            raise Miss("an op computes with the batch size", node=node)
         axes = self._carried(node, given) if given else ()
         if not axes and not self._has_batch(node):
             return None
@@ -124,7 +124,7 @@ class _Follower:
         return axes
 
     def _carried(self, node: fx.Node, given: dict[fx.Node, Axes]) -> Axes:
-        """The axes that an op's operands give its result; none where they give it a type or shape alone."""
+        """The axes that operands give the result; none if they give only a dtype or shape."""
         if node.target is aten.index.Tensor and not self._numbers.isdisjoint(given):
             return self._at_own_positions(node, given)
         flow = self._transfer.carry(node, given)
@@ -132,12 +132,12 @@ class _Follower:
             raise Miss(f"{flow.mixes} sequences", node=node)
         if not self._numbers.isdisjoint(flow.operands):
             if node.target not in COUNTING:
-                raise Miss("an op computes with the number of a sequence", node=node)
+                raise Miss("an op computes with the index of a sequence", node=node)
             self._numbers.add(node)
         return flow.axes
 
     def _at_own_positions(self, node: fx.Node, given: dict[fx.Node, Axes]) -> Axes:
-        """x[rows, positions]: each sequence at positions of its own, rows being 0, 1, 2 ..."""
+        """x[rows, positions] with rows 0, 1, 2 ...: each sequence at positions of its own."""
         source: Any = node.args[0]
         positions: Any = node.args[1]
         at = {dim: value for dim, value in enumerate(positions) if value is not None}
@@ -146,29 +146,29 @@ class _Follower:
         is_adjacent = list(at) == list(range(min(at), max(at) + 1))
         is_boolean = any(value.meta["val"].dtype is torch.bool for value in at.values())
         if source in self._numbers or not is_adjacent or not batch or rows != batch or is_boolean:
-            raise Miss("positions given as data choose sequences", node=node)
+            raise Miss("positions given as data select sequences", node=node)
         behind = len(given[source]) - 1 - max(at)
         beside = [self._transfer.labels(given[value]) for value in at.values() if value in given]
         labels = self._transfer.merged(node, beside)
         return self._transfer.axes(node, {dim - behind: label for dim, label in labels.items()})
 
     def _made(self, node: fx.Node) -> Axes:
-        """Of a value with the batch's size, made of ones without: the same for each sequence, or its number."""
+        """The axes of a value of batch size made from values without it: equal for all sequences, or their index."""
         if node.target is aten.arange.default:
             self._numbers.add(node)
         elif node.target not in SHAPES and node.target not in EXPANDS | {aten.repeat.default}:
-            raise Miss("a value for each sequence that follows from none", node=node)
+            raise Miss("a value for each sequence does not come from the sequences", node=node)
         return self._by_size(node)
 
     def _by_size(self, node: fx.Node) -> Axes:
-        """The dim of the batch's size, or of that many times another one: what stands there once for each sequence."""
+        """Takes as the batch the dim whose size is the batch size, or a multiple of it."""
         sizes = sizes_of(node)
         for dim, size in enumerate(sizes):
             inner = sympy.cancel(size / self._symbol)
             if self._symbol not in inner.free_symbols and inner.is_polynomial():
                 label = (self._atom, *([] if inner == 1 else [Atom(inner)]))
                 return self._transfer.axes(node, {dim - len(sizes): label})
-        raise Miss("the batch meets another axis", node=node)
+        raise Miss("the batch is mixed with another axis", node=node)
 
     def _has_batch(self, node: fx.Node) -> bool:
         return any(
@@ -176,16 +176,16 @@ class _Follower:
         )
 
     def _check(self, node: fx.Node, axes: Axes) -> None:
-        """The batch's size must show in its own dim alone."""
+        """Checks that the batch size occurs only in the batch's own dim."""
         labels = self._transfer.labels(axes)
         for value in tensors_of(node):
             shown = {dim for dim in range(-value.dim(), 0) if self._symbol in size_of(value, dim).free_symbols}
             if len(labels) != 1 or shown != labels.keys():
-                raise Miss("the batch meets another axis", node=node)
+                raise Miss("the batch is mixed with another axis", node=node)
 
     @staticmethod
     def _sizes_read(node: fx.Node) -> list[fx.Node]:
-        """The sizes that an op takes for other things than its result's shape."""
+        """The sizes that an op reads for anything other than its result's shape."""
         if node.target in RESHAPES | EXPANDS | {aten.arange.default, aten.repeat.default}:
             return []
         shape: Any = SHAPES.get(node.target)  # type: ignore[call-overload]
@@ -200,14 +200,14 @@ class _Follower:
         return expr is not None and self._symbol in expr.free_symbols
 
     def is_joined(self, value: Any) -> bool:
-        """Whether an output has the batch as its first axis; one that does not is the same for all parts."""
+        """Whether an output has the batch as its first axis; other outputs are equal for all parts."""
         if not isinstance(value, fx.Node):
             return False
         axes = self.axes.get(value)
         if value.op == "placeholder":
             raise Miss("an output is an input", node=value)
         if axes is None and self._is_number_of_sequences(value):
-            raise Miss("an output tells the number of sequences", node=value)
+            raise Miss("an output contains the batch size", node=value)
         if axes is not None and (value in self._numbers or axes[0] != (self._atom,)):
             raise Miss("the batch is not the first axis of an output", node=value)
         return axes is not None
@@ -230,8 +230,9 @@ def _bytes(node: fx.Node) -> Any:
 
 
 def _function(symbols: list[Any], expression: Any) -> Callable[..., Any]:
-    """The expression as a function; a symbol that stands for two sizes is given twice."""
-    names = {symbol: sympy.Symbol(f"size{i}") for i, symbol in enumerate(symbols)}  # the last of equal ones
+    """The expression as a function; a symbol that is two sizes is passed twice."""
+    # of equal symbols, the last one counts
+    names = {symbol: sympy.Symbol(f"size{i}") for i, symbol in enumerate(symbols)}
     parameters = [sympy.Symbol(f"size{i}") for i in range(len(symbols))]
     modules: list[Any] = [{"FloorDiv": operator.floordiv, "Min": min, "Max": max}, "math"]
     return sympy.lambdify(parameters, expression.xreplace(names), modules)

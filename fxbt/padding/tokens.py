@@ -1,7 +1,7 @@
-"""Values of a graph that drops padding, and the writer of that graph.
+"""The values of an unpadded graph, and the writer of that graph.
 
-Every value is one of: `Dense`, computed exactly as in the dense graph; `Packed`, the valid tokens alone (see
-`packed`); `Wide`, dense with token axes, exact wherever the tokens of all of them are valid.
+Every value is one of: `Dense`, computed exactly as in the dense graph; `Packed`, only the valid tokens (see `packed`);
+`Wide`, dense with token axes, exact wherever the tokens of all these axes are valid.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ aten = torch.ops.aten
 class Domain:
     """The valid tokens of one source."""
 
-    validity: Validity  # of the dense graph
-    mask: fx.Node  # in the packed graph: [batch, length], not 0 where tokens are valid
-    tokens: fx.Node  # the packed graph's input that says where they stand
+    validity: Validity  # in the dense graph
+    mask: fx.Node  # in the packed graph: [batch, length], nonzero where tokens are valid
+    tokens: fx.Node  # the packed graph's input with the positions of tokens
     batch: Atom
     position: Atom
     count: torch.SymInt  # the number of tokens
@@ -49,7 +49,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Packed:
-    """`axes` are those of the dense tensor; `pad` is its value at padded positions, where that is one number."""
+    """`axes` are those of the dense tensor; `pad` is its value at padding, if that is one number."""
 
     node: fx.Node
     axes: Axes
@@ -77,7 +77,7 @@ class Guard:
 
 
 def _as_held(number: float, dtype: torch.dtype) -> float | None:
-    """A number as tensors of this type hold it: 0.75 is 0 among whole numbers, and infinity is none of them."""
+    """A number as a tensor of this dtype holds it: 0.75 becomes 0 in an integer dtype, which cannot hold infinity."""
     if dtype.is_complex or not (dtype.is_floating_point or math.isfinite(number)):
         return None
     exact = torch.tensor(number, dtype=torch.float64) if isinstance(number, float) else torch.tensor(number)
@@ -86,7 +86,7 @@ def _as_held(number: float, dtype: torch.dtype) -> float | None:
 
 
 class Writer:
-    """The packed graph as it grows: what each node of the dense graph became, and how to go between the kinds."""
+    """The packed graph while it is written: what each node of the dense graph became, and conversions between kinds."""
 
     def __init__(self, module: fx.GraphModule, validities: Sequence[Validity]):
         self.graph = fx.Graph()
@@ -116,7 +116,7 @@ class Writer:
         source = validity.source
         batch, length = validity.sizes
         if batch.is_Integer or length.is_Integer:
-            raise Miss("the mask has a fixed size", node=source)
+            raise Miss("the mask has a fixed batch or length", node=source)
         shared = [domain.batch for domain in self.domains if domain.batch.size == batch]
         count = source.meta["val"].fake_mode.shape_env.create_unbacked_symint()
         torch._check(count >= 0)
@@ -126,7 +126,7 @@ class Writer:
         return Domain(validity, mask, tokens, shared[0] if shared else Atom(batch), Atom(length), count)
 
     def _source(self, node: fx.Node) -> fx.Node:
-        """What says where tokens are, [batch, length]: an input, or computed before anything else."""
+        """The node that says where tokens are, [batch, length]: an input, or computed before anything else."""
         for earlier in sorted(ancestors([node])):
             if earlier not in self.values:
                 self.values[earlier] = self.dense(earlier) if earlier.op != "get_attr" else Dense(self.copy(earlier))
@@ -136,10 +136,11 @@ class Writer:
     # --- reading ---
 
     def labels(self, value: Value) -> Labels:
-        """The dims of a value that hold batch or tokens."""
+        """The dims of a value that hold the batch or tokens."""
         return {} if isinstance(value, Dense) else self.transfer.labels(value.axes)
 
     def has_tokens(self, labels: Labels) -> bool:
+        """Whether one of these dims holds tokens."""
         return any(not self._positions.isdisjoint(label) for label in labels.values())
 
     def domain_of(self, labels: Labels) -> Domain | None:
@@ -166,6 +167,7 @@ class Writer:
     # --- writing ---
 
     def call(self, function: Callable[..., Any], *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
+        """A new node that calls a function, with the module path of the current node."""
         node = self.graph.call_function(function, args, kwargs)
         meta: Any = self.current.meta
         node.meta = {key: meta[key] for key in ("nn_module_stack", "stack_trace") if key in meta}
@@ -180,18 +182,18 @@ class Writer:
         return self._cache[key]
 
     def copy(self, node: fx.Node, use: Callable[[fx.Node], Any] | None = None) -> fx.Node:
-        """The same op, on what its inputs became."""
+        """The same op on the packed graph's versions of its inputs."""
         return self.graph.node_copy(node, use or (lambda source: self.values[source].node))
 
     def dense(self, node: fx.Node) -> Dense:
-        """The same op on dense inputs: exact if they are."""
+        """The same op on dense inputs: exact if they are exact."""
         copy = self.copy(node, self.spread)
         if isinstance(node.meta.get("val"), torch.SymInt):
             self._sizes.setdefault(node.meta["val"].node.expr, copy)
         return Dense(copy)
 
     def guard(self, reason: str, function: Callable[..., Any], *args: Any) -> None:
-        """A condition on values of this graph."""
+        """Adds a condition on values of this graph."""
         self.guards.setdefault((function, args), Guard(self.cached(function, *args), reason))
 
     def packed(self, copy: fx.Node, node: fx.Node, axes: Axes, domain: Domain, pad: float | None = None) -> Packed:
@@ -204,7 +206,7 @@ class Writer:
         return Packed(copy, axes, domain, pad)
 
     def fake(self, shape: Sequence[Any], like: Any) -> torch.Tensor:
-        """A fake tensor of another shape; one for all that are alike, as in equal layers."""
+        """A fake tensor of another shape; equal requests, as in equal layers, share one."""
         sizes = [size.node.expr if isinstance(size, torch.SymInt) else size for size in shape]
         key = (*sizes, like.dtype, like.device)
         if key not in self._fakes:
@@ -213,11 +215,11 @@ class Writer:
         return self._fakes[key]
 
     def like(self, value: Packed | Wide, copy: fx.Node, node: fx.Node, axes: Axes, pad: float | None = None) -> Value:
-        """`copy` as a value of the same kind."""
+        """`copy` as a value of the same kind as `value`."""
         return Wide(copy, axes) if isinstance(value, Wide) else self.packed(copy, node, axes, value.domain, pad)
 
     def spread(self, node: fx.Node, fill: float = 0) -> Any:
-        """What `node` became, in its dense shape."""
+        """The packed graph's version of `node`, in its dense shape."""
         value = self.values[node]
         if not isinstance(value, Packed):
             return value.node
@@ -232,7 +234,7 @@ class Writer:
         return self.cached(packed.unpack, value.node, domain.tokens, *self.places(labels, domain), fill, val=val)
 
     def gathered(self, node: fx.Node, labels: Labels, domain: Domain) -> Any:
-        """What `node` became, as an operand of a packed value with these labels: at its tokens, where it has them."""
+        """`node` as an operand of a packed value with these labels: gathered at its tokens, if it has them."""
         value = self.values[node]
         if isinstance(value, Packed) or not isinstance(node.meta.get("val"), torch.Tensor):
             return value.node
@@ -251,16 +253,21 @@ class Writer:
         return self.cached(packed.gather, value.node, domain.tokens, full, token, rank, val=val)
 
     def size(self, atom: Atom, is_packed: bool) -> Any:
+        """The size of an axis as an argument of a reshape; in packed form, -1 for tokens and 1 for the batch.
+
+        Raises:
+            Miss: the size cannot be computed in the packed graph.
+        """
         if is_packed and atom in self.transfer.marks:
             return -1 if atom in self._positions else 1
         if atom.size.is_Integer:
             return int(atom.size)
         if atom.size not in self._sizes:
-            raise Miss("a size cannot be read in the packed graph", node=self.current, found=str(atom.size))
+            raise Miss("a size cannot be computed in the packed graph", node=self.current, found=str(atom.size))
         return self._sizes[atom.size]
 
     def shape(self, axes: Iterable[Label], is_packed: bool) -> list[Any]:
-        """The sizes of a dense shape as arguments of a reshape, or those of its packed form."""
+        """The sizes of a dense shape (or of its packed form) as arguments of a reshape."""
         return [self._product([self.size(atom, is_packed) for atom in label]) for label in axes]
 
     def _product(self, sizes: list[Any]) -> Any:
@@ -283,7 +290,7 @@ class Writer:
     # --- what a value is at padding ---
 
     def at_padding(self, arg: Any, labels: Labels, domain: Domain) -> float | None:
-        """The number an operand is wherever the token it stands beside (dims as in `labels`) is padding."""
+        """The number an operand has wherever the token beside it (dims as in `labels`) is padding; None if unknown."""
         if not isinstance(arg, fx.Node):
             return arg if isinstance(arg, bool | int | float) else None
         value = self.values[arg]

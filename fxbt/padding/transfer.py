@@ -1,7 +1,7 @@
-"""How each op carries packed tokens on: what keeps tokens apart runs on packed ones, op by op, unchanged.
+"""How each op continues packed tokens: ops that keep tokens apart run unchanged on packed ones.
 
-Whether an op does is for `analysis.axis_transfer` to say; here is what the op becomes in the packed graph. One that
-would let padding show is a `Miss`.
+`analysis.axis_transfer` decides whether an op keeps tokens apart; this file says what the op becomes in the packed
+graph. An op through which padding could affect tokens is a `Miss`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from .tokens import Dense, Domain, Packed, Value, Wide, Writer
 
 aten = torch.ops.aten
 
-# Packed values begin as early as possible; where embedded tokens are mixed (shifted, say), at linears alone.
+# Packed values begin as early as possible; if embedded tokens are mixed (shifted, for example), only at linears.
 SEEDS = ({aten.embedding.default, aten.linear.default}, {aten.linear.default})
 POSITIONS = {aten.select.int, aten.slice.Tensor}
-KEEPING_NUMBERS = SELECTIONS | CASTS | {operator.getitem}  # what is one number at padding is the same in their results
+# if the value at padding is one number, it is the same in their results
+KEEPING_NUMBERS = SELECTIONS | CASTS | {operator.getitem}
 PRODUCTS = EQUATIONS.keys() - {aten.linear.default, aten.sum.dim_IntList}
-DENSE_ALONE = {  # may keep tokens apart, but no test has them on packed ones
+DENSE_ALONE = {  # may keep tokens apart, but no test runs them on packed ones
     *(aten.repeat.default, aten.pad.default, aten.constant_pad_nd.default, aten.triu.default, aten.tril.default),
     *(aten.group_norm.default, *POOLS),
 }
 
 
 def transfer(writer: Writer, node: fx.Node, seeds: Collection[Any]) -> Value:
-    """What `node` becomes in the packed graph, where packed values begin at ops of `seeds`.
+    """What `node` becomes in the packed graph, whose packed values begin at ops of `seeds`.
 
     Raises:
-        Miss: padding could show in its result.
+        Miss: padding could affect its result.
     """
     writer.current = node
     if node.target in seeds and (seed := _seed(writer, node)) is not None:
@@ -61,12 +62,12 @@ def transfer(writer: Writer, node: fx.Node, seeds: Collection[Any]) -> Value:
 
 
 def _written(writer: Writer, node: fx.Node, flow: Flow) -> Value:
-    """An op that keeps tokens apart, or computes along them."""
+    """Writes an op that keeps tokens apart, or one that computes along them."""
     if flow.mixes:
         return _mixed(writer, node, flow)
     if node.target in LAYOUTS:
         return _laid_out(writer, node, flow.axes) if flow.operands else writer.dense(node)
-    if not flow.operands:  # it takes no more of packed values than their type
+    if not flow.operands:  # it reads only the dtype or shape of packed values
         return Dense(writer.copy(node))
     if flow.is_beside:
         return _beside(writer, node, flow)
@@ -77,7 +78,7 @@ def _written(writer: Writer, node: fx.Node, flow: Flow) -> Value:
 
 
 def _seed(writer: Writer, node: fx.Node) -> Packed | None:
-    """An embedding or linear over (batch, length): where packed values begin."""
+    """An embedding or linear over (batch, length), where packed values begin; else None."""
     is_embedding = node.target is aten.embedding.default
     source: Any = node.args[1 if is_embedding else 0]
     if not isinstance(writer.values[source], Dense):
@@ -116,7 +117,7 @@ def _laid_out(writer: Writer, node: fx.Node, axes: Axes) -> Value:
 
 
 def _expanded(writer: Writer, source: Axes, axes: Axes) -> list[Any]:
-    """The sizes that a packed value of axes `source` is expanded to."""
+    """The sizes to which a packed value with the axes `source` is expanded."""
     added = len(axes) - len(source)
     shape: list[Any] = []
     for dim, (held, label) in enumerate(zip(((),) * added + source, axes, strict=True)):
@@ -130,7 +131,7 @@ def _expanded(writer: Writer, source: Axes, axes: Axes) -> list[Any]:
 
 
 def _beside(writer: Writer, node: fx.Node, flow: Flow) -> Value:
-    """An op whose operands stand beside each other dim by dim: packed where they agree on their tokens, else wide."""
+    """An op on operands that broadcast: packed if they agree on their tokens, else wide."""
     labels = writer.transfer.labels(flow.axes)
     domain = writer.domain_of(labels)
     packed_ones = [isinstance(writer.values[source], Packed) for source in tensor_inputs(node)]
@@ -139,14 +140,14 @@ def _beside(writer: Writer, node: fx.Node, flow: Flow) -> Value:
     if domain is not None and agree and is_aligned and any(packed_ones):
         try:
             copy = writer.copy(node, lambda source: writer.gathered(source, labels, domain))
-        except Miss:  # a dense operand whose batch axis is merged with others: dense work, but right
+        except Miss:  # a dense operand whose batch axis is merged with others: not packed, but right
             return Wide(writer.copy(node, writer.spread), flow.axes)
         return writer.packed(copy, node, flow.axes, domain, _pad(writer, node, labels, domain))
     return Wide(writer.copy(node, writer.spread), flow.axes)
 
 
 def _pad(writer: Writer, node: fx.Node, labels: Labels, domain: Domain) -> float | None:
-    """A pointwise result at padding, where that is known."""
+    """A pointwise result at padding, if it is known."""
     if node.target in FILLS:
         number = FILLED.get(node.target, argument(node, "fill_value"))
         return float(number) if isinstance(number, bool | int | float) else None
@@ -156,7 +157,7 @@ def _pad(writer: Writer, node: fx.Node, labels: Labels, domain: Domain) -> float
 
 
 def _computed(node: fx.Node, pads: list[float | None]) -> float | None:
-    """A pointwise result at padding, where its operands are known there."""
+    """A pointwise result at padding, if its operands are known there."""
     target: Any = node.target
     name = target._schema.name
     if name == "aten::mul" and 0 in pads:
@@ -174,7 +175,7 @@ def _computed(node: fx.Node, pads: list[float | None]) -> float | None:
 
 
 def _multiplied(writer: Writer, node: fx.Node, product: Product) -> Value:
-    """matmul, bmm, einsum: packed where only features are summed and nothing else has the batch."""
+    """matmul, bmm, einsum: packed if only features are summed and nothing else has the batch."""
     if product.is_along:
         return _summed_tokens(writer, node, product)
     axes = writer.transfer.axes(node, product.labels)
@@ -191,7 +192,7 @@ def _fits(value: Value, axes: Axes, product: Product) -> bool:
 
 
 def _summed_tokens(writer: Writer, node: fx.Node, product: Product) -> Value:
-    """A sum over tokens: right where padding adds exact zeros, whatever stands there."""
+    """A sum over tokens: right if padding adds exact zeros, whatever it holds."""
     for (operand, axes), (other, other_axes) in (product.sides, product.sides[::-1]):
         value = writer.values[operand]
         if not isinstance(value, Packed) or not isinstance(writer.values[other], Dense):
@@ -199,14 +200,14 @@ def _summed_tokens(writer: Writer, node: fx.Node, product: Product) -> Value:
         is_zero = writer.at_padding(other, product.beside(other_axes, axes), value.domain) == 0
         if (is_zero or value.pad is not None) and not writer.has_tokens(product.labels):
             return writer.dense(node)
-    raise Miss("a product sums over batch or tokens, padded ones among them", node=node)
+    raise Miss("a product sums over batch or tokens, including padded ones", node=node)
 
 
 # --- ops along tokens -------------------------------------------------------------------------------------------
 
 
 def _mixed(writer: Writer, node: fx.Node, flow: Flow) -> Dense:
-    """An op along tokens: exact if what stands at padding is known, or if a guard says that it reads none."""
+    """An op along tokens: exact if the value at padding is known, or a guard says that no padding is read."""
     values = [writer.values[source] for source in flow.operands]
     if all(isinstance(value, Packed) and value.pad is not None for value in values):
         return writer.dense(node)
@@ -216,7 +217,7 @@ def _mixed(writer: Writer, node: fx.Node, flow: Flow) -> Dense:
             return _at_position(writer, node, values[0], labels)
         if node.target is aten.index.Tensor:
             return _at_given(writer, node, values[0], labels)
-    raise Miss(f"{flow.mixes} tokens, padded ones among them", node=node)
+    raise Miss(f"{flow.mixes} tokens, including padded ones", node=node)
 
 
 def _at_position(writer: Writer, node: fx.Node, value: Packed, labels: Labels) -> Dense:
@@ -225,7 +226,7 @@ def _at_position(writer: Writer, node: fx.Node, value: Packed, labels: Labels) -
     dim = dim if isinstance(dim, int) else 0
     label = labels.get(dim % len(value.axes) - len(value.axes))
     if label != (value.domain.position,):
-        raise Miss("an op mixes tokens, padded ones among them", node=node)
+        raise Miss("an op mixes tokens, including padded ones", node=node)
     if node.target is aten.select.int:
         start: Any = argument(node, "index")
         end: Any = start + 1 or None
@@ -233,22 +234,22 @@ def _at_position(writer: Writer, node: fx.Node, value: Packed, labels: Labels) -
         start, end = argument(node, "start") or 0, argument(node, "end")
     is_range = isinstance(start, int) and isinstance(end, int | None) and argument(node, "step", 1) == 1
     if not is_range or (end or 0) >= 2**31:
-        raise Miss("a range of positions is read, padded ones among them", node=node)
+        raise Miss("an op reads a range of positions, including padded ones", node=node)
     writer.guard(
-        f"padding stands at position {start}, which is read", packed.is_valid_between, value.domain.mask, start, end
+        f"position {start} is read, and a row has padding there", packed.is_valid_between, value.domain.mask, start, end
     )
     return writer.dense(node)
 
 
 def _at_given(writer: Writer, node: fx.Node, value: Packed, labels: Labels) -> Dense:
-    """x[rows, positions]: exact if no padding stands there."""
+    """x[rows, positions]: exact if there is no padding at these positions."""
     rank, batch_and_token = len(value.axes), writer.places(labels, value.domain)
     positions: Any = node.args[1]
     given = {dim - rank: at for dim, at in enumerate(positions) if at is not None}
     is_boolean = any(at.meta["val"].dtype is torch.bool for at in given.values())
     if list(given) != sorted(set(batch_and_token)) or len(given) != 2 or is_boolean:
-        raise Miss("positions given as data choose tokens, padded ones among them", node=node)
-    reason = "padding is read at a position that the call gives"
+        raise Miss("positions given as data select tokens, including padded ones", node=node)
+    reason = "the call reads a position where there is padding"
     at = [writer.values[given[dim]].node for dim in batch_and_token]
     writer.guard(reason, packed.is_valid_at, value.domain.mask, *at)
     return writer.dense(node)

@@ -1,7 +1,7 @@
-"""Where a call says which of its tokens are valid: an input [batch, length], or what forward computes from lengths.
+"""Where a call says which tokens are valid: an input [batch, length], or a value that forward computes from lengths.
 
-The second is a boolean of the graph that depends on one number a row and on sizes alone, such as
-`arange(length) < lengths[:, None]`: a run computes it, and with it where the tokens are, before anything else.
+The latter is a boolean of the graph that depends only on one number per row and on sizes, such as `arange(length) <
+lengths[:, None]`. A run computes it first, and from it where the tokens are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..graph.walk import ancestors
 ROW, POSITION = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("row", "position"))
 aten = torch.ops.aten
 SIZE = aten.sym_size.int
-SIZES_OF: dict[Any, int] = {  # the argument that gives an op no more than sizes and a type
+SIZES_OF: dict[Any, int] = {  # the argument of which an op reads only sizes and dtype
     **dict.fromkeys((aten.ones_like.default, aten.zeros_like.default, aten.full_like.default), 0),
     **dict.fromkeys((aten.new_ones.default, aten.new_zeros.default, aten.new_full.default), 0),
     **dict.fromkeys((aten.expand_as.default, aten.view_as.default, aten.reshape_as.default), 1),
@@ -33,10 +33,11 @@ SIZES_OF: dict[Any, int] = {  # the argument that gives an op no more than sizes
 
 @dataclass(frozen=True)
 class Validity:
-    """Which tokens are valid: those where `source` [batch, length] is 1 and not 0, or `relation(source, number)` holds.
+    """Which tokens are valid: those where `source` [batch, length] is 1 (not 0), or where `relation(source, number)`
+    holds.
 
-    The second is how masks are made of ids, and of boolean masks that are True at padding. A `source` that is no input
-    may have dims of one between the two, and `condition` is what it says at (ROW, POSITION).
+    The relation serves token ids and boolean masks that are True at padding. A computed `source` may have dims of size
+    one between batch and length; `condition` is its value at (ROW, POSITION).
     """
 
     source: fx.Node
@@ -46,6 +47,7 @@ class Validity:
 
     @property
     def of_ids(self) -> bool:
+        """Whether the source is token ids."""
         return self.relation is not None and self.source.meta["val"].dtype is not torch.bool
 
     @property
@@ -60,14 +62,14 @@ class Validity:
         return next(node for node in _computed_from(self.source) if node.op == "placeholder")
 
     def counted(self) -> list[fx.Node]:
-        """The values of a condition on whole numbers: exact in every type, and so compared by meaning, if small."""
+        """The integers in the condition; if they are small, every dtype holds them exactly."""
         if self.condition is None or slack_of(self.condition) is None:
             return []
         names = {data.func.__name__ for data in self.condition.atoms(AppliedUndef)}
         return [node for node in _computed_from(self.source) if node.name in names]
 
     def assume(self, value: Any, at: Index, is_valid: bool) -> Any:
-        """An evaluated expression where the token at (row, position) is valid, or is padding."""
+        """An evaluated expression if the token at (row, position) is valid (or is padding)."""
         if self.condition is not None:
             condition = self.condition.xreplace({ROW: at[0], POSITION: at[1]})
             return _settled(value, condition, is_valid == (self.relation is None))
@@ -88,7 +90,7 @@ class Validity:
 
 
 def computed(mask: fx.Node, index: Index) -> Iterator[Validity]:
-    """What a mask reads that may say which tokens are valid and is computed from lengths, true at tokens or at padding.
+    """Booleans read by a mask that are computed from lengths and may mark tokens or padding.
 
     `index` is (row, ..., position) of the mask.
     """
@@ -105,7 +107,7 @@ def computed(mask: fx.Node, index: Index) -> Iterator[Validity]:
 
 
 def _condition(node: fx.Node, index: Index) -> Relational | None:
-    """What a boolean [batch, 1, ..., length] says at a position, if that depends on one number a row."""
+    """What a boolean [batch, 1, ..., length] says at a position, if that depends on one number per row."""
     val = node.meta.get("val")
     if node.op != "call_function" or not isinstance(val, torch.Tensor) or val.dtype is not torch.bool or val.dim() < 2:
         return None
@@ -117,42 +119,43 @@ def _condition(node: fx.Node, index: Index) -> Relational | None:
         return None
     try:
         value = evaluate(node, (index[0], *[sympy.Integer(0)] * len(between), index[-1]), read_constants(node))
-    except Opaque:  # such a boolean says nothing that could be compared with others
+    except Opaque:  # cannot be compared with other conditions
         return None
     is_plain = isinstance(value, Relational) and bool(value.atoms(AppliedUndef))
     return value if is_plain and _has_small_factors(value) else None
 
 
 def _is_one_a_row(given: fx.Node, batch: Any) -> bool:
-    """Whether an input is a number for each row, as lengths are."""
+    """Whether an input is one number per row, as lengths are."""
     dtype = given.meta["val"].dtype
     return sizes_of(given) in ([batch], [batch, 1]) and dtype is not torch.bool and not dtype.is_complex
 
 
 def _has_small_factors(condition: Relational) -> bool:
-    """Whether whole numbers of a condition stay small where its data does."""
+    """Whether the integers in a condition stay small if its data is small."""
     slack = slack_of(condition)
     terms = [] if slack is None else [term for term in sympy.Add.make_args(slack) if term.atoms(AppliedUndef)]
     return all(term.as_coeff_Mul()[1].is_Function and abs(term.as_coeff_Mul()[0]) == 1 for term in terms)
 
 
 def _computed_from(node: fx.Node) -> list[fx.Node]:
-    """What the content of a tensor is computed from, itself included; not what only gives its sizes."""
+    """The nodes whose content determines a tensor's content, including itself, but not those that only give sizes."""
     return sorted(ancestors([node], _contents))
 
 
 def _contents(node: fx.Node) -> list[fx.Node]:
-    """The inputs of a node whose content it reads, not the sizes alone."""
+    """The inputs whose content a node reads, not only their sizes."""
     if node.target is SIZE:
         return []
     position = SIZES_OF.get(node.target)
     like = None if position is None else node.args[position]
-    is_given = isinstance(like, fx.Node) and like.op == "placeholder"  # of others, computing the sizes costs too much
+    # for other nodes, computing the sizes costs too much
+    is_given = isinstance(like, fx.Node) and like.op == "placeholder"
     return [source for source in node.all_input_nodes if not (is_given and source is like)]
 
 
 def _settled(value: Any, condition: Relational, holds: bool) -> Any:
-    """An expression in which all comparisons that say the same as `condition`, or its opposite, are settled."""
+    """Replaces all comparisons that are equivalent to `condition` or its negation by their truth."""
     known = {}
     for other in value.atoms(Relational):
         if _is_same(other, condition):

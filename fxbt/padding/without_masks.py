@@ -1,7 +1,7 @@
-"""The same graph for calls without padding: attention under masks that then say nothing, or only "j <= i", unmasked.
+"""The graph for calls without padding: removes masks that then hide nothing, or only later keys.
 
-Where all tokens are valid, most masks are proven to let everything through (see `proof`), so that
-neither they nor their sum with the scores need computing.
+If all tokens are valid, most masks are proven to hide nothing (see `proof`); neither they nor their sum with the scores
+need computing.
 """
 
 from __future__ import annotations
@@ -14,29 +14,27 @@ import torch
 from torch import fx
 
 from ..graph.blocks import ATTENTIONS, SDPA, mask_of
-from ..graph.node import parameters, with_graph
+from ..graph.node import copy_of, parameters, with_graph
 from .proof import Residue, attention_masks
 from .validity_sources import Validity
 
 
 @dataclass(frozen=True)
 class Unmasked:
-    """A graph that stands for another one wherever all tokens are valid."""
+    """A graph that replaces another one wherever all tokens are valid."""
 
     module: fx.GraphModule
     assumes: dict[str, torch.Tensor]
 
 
 def unmask(module: fx.GraphModule, validities: list[Validity]) -> Unmasked:
-    """The graph of `module` where all tokens are valid.
+    """The graph of `module` for calls in which all tokens are valid.
 
     Raises:
         Miss: an attention mask cannot be read.
     """
     masks = attention_masks(module.graph)
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(module.graph, copies))
+    graph, copies = copy_of(module.graph)
     assumes: set[str] = set()
     for node in module.graph.nodes:
         mask = masks.get(mask_of(node)) if node.target in ATTENTIONS else None

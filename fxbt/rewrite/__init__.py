@@ -1,1 +1,1 @@
-"""What was found is replaced, and the numbers are checked."""
+"""Rewriting: replaces what rules found, and checks the values."""

@@ -1,8 +1,8 @@
-"""The memory layout of what a model returns: a rewritten graph returns its values laid out as the model does.
+"""The memory layout of outputs: a rewritten graph returns its values laid out as the model does.
 
-Callers see strides: `output.view(...)` works on a contiguous tensor only. What a rule puts in computes the same values
-in another layout (SDPA's kernels write heads inside positions, a merged projection gives slices), so that the values
-that are returned, and only those, are put in order at the very end.
+Callers see strides: `output.view(...)` works only on a contiguous tensor. A rule's replacement computes the same values
+in another layout (SDPA's kernels write heads inside positions, a merged projection returns slices). Only the values
+that are returned are put back in order, at the very end.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from ..graph.record import RULE, is_made
 
 aten = torch.ops.aten
 
-Order = tuple[int, ...]  # the dims of a dense tensor, from the outermost in memory to the innermost
+Order = tuple[int, ...]  # the dims of a dense tensor, from outermost to innermost in memory
 
-# What these compute is contiguous, whatever the layout of their operands.
+# The results of these ops are contiguous, whatever the layout of their operands.
 CONTIGUOUS = {aten.linear.default, aten.matmul.default, aten.bmm.default, aten.mm.default, aten.addmm.default}
 CONTIGUOUS |= {aten.layer_norm.default, aten.embedding.default, aten.softmax.int, aten.contiguous.default}
-# What these compute is laid out as their operands are, though torch does not tag them as pointwise.
+# The results of these ops have the layout of their operands, although torch does not tag them as pointwise.
 FOLLOWS = {aten.dropout.default, aten.rms_norm.default, aten.where.ScalarOther, aten.where.ScalarSelf}
 FOLLOWS |= {aten.masked_fill.Tensor} | CASTS
-ORDER = "fxbt_order"  # node.meta entry: the order of the value that this one stands for
+ORDER = "fxbt_order"  # node.meta entry: the dim order of the value that this one replaced
 
 
 def returned_orders(graph: fx.Graph) -> list[Order | None]:
-    """How each value that the graph returns lies in memory; None for what is no tensor, or not dense."""
+    """The memory order of each returned value; None if it is not a tensor, or not dense."""
     return [order_of(value) for value in _returned(graph)]
 
 
 def keep_orders(module: fx.GraphModule, orders: list[Order | None]) -> None:
-    """Puts those returned values in order that a rewrite may have left in another one."""
+    """Restores the order of returned values that a rewrite may have changed."""
     graph = module.graph
     known: dict[fx.Node, bool] = {}
     ordered: dict[tuple[fx.Node, Order | None], fx.Node] = {}
@@ -62,7 +62,7 @@ def _erase_dead_views(graph: fx.Graph, node: Any) -> None:
 
 
 def order_of(node: Any) -> Order | None:
-    """The dims of a node's value from the outermost in memory to the innermost; None where it is no dense tensor."""
+    """The dims of a node's value, from outermost to innermost in memory; None if it is not a dense tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or not value.dim():
         return None
@@ -76,7 +76,7 @@ def order_of(node: Any) -> Order | None:
 
 
 def _is_dense(order: Order, sizes: list[Any], strides: list[Any]) -> bool:
-    """Whether the dims follow each other in memory without gaps; the stride of a dim of size one means nothing."""
+    """Whether the dims follow each other in memory without gaps; the stride of a dim of size one is ignored."""
     expected = 1
     for dim in reversed(order):
         if sizes[dim] != 1 and strides[dim] != expected:
@@ -86,7 +86,7 @@ def _is_dense(order: Order, sizes: list[Any], strides: list[Any]) -> bool:
 
 
 def _hint(size: Any) -> int | None:
-    """A size, as it was in the call that was captured; None where that depends on values."""
+    """A size in the captured call; None if it depends on values."""
     if isinstance(size, int):
         return size
     return size.node.hint if size.node.has_hint() else None
@@ -98,7 +98,7 @@ def _returned(graph: fx.Graph) -> tuple[Any, ...]:
 
 
 def _is_relaid(node: Any, known: dict[fx.Node, bool]) -> bool:
-    """Whether a rewrite may have changed the layout of a value: made it, or made what it is laid out like."""
+    """Whether a rewrite may have changed a value's layout, by making it or a value whose layout it follows."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
     if node not in known:
@@ -112,10 +112,10 @@ def _is_made(node: fx.Node) -> bool:
 
 
 def _laid_out_like(node: fx.Node) -> list[fx.Node]:
-    """The operands whose layout may decide that of the result."""
+    """The operands whose layout may determine the result's."""
     if node.target in CONTIGUOUS:
         return []
-    if node.target in FUSED.values():  # layer norms and linears at the end of a body, or a sum with its first inputs
+    if node.target in FUSED.values():  # a body ends in a layer norm, a linear, or a sum with its first inputs
         return [source for source in node.args[1:3] if isinstance(source, fx.Node)]
     if node.target is aten.clone.default and argument(node, "memory_format") is torch.contiguous_format:
         return []
@@ -131,7 +131,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _viewed_again(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """A view with gaps, of what a rewrite made, as the same view of that in the order of what was there before."""
+    """For a view with gaps of a replaced value: the same view of that value in its original order."""
     views = []
     base = node
     while _is_view(base) and ORDER not in base.meta:

@@ -1,4 +1,4 @@
-"""The only editor of graphs for rules: trace the replacement on fake tensors, splice it in, erase what it replaces."""
+"""The only editor of graphs for rules: traces a replacement on fake tensors, splices it in, erases the old nodes."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ Traces = dict[Hashable, fx.GraphModule]
 def apply(
     module: fx.GraphModule, rule: Rule, match: Match, verify: Verify | None = None, traces: Traces | None = None
 ) -> Rewrite:
-    """Replace `match` in `module`'s graph by what the rule computes instead; returns the record of it.
+    """Replaces `match` in `module`'s graph by what the rule computes instead; returns the record.
 
     `verify(rule, match, new_nodes, results)` is called before anything is replaced, and refuses by raising `Miss`.
-    `traces` keeps the rule's replacements, so that each is traced once for all layers.
+    `traces` caches the rule's replacements, so that each is traced once for all layers.
 
     Raises:
         Miss: the replacement has another shape or dtype, needs a shape guard that the graph does not have, cannot be
-            placed, or does not verify. The graph is then as it was.
+            placed, or does not verify. The graph is then unchanged.
     """
     graph = module.graph
     place = _place(match)
@@ -75,7 +75,7 @@ def apply(
 
 
 def _place(match: Match) -> fx.Node:
-    """The node before which the replacement goes: the first output. Every input must stand before it.
+    """The node before which the replacement goes: the first output. Every input must come before it.
 
     Raises:
         Miss: an input is computed only after the first output.
@@ -88,15 +88,15 @@ def _place(match: Match) -> fx.Node:
 
 
 class _NeedsGuard(Miss):
-    """A replacement would hold for some sizes only."""
+    """A replacement would hold only for some sizes."""
 
 
 @contextlib.contextmanager
 def _without_new_guards(mode: FakeTensorMode) -> Iterator[None]:
-    """Refuse what would only hold for some sizes: tracing must add no guard to the shape environment.
+    """Refuses what would hold only for some sizes: tracing must not add a guard to the shape environment.
 
     Raises:
-        _NeedsGuard: a guard was asked for.
+        _NeedsGuard: tracing asked for a guard.
     """
     shape_env = mode.shape_env
     if shape_env is None:
@@ -104,22 +104,24 @@ def _without_new_guards(mode: FakeTensorMode) -> Iterator[None]:
         return
     log = logging.getLogger(SIZES_LOG)
     level, cached = log.level, mode.cache_enabled
-    log.setLevel(logging.ERROR)  # torch warns of the refusal that is reported as a Miss here
-    mode.cache_enabled = False  # filling the fake tensors' cache asks for guards of its own
+    log.setLevel(logging.ERROR)  # torch logs the refusal, which becomes a Miss here
+    mode.cache_enabled = False  # filling the fake tensors' cache asks for guards, too
     try:
         with without_new_guards(shape_env):
             yield
     except (NeedsGuard, GuardOnDataDependentSymNode) as error:
-        raise _NeedsGuard("the replacement needs a guard on sizes", found=str(error).splitlines()[0]) from error
+        raise _NeedsGuard(
+            "the replacement would hold only for some sizes (it needs a shape guard)", found=str(error).splitlines()[0]
+        ) from error
     finally:
         log.setLevel(level)
         mode.cache_enabled = cached
 
 
 class _KernelByExample(TorchFunctionMode):
-    """SDPA asks sizes which kernel to take, though on fake tensors none runs: the sizes of the example answer.
+    """Answers SDPA's choice of a kernel with the example's sizes; on fake tensors none runs.
 
-    A call of other sizes chooses anew. The plain kernel stands in, whose result has the shape of two products.
+    A call of other sizes chooses again. The plain kernel stands in; its result has the shape of two products.
     """
 
     def __init__(self, mode: FakeTensorMode):
@@ -142,7 +144,7 @@ def _trace_once(rule: Rule, match: Match, traces: Traces) -> fx.GraphModule:
         return traces[key]
     traced = _trace(rule, match)
     values = [node.meta.get("val") for node in traced.graph.nodes]
-    if key is not None and not free_unbacked_symbols(values):  # sizes that depend on data differ from place to place
+    if key is not None and not free_unbacked_symbols(values):  # data-dependent sizes differ from place to place
         traces[key] = traced
     return traced
 
@@ -175,7 +177,7 @@ def _trace(rule: Rule, match: Match) -> fx.GraphModule:
 
 
 def _in_known_sizes(fake: Any) -> Any:
-    """A fake tensor whose sizes are the same expression where guards say that they are equal."""
+    """A fake tensor that uses one expression for sizes that guards prove equal."""
     if not isinstance(fake, torch.Tensor):
         return fake
     shape, strides = ([_known(size) for size in sizes] for sizes in (fake.shape, fake.stride()))
@@ -193,7 +195,7 @@ def _known(size: int | torch.SymInt) -> Any:
 def _splice(
     graph: fx.Graph, traced: fx.GraphModule, match: Match, rule: Rule, place: fx.Node
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Copy the traced nodes in front of `place`: the new nodes, and those that are the replacement's results."""
+    """Copies the traced nodes in front of `place`; returns the new nodes, and those that are results."""
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     copies: dict[fx.Node, Any] = dict(zip(placeholders, match.inputs, strict=True))
     with graph.inserting_before(place):
@@ -202,7 +204,8 @@ def _splice(
                 continue
             if node.op == "get_attr":
                 raise Miss(
-                    "the replacement captures a tensor; write a number, or bind it: a weight of the pattern, an input "
+                    "the replacement uses a tensor from outside; write a number, or bind it as a weight of the "
+                    "pattern or an input "
                     "of the Match",
                     found=str(node.target),
                 )
@@ -219,7 +222,7 @@ def _splice(
 
 
 def provenance(node: fx.Node, anchor: fx.Node, rule: Rule) -> dict[str, Any]:
-    """A new node's meta: its own value, module path and source line of what it replaces, and that a rule made it."""
+    """A new node's meta: its own value, and the replaced node's module path and source line."""
     meta: Any = anchor.meta
     kept = {str(key): meta[key] for key in ("nn_module_stack", "stack_trace", "custom") if key in meta}
     return {"val": node.meta.get("val"), MADE: True, RULE: rule.name, **kept}
@@ -228,7 +231,7 @@ def provenance(node: fx.Node, anchor: fx.Node, rule: Rule) -> dict[str, Any]:
 def _check_results(match: Match, results: list[fx.Node]) -> None:
     if len(results) != len(match.outputs):
         raise Miss(
-            f"the replacement gives {len(results)} results for {len(match.outputs)} outputs",
+            f"the replacement returns {len(results)} results for {len(match.outputs)} outputs",
             node=match.anchor,
         )
     for old, new in zip(match.outputs, results, strict=True):
@@ -252,7 +255,7 @@ def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 
 
 def _erase_dead(graph: fx.Graph, roots: tuple[fx.Node, ...]) -> tuple[Entry, ...]:
-    """Erase the replaced nodes and what only they used. Explicitly: FX's own pass keeps training dropout."""
+    """Erases the replaced nodes and the nodes that only they used. FX's own pass would keep training dropout."""
     erased: dict[fx.Node, Entry] = {}
     waiting = list(roots)
     while waiting:

@@ -1,4 +1,4 @@
-"""One rule over one graph: match and rewrite at each anchor, until nothing is left to do."""
+"""Runs one rule over one graph: matches and rewrites at each anchor until nothing is left to do."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .outline import outline
 from .splice import Traces, apply
 from .verify import Verifier
 
-DEEPEST = 8  # rewrites of what the same rule made, one upon another, before it counts as a loop
+DEEPEST = 8  # how many rewrites of its own results a rule may stack up before that counts as a loop
 
 
 def run_stage(
     module: fx.GraphModule, rule: Rule, verifier: Verifier | None, assumes: dict[str, torch.Tensor]
 ) -> StageRecord:
-    """Try `rule` at each of its anchors, and at those that its own rewrites make; erased nodes are none any more.
+    """Tries `rule` at each of its anchors, including those that its own rewrites create.
 
     Raises:
         RuleError: the rule matches its own results without end.
@@ -44,7 +44,7 @@ def run_stage(
             _keep(record, misses, miss, rule, anchor)
             continue
         if rewrite is None and depth:
-            continue  # what the rule made is in its best form: counted already
+            continue  # the rule's own result is in its best form: counted already
         record.places.append(rewrite.where if rewrite else module_path(anchor))
         if rewrite is not None:
             _check_depth(rule, anchor, depth)
@@ -83,13 +83,13 @@ def _try(
 def _check_depth(rule: Rule, anchor: fx.Node, depth: int) -> None:
     if depth >= DEEPEST:
         raise RuleError(
-            f"rule {rule.name!r} does not stop: its replacement matches its own pattern, {depth} times one upon "
-            f"another at {module_path(anchor) or 'the top'}; make the replacement something the pattern does not say"
+            f"rule {rule.name!r} does not stop: its replacement matches its own pattern, {depth} times in a row at "
+            f"{module_path(anchor) or 'the top'}; write a replacement that the pattern does not match"
         )
 
 
 def _keep(record: StageRecord, misses: dict[str, Miss], miss: Miss, rule: Rule, anchor: fx.Node) -> None:
-    """Record a miss: refusals and reasoned ones all; of the places where a pattern ends early, the nearest a module."""
+    """Records a miss: all refusals and reasons, but of incomplete matches only the nearest per module."""
     miss = miss.without_frames()
     if miss.total and miss.matched < min(2, miss.total) and not miss.refused:
         return  # another op altogether

@@ -1,7 +1,7 @@
-"""When two matches of a rule get the same replacement: one trace then serves both, as in equal layers.
+"""Decides when two matches get the same replacement, so that one trace serves both, as in equal layers.
 
-A replacement is a function of the match's facts and of its inputs' and outputs' types. Both are turned into a key in
-which the graph's nodes are only numbers: places among the inputs and outputs.
+A replacement depends on the match's facts and on the types of its inputs and outputs. Both become a key in which nodes
+are only numbers: their positions among the inputs and outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device,
 
 
 def match_key(match: Match) -> Hashable | None:
-    """Equal for matches that any rule replaces alike; None if the facts hold what cannot be compared."""
+    """A key that is equal for matches with the same replacement; None if the facts cannot be compared."""
     try:
         return _Keys(match).key
     except TypeError:
@@ -28,7 +28,7 @@ def match_key(match: Match) -> Hashable | None:
 
 
 class _Keys:
-    """One traversal of a match; what has an identity is numbered when it is first met."""
+    """One traversal of a match; objects are numbered when first met."""
 
     def __init__(self, match: Match):
         self.places = {node: i for i, node in reversed(list(enumerate((*match.inputs, *match.outputs, match.anchor))))}
@@ -68,13 +68,13 @@ class _Keys:
         return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
 
     def of_object(self, value: Any) -> Hashable:
-        """Which object it is, and all it holds: that is known of dataclasses and of classes with slots."""
+        """The object's identity and its content, which is known for dataclasses and classes with slots."""
         if id(value) in self.met:
             return "met", self.met[id(value)]
         self.met[id(value)] = len(self.met)
         names = list(getattr(value, "__dict__", ()))
         for base in type(value).__mro__[:-1] or (object,):
             if "__slots__" not in vars(base) and "__dataclass_fields__" not in vars(base):
-                raise TypeError(f"what a {base.__name__} holds is not known")
+                raise TypeError(f"the content of a {base.__name__} is not known")
             names += vars(base).get("__slots__", ())
         return type(value), *((name, self.of(getattr(value, name))) for name in names)

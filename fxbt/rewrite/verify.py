@@ -1,7 +1,7 @@
-"""Numeric verification: every rewrite, run on real values beside the nodes it replaces.
+"""Numeric verification: runs each rewrite on real values beside the nodes it replaces.
 
-The canonical graph runs once on the example and keeps every value; a replacement then computes from the kept values
-of its inputs, and its results must equal the kept values of its outputs.
+The canonical graph runs once on the example and keeps every value. A replacement then computes from the kept values of
+its inputs, and its results must equal the kept values of its outputs.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ..graph.record import Rewrite
 from ..match.rule import Match, Rule
 from ..torch_compat import is_any_autocast_enabled
 
-# Relative to the largest value compared. A reordered sum moves float32 by some 1e-6; bfloat16 keeps eight bits and
-# eager itself rounds the scores to them (its own error against float64 reaches 9e-2), float16 eleven.
+# Relative to the largest value compared. Reordering a sum changes float32 by about 1e-6. bfloat16 keeps eight bits, to
+# which eager itself rounds the scores (its own error against float64 reaches 9e-2); float16 keeps eleven.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
 class Verifier(fx.Interpreter):
-    """Runs `module` once on `example` and checks rewrites against the values met there.
+    """Runs `module` once on `example` and checks rewrites against its values.
 
-    Checked are the rewrites of rules that prove nothing themselves, and all of them where `every` is set.
+    It checks the rewrites of rules without a proof, and with `every` those of all rules.
     """
 
     def __init__(self, module: fx.GraphModule, example: Sequence[torch.Tensor], every: bool = True):
@@ -36,7 +36,7 @@ class Verifier(fx.Interpreter):
             self.run(*example)
 
     def __call__(self, rule: Rule, match: Match, new_nodes: list[fx.Node], results: list[fx.Node]) -> None:
-        """Raises Miss where a result differs from the value it stands for."""
+        """Raises Miss if a result differs from the value it replaces."""
         if rule.proven and not self.every:
             return
         for node in (*match.outputs, *new_nodes):
@@ -49,7 +49,7 @@ class Verifier(fx.Interpreter):
             check_value(old, self.env[old], self.env[new], rule.tolerance)
 
     def follow(self, rewrite: Rewrite) -> None:
-        """Knows the values of a rewrite's nodes from now on: those of what they stand for, the others as computed."""
+        """Records the values of a rewrite's nodes: results have the values they replace, other nodes are computed."""
         with torch.no_grad():
             for old, new in rewrite.results:
                 self.env[new] = self.env[old]
@@ -76,8 +76,10 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def tolerance_of_outputs(is_precise: bool) -> float:
-    """By how much of the largest value a graph's outputs may differ from others of the same: kernels sum in another
-    order, and half precision and int8 round."""
+    """The largest allowed difference of outputs, relative to the largest value.
+
+    Kernels sum in another order, and half precision and int8 round.
+    """
     return 1e-3 if is_precise and not is_any_autocast_enabled() else 0.1
 
 
@@ -85,7 +87,7 @@ def check_outputs(actual: Sequence[Any], expected: Sequence[Any], is_coarse: boo
     """Compares a graph's outputs, computed another `way`, with those of the whole dense graph.
 
     Raises:
-        Miss: they differ, so that the proof of that way has a hole.
+        Miss: they differ, so the proof of that way has a hole.
     """
     for new, old in zip(actual, expected, strict=True):
         if not isinstance(old, torch.Tensor):
@@ -93,20 +95,20 @@ def check_outputs(actual: Sequence[Any], expected: Sequence[Any], is_coarse: boo
         is_precise = not is_coarse and old.dtype in (torch.float32, torch.float64)
         worst = difference(new, old)
         if worst > (tolerance_of_outputs(is_precise) if old.dtype.is_floating_point else 0.0):
-            raise Miss(f"the outputs {way} are not the dense graph's", found=f"a difference of {worst:.3g}")
+            raise Miss(f"the outputs {way} differ from the dense graph's", found=f"a difference of {worst:.3g}")
 
 
 def check_value(node: fx.Node, expected: torch.Tensor, actual: torch.Tensor, tolerance: float | None = None) -> None:
-    """Compares what is to stand for a node with its value; None is rounding.
+    """Compares a replacement's value with the value it replaces; a `tolerance` of None allows rounding.
 
     Raises:
-        Miss: they differ by more than `tolerance` of the largest expected value.
+        Miss: they differ by more than `tolerance`, relative to the largest expected value.
     """
     tolerance = TOLERANCE.get(expected.dtype, 0.0) if tolerance is None else tolerance
     worst = difference(actual, expected)
     if worst > tolerance:
         raise Miss(
-            "the rewrite changes the numbers",
+            "the rewrite changes the values",
             node=node,
             expected=f"equal within {tolerance:g} of the largest value",
             found=f"a difference of {worst:.3g}",

@@ -1,1 +1,1 @@
-"""Which program serves a call."""
+"""Decides which program serves a call."""

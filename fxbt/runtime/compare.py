@@ -1,4 +1,4 @@
-"""A compiled graph against its original, on the same calls: before it serves any, its numbers are the original's."""
+"""Compares a compiled graph with its original on the same calls, before it serves any."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Values = tuple[list[Any], pytree.TreeSpec]
 
 
 class Comparison:
-    """A compiled graph and the original that it is to stand for; each method says what differs, None if nothing does.
+    """A compiled graph and its original; each method returns what differs, or None.
 
     Example:
         >>> compare = Comparison(model, captured, compiled)
@@ -44,19 +44,19 @@ class Comparison:
         self._is_precise = compiled.precision is None
 
     def all(self, call: Call, expected: Values, numbers: Numbers) -> str | None:
-        """What differs on a call, whose original's values are `expected`, on an earlier one, or in gradients."""
+        """What differs on a call (whose values in the original are `expected`), on an earlier one, or in gradients."""
         effects, is_stochastic = self._captured.effects, self._compiled.stochastic
         with part("compare with the original"):
-            expected = self._again(call) if effects else expected  # what it changed, it reads
+            expected = self._again(call) if effects else expected  # the original reads what it changed
             problem = None if is_stochastic else self.outputs(call, expected)
             problem = problem or (None if is_stochastic else self._earlier(call, numbers))
             return problem or self._gradients(call, effects)
 
     def outputs(self, call: Call, expected: Values) -> str | None:
-        """What differs between the graph's outputs and the original's, which are `expected`."""
+        """What differs between the graph's outputs and the original's, `expected`."""
         compiled, (values, spec) = self._compiled, expected
         if self._captured.out_spec != spec:
-            return f"their structure is {self._captured.out_spec}, not {spec}"
+            return f"their structure is {self._captured.out_spec}, expected {spec}"
         unpadding = compiled.unpadding
         dense = compiled.run if unpadding is None else compiled.dense
         found: Sequence[Any] = dense(*call.tensors, *self._captured.effects.inputs())
@@ -75,7 +75,7 @@ class Comparison:
         return values_difference(unpadding.uncounted(*call.tensors), returned, self._is_precise)
 
     def _padded(self, unpadding: Unpadding, call: Call) -> str | None:
-        """What differs where a sequence ends in padding; finds out whether the original blanks padding by itself."""
+        """What differs where a sequence ends in padding; also finds out whether the original blanks padding itself."""
         tensors = unpadding.padded_at_an_end(call.tensors)
         expected, _ = original_values(self._original, call, tensors)
         found = self._compiled.dense(*tensors)
@@ -87,7 +87,8 @@ class Comparison:
         return problem and f"where a sequence ends in padding, {problem}"
 
     def _earlier(self, call: Call, numbers: Numbers) -> str | None:
-        """The same with the values that the call's numbers had before: Python may tell a symbol from a number."""
+        """Compares with the values that the call's numbers had before, because Python may tell a symbol from a
+        number."""
         if not call.numbers:
             return None
         tensors = list(call.tensors)
@@ -95,7 +96,7 @@ class Comparison:
             earlier = numbers.first(place, number)
             if (earlier < 0) == number.is_negative:
                 tensors[number.index] = as_tensor(earlier)
-        if not accepts(self._captured.guards, tensors):  # another way through the model
+        if not accepts(self._captured.guards, tensors):  # these numbers take another path through the model
             return None
         args, kwargs = call.rebuild(tensors)
         before = replace(call, args=args, kwargs=kwargs, tensors=tuple(tensors))
@@ -109,10 +110,10 @@ class Comparison:
             return gradient_difference(run, self._original, call, self._compiled.stochastic, effects.current)
 
     def _again(self, call: Call) -> Values:
-        """What the original returns and leaves for a call, which it then has not made.
+        """What the original returns and leaves for a call, undone afterwards.
 
         Raises:
-            CaptureError: it writes to other buffers than the graph, or returns the memory of one that it writes.
+            CaptureError: it writes to other buffers than the graph, or returns memory that it writes to.
         """
         effects = self._captured.effects
         with preserved(self._original), effects.attributes_kept():
@@ -150,11 +151,11 @@ def _value_difference(new: Any, old: Any, is_precise: bool) -> str | None:
     if old.is_complex():
         new, old = torch.view_as_real(new.resolve_conj()), torch.view_as_real(old.resolve_conj())
     if not old.is_floating_point():
-        return None if torch.equal(new, old) else "differs in its (not floating-point) values"
-    # A row of scores masked with -inf throughout is NaN in eager attention only: NaN may become a number.
+        return None if torch.equal(new, old) else "differs in its values, which are not floating-point"
+    # A row of scores masked entirely with -inf is NaN in eager attention only, so NaN may become a number.
     new, old = (t.detach()[~old.isnan()].double() for t in (new, old))
     magnitude = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
     tolerance = tolerance_of_outputs(is_precise and kinds[0][0] in _PRECISE) * max(magnitude, 1e-6)
     if torch.allclose(new, old, rtol=0.0, atol=tolerance):
         return None
-    return f"is off by up to {(new - old).abs().max().item():.1e} at a magnitude of {magnitude:.1e}"
+    return f"differs by up to {(new - old).abs().max().item():.1e} at a magnitude of {magnitude:.1e}"

@@ -1,4 +1,4 @@
-"""`Compiled`: a graph ready to run, with the record of how it came to be."""
+"""`Compiled`: a graph ready to run, with the record of its making."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class History:
     """How a graph came to be: what each step did, and the graph before and after."""
 
     module: fx.GraphModule
-    inlined: fx.GraphModule  # what was lowered; misses name its nodes
+    inlined: fx.GraphModule  # the graph that was lowered; misses name its nodes
     before: Snapshot
     after: Snapshot
     stages: list[StageRecord]
-    parts: StageRecord  # of what lets large batches run in parts
+    parts: StageRecord  # whether large batches can run in parts
 
 
 @dataclass
 class Compiled:
-    """A graph ready to run, and the record of how it came to be, which `tell` makes where another process did it all.
+    """A graph ready to run, and the record of its making, which `tell` makes if another process did the work.
 
     Attributes:
         run: what serves calls.
         unpadding: `run`, if it can drop padding.
         measure: the most bytes that the captured call's values hold at once.
-        weights: what the programs derive, without gradients.
+        weights: derived weights of the programs, without gradients.
         finished: what another process would make programs of.
     """
 
@@ -52,13 +52,13 @@ class Compiled:
     stochastic: bool
     derived_bytes: int
     measure: Callable[[], int | None]
-    kernels: dict[str, str]
     weights: Weights | None
     finished: Finished | None = None
-    recorder: Recorder | None = None  # of CUDA graphs, where that was asked for
-    precision: str | None = None  # of linears, if it is not the model's own
+    recorder: Recorder | None = None  # of CUDA graphs, if requested
+    precision: str | None = None  # of linear layers, if not the model's own
     error: float | None = None  # of the outputs against the original's, in another precision
-    spilled: Spilled | None = None  # what went from memory to a file
+    spilled: Spilled | None = None  # what was moved from memory to a file
+    again: Callable[[], Compiled] | None = None  # compiles it again with the kernels known to be fastest by then
 
     @cached_property
     def history(self) -> History:
@@ -97,30 +97,58 @@ class Compiled:
 
     @property
     def serve(self) -> Callable[..., tuple[Any, ...]]:
-        """`run`, for a caller's call."""
+        """`run` for a caller's call."""
         return self.recorder.serving(self.run) if self.recorder else self.run
 
     @property
+    def kernels(self) -> dict[str, str]:
+        """The kernel of each shape, and on what ground."""
+        return self.weights.tuner.answers if self.weights else {}
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether kernels were measured that it has not looked at."""
+        return self.again is not None and self.weights is not None and self.weights.tuner.is_behind
+
+    def has_news(self) -> bool:
+        """Whether what was measured makes another choice of kernels; looks at it once."""
+        has_news = self.weights is not None and self.weights.tuner.has_news()
+        if not has_news and self.weights and self.weights.tuner.is_final:
+            self.again = None
+        return has_news
+
+    def take(self, other: Compiled) -> None:
+        """Runs from now on as `other` does, which is the same graph by other kernels."""
+        if self.unpadding is not None and other.unpadding is not None:
+            other.unpadding.goes_on_for(self.unpadding)
+        for name in ("dense", "unpadding", "weights", "derived_bytes", "measure", "error", "again", "run"):
+            setattr(self, name, getattr(other, name))
+        vars(self).pop("peak_bytes", None)  # measured before
+
+    @property
     def hits(self) -> dict[str, int]:
+        """How often each rule matched."""
         return hits_of(self.stages)
 
     @property
     def misses(self) -> list[Miss]:
+        """All misses of all stages."""
         return [miss for stage in self.stages for miss in stage.misses]
 
     @property
     def programs(self) -> list[Program]:
-        """All that runs calls."""
+        """All programs that run calls."""
         return [self.dense, *(self.unpadding.programs if self.unpadding else [])]
 
     def can_rebind(self, pairs: Mapping[int, torch.Tensor]) -> bool:
-        """Whether the graph holds with the tensors that `pairs` puts in the places of its weights (by their id)."""
+        """Whether the graph holds with the tensors in `pairs`, which replace its weights (by their id)."""
         return all(program.can_rebind(pairs) for program in self.programs)
 
     def rebind(self, pairs: Mapping[int, torch.Tensor]) -> None:
-        """Computes with those tensors from now on, and lets go of the others."""
+        """Uses these tensors from now on, and releases the others."""
         if all(id(tensor) == known for known, tensor in pairs.items()):
-            return  # what was recorded of them stays
+            return  # recordings of them remain valid
+        self.again = None  # it would read the old tensors
         for program in self.programs:
             program.rebind(pairs)
         if self.unpadding is not None:
@@ -140,10 +168,11 @@ class Compiled:
 
     @property
     def replays(self) -> list[Replay]:
-        """What records and replays CUDA graphs, where that was asked for."""
+        """The recorders and replayers of CUDA graphs, if requested."""
         of_dense = [self.dense.replay] if self.dense.replay else []
         return [*of_dense, *(self.unpadding.replays if self.unpadding else [])]
 
     @property
     def refusals(self) -> list[str]:
+        """The rewrites that were refused, as text."""
         return [str(miss) for miss in self.misses if miss.refused]

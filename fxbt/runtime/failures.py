@@ -1,4 +1,4 @@
-"""`Failures`: calls that cannot be captured, so that none is tried again before something of the model has changed."""
+"""`Failures`: calls that cannot be captured, so that none is tried again before the model changes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..capture.surroundings import Surroundings
 
 
 class Failures:
-    """The keys of calls that failed, each with what the model and its surroundings were.
+    """The keys of calls that failed, with the state of the model and its surroundings at that time.
 
     Attributes:
-        reasons: why, for each key.
+        reasons: the reason for each key.
 
     Example:
         >>> failures.remember(key, around, "output holds a DynamicCache")
@@ -31,11 +31,11 @@ class Failures:
         self.reasons: dict[Hashable, str] = {}
 
     def remember(self, key: Hashable, around: Surroundings | None, reason: str) -> None:
-        """Notes a failure; the second one of a key, after an edit of the model, is its last."""
+        """Records a failure; a key that fails again after a change of the model is given up."""
         self.reasons[key] = reason
         if key in self._failed:
             self._given_up.add(key)
-            del self._failed[key]  # it holds the weights that the model has now
+            del self._failed[key]  # it holds the model's current weights
         if key not in self._given_up:
             self._failed[key] = (ModelState(self._original), around)
 

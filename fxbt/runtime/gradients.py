@@ -1,7 +1,7 @@
-"""The gradients of a compiled graph against the original's, on the call that was captured.
+"""Compares the gradients of a compiled graph with the original's, on the captured call.
 
-Outputs that agree do not say that derivatives do. Both run once more, apart from the caller's own autograd: on copies
-of the inputs, with checkpointed functions run plainly and nothing accumulated into `.grad`.
+Equal outputs do not imply equal derivatives. Both run once more, apart from the caller's autograd: on copies of the
+inputs, with checkpointed functions run plainly and nothing accumulated into `.grad`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..rewrite.verify import difference
 from ..torch_compat import TorchDispatchMode, is_any_autocast_enabled
 
 aten = torch.ops.aten
-# Of a gradient's norm. An entry of the graph's own sums in another order; a lost or scaled part shows far above.
+# Share of a gradient's norm. A correct graph sums an entry in another order; a lost or scaled part shows far above.
 _TOLERANCE, _COARSE = 1e-2, 0.3
-# Of the largest gradient's norm: those that cancel to zero (a bias of attention's keys) are rounding alone.
+# Share of the largest gradient's norm: gradients that cancel to zero (a bias of attention's keys) are pure rounding.
 _NOISE, _COARSE_NOISE = 3e-5, 5e-2
-_OUTPUTS = {True: 0.1, False: 1e-3}  # of the largest value, whether numbers are coarse
+_OUTPUTS = {True: 0.1, False: 1e-3}  # share of the largest value, by whether numbers are coarse
 
 
 def gradient_difference(
@@ -40,10 +40,10 @@ def gradient_difference(
 ) -> str | None:
     """What differs between the gradients of a graph and those of the original; None if nothing does.
 
-    Compared are the gradients of a random projection of the outputs, for every input and parameter that
-    requires one. Random numbers that dropout draws (on a CPU) are their mean in both, and outputs are compared too;
-    None where other random numbers are drawn. After the original, `left` gives what else there is to compare with the
-    last values of `run`. Gradients of tensors with hooks, which would be called, are left out.
+    It compares the gradients of a random projection of the outputs with respect to every input and parameter that
+    requires one. Dropout on a CPU draws its mean in both, and then outputs are compared, too. It returns None if other
+    random numbers are drawn. After the original ran, `left` returns further values to compare with the last values of
+    `run`. Tensors with hooks are left out, because the hooks would be called.
     """
     if not torch.is_grad_enabled():
         return None
@@ -108,25 +108,25 @@ def _outputs_problem(found: Sequence[Any], expected: Sequence[Any], tolerance: f
         old = old.detach()
         worst = difference(torch.where(old.isnan(), old, new.detach()), old)  # NaN may become a number
         if worst > tolerance:
-            return f"output {i}, without dropout, is off by up to {worst:.1e} of its largest value"
+            return f"output {i}, without dropout, differs by up to {worst:.1e} of its largest value"
     return None
 
 
 def _problem(found: dict[str, Tensor | None], expected: dict[str, Tensor | None], is_coarse: bool) -> str | None:
     tolerance, noise = (_COARSE, _COARSE_NOISE) if is_coarse else (_TOLERANCE, _NOISE)
     if found.keys() != expected.keys():
-        return f"gradients are of {', '.join(found.keys() ^ expected.keys())} in one of them only"
+        return f"only one of the two has gradients of {', '.join(found.keys() ^ expected.keys())}"
     norms = {name: _norm(old) for name, old in expected.items()}
     floor = noise * max(norms.values(), default=0.0)
     for name, old in expected.items():
         off = _norm(_gap(found[name], old))
         if off > tolerance * norms[name] + floor:
-            return f"the gradient of {name} is off by {off:.1e} at a norm of {norms[name]:.1e}"
+            return f"the gradient of {name} differs by {off:.1e} at a norm of {norms[name]:.1e}"
     return None
 
 
 def _gap(new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    """The difference of two gradients, where none is zero, and what the original has no number for counts as equal."""
+    """The difference of two gradients; None is zero, and NaN in the original counts as equal."""
     if new is None or old is None:
         return old if new is None else new
     return (new - old).masked_fill(old.isnan(), 0.0)
@@ -137,11 +137,11 @@ def _norm(gradient: Tensor | None) -> float:
 
 
 class _OtherChance(Exception):
-    """Random numbers are drawn that are not dropout's."""
+    """The model draws random numbers that are not dropout's."""
 
 
 class _MeanOfChance(TorchDispatchMode):
-    """Dropout draws what it keeps with probability p as p itself, which its scaling by 1/p makes one: nothing drops."""
+    """Dropout draws the keep probability p itself, which its scaling by 1/p turns into one: nothing is dropped."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -154,7 +154,7 @@ class _MeanOfChance(TorchDispatchMode):
 
 
 def _drops_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an op that may drop something does not: a fused attention with dropout_p=0."""
+    """Whether an op that can drop weights does not: a fused attention with dropout_p=0."""
     if "dropout_p" not in (known := parameters(func)):
         return False
     place, default = known["dropout_p"]

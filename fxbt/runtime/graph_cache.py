@@ -1,31 +1,33 @@
-"""A model's graphs by the key of their calls: which was used when, how many there may be, and when to make another."""
+"""A model's graphs by the key of their calls: how recently each was used, how many are kept, when to capture
+another."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-CALLS_PER_CAPTURE = 16  # past the limit: a capture takes as long as hundreds of calls
-PATIENCE = 64  # calls without a graph until one is made though none served so many; twice as many each time
+CALLS_PER_CAPTURE = 16  # beyond the limit; a capture takes as long as hundreds of calls
+PATIENCE = 64  # calls without a graph after which one is captured anyway; doubled each time
 
 
 class Kept(Protocol):
-    """A graph: whether it stands for a call with these tensors, and when it last did."""
+    """A graph: whether it serves a call with these tensors, and when it was last used."""
 
     used: int
 
-    def applies(self, tensors: Sequence[Any]) -> bool: ...
+    def applies(self, tensors: Sequence[Any]) -> bool:
+        """Whether the graph serves a call with these tensors now."""
 
 
 Graph = TypeVar("Graph", bound=Kept)
 
 
 class Graphs(Generic[Graph]):
-    """Up to `most` graphs; the one that was used least recently makes place for another.
+    """Keeps up to `most` graphs; a new one replaces the least recently used one.
 
-    So many captures are free. Past that a capture has to be earned, so that a model whose every call needs a graph of
-    its own runs its original: `CALLS_PER_CAPTURE` calls that graphs served since the last one, or else `PATIENCE` calls
-    that none did, and twice as many the next time.
+    The first `most` captures are free. After that a capture has to be earned, so that a model whose every call needs a
+    new graph runs its original: by `CALLS_PER_CAPTURE` calls served by graphs since the last capture, or by `PATIENCE`
+    calls without a graph, twice as many each time.
 
     Readers take no lock: lists are replaced, never changed.
 
@@ -39,8 +41,8 @@ class Graphs(Generic[Graph]):
         self.captures = 0
         self._by_key: dict[Hashable, list[Graph]] = {}
         self._found = 0
-        self._earned_from = 0  # what `_found` was at the last capture
-        self._missed = 0  # calls since then that had no graph and got none
+        self._earned_from = 0  # the value of `_found` at the last capture
+        self._missed = 0  # calls since then without a graph
         self._patience = PATIENCE
 
     def __iter__(self) -> Iterator[Graph]:
@@ -54,7 +56,7 @@ class Graphs(Generic[Graph]):
         return self._by_key.get(key, [])
 
     def find(self, key: Hashable, tensors: Sequence[Any]) -> Graph | None:
-        """The graph that stands for a call, if there is one."""
+        """The graph that serves a call; None if there is none."""
         for graph in self._by_key.get(key, ()):
             if graph.applies(tensors):
                 self._found += 1
@@ -63,14 +65,14 @@ class Graphs(Generic[Graph]):
         return None
 
     def may_capture(self) -> bool:
-        """Whether a call without a graph may have one captured; counts those that may not."""
+        """Whether a call without a graph may capture one; counts those that may not."""
         if self.captures < self.most or self._is_earned():
             return True
         self._missed += 1
         return self._missed > self._patience
 
     def note_capture(self) -> None:
-        """One is being captured, whatever becomes of it."""
+        """Counts a capture, whatever its result."""
         if self.captures >= self.most:
             self._patience = PATIENCE if self._is_earned() else 2 * self._patience
         self.captures += 1
@@ -80,7 +82,7 @@ class Graphs(Generic[Graph]):
         return self._found - self._earned_from >= CALLS_PER_CAPTURE
 
     def add(self, key: Hashable, graph: Graph) -> list[Graph]:
-        """Keeps a graph; returns those that are dropped for it."""
+        """Keeps a graph; returns the graphs dropped in exchange."""
         dropped = sorted(self, key=lambda other: other.used)[: max(0, len(self) + 1 - self.most)]
         for other in dropped:
             self.drop(other)
@@ -89,7 +91,7 @@ class Graphs(Generic[Graph]):
         return dropped
 
     def drop(self, graph: Graph) -> None:
-        """Forgets a graph, wherever it is."""
+        """Forgets a graph."""
         for key, graphs in list(self._by_key.items()):
             if left := [other for other in graphs if other is not graph]:
                 self._by_key[key] = left

@@ -1,4 +1,4 @@
-"""`GuardedGraph`: a compiled graph, and all that must hold for it to stand for a call."""
+"""`GuardedGraph`: a compiled graph, and everything that must hold for it to serve a call."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from .cache_use import CacheUse
 from .compiled import Compiled
 from .race import Races
 
-MOST_UNUSED = 2  # graphs for calls with a cache that served none
-_OTHER_NUMBERS = (1, 2, 5, 64)  # beside one that a graph was captured with: does it take one of these?
+MOST_UNUSED = 2  # graphs for calls with a cache that served no call
+_OTHER_NUMBERS = (1, 2, 5, 64)  # offsets from the captured number: does the graph accept one of these?
 
 
 @dataclass(eq=False)
 class GuardedGraph:
-    """A compiled graph with the state of the model, and of what Python reads beside it, that it was captured in.
+    """A compiled graph with the state of the model, and of what Python reads besides it, at its capture.
 
     Attributes:
-        races: against the original, by the size of calls; None where the graph serves all that it may.
-        shapes: of the inputs it was captured with.
-        numbers: places of the call's numbers that are inputs; `pinned` those of them that have one value only,
-            `constants` those that are none.
-        text: as it was captured, for other processes.
-        use: of KV caches; None where calls have none.
-        served, refused: how many calls it ran, and how many went another way, which only running it shows.
-        used: when it served last, in calls.
+        races: timing against the original, by the size of calls; None if the graph serves every call it can.
+        shapes: shapes of the inputs at its capture.
+        numbers: places of the call's numbers that are inputs. `pinned` are those that accept a single value only,
+            `constants` the places of numbers that are not inputs.
+        text: the graph as captured, for other processes.
+        use: its use of KV caches; None if calls have none.
+        served, refused: how many calls it ran, and how many it could not run, which only running it shows.
+        used: when it last served, in calls.
     """
 
     captured: Captured
@@ -78,15 +78,15 @@ class GuardedGraph:
 
     @property
     def uncounted(self) -> Callable[..., tuple[Any, ...]]:
-        """`run`, for a call of fxbt's own."""
+        """`run` for fxbt's own calls."""
         return self.compiled.unpadding.uncounted if self.compiled.unpadding else self.compiled.run
 
     def applies(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the graph stands for a call with these tensors now."""
+        """Whether the graph serves a call with these tensors now."""
         return accepts(self.guards, tensors) and self.holds() and not self.effects.hold(tensors)
 
     def output(self, call: Call) -> Any:
-        """What the model returns for a call; its effects are done."""
+        """The model's output for a call; also applies its effects."""
         effects = self.effects
         if self.captured.growing and not effects:
             with owned(call.tensors, self.captured.growing, self.use):
@@ -96,8 +96,14 @@ class GuardedGraph:
             return self.rebuild(self.run(*call.tensors), call.args, call.kwargs)
         values = self.run(*call.tensors, *effects.inputs())
         output = self.rebuild(effects.outputs(values), call.args, call.kwargs)
-        effects.put(values)  # last: what may fail has not
+        effects.put(values)  # last, after everything that may fail
         return output
+
+    def take(self, compiled: Compiled) -> None:
+        """Serves by other kernels from now on. Calls that run in other threads end as they began."""
+        self.compiled.take(compiled)
+        self.run = self.compiled.serve
+        self.races = self.races and Races()  # it may win now
 
     def count(self, call: Call) -> None:
         """It served this call."""
@@ -106,7 +112,7 @@ class GuardedGraph:
             self.use.count(call.tensors)
 
     def rebind(self, model: nn.Module) -> bool:
-        """Takes over the tensors that stand in the places of others now; whether the graph holds with them."""
+        """Takes over the tensors that replaced others in the model; whether the graph holds with them."""
         found = rebound(self.state, model)
         if found is None or not self.compiled.can_rebind(found[1]):
             return False
@@ -118,12 +124,12 @@ class GuardedGraph:
         return self.holds()
 
     def holds(self) -> bool:
-        """Whether the model and its surroundings are those that it was captured in."""
+        """Whether the model and its surroundings are as at the capture."""
         return self.state.holds() and self.around.holds(LOCK.captures_elsewhere())
 
 
 def accepts(guards: Callable[..., None], tensors: Sequence[Tensor]) -> bool:
-    """Whether guards hold for the sizes of these tensors."""
+    """Whether the guards hold for the sizes of these tensors."""
     try:
         guards(*tensors)
     except Exception:  # an assertion, or a size it cannot compute with: not proven either way
@@ -132,21 +138,24 @@ def accepts(guards: Callable[..., None], tensors: Sequence[Tensor]) -> bool:
 
 
 def pinned_numbers(captured: Captured, call: Call) -> frozenset[str]:
-    """The numbers that a graph is for one value of, though they are inputs: its guards take no other near it."""
+    """The numbers that are inputs but that the graph accepts for one value only: guards reject values near it."""
     return frozenset(place for place in call.numbers if not _takes_others(captured, call, place))
 
 
 def check_pinned(pinned: frozenset[str], call: Call, others: Sequence[GuardedGraph]) -> None:
-    """Whether another graph for such calls is worth it; `others` are those there are.
+    """Checks that another graph for such calls is worth it; `others` are the existing ones.
 
     Raises:
-        CaptureError: graph after graph is for one value of a number, or for one call with a cache.
+        CaptureError: each graph would serve only one value of a number, or one call with a cache.
     """
     if call.past and sum(not graph.served for graph in others) >= MOST_UNUSED:
-        raise CaptureError("graph after graph for calls with this cache served no other one")
-    for place in () if call.past else pinned:  # the numbers of a cache go with its sizes
+        raise CaptureError("each graph captured for calls with this cache served only a single call")
+    for place in () if call.past else pinned:  # a cache's numbers change with its sizes
         if others and all(place in other.pinned for other in others):
-            raise CaptureError(f"the number {place} decides what the model computes, beyond its arithmetic")
+            raise CaptureError(
+                f"the number {place} decides what the model computes, so each value would need a graph of its own; "
+                "pass a tensor"
+            )
 
 
 def _takes_others(captured: Captured, call: Call, place: str) -> bool:
@@ -160,6 +169,6 @@ def _takes_others(captured: Captured, call: Call, place: str) -> bool:
 
 
 def varied_axes(shapes: list[torch.Size], known: list[list[torch.Size]]) -> frozenset[tuple[int, int]]:
-    """The axes past the second, as (input, axis), whose sizes are not those that graphs were captured with."""
+    """The axes after the second, as (input, axis), whose sizes differ from those in earlier captures."""
     pairs = [(i, *pair) for earlier in known for i, pair in enumerate(zip(shapes, earlier, strict=True))]
     return frozenset((i, axis) for i, new, old in pairs for axis in range(2, len(new)) if new[axis] != old[axis])

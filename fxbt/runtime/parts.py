@@ -1,7 +1,7 @@
-"""A large batch part after part, so that no value is memory that the system gives anew each call.
+"""Runs a large batch in parts, so that no value needs memory that the system provides anew for each call.
 
-Above 32 MiB glibc takes every block from the system and gives it back, and each page of it costs a fault: BERT layers
-on 64 sequences of 128 tokens and more took 1.2 to 1.3 times as long whole (benchmarks/parts.py).
+Above 32 MiB, glibc takes every block from the system and returns it, and each page costs a fault: BERT layers on 64 and
+more sequences of 128 tokens took 1.2 to 1.3 times as long in one piece (benchmarks/parts.py).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..rewrite.verify import check_outputs
 
 LARGE = 32 * 2**20  # bytes: glibc's DEFAULT_MMAP_THRESHOLD_MAX
 PART = 16 * 2**20  # bytes of the largest value in a part
-_SHAPES = 4096  # whose number of parts is remembered
+_SHAPES = 4096  # shapes whose number of parts is remembered
 
 Run = Callable[..., tuple[Any, ...]]
 
 
 class InParts:
-    """`run(*tensors)`, or what it gives for parts of the batch, joined, where its values are large.
+    """`run(*tensors)`; if its values are large, runs on parts of the batch and joins the outputs.
 
     Args:
         run: a graph with the given `batch`, without gradients, on a CPU.
-        guards: raises for inputs of shapes that the graph does not stand for.
+        guards: raises for inputs of shapes that the graph does not serve.
     """
 
     def __init__(self, run: Run, batch: Batch, guards: Callable[..., None]) -> None:
@@ -43,13 +43,15 @@ class InParts:
         return self._run(*tensors) if count < 2 else self._in_parts(tensors, count)
 
     def check(self, example: Sequence[Tensor], is_coarse: bool) -> None:
-        """Compares the halves' joined outputs with the whole's on an example of more than one sequence.
+        """Compares the joined outputs of two halves with the whole's, on an example of more than one sequence.
 
         Raises:
-            Miss: they differ, so that the proof has a hole.
+            Miss: they differ, so the proof has a hole.
         """
         if self._sequences([tensor.shape for tensor in example]) > 1:
-            check_outputs(self._in_parts(tuple(example), 2), self._run(*example), is_coarse, "of parts of the batch")
+            check_outputs(
+                self._in_parts(tuple(example), 2), self._run(*example), is_coarse, "computed on parts of the batch"
+            )
 
     def _in_parts(self, tensors: tuple[Tensor, ...], count: int) -> tuple[Any, ...]:
         parts = self._parts(tensors, count)
@@ -76,7 +78,7 @@ class InParts:
         return list(zip(*split, strict=True))
 
     def _count(self, shapes: Sequence[torch.Size]) -> int:
-        """How many parts; one where joining outputs would move more than it saves."""
+        """The number of parts; one if joining outputs would move more bytes than it saves."""
         sizes = list(itertools.chain(*shapes))
         large = [(nbytes, count) for nbytes, count in self._batch.values(*sizes) if nbytes > LARGE]
         count = 1

@@ -1,9 +1,9 @@
-"""Graph against original, by paired turns: which of them serves calls of a size, decided on strong evidence alone.
+"""Graph against original in paired turns: decides which of them serves calls of a size, only on strong evidence.
 
-Each pair times both on the same call, in alternating order, so that what slows the machine down for a while slows both.
-The original serves once it was clearly faster in nearly all of a dozen pairs. A pair that lost a processor to another
-program says nothing against the one that serves. Everything else leaves the graph serving, and a later look may decide
-otherwise. So a look ends early where the graph wins: after two pairs, or one that took it less than half the time.
+Each pair times both on the same call, in alternating order, so that whatever slows the machine down slows both. The
+original serves once it was clearly faster in nearly all of a dozen pairs. A pair that lost a processor to another
+program does not count against the one that serves. In all other cases the graph serves, and a later look may decide
+otherwise. A look ends early if the graph wins: after two pairs, or one in which it took less than half the time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..progress import part
 
 logger = logging.getLogger("fxbt")
 
-PAIRS = 12  # of a look; all of them lost by chance, where both are as fast: once in 4,096 looks
-PAIRS_AGAIN = 4  # of a later look that the original won before
-CONTRADICTING = 1  # so many pairs may say otherwise: one turn in a dozen is slow on a quiet machine too
-BY_FAR = 0.5  # of the original's time: more than its first run on a size, on memory not touched yet, is slowed down by
-CAPTURE_SECONDS, LOOK_SECONDS = 0.5, 0.1  # of pairs at a capture, and at a later call; then the next call goes on
-LOOK_AGAIN = 128  # calls later, then twice as many, and so on
+PAIRS = 12  # per look; if both are equally fast, the original wins all of them by chance once in 4,096 looks
+PAIRS_AGAIN = 4  # per later look, after the original won
+CONTRADICTING = 1  # this many pairs may contradict: one turn in a dozen is slow on a quiet machine, too
+BY_FAR = 0.5  # of the original's time; a first run of a size, on untouched memory, is slowed down by less
+CAPTURE_SECONDS, LOOK_SECONDS = 0.5, 0.1  # for pairs at a capture, and at a later call; the next call continues
+LOOK_AGAIN = 128  # calls until the next look, then twice as many, and so on
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,18 @@ class Pair:
 
     @property
     def is_lost(self) -> bool:
+        """Whether the original was clearly faster."""
         return self.original < CLEARLY * self.graph
 
     @property
     def is_won_by_far(self) -> bool:
+        """Whether the graph took less than half of the original's time."""
         return self.graph < BY_FAR * self.original
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict for the original rests on: so many pairs of all, and the median seconds of both.
+    """The evidence for the original: lost pairs of all pairs, and the median seconds of both.
 
     Example:
         >>> str(Evidence(12, 12, graph=0.0031, original=0.0022))
@@ -64,7 +66,7 @@ class Evidence:
 
 
 def evidence_of(pairs: list[Pair]) -> Evidence | None:
-    """The evidence that the original is faster; None where the pairs do not show it, or contradict each other."""
+    """The evidence that the original is faster; None if the pairs do not show it, or contradict each other."""
     lost = sum(pair.is_lost for pair in pairs)
     graph, original = [pair.graph for pair in pairs], [pair.original for pair in pairs]
     if lost < len(pairs) - CONTRADICTING or min(original) >= CLEARLY * min(graph):
@@ -75,10 +77,10 @@ def evidence_of(pairs: list[Pair]) -> Evidence | None:
 
 
 class Race:
-    """Who serves calls of one size: the graph, unless `evidence` says that the original is faster there.
+    """Which of the two serves calls of one size: the graph, unless `evidence` says that the original is faster.
 
-    A look takes pairs until they are enough, or contradict each other, or too many were disturbed. One that takes
-    longer than it may goes on at the next call.
+    A look takes pairs until they suffice, contradict each other, or too many were disturbed. If its time runs out, the
+    next call continues it.
 
     Example:
         >>> race = Race()
@@ -90,25 +92,25 @@ class Race:
         self.evidence: Evidence | None = None
         self._clock = clock
         self._pairs: list[Pair] = []
-        self._turns = 0  # of this look, disturbed ones too
+        self._turns = 0  # of this look, including disturbed ones
         self._left = 0  # calls until the next look
         self._pause = LOOK_AGAIN
         self._looking = threading.Lock()
 
     def is_due(self) -> bool:
-        """Counts a call, and says whether it is one to look at."""
+        """Counts a call; returns whether to look at it."""
         self._left -= 1
         return self._left < 0
 
     def look(self, graph: Callable[[], Any], original: Callable[[], Any], seconds: float = LOOK_SECONDS) -> None:
-        """Takes pairs for so many seconds, one at least. What fails in there decides nothing, and nobody sees it."""
-        if not self._looking.acquire(blocking=False):  # another thread looks already
+        """Takes pairs for so many seconds, at least one. A failure decides nothing and is invisible to the caller."""
+        if not self._looking.acquire(blocking=False):  # another thread is looking already
             return
         try:
             with part("time against the original"):
                 self._look(graph, original, seconds)
-        except Exception as error:  # a call that goes another way than the graph, say: the caller's own run has told
-            logger.debug("graph and original are not compared: %s: %s", type(error).__name__, error)
+        except Exception as error:  # for example a call that the graph refuses; the caller's own run reports it
+            logger.debug("graph and original could not be timed: %s: %s", type(error).__name__, error)
             self._finish(self.evidence)
         finally:
             self._looking.release()
@@ -117,14 +119,14 @@ class Race:
         end = self._clock.now() + seconds
         wanted = PAIRS_AGAIN if self.evidence else PAIRS
         while not self._is_decided(wanted):
-            if self._turns and self._clock.now() >= end:  # at the next call it goes on
+            if self._turns and self._clock.now() >= end:  # the next call continues
                 return
             self._turns += 1
             if (pair := self._pair(graph, original)) is not None:
                 self._pairs.append(pair)
 
     def _is_decided(self, wanted: int) -> bool:
-        """Whether the pairs are enough; then the look is over."""
+        """Whether the pairs suffice; then the look is over."""
         won = sum(not pair.is_lost for pair in self._pairs)
         if won > CONTRADICTING or any(pair.is_won_by_far for pair in self._pairs):
             self._finish(None)
@@ -137,7 +139,7 @@ class Race:
         return True
 
     def _pair(self, graph: Callable[[], Any], original: Callable[[], Any]) -> Pair | None:
-        """Both, timed; None where something else had the processors and the one that serves was slower."""
+        """Both, timed; None if another program had the processors and the one that serves was slower."""
         taken, start = self._clock.taken(), self._clock.now()
         if self._turns % 2:
             its, mine = self._seconds(original), self._seconds(graph)
@@ -161,7 +163,7 @@ class Race:
 
 
 class Races:
-    """The races of one graph, by the size of calls: those of one size are less than a factor of two apart."""
+    """The races of one graph, by the size of calls; sizes in one race differ by less than a factor of two."""
 
     def __init__(self, clock: Clock = CLOCK) -> None:
         self._clock = clock
@@ -173,7 +175,7 @@ class Races:
         return self._by_size.get(size) or self._by_size.setdefault(size, Race(self._clock))
 
     def lost(self) -> dict[str, str]:
-        """For which sizes of calls the original serves, and on what evidence.
+        """The call sizes that the original serves, with the evidence.
 
         Example:
             >>> races.lost()

@@ -1,4 +1,4 @@
-"""A dense program, its packed twin and the one without masks as one callable, which decides call by call."""
+"""A dense program, its packed twin and one without masks as one callable that decides call by call."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..padding.padded_calls import GivenLengths
 from ..padding.without_masks import Unmasked
 from ..rewrite.verify import check_outputs
 
-# Share of padded positions from which dropping them pays: MiniLM on 2x8 to 32x128 tokens was up to 10 % slower packed
-# below 1/16 (indices and one attention call for each length), and faster from 1/9 on.
+# Share of padding from which unpadding pays off: MiniLM on 2x8 to 32x128 tokens was up to 10 % slower packed below 1/16
+# (indices, and one attention call per length), and faster from 1/9 on.
 WORTH_DROPPING = 1 / 16
 PACKED, DENSE, LITTLE, EMPTY = "packed", "dense", "hardly any padding", "no token in the whole batch"
 
@@ -30,7 +30,7 @@ Run = Callable[..., tuple[Any, ...]]
 
 
 class Facts:
-    """What decides how a call runs, each read when it is asked for."""
+    """The facts that decide how a call runs, each computed on first access."""
 
     def __init__(self, masks: Sequence[Tensor], guards: Callable[[], Sequence[Any]]) -> None:
         self.positions = sum(mask.numel() for mask in masks)
@@ -39,12 +39,12 @@ class Facts:
 
     @functools.cached_property
     def are_ones(self) -> bool:
-        """Whether all masks are 1 throughout."""
+        """Whether all masks are 1 everywhere."""
         return all((mask == 1).all() for mask in self._masks)
 
     @functools.cached_property
     def counts(self) -> list[int]:
-        """How many tokens each mask has."""
+        """The number of tokens of each mask."""
         return [int(mask.count_nonzero()) for mask in self._masks]
 
     @property
@@ -54,11 +54,10 @@ class Facts:
 
 
 class Unpadding:
-    """`program(*tensors)`: on valid tokens alone if there is padding and all guards hold, else on the dense graph.
+    """`program(*tensors)`: on valid tokens only if there is padding and all guards hold, else on the dense graph.
 
-    Where the masks are 1 throughout, the dense graph runs without them. `in_parts` makes of each of these ways one that
-    may run it on parts of the batch.
-    `calls` counts how they went: "packed", "dense" (no padding), or why a padded call ran dense.
+    If the masks are 1 everywhere, the dense graph runs without them. `in_parts` wraps each of these so that it may run
+    on parts of the batch. `calls` counts "packed", "dense" (no padding), and why a padded call ran dense.
     """
 
     def __init__(
@@ -76,7 +75,8 @@ class Unpadding:
         self.unmasked = Program(unmasked.module, unmasked.assumes, weights, precision, recorder)
         self.packed = Program(unpadded.module, unpadded.assumes, weights, precision)
         self.calls: Counter[str] = Counter()
-        self.original_blanks = False  # padding by itself, as nn.TransformerEncoder's nested tensors do
+        # whether the original blanks padding itself, as nn.TransformerEncoder's nested tensors do
+        self.original_blanks = False
         self._masks = Program(unpadded.masks, {}, weights)
         self._given = unpadded.given
         self._is_coarse = precision is not None
@@ -89,7 +89,7 @@ class Unpadding:
 
     @property
     def programs(self) -> list[Program]:
-        """All that it runs besides the dense one."""
+        """All programs besides the dense one."""
         return [self.unmasked, self.packed, self._masks, self._guards]
 
     def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
@@ -98,24 +98,28 @@ class Unpadding:
             self.calls[verdict] += 1
         return run(*tensors)
 
+    def goes_on_for(self, other: Unpadding) -> None:
+        """Counts on where another one of the same graph, which it takes the place of, stops."""
+        self.calls, self._counting = other.calls, other._counting
+
     def uncounted(self, *tensors: Tensor) -> tuple[Any, ...]:
-        """A call of fxbt's own."""
+        """Runs one of fxbt's own calls, without counting it."""
         return self._decide(tensors)[0](*tensors)
 
     @property
     def replays(self) -> list[Replay]:
-        """What records CUDA graphs of it, besides those of the dense program."""
+        """The recorders of CUDA graphs besides the dense program's."""
         return [self.unmasked.replay] if self.unmasked.replay else []
 
     def forget_recordings(self) -> None:
-        """Frees the CUDA graphs of what is no `Program`."""
+        """Frees the CUDA graphs that belong to no `Program`."""
 
     def _choose(self, tensors: Sequence[Tensor]) -> tuple[Run, str]:
         """What a caller's call runs, and how to count it."""
         return self._decide(tensors)
 
     def _decide(self, tensors: Sequence[Tensor], worth: float = WORTH_DROPPING) -> tuple[Run, str]:
-        """What a call may run, and how that is counted."""
+        """What a call may run, and how to count it."""
         facts = self._facts(tensors)
         if facts.are_ones:
             return self._run_unmasked, DENSE
@@ -136,7 +140,7 @@ class Unpadding:
         return Facts(self._masks(*tensors), lambda: self._guards(*tensors))
 
     def _packed_run(self, facts: Facts) -> Run:
-        """What computes on the tokens that these facts are of."""
+        """The function that computes on the tokens described by these facts."""
         return self._run_packed
 
     def _dense_and_blanked(self, *tensors: Tensor) -> tuple[Any, ...]:
@@ -144,21 +148,21 @@ class Unpadding:
 
     def _on_tokens(self, *tensors: Tensor) -> tuple[Any, ...]:
         masks = self._masks(*tensors)
-        if not all(mask.any() for mask in masks):  # of a part of the batch
+        if not all(mask.any() for mask in masks):  # in a part of the batch
             return tuple(self.blanked(self.dense(*tensors), tensors))
         return self.packed(*tensors, *map(Tokens.of, masks))
 
     def verdicts(self) -> dict[str, int]:
-        """How calls can go, and how many did: `calls`, with the zeros."""
+        """All possible outcomes of calls with their counts: `calls`, including zeros."""
         return {**dict.fromkeys((PACKED, DENSE, LITTLE, *self._reasons), 0), **self.calls}
 
     def as_returned(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
-        """A call's dense outputs as this program returns them: padding blanked, if it drops it."""
+        """A call's dense outputs as this program returns them: with padding blanked, if it drops padding."""
         drops = self._decide(tensors)[1] == PACKED
         return self.blanked(outputs, tensors) if drops or self.original_blanks else list(outputs)
 
     def blanked(self, outputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
-        """Outputs of a call as they are where its padding is dropped."""
+        """A call's outputs as they are if its padding is dropped."""
         masks = self._masks(*tensors)
         return [
             value if contract is None else _blanked(value, contract, masks[contract.mask])
@@ -166,10 +170,10 @@ class Unpadding:
         ]
 
     def padded(self, example: Sequence[Tensor], positions: slice) -> list[Tensor]:
-        """A call like the example, whose first sequence has padding at these positions and all others none.
+        """A call like the example whose first sequence has padding at these positions, and all others have none.
 
         Raises:
-            ValueError: no call can have padding there: what is said by lengths stands at one end.
+            ValueError: no call can have padding there, because lengths put it at one end.
         """
         tensors = list(example)
         for place, given in enumerate(self._given):
@@ -183,17 +187,17 @@ class Unpadding:
         return valid
 
     def padded_at_an_end(self, example: Sequence[Tensor]) -> list[Tensor]:
-        """A call like the example, whose first sequence ends in padding, or begins with it where none can end so."""
+        """A call like the example whose first sequence ends in padding, or begins with it if none can end so."""
         try:
             return self.padded(example, slice(-1, None))
-        except ValueError:  # tokens stand at the right
+        except ValueError:  # tokens are at the right
             return self.padded(example, slice(0, 1))
 
     def check(self, example: Sequence[Tensor]) -> None:
-        """Compares the programs with the dense one on the example, unpadded, padded right and left.
+        """Compares the programs with the dense one on the example: unpadded, padded at the right and at the left.
 
         Raises:
-            Miss: they differ, so that the proof has a hole.
+            Miss: they differ, so the proof has a hole.
         """
         calls = [self.padded(example, slice(0)), self.padded_at_an_end(example)]
         if not any(isinstance(given, GivenLengths) for given in self._given):

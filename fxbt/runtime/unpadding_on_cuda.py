@@ -1,4 +1,4 @@
-"""`Unpadding` on a CUDA device: what decides a call comes back in one transfer, and packed calls are recorded too."""
+"""`Unpadding` on a CUDA device: the deciding facts come back in one transfer, and packed calls are recorded, too."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..lower.cuda.graphs import Recorder, Replay
 from .race import Races
 from .unpadding import PACKED, Facts, Run, Unpadding
 
-SLOWER = "computing padding was faster"
+SLOWER = "computing on padding was faster"
 
 
 class FactsAtOnce(Facts):
     """The facts of a call, read from the device in one transfer.
 
     Args:
-        sizes: of the masks, each [batch, length].
-        values: whether each mask is 1 throughout, how many tokens each has, and whether each guard holds.
+        sizes: the number of positions of each mask.
+        values: whether each mask is 1 everywhere, how many tokens each has, and whether each guard holds.
     """
 
     def __init__(self, sizes: Sequence[int], values: Sequence[int]) -> None:
@@ -34,10 +34,10 @@ class FactsAtOnce(Facts):
 
 
 class UnpaddingOnCuda(Unpadding):
-    """A call waits for the device once: for its numbers of tokens, and whether guards hold.
+    """A call waits for the device once: for the numbers of tokens, and whether guards hold.
 
-    With a recorder, packed calls compute a `bucket` of tokens, so that one recording serves all calls that fill it.
-    Where computing padding was clearly faster for calls of a size (see `Race`), the dense graph serves them.
+    With a recorder, packed calls compute a whole `bucket` of tokens, so that one recording serves all calls in that
+    bucket. If computing on padding was clearly faster for calls of a size (see `Race`), the dense graph serves them.
     """
 
     def __init__(self, *args: Any, recorder: Recorder | None = None, **options: Any) -> None:
@@ -66,7 +66,7 @@ class UnpaddingOnCuda(Unpadding):
         return run, verdict
 
     def _is_slower(self, run_packed: Run, tensors: Sequence[Tensor]) -> bool:
-        """Whether computing padding is known to be faster for calls of this size."""
+        """Whether computing on padding is known to be faster for calls of this size."""
         race = self._races.of(max(tensor.numel() for tensor in tensors))
         if race.is_due():
             race.look(lambda: run_packed(*tensors), lambda: self._run_dense(*tensors))
@@ -84,7 +84,7 @@ class UnpaddingOnCuda(Unpadding):
         return torch.stack([value.reshape(()).long() for value in values]), *map(torch.numel, masks)
 
     def _with_masks(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """Inputs, their masks, and what else is bound, of arguments that are inputs and what masks read before that."""
+        """(inputs, their masks, other bound values) from the arguments: inputs, what masks read, other bound values."""
         tensors, bound = arguments[: self.dense.count], arguments[self.dense.count :]
         of_masks = len(self._masks.bound())
         return tensors, self._masks.run(*tensors, *bound[:of_masks]), bound[of_masks:]

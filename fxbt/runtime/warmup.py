@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_SHOWN = 0.05  # seconds: what took less is in `seconds` alone
+_SHOWN = 0.05  # seconds; shorter parts are only in `seconds`
 
 
 @dataclass(frozen=True)
 class Warmup:
-    """What `fast.warmup(...)` did, and how long each part of it took.
+    """What `fast.warmup(...)` did, and how long each part took.
 
     Attributes:
-        captured: the signatures of new graphs, as in `report.graphs`; () where a graph served the call already, or
-            none can.
-        fallbacks: why such calls run the original forward, where that was found out now.
-        seconds: of each part, in the order they began; they add up to `total`.
+        captured: the signatures of new graphs, as in `report.graphs`; () if a graph served the call already, or none
+            can.
+        fallbacks: newly found reasons why such calls run the original forward.
+        seconds: the seconds of each part, in the order in which they began; they add up to `total`.
 
     Example:
         >>> done = fast.warmup(**inputs)
@@ -28,7 +28,7 @@ class Warmup:
 
     @property
     def total(self) -> float:
-        """Seconds of all parts together."""
+        """The seconds of all parts together."""
         return sum(self.seconds.values())
 
     def __str__(self) -> str:

@@ -1,1 +1,1 @@
-"""Captured graphs on disk, as text that nothing runs when it is read."""
+"""Captured graphs on disk, as text that is never executed."""

@@ -1,7 +1,7 @@
-"""What a captured graph rests on, line by line: equal lines in another process, and a trace there gives the same graph.
+"""The conditions of a captured graph, line by line: where all lines are equal, a trace gives the same graph.
 
-The code that the forward ran and all that it can reach (`capture.surroundings`), the model's attributes and the kinds
-of its tensors (`capture.model_state`), the call's kind, the versions and the machine.
+They cover the code that forward ran and everything it can reach (`capture.surroundings`), the model's attributes and
+the kinds of its tensors (`capture.model_state`), the kind of call, the versions and the machine.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _OF_EACH_PROCESS = {b"_", b"SHLVL", b"PWD", b"OLDPWD", b"PYTEST_CURRENT_TEST", b
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a graph rests on: digests, or plain texts, by what they are of.
+    """The conditions of a graph: digests or plain texts by name.
 
-    `reached` are places that code reaches through others: where all that are known to both processes are equal, no code
-    comes to one that only one of them has.
+    `reached` are places that code reaches through others. If all places known to both processes are equal, no code can
+    reach a place that only one of them has.
     """
 
     versions: dict[str, str]
@@ -46,7 +46,7 @@ class Conditions:
         return digest(repr([sorted(part.items()) for part in (self.versions, self.model, self.ran)]))
 
     def differs_from(self, stored: Conditions) -> str | None:
-        """What differs first from those of a stored graph; None where nothing does.
+        """The first difference from the conditions of a stored graph; None if there is none.
 
         Example:
             >>> now.differs_from(stored)
@@ -63,12 +63,12 @@ class Conditions:
 
 def _words(name: str, was: str | None, now: str | None) -> str:
     if was is None or now is None:
-        return f"{name} {'is new' if was is None else 'was there and is not'}"
+        return f"{name} {'is new' if was is None else 'is gone'}"
     return f"{name} was {was} and is {now}" if name in _NAMED else f"{name} differs"
 
 
 def signature_of(model: nn.Module, key: Any) -> str:
-    """A text for the kind of a call, by its key, of a model of a class.
+    """A text for the kind of a call (by its key) of a model of this class.
 
     Raises:
         Unstorable: there is no such text.
@@ -77,10 +77,10 @@ def signature_of(model: nn.Module, key: Any) -> str:
 
 
 def conditions_of(model: nn.Module, around: Surroundings) -> Conditions:
-    """What a graph rests on that is captured of the model as it is now, in these surroundings.
+    """The conditions of a graph captured from the model as it is now, in these surroundings.
 
     Raises:
-        Unstorable: something of it has no text that another process could compare.
+        Unstorable: something has no text that another process could compare.
 
     Example:
         >>> conditions_of(model, around).versions["torch"]
@@ -100,7 +100,7 @@ def conditions_of(model: nn.Module, around: Surroundings) -> Conditions:
 
 
 def versions(model: nn.Module) -> dict[str, str]:
-    """Versions, the machine, and the model's class."""
+    """The versions, the machine, and the model's class."""
     found = {
         "fxbt": _of_fxbt(),
         "torch": f"{torch.__version__} {torch.version.git_version}",
@@ -120,7 +120,7 @@ def _accelerators(model: nn.Module) -> list[str]:
 
 @functools.cache
 def _of_fxbt() -> str:
-    """A digest of fxbt's own code, whose version says little while it is worked on."""
+    """A digest of fxbt's own code, because its version says little during development."""
     folder = Path(__file__).parents[1]
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -135,7 +135,7 @@ def _lines_of_places(around: Surroundings, describe: Descriptions) -> dict[str, 
     lines: dict[str, list[str]] = collections.defaultdict(list)
     for place in around.places():
         if isinstance(place, (places.Function, places.Cell)):
-            continue  # of every function with that code, whoever's; those that are reached are in what names them
+            continue  # these belong to every function with that code; reached ones are part of what names them
         lines[f"torch's {place.name}" if place.is_machinery else place.name].append(_of_place(place, describe))
     return {name: digest("\n".join(sorted(texts))) for name, texts in lines.items()}
 

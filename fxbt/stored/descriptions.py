@@ -1,6 +1,7 @@
-"""Python values as texts that say the same in every process where code would do the same with them.
+"""Python values as texts that are equal in two processes if code would do the same with them there.
 
-Code is its bytecode, classes and modules are their names, tensors their values. What has no such text is refused.
+Code becomes its bytecode, classes and modules their names, tensors their values. A value without such a text is
+refused.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ..torch_compat import OpOverload
 from .errors import Unstorable
 from .tensors import values_of
 
-_DEEPEST = 6  # the code that runs is compared in full; this is about what it may be given
+_DEEPEST = 6  # the code that runs is compared in full; this limits the values it may be given
 _CACHED = type(functools.lru_cache(len))
 _BY_NAME: tuple[Any, ...] = (
     *(types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType, types.GetSetDescriptorType),
@@ -40,13 +41,13 @@ _BY_REPR = (
     *(numbers.Number, datetime.date, datetime.time, datetime.timedelta, fractions.Fraction, OpOverload),
     *(types.GenericAlias, types.UnionType, typing.TypeVar, torch.Size, torch.layout, torch.memory_format, re.Pattern),
 )
-# What these hold is compared where code reads it; of themselves, code can only tell that they are there.
+# The content of these is compared where code reads it; by themselves, only their existence matters.
 _BY_KIND = (contextvars.ContextVar, weakref.ReferenceType, types.CodeType, nn.Module)
 _OPAQUE = ("_thread", "_abc", "_io", "threading")
 
 
 def digest(text: str | bytes) -> str:
-    """16 hexadecimal digits that tell a text from others.
+    """16 hexadecimal digits that identify a text.
 
     Example:
         >>> digest("a") == digest("b")
@@ -62,9 +63,9 @@ def name_of_kind(kind: type) -> str:
 
 @functools.lru_cache(maxsize=1 << 14)
 def code_digest(code: types.CodeType) -> str:
-    """What a code object does, whatever file it is in.
+    """A digest of what a code object does, whatever file it is in.
 
-    Equal code objects have one: what makes them equal is all that is told here.
+    Equal code objects have equal digests: they cover exactly what makes code objects equal.
     """
     flags = code.co_flags, code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_exceptiontable
     names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_qualname
@@ -80,13 +81,13 @@ def _constant(value: Any) -> str:
 
 
 class Descriptions:
-    """The texts of values, each function's and object's made once.
+    """The texts of values; those of functions and objects are made once.
 
-    Registries of a library are keyed by classes, and grow with every model of it that is loaded: entries are told for
-    the `relevant` classes alone.
+    Registries of a library have classes as keys and grow with every loaded model, so only entries for the `relevant`
+    classes are included.
 
     Raises:
-        Unstorable: from `of`, for what has no text that would say the same in another process.
+        Unstorable: from `of`, for a value without a text that is the same in another process.
 
     Example:
         >>> Descriptions().of({"a": [1, 2.0]})
@@ -161,7 +162,7 @@ class Descriptions:
         known = self._known.get(id(value))
         if known is not None:
             return known[1]
-        self._known[id(value)] = (value, f"a {name_of_kind(kind)}")  # within itself
+        self._known[id(value)] = (value, f"a {name_of_kind(kind)}")  # inside itself
         inner = [f"{name}={self.of(getattr(value, name, ABSENT), depth)}" for name in names]
         inner += [f"{name}={self.of(item, depth)}" for name, item in getattr(value, "__dict__", {}).items()]
         text = f"{name_of_kind(kind)} {digest(', '.join(inner))}"
@@ -176,7 +177,7 @@ class Descriptions:
         code = value.__code__
         if depth > _DEEPEST:
             return f"function {name} {code_digest(code)}"
-        self._known[id(value)] = (value, f"function {name}")  # within itself
+        self._known[id(value)] = (value, f"function {name}")  # inside itself
         cells = [contents(cell) for cell in value.__closure__ or ()]
         given = self._each((value.__defaults__, value.__kwdefaults__, *cells), depth + 1)
         text = digest(f"{code_digest(code)} {given}")
@@ -189,10 +190,10 @@ def _kind_of_container(kind: type) -> str:
 
 
 def _of_c(value: Any, kind: type) -> str:
-    """An object without attributes: torch's and Python's own are told by their kinds."""
+    """The text of an object without attributes: its class, if it is torch's or Python's own."""
     if kind.__module__.partition(".")[0] in ("torch", *sys.stdlib_module_names):
         return f"a {name_of_kind(kind)}"
-    raise Unstorable(f"it reads a {name_of_kind(kind)}, of which no text can be made")
+    raise Unstorable(f"forward reads a {name_of_kind(kind)}, which cannot be written as text")
 
 
 def _is_array(value: Any) -> bool:
@@ -202,5 +203,5 @@ def _is_array(value: Any) -> bool:
 
 def _tensor(value: Tensor) -> str:
     if value.layout is not torch.strided or value.is_nested or value.is_meta or value.is_quantized:
-        raise Unstorable(f"it reads a tensor of {value.layout}")
+        raise Unstorable(f"forward reads a tensor with layout {value.layout}, which cannot be written as text")
     return f"tensor {value.dtype} {value.device} {list(value.shape)} {value.requires_grad} {digest(values_of(value))}"

@@ -1,4 +1,4 @@
-"""Why something is not written, and why a file is not taken for a graph."""
+"""Errors: why a graph is not written, and why a file is not accepted as a graph."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ T = TypeVar("T")
 
 
 class Unstorable(Exception):
-    """A graph, or what it rests on, has no text that another process could check; the message says what."""
+    """A graph or its conditions have no text that another process could check; the message says why."""
 
 
 class Malformed(Exception):
-    """A file is not what fxbt writes: it is refused as a whole."""
+    """A file differs from what fxbt writes, and is refused as a whole."""
 
 
 def checked(value: Any, kind: type[T]) -> T:
-    """`value`, which a file has, if it is of the kind that stands there in fxbt's own files.
+    """`value` from a file, if it has the type that fxbt writes there.
 
     Raises:
-        Malformed: it is not; True is no int here.
+        Malformed: it has another type; True is not an int here.
 
     Example:
         >>> checked(["a"], list)
         ['a']
     """
     if type(value) is not kind:
-        raise Malformed(f"a {type(value).__name__} stands where a {kind.__name__} belongs")
+        raise Malformed(f"the file has a {type(value).__name__} where a {kind.__name__} belongs")
     return value

@@ -1,6 +1,6 @@
-"""Sizes as text: sympy's expressions as nested lists, of functions that are named here and of no others.
+"""Sizes as text: sympy expressions as nested lists, using only the functions named here.
 
-`sympify` would run what it reads. Numbers and exponents are bounded: sympy computes with what it is given.
+`sympify` would execute what it reads. Numbers and exponents are bounded, because sympy computes with what it is given.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _DEEPEST = 32
 
 
 def written(expression: Any) -> Any:
-    """An expression, or a plain number, as what `json` takes.
+    """An expression, or a plain number, as JSON data.
 
     Raises:
-        Unstorable: it holds a function, symbol or number that files have no word for.
+        Unstorable: it contains a function, symbol or number that has no text in files.
 
     Example:
         >>> written(sympy.Symbol("s0") * 2)
@@ -46,15 +46,15 @@ def written(expression: Any) -> Any:
         return expression.name
     name = type(expression).__name__
     if _FUNCTIONS.get(name) is not type(expression):
-        raise Unstorable(f"a size is computed by {expression}, a {name}")
+        raise Unstorable(f"a size is computed as {expression}, with a {name} that files cannot hold")
     return [name, *map(written, expression.args)]
 
 
 def read(text: Any, symbols: dict[str, sympy.Symbol], depth: int = 0) -> Any:
-    """What `written` made, over these symbols.
+    """Reads what `written` wrote, with these symbols.
 
     Raises:
-        Malformed: it is none of fxbt's expressions.
+        Malformed: it is not one of fxbt's expressions.
     """
     if type(text) is bool:
         return sympy.true if text else sympy.false
@@ -64,13 +64,13 @@ def read(text: Any, symbols: dict[str, sympy.Symbol], depth: int = 0) -> Any:
         return _symbol(text, symbols)
     name, *arguments = checked(text, list) or [None]
     if type(name) is not str or name not in _FUNCTIONS or depth > _DEEPEST or len(arguments) > _MOST_ARGUMENTS:
-        raise Malformed(f"no size is computed by {str(text)[:80]}")
+        raise Malformed(f"the file has a size {str(text)[:80]} that fxbt never writes")
     values = [read(argument, symbols, depth + 1) for argument in arguments]
     if name == "Pow" and not (values[1:] and values[1].is_Integer and 0 <= values[1] <= _MOST_EXPONENT):
-        raise Malformed(f"a power of {values[-1]}")
+        raise Malformed(f"the file has a power with the exponent {values[-1]}")
     try:
         result = _FUNCTIONS[name](*values)
-    except Exception as error:  # of sympy's own, at arguments that no trace makes
+    except Exception as error:  # sympy's own errors, for arguments that no trace makes
         raise Malformed(f"{name} of {values}: {error}") from error
     if not isinstance(result, (sympy.Expr, Boolean)) or (result.is_Integer and abs(result) > _MOST):
         raise Malformed(f"{name} of {values}")
@@ -78,7 +78,7 @@ def read(text: Any, symbols: dict[str, sympy.Symbol], depth: int = 0) -> Any:
 
 
 def is_symbol(name: Any) -> bool:
-    """Whether a file may call a size so."""
+    """Whether a file may give a size this name."""
     return type(name) is str and _SYMBOL.fullmatch(name) is not None
 
 
@@ -89,11 +89,11 @@ def is_count(name: Any) -> bool:
 
 def _bounded(number: int) -> int:
     if abs(number) > _MOST:
-        raise Malformed(f"a number of {number.bit_length()} bits")
+        raise Malformed(f"the file has a number of {number.bit_length()} bits")
     return number
 
 
 def _symbol(name: str, symbols: dict[str, sympy.Symbol]) -> sympy.Symbol:
     if name not in symbols:
-        raise Malformed(f"no input has the size {name[:80]}")
+        raise Malformed(f"the file names a size {name[:80]} that no input has")
     return symbols[name]

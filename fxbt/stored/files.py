@@ -1,4 +1,4 @@
-"""Where stored graphs lie, and how they are called: flat files of a folder, replaced whole, found by parts of names.
+"""The files of stored graphs: flat files in a folder, replaced as a whole, found by parts of their names.
 
 A file has two or three lines of JSON: what the graph rests on, the graph as it was captured, and what it became. None
 can run code when it is read.
@@ -17,16 +17,16 @@ from .conditions import Conditions
 from .descriptions import digest
 from .errors import Malformed, checked
 
-FORMAT = 1  # of the files; another one is refused
+FORMAT = 1  # of the files; another format is refused
 MOST_BYTES = 64 << 20
-KEPT = 16  # graphs in the cache for one kind of call
+KEPT = 16  # graphs in the cache per kind of call
 _NAME = re.compile(r"graph-[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}\.json")
 _PARTS = ("versions", "model", "ran", "reached")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder with stored graphs; without a path, the user's cache, where nobody else can write.
+    """A folder of stored graphs; without a path, the user's cache, where nobody else can write.
 
     Example:
         >>> Folder(Path("graphs")).names("0123456789abcdef")
@@ -36,7 +36,7 @@ class Folder:
     path: Path | None = None
 
     def names(self, signature: str) -> list[str]:
-        """The files for a kind of call; of the cache, those that were written last first."""
+        """The files for a kind of call; in the cache, newest first."""
         return [name for name in self._files(f"graph-{signature}-") if _NAME.fullmatch(name)]
 
     def _files(self, start: str) -> list[str]:
@@ -45,10 +45,10 @@ class Folder:
         return sorted(path.name for path in self.path.glob(f"{start}*"))
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of a file; None where there is none to be read.
+        """The bytes of a file; None if there is none to read.
 
         Raises:
-            Malformed: it is no plain file, or too large.
+            Malformed: it is not a plain file, or too large.
         """
         if self.path is None:
             found = cache.find(name, MOST_BYTES)
@@ -64,7 +64,7 @@ class Folder:
         """Writes a graph, as text, with what it rests on, and what it became, if that is known.
 
         Raises:
-            OSError: nothing can be written.
+            OSError: the file cannot be written.
         """
         name = f"graph-{signature}-{conditions.digest()}-{digest(graph)}.json"
         head = json.dumps({"format": FORMAT, **asdict(conditions)}, separators=(",", ":"))
@@ -79,24 +79,24 @@ class Folder:
 
 
 def conditions_in(data: bytes) -> Conditions:
-    """What a file says that its graph rests on.
+    """The conditions that a file states for its graph.
 
     Raises:
-        Malformed: it says nothing of the kind.
+        Malformed: it states none.
     """
     found = _json(data.partition(b"\n")[0])
     if found.pop("format", None) != FORMAT:
-        raise Malformed("another version of fxbt wrote it")
+        raise Malformed("the file was written by another version of fxbt")
     if set(found) != set(_PARTS):
-        raise Malformed("it does not say what the graph rests on")
+        raise Malformed("the file does not state the graph's conditions")
     lines = {part: checked(found[part], dict) for part in _PARTS}
     if any(type(text) is not str for part in lines.values() for text in part.values()):
-        raise Malformed("it does not say what the graph rests on")
+        raise Malformed("the file does not state the graph's conditions")
     return Conditions(**lines)
 
 
 def graph_in(data: bytes) -> dict[str, Any]:
-    """The graph of a file, as `graphs.read_graph` takes it.
+    """The graph in a file, as `graphs.read_graph` takes it.
 
     Raises:
         Malformed: there is none.
@@ -117,5 +117,5 @@ def finished_in(data: bytes) -> dict[str, Any] | None:
 def _json(data: bytes) -> dict[str, Any]:
     try:
         return checked(json.loads(data), dict)
-    except (ValueError, RecursionError) as error:  # no text, no JSON, numbers without end, or nested without end
-        raise Malformed(f"it is no JSON ({type(error).__name__})") from error
+    except (ValueError, RecursionError) as error:  # not text, not JSON, or numbers or nesting without end
+        raise Malformed(f"the file is not JSON ({type(error).__name__})") from error

@@ -1,6 +1,6 @@
-"""`Captured` <-> a dict that `json` takes: nodes by number, kinds of values, and what the guards assert.
+"""`Captured` <-> JSON data: nodes by index, kinds of values, and what the guards assert.
 
-What a call returns is not written: its structure is what the original returned to the call at hand.
+The structure of the output is not written: it is the structure that the original returned for the current call.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _NAMES = ("class", "sizes", "assumed", "fixed", "read", "buffers", "constants", 
 
 
 def written_graph(captured: Captured, model: nn.Module) -> dict[str, Any]:
-    """A graph as it was captured, before anything rewrote it.
+    """A graph as captured, before any rewriting, as JSON data.
 
     Raises:
-        Unstorable: there is something in it that files have no word for.
+        Unstorable: it contains something that has no text in files.
 
     Example:
         >>> json.dumps(written_graph(captured, model))
@@ -66,7 +66,7 @@ def _attribute(module: fx.GraphModule, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
     if not isinstance(value, Tensor):
-        raise Unstorable(f"the graph has a graph of its own, {path}")
+        raise Unstorable(f"the graph contains another graph, {path}")
     return value
 
 
@@ -85,17 +85,17 @@ def _written_node(node: fx.Node, places: dict[fx.Node, int], writer: KindsWriter
 def read_graph(
     text: Any, model: nn.Module, call: Call, expected: tuple[list[Any], pytree.TreeSpec], is_whole: bool = True
 ) -> Captured:
-    """What `written_graph` made, as a graph of `model` for a call that returns what is `expected`, flattened.
+    """Reads what `written_graph` wrote, as a graph of `model` for a call that returns `expected` (flattened).
 
-    If it is not to be whole, its module has the inputs alone.
+    Without `is_whole`, the module of the result has the inputs only.
 
     Raises:
-        Malformed: it is none of fxbt's, or another model's.
+        Malformed: it is not one of fxbt's graphs, or another model's.
         AssertionError: the graph is for other sizes than those of the call.
     """
     parts = checked(text, dict)
     if set(parts) != set(_NAMES):
-        raise Malformed("a graph's parts are not what they are in this version")
+        raise Malformed("the graph does not have the parts that this version writes")
     kinds = KindsReader(parts["kinds"], parts["sizes"], parts["assumed"], [])
     module = (_module if is_whole else _inputs)(parts, kinds, model)
     buffers = _buffers(parts["buffers"], model)
@@ -130,7 +130,7 @@ def read_graph(
 def _pairs(text: Any) -> Iterable[tuple[Any, Any]]:
     pairs = [tuple(checked(pair, list)) for pair in checked(text, list)]
     if any(len(pair) != 2 for pair in pairs):
-        raise Malformed("no pairs")
+        raise Malformed("the file has something other than pairs where pairs belong")
     return pairs
 
 
@@ -157,7 +157,7 @@ def _inputs(parts: dict[str, Any], kinds: KindsReader, model: nn.Module) -> fx.G
 
 
 def _own(node: fx.Node, constants: dict[str, Any], model: nn.Module) -> Tensor:
-    """The tensor that a node stands for: a constant of the file's, or the model's own, of the kind that it had."""
+    """The tensor of a node: a constant from the file, or the model's own of the same kind as before."""
     value = constants.get(str(node.target))
     value = own_tensor(model, str(node.target)) if value is None else value
     if value is None or not is_alike(value, node.meta.get("val")):
@@ -167,7 +167,7 @@ def _own(node: fx.Node, constants: dict[str, Any], model: nn.Module) -> Tensor:
 
 def _node(entry: Any, reader: NodesReader, texts: list[Any]) -> fx.Node:
     if type(entry) is not list or len(entry) != LENGTH + 2:
-        raise Malformed("no node")
+        raise Malformed("the file has something other than a node where a node belongs")
     *rest, stack, trace = entry
     node = reader.add(rest)
     if stack is not None:
@@ -179,14 +179,14 @@ def _node(entry: Any, reader: NodesReader, texts: list[Any]) -> fx.Node:
 
 def _entry(texts: list[Any], place: Any) -> Any:
     if not 0 <= checked(place, int) < len(texts):
-        raise Malformed(f"there is no text {place}")
+        raise Malformed(f"the file has no text {place}")
     return texts[place]
 
 
 def _stack(text: Any) -> dict[str, tuple[str, str]]:
     levels = [tuple(checked(level, list)) for level in checked(text, list)]
     if any(len(level) != 3 or not all(type(part) is str for part in level) for level in levels):
-        raise Malformed("no modules")
+        raise Malformed("the file has something other than module paths where these belong")
     return {key: (path, kind) for key, path, kind in levels}
 
 
@@ -202,19 +202,19 @@ def _buffers(names: Any, model: nn.Module) -> list[Buffer]:
 def _constant(model: nn.Module, name: Any, value: Any) -> Constant:
     tensor = own_tensor(model, checked(name, str))
     if tensor is None or tensor.numel() != 1:
-        raise Malformed(f"the model has no number {name[:80]}")
+        raise Malformed(f"the model has no one-element tensor {name[:80]}")
     return Constant(name, tensor, checked(value, int))
 
 
 def _check_inputs(placeholders: list[fx.Node], tensors: list[Tensor]) -> None:
-    kinds = [node.meta.get("val") for node in placeholders]  # their sizes are the guards' affair
+    kinds = [node.meta.get("val") for node in placeholders]  # the guards check their sizes
     expected = [(tensor.dtype, tensor.device, tensor.ndim) for tensor in tensors]
     if [(kind.dtype, kind.device, kind.ndim) if isinstance(kind, Tensor) else None for kind in kinds] != expected:
         raise Malformed("the graph has other inputs")
 
 
 def _set_given(module: fx.GraphModule, expected: list[Any], more: int) -> None:
-    """Puts the arguments that a forward returns in their places; `more` values behind those returned are buffers'."""
+    """Inserts the arguments that forward returns; the last `more` values belong to buffers."""
     output = module.graph.output_node()
     values = output.args[0] if len(output.args) == 1 else None
     if not isinstance(values, tuple) or len(values) != len(expected) + more:
@@ -227,12 +227,12 @@ def _set_given(module: fx.GraphModule, expected: list[Any], more: int) -> None:
 
 
 def _example(call: Call, placeholders: list[fx.Node], guards: Any) -> tuple[Tensor, ...]:
-    """The call's tensors; axes of size one that are dynamic are made larger, as they are for a trace."""
+    """The call's tensors, with dynamic axes of size one enlarged, as for a trace."""
     example = tuple(fresh(tensor) for tensor in call.tensors)
     larger = [_enlarged(tensor, node.meta["val"].shape) for tensor, node in zip(example, placeholders, strict=False)]
     try:
         guards(*larger)
-    except AssertionError:  # then it is as the call is
+    except AssertionError:  # keep the call's own sizes
         return example
     return tuple(larger)
 

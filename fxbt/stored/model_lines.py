@@ -1,4 +1,4 @@
-"""A model's attributes as lines: what each is, and a digest. Of weights, their kinds; of all else, the values."""
+"""A model's attributes as lines: the kinds of weights, and digests of the values of everything else."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _OWN = ("_parameters", "_buffers", "_modules")
 def lines_of_model(model: nn.Module, describe: Descriptions, read: Set[str]) -> dict[str, str]:
     """A line for each attribute of each module, and for each attribute of an object (a config) among these.
 
-    Private ones that no code asked for by a name in `read` are left out: transformers keeps a hash of its process's.
+    Private attributes that no code names (`read`) are left out: transformers keeps a hash of its process in one.
 
     Raises:
-        Unstorable: something of it has no text that another process could compare.
+        Unstorable: something has no text that another process could compare.
 
     Example:
         >>> lines_of_model(model, Descriptions(), read)["the model's config.hidden_act"]
@@ -37,7 +37,7 @@ class _Lines:
         self._read = read
         self._describe = describe
         self._weights = {id(weight) for weight in (*model.parameters(), *model.buffers())}
-        self._numbers: dict[int, int] = {}  # of tensors, in the order they are met
+        self._numbers: dict[int, int] = {}  # of tensors, in order of appearance
         self._memory: dict[int, int] = {}
         self._objects: dict[int, str] = {}  # with the first place of each
 
@@ -49,7 +49,7 @@ class _Lines:
                     yield from self._of_attribute(f"{path}.{key}".removeprefix("."), key, value)
 
     def _of_attribute(self, place: str, key: str, value: Any) -> Iterator[tuple[str, str]]:
-        if key in HOOKS:  # counted by the process
+        if key in HOOKS:  # their keys are counted per process
             yield place, str([self._describe.of(hook) for hook in value.values()])
         elif key in _OWN:
             yield place, str([(name, self._value(part)) for name, part in value.items()])
@@ -83,7 +83,7 @@ class _Lines:
         if id(tensor) in self._numbers:
             return f"tensor {self._numbers[id(tensor)]}"
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
-            raise Unstorable(f"the model has a tensor of {tensor.layout}")
+            raise Unstorable(f"the model has a tensor with layout {tensor.layout}, which cannot be written as text")
         number = self._numbers.setdefault(id(tensor), len(self._numbers))
         where = self._memory.setdefault(tensor.untyped_storage()._cdata, number), tensor.storage_offset()
         kind = name_of_kind(type(tensor)), tensor.dtype, tensor.device, list(tensor.shape), tensor.stride()

@@ -15,7 +15,7 @@ from .values import KindsReader, KindsWriter, read_argument, written_argument
 
 LENGTH = 6  # of a node's entry
 _OPS = ("placeholder", "get_attr", "call_function", "output")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")  # a graph's names stand in the Python that is made of it
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")  # names in a graph become names in generated Python
 
 
 def written_node(node: fx.Node, places: dict[fx.Node, int], kinds: KindsWriter) -> list[Any]:
@@ -25,7 +25,9 @@ def written_node(node: fx.Node, places: dict[fx.Node, int], kinds: KindsWriter) 
         Unstorable: there is something in it that files have no word for.
     """
     if node.op not in _OPS or regions_of(node):
-        raise Unstorable(f"%{node.name} is a {node.op}{' to be recomputed' if regions_of(node) else ''}")
+        raise Unstorable(
+            f"%{node.name} is a {node.op}{' inside a checkpoint' if regions_of(node) else ''}, which files cannot hold"
+        )
     return [
         node.op,
         node.name,
@@ -51,13 +53,13 @@ class NodesReader:
     def add(self, entry: Any) -> fx.Node:
         """The next node."""
         if type(entry) is not list or len(entry) != LENGTH or entry[0] not in _OPS:
-            raise Malformed("no node")
+            raise Malformed("the file has something other than a node where a node belongs")
         op, name, target, args, kwargs, kind = entry
         arguments = tuple([read_argument(argument, self._nodes) for argument in checked(args, list)])
         named = {name_in(key): read_argument(value, self._nodes) for key, value in checked(kwargs, dict).items()}
         node = self.graph.create_node(op, _target(op, target), arguments, named, name_in(name))
         if node.name != name:
-            raise Malformed(f"two nodes are called {name}")
+            raise Malformed(f"two nodes have the name {name}")
         if kind is not None:
             node.meta["val"] = self._kinds.value(kind)
         self._nodes.append(node)
@@ -76,7 +78,7 @@ class NodesReader:
 def name_in(text: Any) -> str:
     """A name that may stand in the Python that is made of a graph."""
     if not _NAME.fullmatch(checked(text, str)) or keyword.iskeyword(text):
-        raise Malformed(f"a name {text[:80]!r}")
+        raise Malformed(f"the file has a name {text[:80]!r} that fxbt never writes")
     return str(text)
 
 
@@ -84,7 +86,7 @@ def path_in(text: Any) -> str:
     """The name of a tensor: parts with dots between them, which may be numbers (`layers.0.weight`)."""
     parts = checked(text, str).split(".")
     if not all(part.isascii() and (_NAME.fullmatch(part) or part.isdigit()) for part in parts):
-        raise Malformed(f"a name {text[:80]!r}")
+        raise Malformed(f"the file has a name {text[:80]!r} that fxbt never writes")
     return str(text)
 
 

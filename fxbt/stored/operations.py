@@ -37,7 +37,7 @@ _PLAIN = {**_OF_PYTHON, **_OF_KERNELS}
 _NAMES = {function: name for name, function in _PLAIN.items()}
 _OF_TORCH = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 _READS_FILES = frozenset(["from_file"])
-# Operations with a leading underscore are torch's own affair, but for these, which traces have.
+# Operations with a leading underscore are internal to torch, but traces contain these.
 _OF_TORCHS_OWN = re.compile(
     r"__\w+__|_assert_async|_assert_scalar|_assert_tensor_metadata|_softmax|_log_softmax|_to_copy|_unsafe_view"
     r"|_convolution|_native_batch_norm_legit\w*|_unsafe_index|_weight_norm\w*|_fft_\w+|_adaptive_avg_pool2d"
@@ -48,10 +48,10 @@ _FXBTS = {"fxbt.selective_scan.default", "fxbt.attention_by_products.default"}
 
 
 def name_of(target: Any) -> str:
-    """The word for an operation.
+    """The name of an operation in files.
 
     Raises:
-        Unstorable: files have none for it.
+        Unstorable: files have no name for it.
 
     Example:
         >>> name_of(torch.ops.aten.relu.default)
@@ -67,20 +67,20 @@ def name_of(target: Any) -> str:
 
 
 def operation(name: Any) -> Callable[..., Any]:
-    """The operation of a word.
+    """The operation with a name.
 
     Raises:
-        Malformed: no operation that a file may name is called so.
+        Malformed: files may name no such operation.
     """
     found = _PLAIN.get(checked(name, str)) or operation_of_torch(name)
     if found is None:
-        raise Malformed(f"{name[:80]} is no operation that a stored graph may call")
+        raise Malformed(f"{name[:80]} is not an operation that a stored graph may call")
     return found
 
 
 @functools.lru_cache(maxsize=4096)
 def operation_of_torch(name: str) -> OpOverload | None:
-    """An operation of torch's, or fxbt's, that computes and writes nowhere; None where there is no such one."""
+    """An operation of torch or fxbt that only computes and writes nothing; None if there is none with this name."""
     if name in _FXBTS:
         return _overload(torch.ops.fxbt, *name.split(".")[1:])
     parts = _OF_TORCH.fullmatch(name)

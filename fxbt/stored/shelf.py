@@ -1,4 +1,4 @@
-"""`Shelf`: the stored graphs of one model: which of them stands for a call, why others do not, and how to keep one."""
+"""`Shelf`: the stored graphs of one model: finds the one for a call, says why others do not fit, and adds new ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Values = tuple[list[Any], pytree.TreeSpec]
 
 @dataclass(frozen=True)
 class Label:
-    """What tells graphs from others: the kind of the call, and what they rest on; or why nothing can."""
+    """What identifies a graph: the kind of its call, and its conditions; or why it cannot be stored."""
 
     signature: str = ""
     conditions: Conditions | None = None
@@ -36,10 +36,10 @@ class Label:
 
     @classmethod
     def of(cls, model: nn.Module, key: Hashable, around: Surroundings) -> Label:
-        """That of a graph of the model as it is now, for calls of a key."""
+        """The label of a graph of the model as it is now, for calls of a key."""
         try:
             return cls(signature_of(model, key), conditions_of(model, around))
-        except Exception as error:  # objects of anyone's making are read here
+        except Exception as error:  # any object may be read here
             return cls(obstacle=_why(error))
 
 
@@ -54,12 +54,12 @@ class Text:
 
     @classmethod
     def of(cls, captured: Captured, model: nn.Module, label: Label) -> Text:
-        """The text of a graph that nothing has rewritten yet."""
+        """The text of a graph before any rewriting."""
         if label.obstacle:
             return cls(label, obstacle=label.obstacle)
         try:
             return cls(label, json.dumps(written_graph(captured, model), separators=(",", ":")))
-        except Exception as error:  # of fxbt's own: the graph itself is well without a text
+        except Exception as error:  # a failure of fxbt itself; the graph works without a text
             logger.debug("a graph has no text", exc_info=error)
             return cls(label, obstacle=_why(error))
 
@@ -68,7 +68,7 @@ class Text:
 
         Raises:
             Unstorable: it has no text.
-            OSError: nothing can be written.
+            OSError: the file cannot be written.
         """
         if self.obstacle or self.label.conditions is None:
             raise Unstorable(self.obstacle)
@@ -93,7 +93,7 @@ class Stored:
 
 
 class Shelf:
-    """The stored graphs of one model, in a folder that may be none.
+    """The stored graphs of one model, in a folder; None means there is no folder.
 
     Args:
         read: makes of a text what a graph became; None where that is for other options.
@@ -120,7 +120,7 @@ class Shelf:
         self._read = read
 
     def take(self, label: Label, call: Call, expected: Values) -> Stored | None:
-        """A stored graph for a call that returns what is `expected`; else None, and the report says why."""
+        """A stored graph for a call that returns `expected`; else None, with the reason in the report."""
         if self._folder is None:
             return None
         if label.conditions is None:
@@ -133,11 +133,11 @@ class Shelf:
             return None
 
     def refuse(self, error: CaptureError) -> None:
-        """A stored graph could not be made to run."""
+        """Notes that a stored graph could not be made to run."""
         self._note(f"a stored graph was not used: {error}")
 
     def keep(self, text: Text) -> None:
-        """Stores a graph, where that is wanted."""
+        """Stores a graph, if that is wanted."""
         if self._folder is None or not self._may_write or text.label.obstacle:
             return
         try:
@@ -179,19 +179,19 @@ class Shelf:
         except (Malformed, AssertionError, CaptureError):
             raise
         except Exception as error:  # a file that no fxbt wrote may fail torch or sympy in any way
-            raise Malformed(f"it is no graph ({type(error).__name__}: {error})") from error
+            raise Malformed(f"the file is not a graph ({type(error).__name__}: {error})") from error
         lines = data.decode().split("\n")
         return Stored(captured, Text(label, lines[1], finish=lambda: lines[2]), finished)
 
 
 class Stale(Exception):
-    """A stored graph rests on what is no longer so; the message says what."""
+    """A condition of a stored graph no longer holds; the message says which."""
 
 
 def _difference(folder: Folder, name: str, conditions: Conditions) -> str:
     try:
         data = folder.read(name)
-        return "it is gone" if data is None else str(conditions.differs_from(conditions_in(data)))
+        return "the file is gone" if data is None else str(conditions.differs_from(conditions_in(data)))
     except Malformed as error:
         return str(error)
 

@@ -1,4 +1,4 @@
-"""What is known of a graph's values (kinds of tensors, sizes) as text, and the arguments of its operations."""
+"""The kinds of a graph's values (tensors, sizes) as text, and the arguments of its operations."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _LAYOUTS = {str(layout): layout for layout in vars(torch).values() if isinstance
 _FORMATS = {str(form): form for form in vars(torch).values() if isinstance(form, torch.memory_format)}
 _DEVICES = ("cpu", "cuda")
 _DEEPEST = 16
-_LONGEST = 1 << 14  # of a text in a graph
+_LONGEST = 1 << 14  # characters of a text in a graph
 _MOST_DIMS = 32
 _UNBOUNDED = 2**62
 
 
 class Table:
-    """Texts and lists that occur again and again, each once.
+    """Texts and lists that repeat, each stored once.
 
     Example:
         >>> table = Table()
@@ -38,7 +38,7 @@ class Table:
         self._places: dict[str, int] = {}
 
     def place(self, entry: Any) -> int:
-        """The number of an entry."""
+        """The index of an entry."""
         place = self._places.setdefault(repr(entry), len(self.entries))
         if place == len(self.entries):
             self.entries.append(entry)
@@ -49,10 +49,10 @@ class Table:
 
 
 def written_argument(value: Any, places: dict[fx.Node, int]) -> Any:
-    """An argument of an operation as what `json` takes; nodes by their numbers in `places`.
+    """An argument of an operation as JSON data; nodes become their indices in `places`.
 
     Raises:
-        Unstorable: files have no word for it.
+        Unstorable: it has no text in files.
     """
     if isinstance(value, fx.Node):
         return ["node", places[value]]
@@ -76,10 +76,10 @@ def written_argument(value: Any, places: dict[fx.Node, int]) -> Any:
 
 
 def read_argument(text: Any, nodes: Sequence[fx.Node], depth: int = 0) -> Any:
-    """What `written_argument` made, over the nodes so far.
+    """Reads what `written_argument` wrote, with the nodes so far.
 
     Raises:
-        Malformed: it is none of fxbt's.
+        Malformed: it is not one of fxbt's arguments.
     """
     if text is None or type(text) is bool:
         return text
@@ -90,31 +90,31 @@ def read_argument(text: Any, nodes: Sequence[fx.Node], depth: int = 0) -> Any:
     word, *parts = checked(text, list) or [None]
     if word in ("list", "tuple", "slice"):
         if depth > _DEEPEST or (word == "slice" and len(parts) != 3):
-            raise Malformed("an argument is nested too deeply")
+            raise Malformed("the file has an argument that is nested too deeply")
         values = [read_argument(part, nodes, depth + 1) for part in parts]
         return values if word == "list" else tuple(values) if word == "tuple" else slice(*values)
     if word == "node" and len(parts) == 1:
         return nodes[_below(parts[0], len(nodes))]
     if len(parts) != 1 or type(word) is not str or word not in _READERS:
-        raise Malformed(f"no argument is a {str(word)[:40]}")
+        raise Malformed(f"the file has an argument of unknown kind {str(word)[:40]}")
     return _READERS[word](parts[0])
 
 
 def _below(number: Any, limit: int) -> int:
     if not 0 <= checked(number, int) < limit:
-        raise Malformed(f"there is no node or entry {number}")
+        raise Malformed(f"the file has no node or entry {number}")
     return int(number)
 
 
 def _int64(number: int) -> int:
     if not -(2**63) <= number < 2**63:
-        raise Malformed(f"a number of {number.bit_length()} bits")
+        raise Malformed(f"the file has a number of {number.bit_length()} bits")
     return number
 
 
 def _short(text: str) -> str:
     if len(text) > _LONGEST:
-        raise Malformed(f"a text of {len(text)} characters")
+        raise Malformed(f"the file has a text of {len(text)} characters")
     return text
 
 
@@ -136,19 +136,19 @@ def _one_of(known: dict[str, Any]) -> Callable[[Any], Any]:
 
 def _device_text(device: torch.device) -> str:
     if device.type not in _DEVICES:
-        raise Unstorable(f"the graph computes on {device}")
+        raise Unstorable(f"the graph computes on {device}, which files cannot name")
     return str(device)
 
 
 def _device(text: Any) -> torch.device:
     kind, _, number = checked(text, str).partition(":")
     if kind not in _DEVICES or not (text == kind or number.isascii() and number.isdigit() and len(number) < 4):
-        raise Malformed(f"no device is {text[:80]}")
+        raise Malformed(f"the file names a device {text[:80]} that fxbt never writes")
     return torch.device(text)
 
 
 def _given(_: Any) -> Given:
-    """An argument of the call that forward returns: which, the original's own result says (`graphs.read_graph`)."""
+    """An argument of the call that forward returns; the original's own result says which (`graphs.read_graph`)."""
     return Given(())
 
 
@@ -166,16 +166,16 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 
 
 class KindsWriter:
-    """Writes what is known of values; the same kind once."""
+    """Writes the kinds of values; equal kinds once."""
 
     def __init__(self) -> None:
         self.kinds = Table()
 
     def place(self, value: Any) -> int:
-        """The number of a value's kind.
+        """The index of a value's kind.
 
         Raises:
-            Unstorable: it is neither a tensor nor a size, nor several of these.
+            Unstorable: it is not a tensor, a size, or a list of these.
         """
         return self.kinds.place(self._written(value))
 
@@ -185,7 +185,7 @@ class KindsWriter:
         if isinstance(value, (SymInt, SymBool)):
             return ["size" if isinstance(value, SymInt) else "truth", expressions.written(value.node.expr)]
         if isinstance(value, SymFloat):
-            raise Unstorable("the graph computes a number of sizes that is not whole")
+            raise Unstorable("the graph computes a non-integer from sizes, which files cannot hold")
         if isinstance(value, (list, tuple)):
             word = "list" if isinstance(value, list) else "tuple"
             return [word, *map(self._written, value)]
@@ -193,7 +193,7 @@ class KindsWriter:
 
     def _of_tensor(self, value: Tensor) -> list[Any]:
         if value.layout is not torch.strided or value.is_nested or value.is_quantized:
-            raise Unstorable(f"the graph computes a tensor of {value.layout}")
+            raise Unstorable(f"the graph computes a tensor with layout {value.layout}, which files cannot hold")
         sizes, strides = ([_expression(size) for size in sizes] for sizes in (value.shape, value.stride()))
         return ["tensor", str(value.dtype), _device_text(value.device), value.requires_grad, sizes, strides]
 
@@ -203,7 +203,7 @@ def _expression(size: int | SymInt) -> Any:
 
 
 class KindsReader:
-    """Reads what `KindsWriter` wrote, into values of one environment of sizes; each call of `value` makes a new one."""
+    """Reads the kinds written by `KindsWriter` into one shape environment; each call of `value` makes a new value."""
 
     def __init__(self, kinds: Any, sizes: Any, assumed: Any, counts: Any) -> None:
         self._kinds = checked(kinds, list)
@@ -219,10 +219,10 @@ class KindsReader:
         self._like: dict[str, Tensor] = {}  # meta tensors, by their kinds: such a one takes 500 us
 
     def value(self, number: Any) -> Any:
-        """A value of the kind of this number.
+        """A value of the kind with this index.
 
         Raises:
-            Malformed: there is none, or it is none of fxbt's.
+            Malformed: there is none, or it is not one of fxbt's.
         """
         return self._read(self._kinds[_below(number, len(self._kinds))])
 
@@ -230,7 +230,7 @@ class KindsReader:
         word = text[0] if type(text) is list and text else None
         if word in ("list", "tuple"):
             if depth > _DEEPEST:
-                raise Malformed("a value is nested too deeply")
+                raise Malformed("the file has a value that is nested too deeply")
             values = [self._read(part, depth + 1) for part in text[1:]]
             return values if word == "list" else tuple(values)
         if word == "tensor":
@@ -241,7 +241,7 @@ class KindsReader:
 
     def _tensor(self, text: list[Any]) -> Tensor:
         if len(text) != 6 or len(checked(text[4], list)) > _MOST_DIMS:
-            raise Malformed("no kind of tensor")
+            raise Malformed("the file has something other than a kind of tensor where one belongs")
         device, key = _device(text[2]), repr(text)
         if key not in self._like:
             self._like[key] = self._made(text)
@@ -253,12 +253,12 @@ class KindsReader:
         try:
             return torch.empty_strided(shape, strides, dtype=_READERS["dtype"](text[1]), device="meta")
         except RuntimeError as error:
-            raise Malformed(f"no kind of tensor: {error}") from error
+            raise Malformed(f"the file has a kind of tensor that torch refuses: {error}") from error
 
     def _dim(self, text: Any) -> int | SymInt:
         size = self._number(expressions.read(text, self.symbols), False)
         if type(size) is bool:
-            raise Malformed("a size is a truth")
+            raise Malformed("the file has a boolean where a size belongs")
         return size
 
     def _number(self, expression: Any, is_truth: bool) -> Any:
@@ -267,7 +267,7 @@ class KindsReader:
         if expression.is_Integer:
             return int(expression)
         if not isinstance(expression, sympy.Expr):
-            raise Malformed(f"{expression} is no size")
+            raise Malformed(f"{expression} is not a size")
         if expression not in self._sizes:
             made: Any = self.environment.create_symintnode(expression, hint=self._hint(expression))
             self._sizes[expression] = made
@@ -286,12 +286,12 @@ class KindsReader:
             return None
         value = expression.xreplace(values)
         if not value.is_Integer or abs(value) >= 2**63:
-            raise Malformed(f"{expression} is no size")
+            raise Malformed(f"{expression} is not a size")
         return int(value)
 
 
 def written_sizes(symbols: Sequence[sympy.Symbol], environment: ShapeEnv) -> list[Any]:
-    """The name, example and limits of each symbol, and what sympy takes for granted of it."""
+    """The name, example and limits of each symbol, and sympy's assumptions about it."""
     return [_written_size(symbol, environment) for symbol in symbols]
 
 
@@ -301,7 +301,7 @@ def _written_size(symbol: sympy.Symbol, environment: ShapeEnv) -> list[Any]:
     size: Any = environment.create_symintnode(symbol, hint=None)
     hint = size.node.hint
     if hint is None or bounds.lower < 0:
-        raise Unstorable(f"the size {symbol} depends on values")
+        raise Unstorable(f"the size {symbol} depends on the values of tensors")
     return [
         expressions.written(symbol),
         int(hint),
@@ -316,7 +316,7 @@ def _size_entry(entry: Any) -> tuple[str, int, int, int | None, list[Any]]:
     name, hint, lower, most, flags = parts
     numbers = [hint, lower, 0 if most is None else most]
     if not all(0 <= checked(number, int) < _UNBOUNDED for number in numbers) or not expressions.is_symbol(name):
-        raise Malformed("no size of an input")
+        raise Malformed("the file has something other than an input size where one belongs")
     return name, hint, lower, most, checked(flags, list)
 
 
@@ -329,6 +329,6 @@ def _count(name: Any) -> sympy.Symbol:
 
 def _symbol(name: str, flags: list[Any]) -> sympy.Symbol:
     if len(flags) != 2 or any(flag not in (True, None) for flag in flags):
-        raise Malformed("a size that is not whole")
+        raise Malformed("the file has a size that is not an integer")
     known = {key: True for key, flag in zip(("positive", "nonnegative"), flags, strict=True) if flag}
     return sympy.Symbol(name, integer=True, **known)

@@ -134,7 +134,7 @@ def test_a_weak_fill_stays_as_it_is_where_there_are_gradients() -> None:
     x, keep = torch.randn(3, LENGTH, HEADS * DIM), causal_with_left_padding()
     fast(x, keep).square().sum().backward()
     assert fast.report.hits.get("attention", 0) == 0
-    assert "masked scores end at -10000, which is no mask for every score" in fast.report.why("attention")
+    assert "masked scores end at -10000, which does not mask every possible score" in fast.report.why("attention")
 
 
 def test_with_gradients_blocked_rows_of_a_mask_have_none() -> None:

@@ -75,10 +75,13 @@ def test_rows_without_keys_are_zero_as_in_the_original(name: str) -> None:
     [
         (
             lambda q, k, v, m: (20 * scores(q, k).tanh()).masked_fill(~m, -math.inf).softmax(-1).nan_to_num() @ v,
-            "zeroed weights on top",
+            "or zeroed weights",
         ),
         (lambda q, k, v, m: scores(q, k).masked_fill(~m, -math.inf).softmax(-1).nan_to_num(0.5) @ v, "another number"),
-        (lambda q, k, v, m: (scores(q, k).masked_fill(~m, -1e4).softmax(-1) * m) @ v, "no mask for every score"),
+        (
+            lambda q, k, v, m: (scores(q, k).masked_fill(~m, -1e4).softmax(-1) * m) @ v,
+            "does not mask every possible score",
+        ),
         (
             lambda q, k, v, m: (
                 scores(q, k).masked_fill(~m, -1e9).masked_fill(~m.mT, -1e9).softmax(-1).masked_fill(~m.mT, 0) @ v

@@ -1,9 +1,9 @@
-"""Axis atoms: which axis of a tensor is which, whatever layout ops stand between. A read-only analysis.
+"""Axis atoms: identifies the axes of a tensor across layout ops. A read-only analysis.
 
-An `Atom` is one indivisible axis with a symbolic size. The `Axes` of a value name, for each of its dims, the atoms
-it is the row-major product of; a dim of size one has none. Layout ops and contractions only move atoms around, so
-following them shows what is summed with what, however the model wrote it. A view may split an atom: `divided`
-says how, and `regroup` makes the split seen wherever the atom stands.
+An `Atom` is one indivisible axis with a symbolic size. The `Axes` of a value say, for each of its dims, of which atoms
+it is the row-major product; a dim of size one has none. Layout ops and contractions only move atoms, so following them
+shows what is summed with what, however the model wrote it. A view may split an atom: `divided` returns the split, and
+`regroup` applies it wherever the atom occurs.
 """
 
 from ...graph.node import argument

@@ -1,4 +1,4 @@
-"""Arranging: a tensor laid out by its atoms, what einops calls rearrange, with sizes read off the operands."""
+"""Rearranges a tensor by its atoms (like einops.rearrange), reading sizes off the operands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SizeSource:
 
 
 def size_table(operands: Sequence[Axes]) -> dict[Atom, SizeSource]:
-    """The dims that tell the size of an atom: those that it has alone, else shares with axes of known size."""
+    """Which dim gives each atom's size: one that it has alone, else one shared with axes of known size."""
     table: dict[Atom, SizeSource] = {}
     for index, axes in enumerate(operands):
         for dim, label in enumerate(resolve(axes)):
@@ -41,7 +41,7 @@ def size_table(operands: Sequence[Axes]) -> dict[Atom, SizeSource]:
 
 
 def sizes_from(table: dict[Atom, SizeSource], operands: Sequence[torch.Tensor]) -> Sizes:
-    """The size of an atom inside a replacement: a number, a (symbolic) size of an operand, or -1: to be inferred."""
+    """The size of an atom inside a replacement: an int, a (symbolic) size of an operand, or -1 to be inferred."""
 
     def size(atom: Atom) -> Any:
         if atom.size.is_Integer:
@@ -56,13 +56,13 @@ def sizes_from(table: dict[Atom, SizeSource], operands: Sequence[torch.Tensor]) 
 
 
 def arrange(tensor: torch.Tensor, source: Axes, target: Axes, sizes: Sizes, expand: bool = True) -> torch.Tensor:
-    """`tensor`, laid out as `source`, as one laid out as `target`: what einops calls rearrange, over atoms.
+    """Rearranges `tensor` from the layout `source` to the layout `target`, like einops.rearrange over atoms.
 
-    Atoms of `target` that `source` lacks are broadcast: expanded where `expand` (or where they share a dim with
-    others), else left as a dim of size one.
+    Atoms of `target` that `source` lacks are broadcast: expanded if `expand` (or if they share a dim with others), else
+    left as a dim of size one.
 
     Raises:
-        Miss: a size is needed that can be read off no operand.
+        Miss: a needed size cannot be read off any operand.
     """
     source, target = _fuse(resolve(source), resolve(target))
     present = [atom for label in source for atom in label]
@@ -78,14 +78,14 @@ def arrange(tensor: torch.Tensor, source: Axes, target: Axes, sizes: Sizes, expa
 
 
 def _restrict(target: Axes, present: list[Atom]) -> Axes | None:
-    """`target` without its absent atoms, where those have dims of their own; else None."""
+    """`target` without its absent atoms, if those have dims of their own; else None."""
     labels = [tuple(atom for atom in label if atom in present) for label in target]
     whole = all(not kept or kept == label for kept, label in zip(labels, target, strict=True))
     return tuple(labels) if whole else None
 
 
 def _fuse(source: Axes, target: Axes) -> tuple[Axes, Axes]:
-    """Atoms that stay neighbours within one dim of both layouts, as one: they need not be split and merged again."""
+    """Fuses atoms that are neighbours within one dim of both layouts, so that they need not be split and merged."""
     following = {a: b for label in source for a, b in zip(label, label[1:], strict=False)}
     chains: dict[Atom, Atom] = {}
     for label in target:
@@ -110,7 +110,7 @@ def _product(head: Atom, chains: dict[Atom, Atom]) -> Atom:
 
 
 def _split_dims(tensor: torch.Tensor, source: Axes, sizes: Sizes) -> torch.Tensor:
-    """One dim for each atom: dims of size one dropped, products unflattened."""
+    """One dim per atom: drops dims of size one and unflattens products."""
     dim = 0
     for label in source:
         if not label:
@@ -123,7 +123,7 @@ def _split_dims(tensor: torch.Tensor, source: Axes, sizes: Sizes) -> torch.Tenso
 
 
 def _inferring(shape: list[Any]) -> list[Any]:
-    """A shape in which torch infers at most one size.
+    """Checks that torch needs to infer at most one size of a shape.
 
     Raises:
         Miss: more than one size is unknown.
@@ -136,7 +136,7 @@ def _inferring(shape: list[Any]) -> list[Any]:
 def _merge_dim(
     tensor: torch.Tensor, dim: int, label: Label, present: list[bool], sizes: Sizes, expand: bool
 ) -> torch.Tensor:
-    """Make the atoms of `label`, standing from `dim` on where present, the one dim `dim`."""
+    """Makes the atoms of `label`, which start at `dim` as far as present, the one dim `dim`."""
     if not any(present) and not (expand and label):
         return tensor.unsqueeze(dim)
     for offset, here in enumerate(present):
@@ -156,7 +156,7 @@ def _merge_dim(
 
 
 def _merging_asks(tensor: torch.Tensor, dim: int, count: int) -> bool:
-    """Whether merging dims copies, unless some sizes are one: copied first, it asks no question about sizes."""
+    """Whether merging dims copies unless some sizes are one; copying first avoids a guard on sizes."""
     known = all(statically_known_true(size != 1) for size in tensor.shape)
     inner = range(dim + 1, dim + count)
     together = [statically_known_true(tensor.stride(d - 1) == tensor.stride(d) * tensor.shape[d]) for d in inner]

@@ -1,4 +1,4 @@
-"""Atoms, the indivisible axes; the sizes of a value's dims; and views, which distribute atoms over dims anew."""
+"""Atoms (indivisible axes), the sizes of a value's dims, and views, which redistribute atoms over dims."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...torch_compat import FloorDiv, Min
 
 
 class Atom:
-    """One axis of symbolic size; `parts` once a view has split it."""
+    """One axis of symbolic size; `parts` are set once a view has split it."""
 
     __slots__ = ("parts", "size")
 
@@ -29,7 +29,7 @@ class Atom:
 
 Label = tuple[Atom, ...]  # the atoms of one dim
 Axes = tuple[Label, ...]
-Splits = dict[Atom, tuple[Atom, Atom]]  # what became of atoms that a view splits
+Splits = dict[Atom, tuple[Atom, Atom]]  # the parts of atoms that a view splits
 
 
 def leaves(label: Iterable[Atom]) -> Label:
@@ -41,6 +41,7 @@ def leaves(label: Iterable[Atom]) -> Label:
 
 
 def resolve(axes: Axes) -> Axes:
+    """The axes with split atoms replaced by their parts."""
     return tuple(leaves(label) for label in axes)
 
 
@@ -50,7 +51,7 @@ def atoms_of(axes: Axes) -> Label:
 
 
 def is_constant_along(axes: Axes, axis: Iterable[Atom]) -> bool:
-    """Whether a value with the labels `axes` is the same all along `axis`, of which it then holds no part.
+    """Whether a value with the labels `axes` is constant along `axis`, that is, has no part of it.
 
     Example::
 
@@ -67,7 +68,7 @@ def size_of(value: torch.Tensor, dim: int) -> Any:
 def reduced(size: int | torch.SymInt) -> Any:
     """A size or stride as a sympy expression, reduced by what the shape environment knows.
 
-    Sizes that only their value range shows to be one number (`1 - Max(0, 1 - s)`) become that number.
+    An expression whose value range contains a single number (`1 - Max(0, 1 - s)`) becomes that number.
     """
     if not isinstance(size, torch.SymInt):
         return sympy.Integer(size)
@@ -82,9 +83,9 @@ def reduced(size: int | torch.SymInt) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _proven_minima(shape_env: Any, guards: int) -> dict[Any, Any]:
-    """What guards say about minima: min(16, s) == s once a table of 16 rows, cut to s, met an axis of s.
+    """What guards say about minima: min(16, s) == s after a table of 16 rows, cut to s, met an axis of s.
 
-    And about what is computed from them: min(15, s) + min(15, s + 1) - 1 == 2 * s.
+    Also about expressions of them: min(15, s) + min(15, s + 1) - 1 == 2 * s.
     """
     equal = [guard.expr.replace(FloorDiv, _quotient) for guard in shape_env.guards if isinstance(guard.expr, sympy.Eq)]
     sides = [(fact.lhs, fact.rhs) for fact in equal if isinstance(fact, sympy.Eq)]
@@ -93,7 +94,7 @@ def _proven_minima(shape_env: Any, guards: int) -> dict[Any, Any]:
 
 
 def _smallest(shape_env: Any, *sizes: Any) -> Any:
-    """min(16, s) -> s where s is known to be at most 16."""
+    """min(16, s) -> s if s is known to be at most 16."""
     for size in sizes:
         others = [other for other in sizes if other is not size]
         if all(shape_env.bound_sympy(size).upper <= shape_env.bound_sympy(other).lower for other in others):
@@ -102,12 +103,13 @@ def _smallest(shape_env: Any, *sizes: Any) -> Any:
 
 
 def _quotient(size: Any, divisor: Any) -> Any:
-    """(s**2) // s -> s: what reshapes with -1 infer."""
+    """(s**2) // s -> s, which reshapes with -1 infer."""
     whole = _divides(divisor, size)
     return FloorDiv(size, divisor) if whole is None else whole
 
 
 def sizes_of(node: fx.Node) -> list[Any]:
+    """The sizes of a node's dims as sympy expressions."""
     value = node.meta["val"]
     return [size_of(value, dim) for dim in range(value.dim())]
 
@@ -118,12 +120,12 @@ def fresh(node: fx.Node) -> Axes:
 
 
 def label_of(size: Any) -> Label:
-    """A new atom for a dim of this size; none where the size is one."""
+    """A new atom for a dim of this size; none for size one."""
     return () if size == 1 else (Atom(size),)
 
 
 def _divides(divisor: Any, size: Any) -> Any | None:
-    """size / divisor where that is a whole number for all sizes, else None."""
+    """size / divisor if that is an integer for all sizes, else None."""
     if divisor == size:
         return sympy.Integer(1)
     if divisor.is_Integer and size.is_Integer:
@@ -134,9 +136,9 @@ def _divides(divisor: Any, size: Any) -> Any | None:
 
 
 def divided(atoms: Iterable[Atom], sizes: Sequence[Any]) -> tuple[Axes, Splits]:
-    """Atoms, in row-major order, distributed over dims of the given sizes, and those that a dim ends inside, split.
+    """Distributes atoms in row-major order over dims of the given sizes; returns the dims and the atoms they split.
 
-    The atoms stay as they are: what a split atom became is in the second result alone.
+    The atoms themselves do not change: only the second result says what a split atom became.
 
     Raises:
         Miss: the dims do not fall on boundaries of axes.
@@ -177,7 +179,7 @@ def divided(atoms: Iterable[Atom], sizes: Sequence[Any]) -> tuple[Axes, Splits]:
 
 
 def regroup(atoms: Iterable[Atom], sizes: Sequence[Any]) -> Axes:
-    """`divided`, whose splits are then seen wherever the split atoms stand: in all values that share them.
+    """Like `divided`, and applies the splits to the atoms, so that all values with these atoms see them.
 
     Raises:
         Miss: the dims do not fall on boundaries of axes; then no atom is split.

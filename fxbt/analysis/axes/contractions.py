@@ -1,4 +1,4 @@
-"""Contractions: matmul, bmm, einsum, linear as one einsum over atoms."""
+"""Contractions: matmul, bmm, einsum and linear as one einsum over atoms."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _linear(node: fx.Node) -> _Equation | None:
 
 
 def _spell_ellipsis(term: str, rank: int, equation: str) -> str:
-    """The term with "..." written as letters, aligned at the right as einsum broadcasts them."""
+    """The term with "..." as letters, right-aligned as einsum broadcasts them."""
     if "..." not in term:
         return term
     unused = [letter for letter in string.ascii_letters if letter not in equation]
@@ -83,7 +83,7 @@ def _spell_ellipsis(term: str, rank: int, equation: str) -> str:
 
 
 def _sum_of_product(node: fx.Node) -> _Equation | None:
-    """(a * b).sum(dim): what a contraction is before anyone gives it a name."""
+    """(a * b).sum(dim), a contraction that is written out."""
     product, dims = node.args[0], node.args[1]
     if not isinstance(product, fx.Node) or product.target is not aten.mul.Tensor or product.kwargs:
         return None
@@ -131,7 +131,7 @@ def _bind(letters: str, axes: Axes, known: dict[str, Label]) -> None:
 
 
 def _complete(letters: str, node: fx.Node, known: dict[str, Label]) -> Axes:
-    """The labels of an operand: () where it broadcasts, new atoms for letters not known yet."""
+    """The labels of an operand: () where it broadcasts, new atoms for unknown letters."""
     axes = []
     for letter, size in zip(letters, sizes_of(node), strict=True):
         axes.append(() if size == 1 else known.setdefault(letter, label_of(size)))
@@ -144,9 +144,9 @@ def _contraction(node: fx.Node, equation: _Equation, known: dict[str, Label]) ->
     axes = _complete(equation.out_letters, node, known)
     summed = [letter for letter in equation.lhs_letters if letter not in equation.out_letters]
     if any(letter not in equation.rhs_letters for letter in summed):
-        raise Miss("a contraction sums an axis of one operand alone", node=node)
+        raise Miss("a contraction sums an axis that only one operand has", node=node)
     if any(c not in equation.lhs_letters and c not in equation.out_letters for c in equation.rhs_letters):
-        raise Miss("a contraction sums an axis of one operand alone", node=node)
+        raise Miss("a contraction sums an axis that only one operand has", node=node)
     contracted = tuple(atom for letter in summed for atom in known.get(letter, ()))
     return Contraction(
         node,
@@ -169,7 +169,7 @@ def _equation(node: fx.Node) -> _Equation | None:
 
 
 def contraction_of(node: fx.Node, axes: Axes) -> Contraction | None:
-    """`node` as a contraction, its operands labelled from the labels of its output; None where it is none."""
+    """`node` as a contraction, its operands labelled from the labels of its output; None if it is not one."""
     equation = _equation(node)
     if equation is None:
         return None
@@ -179,7 +179,7 @@ def contraction_of(node: fx.Node, axes: Axes) -> Contraction | None:
 
 
 def contraction_with(node: fx.Node, operand: fx.Node, axes: Axes) -> Contraction | None:
-    """`node` as a contraction in which `operand` (on one side only) has the given labels; None where it is none."""
+    """`node` as a contraction whose `operand` (on one side only) has the given labels; None if it is not one."""
     equation = _equation(node)
     if equation is None or (equation.lhs is operand) == (equation.rhs is operand):
         return None
@@ -189,11 +189,15 @@ def contraction_with(node: fx.Node, operand: fx.Node, axes: Axes) -> Contraction
 
 
 def broadcast_axes(node: fx.Node, axes: Axes) -> Axes:
-    """The labels of an operand that broadcasts against a value with the labels `axes`."""
+    """The labels of an operand that broadcasts against a value with the labels `axes`.
+
+    Raises:
+        Miss: the operand does not broadcast to that value.
+    """
     sizes = sizes_of(node)
     kept = axes[len(axes) - len(sizes) :]
     if len(kept) != len(sizes):
-        raise Miss("an operand has more dims than the value it meets", node=node)
+        raise Miss("an operand has more dims than the value it broadcasts to", node=node)
     if any(size != 1 and not label for label, size in zip(kept, sizes, strict=True)):
-        raise Miss("an operand is larger than the value it meets", node=node)
+        raise Miss("an operand is larger than the value it broadcasts to", node=node)
     return tuple(() if size == 1 else label for label, size in zip(kept, sizes, strict=True))

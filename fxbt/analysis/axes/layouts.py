@@ -1,4 +1,4 @@
-"""Layout ops: labels of the output <-> labels of the input."""
+"""Layout ops: converts labels of the output to labels of the input, and back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ PERMUTES = {
 
 
 def permutation(node: fx.Node) -> list[int]:
-    """Which input dim each output dim of a permuting op is: asked of torch, on a tensor that names its dims."""
+    """The input dim that each output dim of a permuting op is, by running the op on a tensor whose sizes name its
+    dims."""
     rank = node.meta["val"].dim()
     probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
     args = (probe, *node.args[1:])
@@ -40,7 +41,7 @@ def permutation(node: fx.Node) -> list[int]:
 
 
 def step_back(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
-    """Through one layout op towards its input, or None where `node` is none.
+    """Goes back through one layout op to its input; None if `node` is not one.
 
     Raises:
         Miss: the op's view cuts across the axes.
@@ -81,7 +82,7 @@ def _before_repeat_interleave(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes]
 
 
 def peel(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes]:
-    """Walk back through layout ops as far as they keep axes whole."""
+    """Goes back through layout ops as far as they keep axes whole."""
     while (step := _whole_step_back(node, axes)) is not None:
         node, axes = step
     return node, resolve(axes)
@@ -95,7 +96,7 @@ def _whole_step_back(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
 
 
 def step_forward(node: fx.Node, axes: Axes, user: fx.Node) -> Axes | None:
-    """The labels of `user`, a layout op on `node`, or None where it is none (or repeats values)."""
+    """The labels of `user`, a layout op on `node`; None if it is not one (or repeats values)."""
     if user.args[0] is not node:
         return None
     if user.target in IDENTITIES:

@@ -1,1 +1,1 @@
-"""Kernels of CPUs for the nodes of a graph."""
+"""CPU kernels for the nodes of a graph."""

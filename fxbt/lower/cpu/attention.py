@@ -1,9 +1,9 @@
-"""Attention on a CPU by our own kernel, or as two batched products around a softmax, where they beat SDPA's kernel.
+"""Attention on a CPU with our own kernel, or as two batched products around a softmax, where these beat SDPA's kernel.
 
-torch 2.13's flash kernel multiplies blocks of 32 queries through MKL there. Products of all heads of a few sequences,
-or of a block of queries, are larger and faster as long as their scores stay in the cache: with 12 heads on Zen 5
-1.6 times with MKL at 16 to 128 tokens; on Zen 3, only in batches of 16 to 64 tokens. The
-kernel of `native` takes 0.8 to 1.0 of SDPA's time there from 64 tokens on, and sequences of all lengths in one call.
+torch 2.13's flash kernel multiplies blocks of 32 queries with MKL. Products over all heads of a few sequences, or of a
+block of queries, are larger, and faster while their scores fit the cache: 1.6 times with 12 heads, MKL and 16 to 128
+tokens on Zen 5; on Zen 3 only for batches of 16 to 64 tokens. There, the kernel of `native` takes 0.8 to 1.0 of SDPA's
+time from 64 tokens on, and handles sequences of all lengths in one call.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from ...graph.blocks import SDPA
 from ...graph.node import argument, parameters
 from ...kernels import native, packed
 from ...kernels.attention_products import Kernel, products, sdpa
-from ...kernels.autotune import Calls, Contest, Tuner, bucket_of
+from ...kernels.autotune import Tuner
+from ...kernels.turns import Calls, Contest, bucket_of
 from ..once import additive
 from .heads import Heads, projected
 
-LENGTHS = (16, 32, 64, 128, 256, 512)  # tokens of a sequence that are measured
+LENGTHS = (16, 32, 64, 128, 256, 512)  # measured numbers of tokens per sequence
 UP_TO = (24, 48, 96, 192, 384)
-SEVERAL = 512  # tokens of several sequences: SDPA spreads them over threads, products hold the scores of all
+SEVERAL = 512  # tokens of several sequences: SDPA spreads them over threads, products hold the scores of all of them
 
 
 def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
-    """Let attentions choose their kernel by length, in a dense graph or a packed one."""
+    """Lets attentions choose their kernel by length, in a dense or packed graph."""
     read: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target not in (SDPA, packed.attention) or not _can_be_products(node):
@@ -45,11 +46,11 @@ def attend_fast(graph: fx.Graph, tuner: Tuner) -> None:
         attend = Attend(one, several)
         if not attend.is_by(sdpa):
             _use(graph, node, attend, read)
-    graph.eliminate_dead_code()  # the views between a projection and its attention
+    graph.eliminate_dead_code()  # removes views between a projection and its attention
 
 
 def _use(graph: fx.Graph, node: fx.Node, attend: Attend, read: dict[fx.Node, fx.Node]) -> None:
-    """Puts what was chosen into an attention's place: from its projection on, if it can be."""
+    """Replaces an attention by the chosen kernel, from its projection on if possible."""
     given, library = _given(node), native.library()
     tokens, mask, options = given.get("tokens"), _read_mask(graph, given, read), (given["is_causal"], given["scale"])
     operands, node.kwargs = node.args[:3], {}
@@ -68,7 +69,7 @@ def _use(graph: fx.Graph, node: fx.Node, attend: Attend, read: dict[fx.Node, fx.
 
 
 def _given(attention: fx.Node) -> dict[str, Any]:
-    """The arguments of a dense or a packed attention, by name."""
+    """The arguments of a dense or packed attention, by name."""
     if attention.target is SDPA:
         return {name: argument(attention, name) for name in parameters(SDPA)}
     bound = inspect.signature(packed.attention).bind(*attention.args, **attention.kwargs)
@@ -77,7 +78,7 @@ def _given(attention: fx.Node) -> dict[str, Any]:
 
 
 def _read_mask(graph: fx.Graph, given: dict[str, Any], read: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """The `Mask` of an attention's mask, or a list of them for the blocks of a packed one: one for all attentions."""
+    """The `Mask` of an attention, or the list of them for a packed one's blocks; shared by all attentions."""
     mask, function = (given["bias"], Mask.of_blocks) if "tokens" in given else (given["attn_mask"], Mask.of)
     if mask is None or mask in read:
         return read.get(mask)
@@ -87,7 +88,7 @@ def _read_mask(graph: fx.Graph, given: dict[str, Any], read: dict[fx.Node, fx.No
 
 
 def _can_be_products(node: fx.Node) -> bool:
-    """Whether an attention is in float32 on the CPU, with a key head for each query head."""
+    """Whether an attention is in float32 on the CPU, with one key head per query head."""
     values: list[Any] = [operand.meta.get("val") for operand in node.args[:3] if isinstance(operand, fx.Node)]
     if len(values) != 3 or torch.is_autocast_enabled("cpu"):
         return False
@@ -102,42 +103,43 @@ def _can_be_products(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask for SDPA, and, if it can be, as an addend to the scores: where it blocks a whole row, SDPA gives zeros."""
+    """A mask for SDPA, and if possible as an addend to the scores; in rows that it blocks entirely, SDPA gives
+    zeros."""
 
     mask: Tensor
     bias: Tensor | None
 
     @classmethod
     def of(cls, mask: Tensor) -> Mask:
-        """Reads a mask (batch | 1, heads | 1, seq | 1, keys | 1) once for all attentions that it is for."""
+        """Reads a mask (batch | 1, heads | 1, seq | 1, keys | 1) once for all its attentions."""
         mask = additive(mask, torch.float32) if mask.dtype is torch.bool else mask
         if mask.dim() != 4 or mask.dtype is not torch.float32:
             return cls(mask, None)
         bias = mask
         for dim, stride in enumerate(mask.stride()):
-            bias = bias.narrow(dim, 0, 1) if stride == 0 else bias  # what was expanded is read once
+            bias = bias.narrow(dim, 0, 1) if stride == 0 else bias  # an expanded dim is read once
         bias = bias.contiguous()
         is_open = bias.numel() > 0 and not bool((bias.amax(-1) == -math.inf).any())
         return cls(mask, bias if is_open else None)
 
     @classmethod
     def of_blocks(cls, masks: list[Tensor]) -> list[Mask]:
-        """The same for the part that each group of sequences sees."""
+        """The same for the part of each group of sequences."""
         return [cls.of(mask) for mask in masks]
 
 
 def is_for_sdpa(mask: Mask | None, *operands: Tensor) -> bool:
-    """Whether no other kernel computes such an attention: its mask is no addend, or it is empty."""
+    """Whether only SDPA computes such an attention: its mask is not an addend, or it is empty."""
     is_masked_otherwise = mask is not None and mask.bias is None
     return is_masked_otherwise or not all(operand.numel() for operand in operands)
 
 
 class Attend:
-    """The kernel that was chosen for the length of one sequence, or of several; a `Kernel` itself, but for its mask."""
+    """The kernels chosen for the lengths of one sequence and of several; a `Kernel` itself, except for its mask."""
 
     def __init__(self, one: Sequence[Kernel], several: Sequence[Kernel]):
         self._one, self._several = one, several
-        self.__name__ = "attend"  # fx names nodes by it
+        self.__name__ = "attend"  # fx names nodes after it
 
     def is_by(self, kernel: Kernel) -> bool:
         """Whether this kernel was chosen for all lengths."""
@@ -151,7 +153,7 @@ class Attend:
 
 
 def packed_at_once(library: native.Library) -> Callable[..., Tensor]:
-    """`packed.attention` without a bias, by our own kernel for sequences of all lengths."""
+    """`packed.attention` without a bias, with our own kernel for sequences of all lengths."""
 
     def packed_at_once(q: Tensor, k: Tensor, v: Tensor, tokens: packed.Tokens, is_causal: bool, scale: Any) -> Tensor:
         return library.attention(q, k, v, None, is_causal, scale, tokens.bounds, tokens.longest)
@@ -160,9 +162,10 @@ def packed_at_once(library: native.Library) -> Callable[..., Tensor]:
 
 
 class AttendProjection:
-    """Attention of the heads of a projection (batch, seq, columns) by our own kernel: without views, and merged again.
+    """Attention on the heads of a projection (batch, seq, columns) with our own kernel, without views, heads merged
+    again.
 
-    It is given a mask, or where it `is_packed` the tokens, and the options of a `Kernel`, of which none is left out.
+    It takes a mask, or the tokens if it `is_packed`, and all options of a `Kernel`.
     """
 
     def __init__(self, heads: Heads, library: native.Library, is_packed: bool):
@@ -188,7 +191,7 @@ def attention_kernels() -> dict[str, Kernel]:
 
 
 def attentions(heads: int, head_dim: int, several: bool) -> Contest:
-    """The kernels for one sequence of so many heads or for several, by their length."""
+    """The kernels for attention of one or several sequences with so many heads, by sequence length."""
     name = f"attention {heads}x{head_dim} float32" + (", several" if several else "")
     return _contest(name, heads, head_dim, attention_kernels(), several)
 
@@ -196,7 +199,8 @@ def attentions(heads: int, head_dim: int, several: bool) -> Contest:
 def _contest(name: str, heads: int, head_dim: int, kernels: Mapping[str, Kernel], several: bool = False) -> Contest:
     def calls(length: int) -> list[Calls]:
         batch = max(2, SEVERAL // length) if several else 1
-        query, key, value = torch.full((batch, length, 3 * heads, head_dim), 0.5).transpose(1, 2).split(heads, 1)
+        qkv = torch.full((batch, length, 3 * heads, head_dim), 0.5, dtype=torch.float32, device="cpu")
+        query, key, value = qkv.transpose(1, 2).split(heads, 1)
         return [[functools.partial(run, query, key, value)] for run in kernels.values()]
 
     first, *_ = kernels

@@ -1,8 +1,8 @@
-"""Kernels of our own that follow each other -> one call, whose inner values share a planned block of memory.
+"""Joins consecutive kernels of our own into one call, whose inner values share a planned block of memory.
 
-A call from Python takes some 8 us, and memory that was just freed elsewhere is in no cache: MiniLM's 30 kernels take
-0.85 of the time so at 16 tokens (benchmarks/chain.py). Nothing is looked for here: a `Link` is what lowering has put
-into the graph, by its operands.
+A call from Python takes about 8 us, and memory that was just freed elsewhere is in no cache: with this, MiniLM's 30
+kernels take 0.85 of the time at 16 tokens (benchmarks/chain.py). Nothing is searched for here: a `Link` is what
+lowering has put into the graph, with its operands.
 """
 
 from __future__ import annotations
@@ -16,32 +16,33 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...graph.node import copy_of
 from ...kernels import native
-from ...kernels.autotune import Tuner, bucket_of
+from ...kernels.autotune import Tuner
 from ...kernels.packed import Tokens
+from ...kernels.turns import bucket_of
 from ...torch_compat import statically_known_true
 from ..codegen import compile_graph
 from .attention import AttendProjection, Mask
 from .heads import Heads
 from .linears import UP_TO, LinearByRows
 
-LARGEST_BLOCK = 16 * 2**20  # bytes; for more rows calls cost nothing, and glibc takes larger ones from the system
-NONE = -1  # the operand that is not there: the first address given is 0
+LARGEST_BLOCK = 16 * 2**20  # bytes; with more rows, calls cost nothing, and glibc takes larger blocks from the system
+NONE = -1  # the absent operand; the first address given is 0
 EVERY_PLACE = frozenset(range(len(UP_TO) + 1))
 
 
 def chained(graph: fx.Graph, tuner: Tuner) -> fx.Graph:
-    """The graph with our own kernels on the same rows, one after the other, as one node: a copy, if there are any."""
+    """The graph with consecutive kernels of our own on the same rows as one node; a copy if there are any."""
     library, found = native.library(), runs(graph)
     if library is None or not found:
         return graph
-    copy, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    copy.output(copy.graph_copy(graph, copies))
+    copy, copies = copy_of(graph)
     for nodes in found:
         _join(copy, library, [link for node in nodes if (link := Link.of(copies[node]))])
     counts = Counter(map(len, found))
     told = (f"one call for {kernels} in a row" + (f", x {n}" if n > 1 else "") for kernels, n in counts.items())
-    tuner.answers.setdefault("native", "; ".join(told))
+    tuner.notes.setdefault("native", "; ".join(told))
     return copy
 
 
@@ -65,7 +66,7 @@ def _join(graph: fx.Graph, library: native.Library, links: list[Link]) -> None:
 
 
 def _program(nodes: list[fx.Node], given: list[fx.Node], outputs: list[fx.Node]) -> Callable[..., Any]:
-    """The nodes one by one, as a function of what they are given: the one output, or a tuple."""
+    """The nodes one by one, as a function of their inputs; returns the single output, or a tuple."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in given}
     for node in nodes:
@@ -79,7 +80,8 @@ def _program(nodes: list[fx.Node], given: list[fx.Node], outputs: list[fx.Node])
 class Link:
     """One kernel of a chain: the nodes of its operands and of its results.
 
-    `x` of an attention is its projection; `results` are the kernel's and, if it gives two, those that pick from it.
+    An attention's `x` is its projection. `results` are the kernel and, if it returns two values, the nodes that pick
+    them.
     """
 
     kernel: native.Linear | Heads
@@ -100,7 +102,7 @@ class Link:
 
     @classmethod
     def of(cls, node: fx.Node) -> Link | None:
-        """A node as a link; None if it is none of our own kernels."""
+        """A node as a link; None if it is not one of our own kernels."""
         if isinstance(node.target, LinearByRows):
             return cls._of_linear_by_rows(node, node.target)
         if isinstance(node.target, native.Linear):
@@ -144,16 +146,16 @@ class Link:
 
     @property
     def k(self) -> int:
-        """How many floats a row of x has."""
+        """The number of floats in a row of x."""
         return int(self.x.meta["val"].shape[-1]) if isinstance(self.kernel, Heads) else self.kernel.k
 
     @property
     def n(self) -> int:
-        """And one of the result."""
+        """The number of floats in a row of the result."""
         return self.kernel.counts[0] * self.kernel.head_dim if isinstance(self.kernel, Heads) else self.kernel.n
 
     def follows(self, links: Sequence[Link]) -> bool:
-        """Whether it has the rows of these, and sequences in the same places."""
+        """Whether it has the same rows as these links, and the same sequences."""
         rows, others = (link.y.meta["val"].shape[:-1] for link in (self, links[0]))
         if len(rows) != len(others) or not all(map(statically_known_true, map(operator.eq, rows, others))):
             return False
@@ -161,7 +163,7 @@ class Link:
 
 
 def runs(graph: fx.Graph) -> list[list[fx.Node]]:
-    """The kernels that follow each other with nothing in between, two at least."""
+    """Runs of at least two consecutive kernels."""
     found: list[list[fx.Node]] = []
     links: list[Link] = []
     for node in graph.nodes:
@@ -178,10 +180,10 @@ def runs(graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 class Plan:
-    """Where each value of a chain stands: given from outside, a result of its own, or so far into each row's block.
+    """The place of each value of a chain: given from outside, a separate result, or an offset in each row's block.
 
-    `tensors`, `masks` and `tokens` are the nodes that come from outside, `outputs` those that are read there, and
-    `inputs` has for each tensor that is no weight how many floats a row has. `steps` is what native.c reads.
+    `tensors`, `masks` and `tokens` are the nodes from outside, `outputs` those read there; `inputs` has the number of
+    floats per row for each tensor that is not a weight. `steps` is what native.c reads.
     """
 
     def __init__(self, links: list[Link], inside: set[fx.Node]):
@@ -204,7 +206,8 @@ class Plan:
         self.steps = b"".join(map(self._step, links))
 
     def _lay_out(self, links: list[Link], results: dict[fx.Node, int]) -> int:
-        """Gives inner values places in the block, those of values that no later link reads again; its floats a row."""
+        """Plans the memory of inner values in the block, reusing that of values not read again; returns the floats per
+        row."""
         last_read = {value: place for place, link in enumerate(links) for value in (link.x, link.residual)}
         taken: dict[fx.Node, tuple[int, int]] = {}
         row = 0
@@ -250,16 +253,16 @@ def _numbers(link: Link) -> tuple[float, ...]:
 
 
 class Chain:
-    """The kernels of a plan in one call; where that cannot be, `one_by_one`, which may read other forms of weights.
+    """The kernels of a plan in one call, or `one_by_one`, which may read other forms of weights.
 
-    It is called with the plan's tensors, masks and tokens, and then what else the other way needs.
+    It is called with the plan's tensors, masks and tokens, and then with what else `one_by_one` needs.
     """
 
     def __init__(self, library: native.Library, plan: Plan, one_by_one: Callable[..., Any]):
         self._run, self._plan, self._one_by_one = library.chain, plan, one_by_one
         self._first = next(iter(plan.inputs))
         self._ends = (len(plan.tensors), len(plan.tensors) + len(plan.masks))
-        self.__name__ = "chain"  # fx names nodes by it
+        self.__name__ = "chain"  # fx names nodes after it
 
     def __call__(self, *given: Any) -> Any:
         plan, x = self._plan, given[self._first]
@@ -278,7 +281,8 @@ class Chain:
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _can_run(self, rows: int, leading: torch.Size, tensors: tuple[Tensor, ...], masks: tuple[Mask, ...]) -> bool:
-        """Whether these rows are few, the kernels are the fastest for them, and all is laid out as they read it."""
+        """Whether there are few rows, the kernels are the fastest for them, and all memory is laid out as they read
+        it."""
         plan = self._plan
         is_small = 0 < rows * plan.row * torch.float32.itemsize <= LARGEST_BLOCK
         if not is_small or bucket_of(rows, UP_TO) not in plan.places:
@@ -297,7 +301,7 @@ class Chain:
 
 
 def _sequences(tokens: Tokens | None, leading: Sequence[int]) -> tuple[Tensor | None, Sequence[int]]:
-    """Where packed sequences begin, and how many there are of how many tokens at most."""
+    """Where packed sequences begin, how many there are, and of at most how many tokens."""
     return (None, leading) if tokens is None else (tokens.bounds, (len(tokens.bounds) - 1, tokens.longest))
 
 

@@ -1,9 +1,9 @@
-"""What follows a linear and can be computed with it, as formulas: an activation or a residual, and a layer norm.
+"""Epilogue fusion: formulas for what can be computed with a linear, an activation or a residual, and a layer norm.
 
-`epilogues` are found by the one matcher, in the graph as it is lowered: without padding or masks, and whatever blocks
-its nodes were parts of. Of 410 linears with something fused in, in the graphs of the 24 models of tests/models.py, 349
-have all of it in one block, but 31 a norm in the next layer, as a pre-norm layer ends in the sum that the next one
-norms, and 24 are in no block.
+The matcher finds `epilogues` in the graph as it is lowered: without padding or masks, and whatever blocks its nodes
+were parts of. Of 410 linears with an epilogue in the graphs of the 24 models of tests/models.py, 349 have all of it in
+one block, but 31 have a norm in the next layer, because a pre-norm layer ends in the sum that the next one normalises,
+and 24 are in no block.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STAGE = "epilogues"
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation that oneDNN computes as torch does, to the last bits: its name and algorithm there.
+    """An activation that oneDNN computes exactly as torch does: its name and algorithm there.
 
     `write` is torch's own, in place.
     """
@@ -44,7 +44,7 @@ class Activation:
 
     @property
     def known_as(self) -> str:
-        """Both in one, as `native.ACTIVATIONS` has them."""
+        """Name and algorithm in one string, as in `native.ACTIVATIONS`."""
         return f"{self.name} {self.algorithm}".strip()
 
 
@@ -54,7 +54,7 @@ def fused_in(activation: Activation | None) -> tuple[str, list[Any], str]:
 
 
 class Norm(NamedTuple):
-    """A layer norm over the features of a linear's result; if `keeps_sum`, what it is of is a result too."""
+    """A layer norm over the features of a linear's result; with `keeps_sum`, its input is also a result."""
 
     epsilon: float
     keeps_sum: bool
@@ -64,7 +64,7 @@ class Norm(NamedTuple):
 class Epilogue:
     """What follows a linear: its nodes in `chain`, each the input of the next, and then the norm `normalized`.
 
-    `residual` is what is added; `affine` are gamma and beta of the norm, or nothing where there is none.
+    `residual` is the other addend; `affine` are the norm's gamma and beta, or () without a norm.
     """
 
     chain: tuple[fx.Node, ...]
@@ -74,13 +74,18 @@ class Epilogue:
     norm: Norm | None = None
     affine: tuple[fx.Node | None, ...] = ()
 
-    def replace_by(self, result: fx.Node) -> None:
-        """Puts a node that computes all of it, and follows the chain's last one, in its place."""
+    def replace_by(self, result: fx.Node, record: StageRecord) -> None:
+        """Replaces all of it by a node that computes it, and that comes after the chain's last node.
+
+        It is a hit where more than the linear is replaced.
+        """
         graph, last = result.graph, self.chain[-1]
+        if len(self.chain) > 1 or self.norm is not None:
+            record.places.append(module_path(self.chain[0]))
         result.meta = dict(last.meta)
         for weight in self.affine:
             if weight is not None and last < weight:
-                last.prepend(weight)  # it was fetched only where the norm was
+                last.prepend(weight)  # it was fetched only before the norm
         if self.norm is not None and self.norm.keeps_sum:
             with graph.inserting_after(result):
                 normalized = graph.call_function(operator.getitem, (result, 1))
@@ -101,17 +106,17 @@ class Epilogue:
 
 
 def is_float32(value: Tensor) -> bool:
-    """Whether a weight is one that the kernels read."""
+    """Whether a weight has the dtype that the kernels read."""
     return value.dtype is torch.float32
 
 
 def chain_of(found: Found) -> tuple[fx.Node, ...]:
-    """The nodes of a match but for the norm, in the order of the graph."""
+    """The nodes of a match except the norm, in graph order."""
     return tuple(sorted(node for node in found.interior if node.target is not aten.layer_norm.default))
 
 
 class FusedLinear(Rule):
-    """x W^T + b: what each formula here begins with. The `facts` of a match are its `Epilogue`."""
+    """x W^T + b, with which each formula here begins. The `facts` of a match are its `Epilogue`."""
 
     name = "linear"
     proven = True
@@ -122,8 +127,8 @@ class FusedLinear(Rule):
 
     def check(self, m: Found) -> None:
         for node in m.interior:
-            m.need(node.target in JOINED, "a cast stands in between")
-            m.need(node.meta["val"].dtype is torch.float32, "not all of it is computed in float32")
+            m.need(node.target in JOINED, "there is a cast in between")
+            m.need(node.meta["val"].dtype is torch.float32, "a part of it is not computed in float32")
 
     def match_of(self, found: Found, anchor: fx.Node) -> Match:
         """The match, whose `facts` are its `Epilogue`."""
@@ -151,17 +156,17 @@ class Summed(FusedLinear):
     def check(self, m: Found) -> None:
         super().check(m)
         linear, residual = chain_of(m)[0].meta["val"], m.residual
-        m.need(isinstance(residual, Tensor), "a number is added")
+        m.need(isinstance(residual, Tensor), "the other addend is a number, not a tensor")
         m.need(m["residual"] not in m.interior, "a linear is added to itself")
-        m.need(residual.dtype is torch.float32, f"what is added is {residual.dtype}")
-        m.need(linear.dim() > 1 and same_shape(linear, residual), "what is added has another shape")
+        m.need(residual.dtype is torch.float32, f"the other addend is in {residual.dtype}, not float32")
+        m.need(linear.dim() > 1 and same_shape(linear, residual), "the other addend has another shape")
 
     def match_of(self, found: Found, anchor: fx.Node) -> Match:
         return Match(anchor, outputs=found.outputs, facts=Epilogue(chain_of(found), residual=found["residual"]))
 
 
 class Normed(FusedLinear):
-    """The layer norm of what a formula gives, which may be read besides: where it is, it is a result too."""
+    """The layer norm of a formula's value; if something else reads that value, it is a result, too."""
 
     def __init__(self, inner: FusedLinear) -> None:
         self.name, self.inner = f"{inner.name}_norm", inner
@@ -175,9 +180,11 @@ class Normed(FusedLinear):
         self.inner.check(m)
         norm, value = m.outputs
         features = value.meta["val"].shape[-1]
-        m.need(argument(norm, "normalized_shape") == [features], "the norm is not over the last dim alone")
+        m.need(argument(norm, "normalized_shape") == [features], "the norm is not over exactly the last dim")
         for name in ("gamma", "beta"):
-            m.need(m[name] is None or m[name].op == "get_attr", f"{name} is computed")
+            m.need(
+                m[name] is None or m[name].op == "get_attr", f"{name} is computed in the graph; expected a parameter"
+            )
 
     def match_of(self, found: Found, anchor: fx.Node) -> Match:
         norm, value = found.outputs
@@ -188,7 +195,7 @@ class Normed(FusedLinear):
 
 
 def activated() -> tuple[FusedLinear, ...]:
-    """A linear with each of the activations that oneDNN has."""
+    """A linear with each of oneDNN's activations."""
     return (
         Activated(Activation("gelu", "none", functools.partial(gelu_, approximate="none")), lambda op, y: op.gelu(y)),
         Activated(
@@ -201,9 +208,9 @@ def activated() -> tuple[FusedLinear, ...]:
 
 
 def epilogues() -> tuple[FusedLinear, ...]:
-    """All that is found, the longest first: where one is, those after it are not looked for.
+    """All formulas, longest first: the first that matches wins.
 
-    Made for each graph, as a matcher serves one thread.
+    They are made for each graph, because a matcher serves one thread.
     """
     alone = (Summed(), *activated())
     return (*map(Normed, (*alone, FusedLinear())), *alone)
@@ -221,9 +228,9 @@ JOINED = {
 def epilogue_of(
     linear: fx.Node, constant: set[fx.Node], record: StageRecord, formulas: Sequence[FusedLinear]
 ) -> Epilogue:
-    """What follows a linear: the first of the formulas that is found, or nothing.
+    """The epilogue of a linear: the first of the formulas that matches, or none.
 
-    The record has it, or what came nearest. The weights of norms are among the `constant` nodes.
+    The record gets the nearest miss of those before it. The weights of norms must be among the `constant` nodes.
     """
     start = time.perf_counter()
     misses: list[Miss] = []
@@ -231,7 +238,6 @@ def epilogue_of(
     for formula, anchor in _anchors(linear, formulas):
         try:
             epilogue = _find(formula, anchor, linear, constant)
-            record.places.append(module_path(linear))
             break
         except Miss as miss:
             misses.append(miss.without_frames())
@@ -244,7 +250,7 @@ def epilogue_of(
 
 
 def _anchors(linear: fx.Node, formulas: Sequence[FusedLinear]) -> Iterator[tuple[FusedLinear, fx.Node]]:
-    """The formulas, each with the nodes that it can end at: as far behind the linear as it has ops more."""
+    """The formulas, each with the nodes it can end at: as many steps after the linear as it has further ops."""
     behind = [[linear]]
     for formula in formulas:
         while len(behind) < formula.formula.size:
@@ -253,13 +259,13 @@ def _anchors(linear: fx.Node, formulas: Sequence[FusedLinear]) -> Iterator[tuple
 
 
 def _find(formula: FusedLinear, anchor: fx.Node, linear: fx.Node, constant: set[fx.Node]) -> Epilogue:
-    """What a formula finds at a node, of this linear.
+    """The epilogue of this linear that a formula finds at a node.
 
     Raises:
-        Miss: it is not there.
+        Miss: it does not match there.
     """
     matches = (found for found in formula.matcher.find(anchor) if linear in found.interior)
     epilogue: Epilogue = formula.first_of(matches, anchor).facts
     if not constant.issuperset(weight for weight in epilogue.affine if weight is not None):
-        raise Miss("changes of the norm's weights cannot be seen", node=anchor)
+        raise Miss("changes of the norm's weights cannot be noticed", node=anchor)
     return epilogue

@@ -1,6 +1,6 @@
-"""Which columns of a projection an attention reads, and where its heads stand side by side again: read off the axes.
+"""Finds by axes which columns of a projection an attention reads, and where its heads are merged again.
 
-However views, transposes and picks in between are spelled: what they leave where is all that counts.
+It does not matter how the views, transposes and picks in between are written, only where they put each axis.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Heads(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """The `part` of an axis, from place `first` of the `whole` on, that an op has picked."""
+    """The `part` of the axis `whole`, starting at `first`, that an op picks."""
 
     whole: axes.Atom
     part: tuple[axes.Atom, ...]
@@ -44,9 +44,9 @@ class Pick(NamedTuple):
 
 
 def projected(attention: fx.Node) -> tuple[fx.Node, Heads, fx.Node] | None:
-    """The projection (batch, seq, columns) that an attention's operands are columns of, which, and where it goes.
+    """The projection (batch, seq, columns) whose columns are an attention's operands, which ones, and its merged view.
 
-    That is the view (batch, seq, heads * head_dim) of its result, where nothing else is read of that.
+    The merged view is (batch, seq, heads * head_dim) of the result; nothing else may be read of that.
     """
     operands: list[Any] = list(attention.args[:3])
     counts, (head_dim, *others) = zip(*(operand.meta["val"].shape[1::2] for operand in operands), strict=True)
@@ -61,7 +61,7 @@ def projected(attention: fx.Node) -> tuple[fx.Node, Heads, fx.Node] | None:
 
 
 def _columns(operand: fx.Node) -> tuple[fx.Node, int] | None:
-    """The value farthest back of which an operand (batch, heads, seq, head_dim) is columns, and the first of these."""
+    """The earliest value of which an operand (batch, heads, seq, head_dim) is columns, and the first of these."""
     batch, heads, seq, features = labels = axes.fresh(operand)
     node, pick, found = operand, None, None
     while True:
@@ -81,7 +81,7 @@ def _columns(operand: fx.Node) -> tuple[fx.Node, int] | None:
 
 
 def _first_column(labels: axes.Axes, wanted: axes.Axes, pick: Pick | None) -> int | None:
-    """Where the columns `wanted` begin in a value (batch, seq, columns); None where it is none or they lie apart."""
+    """Where the columns `wanted` begin in a value (batch, seq, columns); None if they are not there, or lie apart."""
     *outer, columns = axes.resolve(labels)
     *wanted_outer, wanted_columns = axes.resolve(wanted)
     start = 0
@@ -92,7 +92,7 @@ def _first_column(labels: axes.Axes, wanted: axes.Axes, pick: Pick | None) -> in
 
 
 def _before_pick(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, Pick] | None:
-    """Through an item of a split, or one place of an axis, towards what it was picked of."""
+    """Goes back through an item of a split, or one index of an axis, to what it was picked from."""
     call: Any = node.args[0] if node.target is operator.getitem else node
     if not isinstance(call, fx.Node) or call.target not in PICKS:
         return None
@@ -109,7 +109,7 @@ def _before_pick(node: fx.Node, labels: axes.Axes) -> tuple[fx.Node, axes.Axes, 
 
 
 def _merged(attention: fx.Node) -> fx.Node | None:
-    """The view of an attention's result in which the heads stand side by side, if nothing else is read of it."""
+    """The view of an attention's result in which the heads are side by side, if nothing else is read of the result."""
     batch, heads, seq, features = labels = axes.fresh(attention)
     node = attention
     while axes.resolve(labels) != axes.resolve((batch, seq, heads + features)):

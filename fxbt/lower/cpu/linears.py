@@ -1,4 +1,4 @@
-"""Linears on a CPU without gradients: the fastest kernel for each number of rows, with what follows fused in."""
+"""Linears on a CPU without gradients: the fastest kernel for each number of rows, with epilogue fusion."""
 
 from __future__ import annotations
 
@@ -14,40 +14,42 @@ from torch import Tensor, fx
 from ...graph.node import argument
 from ...graph.record import StageRecord
 from ...kernels import native
-from ...kernels.autotune import Calls, Contest, Tuner, bucket_of
+from ...kernels.autotune import Tuner
+from ...kernels.turns import Calls, Contest, bucket_of
 from ...torch_compat import is_avx512_supported
 from .epilogue import STAGE, Activation, Epilogue, Norm, epilogue_of, epilogues, fused_in
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
-ONEDNN_LINEAR, ONEDNN_SUM = mkldnn._linear_pointwise.default._op, mkldnn._linear_pointwise.binary._op  # a frame less
+# saves a Python frame
+ONEDNN_LINEAR, ONEDNN_SUM = mkldnn._linear_pointwise.default._op, mkldnn._linear_pointwise.binary._op
 
-ROWS = (1, 4, 16, 64, 256, 1024)  # rows of x that linears are measured at
+ROWS = (1, 4, 16, 64, 256, 1024)  # numbers of rows of x at which linears are measured
 UP_TO = (2, 8, 32, 128, 512)
 PACKED_FOR_ROWS = 128  # the layout is the same for 16 to 1024 rows, and no slower for one
-MOST_OPERATIONS = 2e9  # of one call that is measured: 10 to 20 ms; more rows take the kernel of fewer
-COLD_BYTES = 16 * 2**20  # of copies of a weight: a model's weights come from memory, not from a cache
+MOST_OPERATIONS = 2e9  # of one measured call, 10 to 20 ms; more rows use the kernel of fewer
+COLD_BYTES = 16 * 2**20  # of copies of a weight, because a model's weights come from memory, not from a cache
 # Without measurements, where our own kernel does not come first: with AVX-512, packed weights were 1.2 to 1.9 times as
-# fast from 16 rows on; calling the packed kernel takes some 15 us, F.linear 3, which smaller weights than this do not
+# fast from 16 rows on; calling the packed kernel takes about 15 us, F.linear 3, which weights smaller than this do not
 # win back.
 PACKED_FROM_ELEMENTS = 256 * 256
 
 
-# (x, weight, bias, residual) -> x W^T + bias, and then either an activation of it or its sum with a residual.
-# With a norm two more, gamma and beta.
+# (x, weight, bias, residual) -> x W^T + bias, then either an activation of it or its sum with a residual. With a norm,
+# two more arguments: gamma and beta.
 Run = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to compute a linear with what follows it, on the weight as `pack` makes it."""
+    """One way to compute a linear and its epilogue, on the weight as `pack` makes it."""
 
     run: Run
     pack: Callable[[Tensor], Tensor] | None = None
 
 
 def linear_kernels(n: int, k: int, activation: Activation | None, norm: Norm | None = None) -> dict[str, Kernel]:
-    """The kernels for a weight [n, k], by name, each with what follows: an activation, a norm. Some have it fused."""
+    """The kernels for a weight [n, k], by name, each with its epilogue: an activation, a norm. Some have it fused."""
     torchs = {"F.linear": Kernel(_plain), "packed": Kernel(_by_onednn(None), pack_for_onednn)}
     if activation is not None:
         torchs = {name: Kernel(_followed(kernel.run, activation.write), kernel.pack) for name, kernel in torchs.items()}
@@ -66,6 +68,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 
 def pack_for_onednn(weight: Tensor) -> Tensor:
+    """A weight [n, k] in oneDNN's packed layout."""
     return mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
 
 
@@ -101,14 +104,14 @@ def _normed(run: Run, n: int, norm: Norm) -> Run:
 
 
 class LinearByRows:
-    """A linear, with what follows it, by the kernel that was chosen for the number of rows of x.
+    """A linear and its epilogue, with the kernel chosen for the number of rows of x.
 
-    `weights` is its weight in each form that the kernels take, of which `forms` gives the place for each kernel.
+    `weights` is its weight in each form that the kernels take; `forms` has the index of the form for each kernel.
     """
 
     def __init__(self, runs: list[Run], forms: list[int]):
         self.runs, self.forms = runs, forms
-        self.__name__ = "linear_by_rows"  # fx names nodes by it
+        self.__name__ = "linear_by_rows"  # fx names nodes after it
 
     def __call__(self, x: Tensor, weights: list[Tensor], *others: Tensor | None) -> Any:
         rows = x.numel() // x.shape[-1] if x.numel() else 0
@@ -123,26 +126,29 @@ def linears(n: int, k: int, activation: Activation | None = None) -> Contest:
     @functools.cache
     def weights() -> tuple[Tensor, dict[Any, list[Tensor]]]:
         copies = max(len(kernels), min(256, COLD_BYTES // (n * k * torch.float32.itemsize)))
-        plain = [torch.full((n, k), 0.5) for _ in range(copies)]
+        plain = [torch.full((n, k), 0.5, dtype=torch.float32, device="cpu") for _ in range(copies)]
         packs = {kernel.pack for kernel in kernels.values()}
-        return torch.zeros(n), {pack: list(map(pack, plain)) if pack else plain for pack in packs}
+        return torch.zeros(n, dtype=torch.float32, device="cpu"), {
+            pack: list(map(pack, plain)) if pack else plain for pack in packs
+        }
 
     def calls(rows: int) -> list[Calls] | None:
         if 2 * rows * n * k > MOST_OPERATIONS and rows > ROWS[0]:
             return None
-        x = torch.full((rows, k), 0.5)
+        x = torch.full((rows, k), 0.5, dtype=torch.float32, device="cpu")
         bias, forms = weights()
         found: list[Calls] = []
         for place, kernel in enumerate(kernels.values()):
             copies = forms[kernel.pack]
-            start = len(copies) // len(kernels) * place  # none must find in the cache what another one has just read
+            # so that none finds in the cache what another one has just read
+            start = len(copies) // len(kernels) * place
             found.append(
                 [functools.partial(kernel.run, x, copy, bias, None) for copy in copies[start:] + copies[:start]]
             )
         return found
 
     what = f"linear {n}x{k} float32 {activation.known_as if activation else ''}".strip()
-    return Contest(what, tuple(kernels), ROWS, UP_TO, calls, _by_rule(n * k, kernels))
+    return Contest(what, tuple(kernels), ROWS, UP_TO, calls, _by_rule(n * k, kernels), weights.cache_clear)
 
 
 def _by_rule(elements: int, kernels: dict[str, Kernel]) -> str:
@@ -154,9 +160,9 @@ def _by_rule(elements: int, kernels: dict[str, Kernel]) -> str:
 
 
 def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> StageRecord:
-    """Give linears on float32 weights the kernels that are the fastest here, with what follows them.
+    """Gives linears on float32 weights the kernels that are fastest here, with one of `epilogues` fused in.
 
-    That is one of `epilogues`; returns the record of them. The nodes that pack weights join `constant`.
+    Returns the record of fused epilogues. The nodes that pack weights join `constant`.
     """
     packed: dict[Any, fx.Node] = {}
     record, formulas = StageRecord(STAGE), epilogues()
@@ -173,9 +179,10 @@ def choose_linears(graph: fx.Graph, constant: set[fx.Node], tuner: Tuner) -> Sta
             continue
         kernels = linear_kernels(n, k, epilogue.activation, epilogue.norm)
         forms = [_form(weight, kernels[name].pack, packed) for name in names]
-        _use(graph, node, epilogue, [kernels[name].run for name in names], forms)
+        result = _call(graph, epilogue, [kernels[name].run for name in names], forms)
+        epilogue.replace_by(result, record)
     if tuner.answers and (reason := native.obstacle()):
-        tuner.answers["native"] = f"not to be had: {reason}"
+        tuner.notes["native"] = f"not available: {reason}"
     constant.update(packed.values())
     return record
 
@@ -190,31 +197,31 @@ def _form(weight: fx.Node, pack: Callable[[Tensor], Tensor] | None, packed: dict
     return packed[weight, pack]
 
 
-def _use(graph: fx.Graph, linear: fx.Node, epilogue: Epilogue, runs: list[Run], forms: list[fx.Node]) -> None:
+def _call(graph: fx.Graph, epilogue: Epilogue, runs: list[Run], forms: list[fx.Node]) -> fx.Node:
+    """The node that computes a linear with its epilogue."""
+    linear, last = epilogue.chain[0], epilogue.chain[-1]
     others = (argument(linear, "bias"), epilogue.residual, *epilogue.affine)
-    with graph.inserting_after(epilogue.chain[-1]):
+    with graph.inserting_after(last):
         if len(set(runs)) == 1:
-            result = graph.call_function(runs[0], (linear.args[0], forms[0], *others))
-        else:
-            each = list(dict.fromkeys(forms))
-            target = LinearByRows(runs, [each.index(form) for form in forms])
-            result = graph.call_function(target, (linear.args[0], each, *others))
-    epilogue.replace_by(result)
+            return graph.call_function(runs[0], (linear.args[0], forms[0], *others))
+        each = list(dict.fromkeys(forms))
+        target = LinearByRows(runs, [each.index(form) for form in forms])
+        return graph.call_function(target, (linear.args[0], each, *others))
 
 
 def can_pack_here() -> bool:
-    """Outside autocast, which would not see the packed op."""
+    """Whether weights can be packed: not under autocast, which would not see the packed op."""
     has_kernel = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return has_kernel and not torch.is_autocast_enabled("cpu")
 
 
 def can_be_packed(node: fx.Node, constant: set[fx.Node]) -> bool:
-    """Whether a node is a float32 linear on a weight, and not itself computed from weights alone."""
+    """Whether a node is a float32 linear on a weight, and not itself computed from weights only."""
     if node.target is not aten.linear.default or node.args[1] not in constant or node in constant:
         return False
     x, weight = (node.args[place].meta["val"] for place in (0, 1))  # type: ignore[union-attr]
     on_cpu = x.device.type == weight.device.type == "cpu"
     is_float = on_cpu and x.dtype is weight.dtype is torch.float32 and weight.dim() == 2 and weight.numel() > 0
     bias = argument(node, "bias")
-    # oneDNN reads a bias as if it were contiguous, whatever it is
+    # oneDNN reads any bias as if it were contiguous
     return is_float and (bias is None or bias in constant and bias.meta["val"].is_contiguous())

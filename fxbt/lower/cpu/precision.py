@@ -1,4 +1,4 @@
-"""Linear layers in less than float32, where that is asked for: in bfloat16, or on int8 weights and activations.
+"""Linear layers below float32, if requested: in bfloat16, or on int8 weights and activations.
 
 Only what a linear computes is narrow: sums with residuals, norms and attention stay in float32, and so do the model's
 own weights.
@@ -21,39 +21,41 @@ aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
 onednn = torch.ops.onednn
 
-LARGEST = 127  # of the steps on either side of the middle, of an activation as of a weight
+LARGEST = 127  # number of steps on either side of the middle, for activations and weights
 MIDDLE = 128  # of an activation's levels, which are unsigned
-SMALLEST_STEP = 1e-30  # its inverse is a float32 too
-LONGEST_SUM = (2**31 - 1) // (2 * MIDDLE * LARGEST)  # products that an int32 holds the sum of, whatever they are
+SMALLEST_STEP = 1e-30  # its inverse is a float32, too
+LONGEST_SUM = (2**31 - 1) // (2 * MIDDLE * LARGEST)  # the number of products whose sum always fits an int32
 
 
 class Precision(Protocol):
-    """Writes the linears of one graph; made anew for each, as what several linears share is made once."""
+    """Writes the linears of one graph; one object per graph, so that what several linears share is made once."""
 
     name: str
 
     def __init__(self, graph: fx.Graph, constant: set[fx.Node], record: StageRecord) -> None: ...
 
     def linear(self, node: fx.Node) -> None:
-        """Puts another in the place of a linear node."""
+        """Replaces a linear node."""
 
 
 def precision_of(dtype: torch.dtype | None, quantize: str | None) -> type[Precision] | None:
-    """What `optimize(dtype=..., quantize=...)` asks for; None is the model's own.
+    """What `optimize(dtype=..., quantize=...)` asks for; None is the model's own precision.
 
     Raises:
-        ValueError: unknown, both at once, or without kernels on this machine.
+        ValueError: an unknown value, both at once, or no kernels on this machine.
     """
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"dtype is {dtype!r}, expected None (the model's own) or torch.bfloat16")
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize is {quantize!r}, expected None or 'int8'")
     if dtype is not None and quantize is not None:
-        raise ValueError(f"dtype={dtype} and quantize={quantize!r} both say how linears compute; give one of them")
+        raise ValueError(
+            f"dtype={dtype} and quantize={quantize!r} both set the precision of linear layers; pass only one of them"
+        )
     if dtype is not None and not mkldnn._is_mkldnn_bf16_supported():
-        raise ValueError("dtype=torch.bfloat16 needs a CPU with AVX-512 that oneDNN has bfloat16 kernels for")
+        raise ValueError("dtype=torch.bfloat16 needs a CPU with AVX-512 for which oneDNN has bfloat16 kernels")
     if quantize is not None and not can_quantize_here():
-        # Instructions before VNNI add pairs of products in 16 bits, which saturate.
+        # Instructions before VNNI add pairs of products in 16 bits, which saturates.
         raise ValueError("quantize='int8' needs a CPU with AVX512-VNNI and a torch with oneDNN")
     if dtype is not None:
         return Bfloat16
@@ -66,9 +68,9 @@ def can_quantize_here() -> bool:
 
 
 def narrow_linears(precision: type[Precision], graph: fx.Graph, constant: set[fx.Node]) -> StageRecord:
-    """Compute linears on float32 weights in `precision`; the nodes that make its own weights join `constant`.
+    """Computes linears on float32 weights in `precision`; the nodes that make its own weights join `constant`.
 
-    Returns the record of what was fused in.
+    Returns the record of fused epilogues.
     """
     record = StageRecord(STAGE)
     if not can_pack_here():
@@ -91,6 +93,7 @@ class Bfloat16:
         self._known: dict[tuple[Any, torch.dtype], fx.Node] = {}
 
     def linear(self, node: fx.Node) -> None:
+        """Computes a linear, and an activation after it, in bfloat16."""
         x: Any = node.args[0]
         epilogue = epilogue_of(node, self._constant, self._record, self._formulas)
         packed = self._packed(node.args[1])
@@ -99,8 +102,8 @@ class Bfloat16:
             arguments: Any = (narrow, packed, argument(node, "bias"), *fused_in(epilogue.activation))
             fused = self._graph.call_function(mkldnn._linear_pointwise.default, arguments)
         wide = self._cast(fused, torch.float32)
-        self._known[wide, torch.bfloat16] = fused  # a linear that follows takes it as it is
-        epilogue.replace_by(wide)
+        self._known[wide, torch.bfloat16] = fused  # a linear that follows takes it directly
+        epilogue.replace_by(wide, self._record)
 
     def _packed(self, weight: Any) -> fx.Node:
         if (weight, torch.bfloat16) not in self._known:
@@ -113,7 +116,7 @@ class Bfloat16:
         return self._known[weight, torch.bfloat16]
 
     def _cast(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """`value` in `dtype`: a node right after it, one for all that ask."""
+        """`value` in `dtype`: one node right after it, shared by all readers."""
         if (value, dtype) not in self._known:
             with self._graph.inserting_after(value):
                 self._known[value, dtype] = self._graph.call_function(aten.to.dtype, (value, dtype))
@@ -121,20 +124,21 @@ class Bfloat16:
 
 
 class Int8:
-    """Weights in int8 with a step of its own for each output channel, inputs in 8 bits with one for each token.
+    """Weights in int8 with a step per output channel, inputs in 8 bits with a step per token.
 
-    The scheme of torchao's `Int8DynamicActivationInt8WeightConfig`, on oneDNN's kernel. One step for all tokens, as in
-    `torch.ao.quantization.quantize_dynamic`, put MiniLM's outputs off by 14 % where this puts them off by 5, and a
-    token's result would depend on the tokens beside it.
+    This is the scheme of torchao's `Int8DynamicActivationInt8WeightConfig`, with oneDNN's kernel. One step for all
+    tokens, as in `torch.ao.quantization.quantize_dynamic`, changes MiniLM's outputs by 14 % where this changes them by
+    5, and a token's result would depend on the tokens beside it.
     """
 
     name = "int8"
 
     def __init__(self, graph: fx.Graph, constant: set[fx.Node], record: StageRecord) -> None:
-        self._graph, self._constant = graph, constant
+        self._graph, self._constant, self._record = graph, constant, record
         self._known: dict[Any, tuple[fx.Node, ...]] = {}
 
     def linear(self, node: fx.Node) -> None:
+        """Computes a linear on int8 weights, unless its sums could exceed an int32."""
         x, weight = node.args[:2]
         outputs, inputs = map(int, weight.meta["val"].shape)  # type: ignore[union-attr]
         if not 0 < inputs <= LONGEST_SUM:
@@ -143,7 +147,7 @@ class Int8:
         with self._graph.inserting_after(node):
             arguments: Any = (x, *weights, argument(node, "bias"))
             quantized = self._graph.call_function(Int8Linear(outputs), arguments)
-        Epilogue((node,)).replace_by(quantized)
+        Epilogue((node,)).replace_by(quantized, self._record)
 
     def _weights(self, weight: Any) -> tuple[fx.Node, ...]:
         if weight not in self._known:
@@ -160,7 +164,7 @@ class Int8:
 
 
 def channel_steps(weight: Tensor) -> Tensor:
-    """[n, k] -> [n]: what one step of an int8 weight stands for in each output channel."""
+    """[n, k] -> [n]: the value of one int8 step in each output channel."""
     return weight.abs().amax(1).div_(LARGEST).clamp_min_(SMALLEST_STEP)
 
 
@@ -170,16 +174,16 @@ def in_steps(weight: Tensor, steps: Tensor) -> Tensor:
 
 
 def channel_sums(levels: Tensor, steps: Tensor) -> Tensor:
-    """[n, k] -> [n]: the sums of each channel's int8 weights, which the middle of an input is multiplied by.
+    """[n, k] -> [n]: the sums of each channel's int8 weights, by which the middle of an input is multiplied.
 
-    Those of the weights as they were would be worse: the roundings of a channel add up, times a middle that is large
-    where one feature is.
+    Sums of the original weights would be worse: the rounding errors of a channel add up, times a middle that is large
+    if one feature is.
     """
     return levels.sum(1) * steps
 
 
 class Int8Linear:
-    """x @ w.T + b of x = middle + step * level, where the levels are 8-bit integers and w is so in steps of its own.
+    """x @ w.T + b for x = middle + step * level, where levels are 8-bit integers and w has int8 steps of its own.
 
     The products of levels and weights are summed exactly. NaN or inf in a token makes all its results NaN or inf.
     """
@@ -187,13 +191,13 @@ class Int8Linear:
     def __init__(self, outputs: int):
         self._outputs = outputs
         self._weight_zeros = torch.zeros(outputs, dtype=torch.int32)
-        self.__name__ = "int8_linear"  # fx names nodes by it
+        self.__name__ = "int8_linear"  # fx names nodes after it
 
     def __call__(self, x: Tensor, packed: Tensor, steps: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
         low, high = torch.aminmax(x, dim=-1, keepdim=True)
         middle = low.add(high).mul_(0.5)
         step = high.sub_(low).mul_(0.5 / LARGEST).clamp_min_(SMALLEST_STEP)
-        levels = x.sub(middle).div_(step).add_(MIDDLE + 0.5).to(torch.uint8)  # 0.5: the cast rounds down
+        levels = x.sub(middle).div_(step).add_(MIDDLE + 0.5).to(torch.uint8)  # 0.5 because the cast rounds down
         scaling: Any = (levels, 1.0, MIDDLE, packed, steps, self._weight_zeros)
         product = onednn.qlinear_pointwise(*scaling, None, 1.0, 0, torch.float32, "none", [], "")
         product = product.view(*x.shape[:-1], self._outputs)

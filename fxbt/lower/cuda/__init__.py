@@ -1,1 +1,1 @@
-"""Kernels and recordings of CUDA devices."""
+"""Kernels and recordings for CUDA devices."""

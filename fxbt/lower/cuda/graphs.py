@@ -1,4 +1,4 @@
-"""CUDA graphs: a program's kernels recorded once for each shape of its inputs, and launched in one go from then on.
+"""CUDA graphs: records a program's kernels once per shape of its inputs, and then launches them at once.
 
 Source: `torch.cuda.CUDAGraph`, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs
 """
@@ -19,12 +19,12 @@ from torch import Tensor, fx
 
 from ...graph.node import is_stochastic
 
-MOST_RECORDINGS = 64  # of one program, the least recently used go first: each holds its inputs and outputs
-MOST_BYTES_SHARE = 1 / 8  # of the device's memory, for the recordings of one program
+MOST_RECORDINGS = 64  # per program; the least recently used go first, because each holds its inputs and outputs
+MOST_BYTES_SHARE = 1 / 8  # share of the device's memory for the recordings of one program
 RECORDED, REPLAYED, ONCE = "recorded", "replayed", "of a new shape"
 
 Run = Callable[..., tuple[Any, ...]]
-_now = threading.local()  # what this thread is at
+_now = threading.local()  # what this thread is doing
 
 
 def is_recording() -> bool:
@@ -63,19 +63,19 @@ class _Recording:
 
     @property
     def nbytes(self) -> int:
-        """The memory of inputs and outputs; what is between them is shared by all recordings."""
+        """The bytes of inputs and outputs; all recordings share the memory between them."""
         return sum(tensor.nbytes for tensor in (*self.inputs, *self.own))
 
 
 class Recorder:
     """Records programs on the device of their arguments. The programs of one graph share it.
 
-    What is recorded on one stream shares one pool of memory, in which a recording's outputs stand where another one's
-    intermediate values do: so `lock` is held from copying inputs until outputs are copied, in all of them. Streams run
-    side by side, so each has a pool of its own.
+    Recordings on one stream share one pool of memory, in which a recording's outputs occupy the place of another's
+    intermediate values. So all of them hold `lock` from copying inputs until outputs are copied. Streams run in
+    parallel, so each has its own pool.
 
     Args:
-        is_static: whether callers (see `serving`) get a recording's own outputs, which the next replay overwrites.
+        is_static: callers (see `serving`) get a recording's own outputs, which the next replay overwrites.
     """
 
     def __init__(self, is_static: bool = False) -> None:
@@ -84,7 +84,7 @@ class Recorder:
         self._pools: dict[Any, tuple[Any, Any]] = {}  # by stream: a pool, and a recording in it that stays
 
     def serving(self, run: Run) -> Run:
-        """`run` for a caller's call; fxbt's own, which compare outputs, get copies."""
+        """`run` for a caller's call; fxbt's own calls, which compare outputs, get copies."""
         if not self.is_static:
             return run
 
@@ -95,18 +95,18 @@ class Recorder:
         return served
 
     def record(self, run: Run, arguments: Sequence[Tensor]) -> tuple[Callable[[], None], tuple[Any, ...]]:
-        """Runs a program once to warm up and once to record it: (what repeats its kernels, their outputs)."""
+        """Runs a program once to warm up and once to record it; returns (a function that replays it, its outputs)."""
         current = torch.cuda.current_stream()
         stream = torch.cuda.Stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            run(*arguments)  # libraries make their workspaces at a first call, which must not be recorded
+            run(*arguments)  # libraries allocate their workspaces at a first call, which must not be recorded
         current.wait_stream(stream)
-        with torch.cuda.stream(current):  # which a recording that cannot begin would leave for another one
+        with torch.cuda.stream(current):  # a recording that cannot begin would leave another stream
             return self._recorded(run, arguments, self._pool(current))
 
     def _pool(self, stream: Any) -> Any:
-        """The pool of what is recorded on a stream. torch frees it with its last recording, so one always stays."""
+        """The pool of a stream's recordings. torch frees it with its last recording, so one always stays."""
         if stream not in self._pools:
             pool = torch.cuda.graph_pool_handle()
             replay, _ = self._recorded(lambda: (torch.zeros(1, device=stream.device),), (), pool)
@@ -120,24 +120,24 @@ class Recorder:
         return graph.replay, outputs
 
     def most_bytes(self, tensor: Tensor) -> float:
-        """How much memory the recordings of one program may hold on the device of a tensor."""
+        """How many bytes the recordings of one program may hold on the device of a tensor."""
         if not tensor.is_cuda:
             return math.inf
         return MOST_BYTES_SHARE * torch.cuda.get_device_properties(tensor.device).total_memory
 
 
 class Replay:
-    """`replay(*tensors, *weights)` is `run(*tensors, *weights)`, recorded when it comes a second time in one shape.
+    """`replay(*tensors, *weights)` is `run(*tensors, *weights)`, recorded when a shape comes a second time.
 
-    Weights are read where they stand: writes to them show, and one that is moved makes a recording of its own. Keyword
-    arguments are handed on to `run`, and each of their values has recordings of its own.
-    `calls` counts how calls went: "recorded", "replayed", "of a new shape", or why they were not recorded.
+    Weights are read in place: writes to them are seen, and a moved weight gets a recording of its own. Keyword
+    arguments are passed to `run`; each of their values has its own recordings. `calls` counts "recorded", "replayed",
+    "of a new shape", and why calls were not recorded.
 
     Args:
-        run: without gradients.
-        count: how many of its arguments are inputs; they stand before the weights.
-        obstacle: why it cannot be recorded, where that is known (see `obstacle`).
-        is_static: the recorder's, if it is not given.
+        run: a function without gradients.
+        count: how many of its arguments are inputs; they come before the weights.
+        obstacle: why it cannot be recorded, if known (see `obstacle`).
+        is_static: by default the recorder's.
     """
 
     def __init__(
@@ -160,13 +160,13 @@ class Replay:
         return self._run(*arguments, **static)
 
     def forget(self) -> None:
-        """Frees what was recorded: calls are recorded anew."""
+        """Frees the recordings; later calls are recorded again."""
         with self._recorder.lock:
             self._recordings.clear()
 
     @property
     def nbytes(self) -> int:
-        """The memory that recordings hold for their inputs and outputs."""
+        """The bytes that recordings hold for their inputs and outputs."""
         with self._recorder.lock:
             return sum(recording.nbytes for recording in self._recordings.values() if recording is not None)
 
@@ -185,7 +185,7 @@ class Replay:
             return None, ONCE
         try:
             made = self._recordings[key] = self._made(arguments, static)
-        except Exception as error:  # what waits for the device, for one, cannot be recorded: the program runs as it is
+        except Exception as error:  # for example something that waits for the device: the program then runs unrecorded
             self.obstacle = f"cannot be recorded ({type(error).__name__}: {str(error).splitlines()[0]})"
             return None, self.obstacle
         self._recordings.move_to_end(key)
@@ -193,7 +193,7 @@ class Replay:
         return made, RECORDED
 
     def _drop_oldest(self, arguments: Sequence[Any]) -> None:
-        """Frees the least recently used recordings, as long as there are too many or they hold too much."""
+        """Frees the least recently used recordings while there are too many or they hold too much."""
         most = self._recorder.most_bytes(arguments[0]) if arguments else math.inf
         while len(self._recordings) > 1 and (len(self._recordings) > MOST_RECORDINGS or self.nbytes > most):
             self._recordings.popitem(last=False)
@@ -221,7 +221,7 @@ def _addresses(tensors: Sequence[Tensor]) -> set[int]:
 
 
 def obstacle(graph: fx.Graph) -> str | None:
-    """Why a graph cannot be recorded, whatever its inputs; None if it may be."""
+    """Why a graph cannot be recorded, whatever its inputs; None if it can."""
     values = [node.meta.get("val") for node in graph.nodes if node.op in ("placeholder", "get_attr")]
     devices = {value.device for value in values if isinstance(value, Tensor)}
     if len(devices) != 1 or devices.pop().type != "cuda":

@@ -1,4 +1,4 @@
-"""Values derived of weights on a CUDA device, compared now and then with what would be derived anew."""
+"""Derived weights on a CUDA device: from time to time compared with what would be derived now."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CALLS_APART = 64  # looks; each derives everything anew, which takes BERT-base's merged projections 0.05 ms of an H100
-# The integers that show all bits of an element, by its bytes.
+# looks; each derives everything again, which takes 0.05 ms on an H100 for BERT-base's merged projections
+CALLS_APART = 64
+# The integer dtypes that show all bits of an element, by its size in bytes.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 class LateLook:
-    """Whether derived values are still those of their weights, as a look some calls ago found.
+    """Whether derived values still belong to their weights, according to a look some calls ago.
 
-    Torch counts writes to a tensor, but not those past `.data`. To see them at once, each call would wait for the
-    device; so every 64th call has the device compare, and a later call reads what it found, once it is there.
+    torch counts writes to a tensor, but not those through `.data`. To see those immediately, each call would have to
+    wait for the device; so every 64th call makes the device compare, and a later call reads the result once it is
+    there.
 
     Args:
-        derive: makes the values of the weights.
+        derive: computes the values from the weights.
 
     Example:
         >>> look = LateLook(derive, weights, values)
@@ -33,10 +35,10 @@ class LateLook:
     def __init__(self, derive: Callable[..., Sequence[Tensor]], weights: Sequence[Tensor], values: Sequence[Tensor]):
         self._derive, self._weights, self._values = derive, weights, values
         self._turn = itertools.count(1)
-        self._found: tuple[Tensor, Any] | None = None  # whether something differed; the event after which that is known
+        self._found: tuple[Tensor, Any] | None = None  # whether something differs; the event after which that is known
 
     def holds(self) -> bool:
-        """Whether no look so far has found a difference; starts the next one, if it is due."""
+        """Whether no look so far has found a difference; starts the next look if it is due."""
         found = self._found
         if found is not None and found[1].query():
             self._found = None
@@ -47,7 +49,7 @@ class LateLook:
         return True
 
     def holds_now(self) -> bool:
-        """The same of this moment, for which it waits."""
+        """Whether nothing differs now; waits for the device."""
         return not self._differs().item()
 
     def _look(self) -> tuple[Tensor, Any]:
@@ -66,5 +68,5 @@ class LateLook:
 
 
 def _bits(value: Tensor) -> Tensor:
-    """A value as integers: NaN is equal to itself there."""
+    """A value as integers, in which NaN equals itself."""
     return torch.view_as_real(value) if value.is_complex() else value.view(INTEGERS[value.element_size()])

@@ -1,4 +1,4 @@
-"""Elementwise steps, norms and layouts between the products of a CUDA program: one kernel for each run of them.
+"""Pointwise fusion on CUDA: one kernel for each run of elementwise ops, norms and layouts between products.
 
 A rotary embedding is a dozen small kernels, each of which reads and writes all queries; RMS norm with its casts, SwiGLU
 and a residual with its norm are three to five. torch's Inductor makes one Triton kernel of each. Equal regions, as in
@@ -22,7 +22,6 @@ from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 
 from ...graph.opsets import CASTS
 from ...torch_compat import OpOverload, compile_by_inductor
-from ..bindings import BINDINGS
 from ..codegen import compile_graph
 from .graphs import is_recording
 
@@ -37,11 +36,11 @@ LAYOUTS = {
 }
 JOINS = {aten.cat.default, aten.stack.default}
 PRODUCTS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default}
-LEAST_PLACES = 2  # of a region, for which it is compiled: what comes once a call is no layer's, and costs seconds too
-LEAST_KERNELS = 2  # that one kernel takes the place of
+LEAST_PLACES = 2  # a region that occurs only once per call belongs to no layer, and compiling it costs seconds, too
+LEAST_KERNELS = 2  # that one kernel replaces
 
-# Bytes of the largest input, up to which a region runs step by step where it is not recorded: calling a compiled kernel
-# took 60 us on an H200's host, and its steps some 5 us each, so that what is smaller waits for the host anyway.
+# Up to this many bytes in its largest input, an unrecorded region runs step by step: calling a compiled kernel took 60
+# us on an H200's host, and each step about 5 us, so smaller regions wait for the host anyway.
 SMALL = 2**23
 MOST_VARIANTS = 4  # of a region, for inputs of other strides
 
@@ -50,14 +49,14 @@ Compiler = Callable[[fx.GraphModule, Sequence[Tensor]], Program]
 
 
 class FusedRegion:
-    """A part of a graph as one function, compiled at its first call; as it was, where the compiler fails.
+    """A part of a graph as one function, compiled at its first call; runs uncompiled if the compiler fails.
 
     Attributes:
         steps: what it computes, for the report.
-        failure: why it is not compiled.
+        failure: why it is not compiled; None if nothing failed.
     """
 
-    __name__ = "fused_region"  # fx asks for one
+    __name__ = "fused_region"  # fx needs a name
 
     def __init__(self, module: fx.GraphModule, compiler: Compiler) -> None:
         self.steps = ", ".join(_name(node) for node in module.graph.nodes if _is_kernel(node))
@@ -65,7 +64,7 @@ class FusedRegion:
         self._module = module
         self._compiler = compiler
         self._is_one = not isinstance(_returned(module.graph), tuple | list)
-        self._plain = compile_graph(_bound(module.graph))
+        self._plain = compile_graph(module.graph)
         self._variants: list[Program] = []
         self._lock = threading.Lock()
 
@@ -82,35 +81,35 @@ class FusedRegion:
         for run in self._variants:
             try:
                 outputs = run(*tensors)
-            except AssertionError:  # compiled for other strides: nothing has run yet
+            except AssertionError:  # compiled for other strides; nothing has run yet
                 continue
             return outputs[0] if self._is_one else outputs
         return self._first(tensors)
 
     def _first(self, tensors: Sequence[Tensor]) -> Any:
-        """The result for inputs of strides that were not seen before."""
+        """The result for inputs with strides not seen before."""
         with self._lock:
             if self.failure is None and len(self._variants) < MOST_VARIANTS:
                 try:
                     self._variants.append(self._compiler(copy.deepcopy(self._module), tensors))
-                except Exception as error:  # no Triton, say: the program is right without
+                except Exception as error:  # for example without Triton; the program works without it
                     self.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                     logger.info("the steps %s are not compiled: %s", self.steps, self.failure)
         return self._plain(*tensors)
 
 
-_KNOWN: OrderedDict[Hashable, FusedRegion] = OrderedDict()  # by what they compute: those of all programs of the process
+_KNOWN: OrderedDict[Hashable, FusedRegion] = OrderedDict()  # by what they compute, for all programs of the process
 MOST_KNOWN = 256
 
 
 def fuse_pointwise(graph: fx.Graph, compiler: Compiler = compile_by_inductor) -> tuple[fx.Graph, list[FusedRegion]]:
-    """The graph with one call for each region that stands in it twice at least, and the regions in it.
+    """The graph with one call for each region that occurs at least twice in it, and these regions.
 
-    Placeholders stay as they are. Regions keep the numbers but for the rounding of what stands between their steps: it
-    is float32 in a compiled kernel.
+    Placeholders do not change. Regions keep the values except for rounding between their steps, which is float32 in a
+    compiled kernel.
 
     Args:
-        graph: whose nodes have their values, without get_attr nodes.
+        graph: a graph whose nodes have their values, without get_attr nodes.
     """
     module = fx.GraphModule(nn.Module(), graph)
     partitioner = CapabilityBasedPartitioner(module, _Supported(graph), allows_single_node_partition=False)
@@ -143,16 +142,8 @@ def _known(part: Any, compiler: Compiler) -> FusedRegion:
     return _KNOWN[key]
 
 
-def _bound(graph: fx.Graph) -> fx.Graph:
-    copy_of_it = fx.Graph()
-    copy_of_it.output(copy_of_it.graph_copy(graph, {}))
-    for node in copy_of_it.nodes:
-        node.target = BINDINGS.get(node.target, node.target)
-    return copy_of_it
-
-
 class _Supported(OperatorSupportBase):
-    """What stands behind a product: what is in front of all of them is computed once a call, as rotary angles are."""
+    """Supports nodes after a product: those before all products, such as rotary angles, are computed once per call."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._behind: set[fx.Node] = set()
@@ -167,7 +158,7 @@ class _Supported(OperatorSupportBase):
         if node not in self._behind:
             return False
         if any(not isinstance(source.meta.get("val"), Tensor) for source in node.all_input_nodes):
-            return False  # sizes are numbers, which a region does not take
+            return False  # sizes are numbers, which a region does not accept
         return node.target in LAYOUTS or _is_kernel(node)
 
 
@@ -180,7 +171,7 @@ def _is_kernel(node: fx.Node) -> bool:
 
 
 def _without_outer_layouts(region: Iterable[fx.Node]) -> list[fx.Node]:
-    """The nodes in order, without the views at both ends: they cost nothing, and would be copied."""
+    """The nodes in order, without views at both ends: these cost nothing, and would be copied."""
     nodes = sorted(region)
     for backwards in (True, False):
         for node in reversed(nodes) if backwards else list(nodes):
@@ -192,7 +183,8 @@ def _without_outer_layouts(region: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def _key(nodes: Iterable[fx.Node], inputs: Sequence[fx.Node], outputs: Any) -> Hashable:
-    """Equal for parts that compute the same of values of the same kinds, whatever symbols stand for their sizes."""
+    """A key that is equal for parts that compute the same from values of the same kinds, whatever their symbolic
+    sizes."""
     names: dict[fx.Node, str] = {}
     symbols: dict[Any, str] = {}
 
