@@ -200,7 +200,7 @@ class Doubled(fxbt.Rule):
         return torch.exp(x) + 1.0
 
 
-@pytest.mark.parametrize("options", [{"padding": "keep"}, {"verify": True}, {"rules": [Doubled()]}], ids=str)
+@pytest.mark.parametrize("options", [{"padding": "keep"}, {"verify": True}, {"rules": [Doubled()]}], ids=" ".join)
 def test_other_options_prove_anew(options: dict[str, Any], tmp_path: Path, compiled: Any) -> None:
     model = Causal().eval()
     saved(model, tmp_path, *inputs())
@@ -210,7 +210,7 @@ def test_other_options_prove_anew(options: dict[str, Any], tmp_path: Path, compi
     assert len(compiled) == 1
 
 
-@pytest.mark.parametrize("options", [{"verify": True}, {"rules": [Doubled()]}], ids=str)
+@pytest.mark.parametrize("options", [{"verify": True}, {"rules": [Doubled()]}], ids=" ".join)
 def test_what_own_options_made_is_for_nobody_else(options: dict[str, Any], tmp_path: Path) -> None:
     saved(Causal().eval(), tmp_path, *inputs(), **options)
     assert len(lines_of(tmp_path)) == 2
