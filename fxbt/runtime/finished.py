@@ -7,7 +7,8 @@ example when programs are made is checked again by who reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..analysis.masks import read_constants
 from ..capture.containers import Given
 from ..graph.blocks import ATTENTIONS, mask_of
 from ..graph.lowerings import LOWERINGS
+from ..graph.miss import Miss
 from ..graph.node import is_stochastic
 from ..padding.drop import Output, Unpadded
 from ..padding.padded_calls import GivenLengths, GivenMask
@@ -99,10 +101,17 @@ def _rested_on(finished: Finished) -> dict[str, Tensor]:
     found = dict(finished.assumes)
     for part in (finished.unpadded, finished.unmasked):
         found |= {} if part is None else part.assumes
-    masks = [mask_of(node) for node in finished.dense.graph.nodes if node.target in ATTENTIONS]
-    for mask in dict.fromkeys(mask for mask in masks if isinstance(mask, fx.Node)):
+    for mask in dict.fromkeys(_masks(finished.dense.graph)):
         found |= {str(node.target): content for node, content in read_constants(mask).items() if is_read(content)}
     return found
+
+
+def _masks(graph: fx.Graph) -> Iterator[fx.Node]:
+    for node in graph.nodes:
+        with contextlib.suppress(Miss):  # of such an attention nothing is proven
+            mask = mask_of(node) if node.target in ATTENTIONS else None
+            if isinstance(mask, fx.Node):
+                yield mask
 
 
 def _written_batch(batch: Batch, writer: ModulesWriter) -> dict[str, Any]:
