@@ -77,7 +77,10 @@ def test_rows_without_keys_are_zero_as_in_the_original(name: str) -> None:
             lambda q, k, v, m: (20 * scores(q, k).tanh()).masked_fill(~m, -math.inf).softmax(-1).nan_to_num() @ v,
             "or zeroed weights",
         ),
-        (lambda q, k, v, m: scores(q, k).masked_fill(~m, -math.inf).softmax(-1).nan_to_num(0.5) @ v, "another number"),
+        (
+            lambda q, k, v, m: scores(q, k).masked_fill(~m, -math.inf).softmax(-1).nan_to_num(0.5) @ v,
+            "a number other than 0",
+        ),
         (
             lambda q, k, v, m: (scores(q, k).masked_fill(~m, -1e4).softmax(-1) * m) @ v,
             "does not mask every possible score",

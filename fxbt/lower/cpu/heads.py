@@ -50,7 +50,7 @@ def projected(attention: fx.Node) -> tuple[fx.Node, Heads, fx.Node] | None:
     """
     operands: list[Any] = list(attention.args[:3])
     counts, (head_dim, *others) = zip(*(operand.meta["val"].shape[1::2] for operand in operands), strict=True)
-    are_known = all(type(size) is int and size for size in (*counts, head_dim))
+    are_known = all(type(size) is int and size for size in (*counts, head_dim, *others))
     merged = _merged(attention) if are_known and set(others) == {head_dim} else None
     found = [columns for operand in operands if merged is not None and (columns := _columns(operand))]
     sources, starts = zip(*found, strict=True) if len(found) == 3 else ((), ())
