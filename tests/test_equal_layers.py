@@ -44,6 +44,23 @@ def test_the_graph_is_that_of_the_whole_trace(case: models.Case, monkeypatch: py
     assert str(once.out_spec) == str(whole.out_spec)
 
 
+class Casting(nn.Module):
+    """What a layer gives is cast to the dtype that it has, as Gemma 3n does: the same tensor, by another node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x).to(x.dtype) * 2 for layer in self.layers])
+
+
+def test_the_output_of_the_layer_that_was_traced_has_another_node_later() -> None:
+    once, whole = captured_twice(Casting().eval(), X)
+    assert once.copied == 4
+    assert graph_difference(once.module.graph, whole.module.graph) is None
+
+
 def bert(layers: int = 5) -> nn.Module:
     config = transformers.BertConfig(**{**models.ENCODER, "num_hidden_layers": layers})
     return models.enliven(transformers.BertModel(config).eval())

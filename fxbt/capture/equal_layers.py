@@ -80,6 +80,7 @@ class _Traced:
     nodes: list[fx.Node]
     outer: list[fx.Node]  # nodes of its tensors: those of the call, then weights
     output: Output
+    made_by: dict[int, fx.Node]  # of each tensor in it, by id; a later `x.to(x.dtype)` gives the tensor another node
     read: set[Name]
     calls: dict[str, int] = field(default_factory=dict)  # of modules inside, by their paths from this layer
 
@@ -216,9 +217,10 @@ class EqualLayers:
         with unseen_by_modes():
             is_pure = self._read() == read_before and values_of(module) == values and self._holds()
             can_be_copied = outer is not None and is_pure and _can_be_copied(nodes, outer)
-            if outer is None or not can_be_copied or not _is_known(tracer, output, call, nodes):
-                return output
-        traced = _Traced(module, path, call, len(tracer.module_stack), nodes, outer, output, read)
+            made_by = _made_by(tracer, output, call, nodes) if can_be_copied else None
+        if outer is None or made_by is None:
+            return output
+        traced = _Traced(module, path, call, len(tracer.module_stack), nodes, outer, output, made_by, read)
         counts = tracer.num_calls.items()
         traced.calls = {other[len(path) :]: count for other, count in counts if other.startswith(f"{path}.")}
         self._known_like(module).append(traced)
@@ -311,14 +313,16 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (SymInt, SymFloat, SymBool))
 
 
-def _is_known(tracer: Any, output: Output, call: _Call, nodes: Sequence[fx.Node]) -> bool:
-    """Whether each tensor of an output is the call's, or was made by these nodes in memory of its own."""
+def _made_by(tracer: Any, output: Output, call: _Call, nodes: Sequence[fx.Node]) -> dict[int, fx.Node] | None:
+    """The node of each tensor of an output that is not the call's; None if one is not made here in its own memory."""
     leaves: list[Any] = []
     leaves_of(output, leaves)
     given, made = {id(leaf) for leaf in call.leaves}, set(nodes)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in given]
-    are_made = all(_node_of(tracer, tensor) in made and tensor.storage_offset() == 0 for tensor in tensors)
-    return are_made and all(map(is_plain, leaves)) and not any(isinstance(leaf, SymInt) for leaf in leaves)
+    found = {id(tensor): node for tensor in tensors if (node := _node_of(tracer, tensor)) in made}
+    are_made = all(id(tensor) in found and tensor.storage_offset() == 0 for tensor in tensors)
+    are_plain = all(map(is_plain, leaves)) and not any(isinstance(leaf, SymInt) for leaf in leaves)
+    return found if are_made and are_plain else None
 
 
 def _copy(tracer: Any, traced: _Traced, call: _Call, path: str, nodes: dict[fx.Node, fx.Node]) -> Output:
@@ -334,24 +338,22 @@ def _copy(tracer: Any, traced: _Traced, call: _Call, path: str, nodes: dict[fx.N
         nodes[node].meta["nn_module_stack"] = {**stack, **moved}
     tracer.num_calls.update({path + place: count for place, count in traced.calls.items()})
     made = {id(old): new for old, new in zip(traced.call.leaves, call.leaves, strict=True) if isinstance(old, Tensor)}
-    return _output(tracer, traced.output, made, nodes)
+    return _output(tracer, traced.output, made, {tensor: nodes[node] for tensor, node in traced.made_by.items()})
 
 
 def _name_of(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else kind
 
 
-def _output(tracer: Any, output: Output, made: dict[int, Tensor], nodes: dict[fx.Node, fx.Node]) -> Output:
+def _output(tracer: Any, output: Output, made: dict[int, Tensor], nodes: dict[int, fx.Node]) -> Output:
     if isinstance(output, tuple):
         return tuple(_output(tracer, value, made, nodes) for value in output)
     if not isinstance(output, Tensor):
         return output
     if id(output) not in made:
-        node = _node_of(tracer, output)
-        assert node is not None
         with untraced():
             made[id(output)] = output.new_empty_strided(output.size(), output.stride())
-        proxy = fx.Proxy(nodes[node], tracer)
+        proxy = fx.Proxy(nodes[id(output)], tracer)
         proxy_tensor.track_tensor_tree(made[id(output)], proxy, constant=None, tracer=tracer)
     return made[id(output)]
 
