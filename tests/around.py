@@ -191,9 +191,13 @@ def _changed(case: Case, net: Any, stack: contextlib.ExitStack) -> Any:
 
 
 def _after(change: Callable[[Any], Any], net: Any) -> Any:
-    """What a change returns, if that is another whole model: calls in a row return all kinds of things."""
+    """What a change returns, if that is another whole model: calls in a row return all kinds of things.
+
+    A submodule that an optimised model hands out shares the `__dict__` of the one among its modules.
+    """
     changed = change(net)
-    return changed if isinstance(changed, nn.Module) and changed not in list(net.modules()) else net
+    is_part = isinstance(changed, nn.Module) and any(vars(changed) is vars(module) for module in net.modules())
+    return changed if isinstance(changed, nn.Module) and not is_part else net
 
 
 def _one_call(case: Case, net: Any, draw: Draw) -> Seen:
