@@ -161,7 +161,7 @@ def _own(node: fx.Node, constants: dict[str, Any], model: nn.Module) -> Tensor:
     value = constants.get(str(node.target))
     value = own_tensor(model, str(node.target)) if value is None else value
     if value is None or not is_alike(value, node.meta.get("val")):
-        raise Malformed(f"the model has no {node.target} of the kind that the graph reads")
+        raise Malformed(f"the model has no {node.target} of the dtype and shape that the graph reads")
     return value
 
 

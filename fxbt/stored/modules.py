@@ -129,5 +129,5 @@ class ModulesReader:
         value = self._constants.get(name)
         value = own_tensor(self._model, name) if value is None else value
         if value is None or not is_alike(value, node.meta.get("val")):
-            raise Malformed(f"the model has no {name} of the kind that the graph reads")
+            raise Malformed(f"the model has no {name} of the dtype and shape that the graph reads")
         return value

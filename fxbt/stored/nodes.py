@@ -70,7 +70,7 @@ class NodesReader:
         outputs = [place for place, node in enumerate(self._nodes) if node.op == "output"]
         is_ended = outputs == [len(self._nodes) - 1]
         if not is_ended or len(self._nodes[-1].args) != 1 or not isinstance(self._nodes[-1].args[0], tuple):
-            raise Malformed("a graph that does not end in what it returns")
+            raise Malformed("the graph does not end with its output")
         self.graph.lint()
         return self.graph
 
