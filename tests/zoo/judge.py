@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from models import difference
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxbt
@@ -95,9 +95,13 @@ def _verdict(fast: Any, differences: list[float | str]) -> dict[str, Any]:
     return row | {"status": "optimised", "reason": report.fallbacks[0] if report.fallbacks else ""}
 
 
-def _softmaxes(entries: Iterable[Any]) -> int:
-    """Softmaxes and whole attentions in a graph; what the original computes and does not use is not in it."""
-    return sum(entry.target in SOFTMAXES for entry in entries)
+def _softmaxes(entries: Sequence[Any]) -> int:
+    """Softmaxes and whole attentions in a graph that its outputs are computed from."""
+    used: set[fx.Node] = set()
+    for entry in reversed(entries):
+        if entry.node.op == "output" or entry.node in used:
+            fx.node.map_arg((entry.args, entry.kwargs), used.add)
+    return sum(entry.target in SOFTMAXES for entry in entries if entry.node in used)
 
 
 def _size(model: nn.Module) -> int:
