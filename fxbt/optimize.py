@@ -227,33 +227,34 @@ class Forward:
         self.wrapper = self._wrapped = None
 
 
-def _optimized(model: Any, options: Options) -> Any:
+def _optimized(model: Any, options: Options, is_part: bool = False) -> Any:
     from .dispatch import Dispatcher
 
     original = share(model, type(model)) if options.inplace else model
     dispatcher = Dispatcher(original, options)
-    fast = twin(model, _namespace(type(model), dispatcher, options))
+    fast = twin(model, _namespace(type(model), dispatcher, options, is_part))
     if not options.inplace:
         return fast
     object.__setattr__(model, "__class__", type(fast))
     return model
 
 
-def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str, Any]:
-    """The attributes of the optimised class."""
+def _namespace(base: Any, dispatcher: Dispatcher, options: Options, is_part: bool) -> dict[str, Any]:
+    """The attributes of the optimised class; `is_part` if it is for a submodule that an optimised model returns."""
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A copy with a `__dict__` of its own (FSDP's, a data-parallel replica) is another model: no graph belongs to
-        # it.
-        if torch.compiler.is_dynamo_compiling() or not dispatcher.stands_for(self):
+        # it. A submodule that was given a forward calls this one from there.
+        is_other = not dispatcher.stands_for(self) or (is_part and "forward" in vars(self))
+        if torch.compiler.is_dynamo_compiling() or is_other:
             return base.forward(self, *args, **kwargs)
         return dispatcher(args, kwargs)
 
     own_forward = Forward(forward, dispatcher)
     # Callers of a submodule may read its values at padding.
     part_options = dataclasses.replace(options, inplace=False, padding="keep")
-    submodels = Submodels(lambda part: _optimized(part, part_options), dispatcher.report)
+    submodels = Submodels(lambda part: _optimized(part, part_options, is_part=True), dispatcher.report)
 
     def get_attribute(self: Any, name: str) -> Any:
         value = base.__getattr__(self, name)
@@ -285,7 +286,8 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
         return dispatcher.report
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
-        if name != "forward" or not dispatcher.stands_for(self):
+        # The forward of a submodule is for the whole model too: it goes to the `__dict__` that they share.
+        if name != "forward" or is_part or not dispatcher.stands_for(self):
             base.__setattr__(self, name, submodels.original(value))
             return
         own_forward.__set__(self, value)
@@ -293,7 +295,7 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options) -> dict[str,
 
     def delete_attribute(self: Any, name: str) -> None:
         base.__delattr__(self, name)
-        if name == "forward" and dispatcher.stands_for(self):
+        if name == "forward" and not is_part and dispatcher.stands_for(self):
             _class_with(dispatcher, self).forward = forward
 
     def reduce_ex(self: Any, protocol: int) -> Any:

@@ -66,8 +66,13 @@ class Submodels:
 
 
 def _may_have_graphs(module: nn.Module) -> bool:
-    """Whether a module has a forward and submodules, and is not a wrapper of torch's."""
+    """Whether a module has a forward of its class and submodules, and is not a wrapper of torch's.
+
+    One with parameters of its own stays as it is: torch's parametrizations change its class.
+    """
     kind = type(module)
+    if "forward" in vars(module) or next(module.parameters(recurse=False), None) is not None:
+        return False
     is_wrapper = kind.__module__.partition(".")[0] == "torch" and not kind.__module__.startswith(_LAYERS)
     is_own = hasattr(kind, "_fxbt_dispatcher") or any(hasattr(module, name) for name in _OWN_NAMES)
     return kind.forward is not nn.Module.forward and any(module.children()) and not is_wrapper and not is_own
