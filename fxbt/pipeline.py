@@ -171,7 +171,8 @@ def lower_whole(work: Work) -> None:
     work.weights = None if torch.is_grad_enabled() else Weights(_tuner(work))
     work.recorder = Recorder(options.cuda_graphs == "static") if options.cuda_graphs else None
     work.dense = Program(work.inlined, work.assumes, work.weights, options.precision, work.recorder)
-    work.stages += [work.dense.epilogues] if work.dense.epilogues else []
+    record = work.dense.epilogues
+    work.stages += [record] if record and (record.places or record.misses) else []  # a graph may have no linear layer
 
 
 def run_in_parts(work: Work) -> None:
@@ -293,6 +294,7 @@ def _compiled(work: Work, start: float, tell: Callable[[], History] | None = Non
         dense=dense,
         unpadding=work.unpadding,
         tell=tell or work.history,
+        told=None if tell else work.history(),
         seconds=time.perf_counter() - start,
         stochastic=is_stochastic(work.inlined.graph),
         derived_bytes=weights.nbytes() if weights else 0,

@@ -39,6 +39,7 @@ class Compiled:
     Attributes:
         run: what serves calls.
         unpadding: `run`, if it can drop padding.
+        told: the record, once there is one.
         measure: the most bytes that the captured call's values hold at once.
         weights: derived weights of the programs, without gradients.
         finished: what another process would make programs of.
@@ -48,6 +49,7 @@ class Compiled:
     dense: Program
     unpadding: Unpadding | None
     tell: Callable[[], History]
+    told: History | None
     seconds: float
     stochastic: bool
     derived_bytes: int
@@ -60,10 +62,12 @@ class Compiled:
     spilled: Spilled | None = None  # what was moved from memory to a file
     again: Callable[[], Compiled] | None = None  # compiles it again with the kernels known to be fastest by then
 
-    @cached_property
+    @property
     def history(self) -> History:
-        """How it came to be."""
-        return self.tell()
+        """How it was made."""
+        if self.told is None:
+            self.told = self.tell()
+        return self.told
 
     @property
     def module(self) -> fx.GraphModule:
@@ -163,7 +167,7 @@ class Compiled:
     def _modules(self) -> list[nn.Module]:
         """All that holds tensors of the model by their names, beside programs."""
         graphs = [] if self.finished is None else self.finished.graphs
-        told = [self.module, self.history.inlined] if "history" in vars(self) else []
+        told = [self.told.module, self.told.inlined] if self.told else []
         return [part for module in (*graphs, *told) for part in module.modules()]
 
     @property
