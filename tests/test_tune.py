@@ -136,17 +136,17 @@ def rules(linear_sizes, activation=None):
 
 
 @by_native
-def test_by_rule_our_own_kernels_come_first_on_avx2(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_by_rule_our_own_kernels_come_first(capability, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert rules([16, 1024]) == rules([16, 1024], GELU) == ["native"] * 3
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-def test_by_rule_large_linears_are_packed_on_avx512(capability, monkeypatch):
+def test_without_them_large_linears_are_packed_on_avx512(capability, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(linears, "is_avx512_supported", lambda: capability == "AVX512")
-    if capability == "AVX2":
-        monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     is_packed = capability == "AVX512"
     assert rules([16, 1024]) == ["F.linear", "packed" if is_packed else "F.linear", "SDPA"]
     assert rules([16, 1024], GELU) == ["F.linear", "fused" if is_packed else "F.linear", "SDPA"]
