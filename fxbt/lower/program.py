@@ -32,7 +32,6 @@ class Program:
         precision: linear layers compute in it.
         recorder: calls without gradients then go through `replay`.
 
-
     Example:
         >>> weights = Weights()
         >>> dense, packed = (Program(module, assumes, weights) for module in (module, without_padding))
