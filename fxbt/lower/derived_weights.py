@@ -27,6 +27,7 @@ from .patrol import Patrol
 from .spill import Spilled, spilled
 
 _VERSION = attrgetter("_version")
+_IS_CONTIGUOUS = torch.Tensor.is_contiguous
 _SAMPLE = 16  # elements looked at in each weight; each is a cache miss, and one in every row took 10 % of 1x16
 
 
@@ -59,17 +60,19 @@ class Derived:
     def watching(cls, weights: list[torch.Tensor], values: tuple[torch.Tensor, ...] = ()) -> Derived:
         """Values that belong to the current weights."""
         stamp = _stamp(weights)
-        on_cpu = [weight for weight in weights if not weight.is_cuda]
+        on_cpu = [weight for weight in weights if not weight.is_cuda and weight.is_contiguous()]
         samples = [_sample(weight.detach()) for weight in on_cpu]
         return cls(stamp, samples, _content(samples), set(map(_address, weights)), Patrol(on_cpu), values)
 
     def holds(self, weights: list[torch.Tensor]) -> bool:
         """Whether the weights are unchanged, by torch's counters and by samples, which also see uncounted writes.
 
-        Each call also compares another part of all their bytes; on a CUDA device, a look from some calls ago counts.
+        Each call also compares another part of all their bytes; on a CUDA device, a look from some calls ago counts. A
+        weight that was contiguous and is no longer has other values at the same address: `w.data = w.data.T`.
         """
         return (
-            self.stamp == _stamp(weights)
+            all(map(_IS_CONTIGUOUS, weights))
+            and self.stamp == _stamp(weights)
             and _content(self.samples) == self.sampled
             and self.patrol.next_holds()
             and (self.late_look is None or self.late_look.holds())
@@ -78,7 +81,8 @@ class Derived:
     def holds_in_full(self, weights: list[torch.Tensor]) -> bool:
         """Whether the weights are unchanged, by all of their bytes."""
         holds_late = self.late_look is None or self.late_look.holds_now()
-        return holds_late and self.stamp == _stamp(weights) and self.patrol.holds()
+        is_as_it_was = all(map(_IS_CONTIGUOUS, weights)) and self.stamp == _stamp(weights)
+        return holds_late and is_as_it_was and self.patrol.holds()
 
     def release(self) -> None:
         """Releases the weights' memory."""
