@@ -49,7 +49,6 @@ class Compiled:
     dense: Program
     unpadding: Unpadding | None
     tell: Callable[[], History]
-    told: History | None
     seconds: float
     stochastic: bool
     derived_bytes: int
@@ -60,6 +59,7 @@ class Compiled:
     precision: str | None = None  # of linear layers, if not the model's own
     error: float | None = None  # of the outputs against the original's, in another precision
     spilled: Spilled | None = None  # what was moved from memory to a file
+    told: History | None = None
     again: Callable[[], Compiled] | None = None  # compiles it again with the kernels known to be fastest by then
 
     @property
