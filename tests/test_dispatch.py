@@ -537,7 +537,7 @@ def in_threads(count, work):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=250)  # captures wait for each other; pytest itself ends a test after 300
     assert not any(thread.is_alive() for thread in threads), "deadlock"
     if errors:
         raise errors[0]
