@@ -23,6 +23,7 @@ from .capture.isolated import collecting_rarely
 from .capture.locks import LOCK
 from .capture.model_state import ModelState, foreign_hook, preserved, versions
 from .capture.number_inputs import Numbers
+from .capture.outputs import Values
 from .capture.recording import Recording, is_recording
 from .capture.saved_tensors import active_hooks, comes_from_hook, hidden
 from .capture.surroundings import Surroundings
@@ -37,12 +38,13 @@ from .options import Options
 from .progress import part, watched
 from .runtime import race
 from .runtime.between_calls import BetweenCalls
+from .runtime.compare import original_values
 from .runtime.compiled import Compiled
 from .runtime.failures import Failures
 from .runtime.graph_cache import CALLS_PER_CAPTURE, Graphs
 from .runtime.guarded_graph import GuardedGraph
 from .runtime.warmup import Warmup
-from .torch_compat import is_looked_through, pytree
+from .torch_compat import is_looked_through
 
 logger = logging.getLogger("fxbt")
 
@@ -79,17 +81,16 @@ class Dispatcher:
         self.original = original
         self.report = Report()
         self._options = options
-        self._rules = pipeline.in_order(options.rules)
         self._numbers = Numbers()
         self._binder = Binder(original.forward, None if options.tracer == "hf-fx" else self._numbers)
         self._graphs: Graphs[GuardedGraph] = Graphs(options.max_captures)
         self._reports: WeakKeyDictionary[GuardedGraph, GraphReport] = WeakKeyDictionary()
         self._failures = Failures(original)
-        self._maker = Maker(original, options, self._rules, self._numbers, self._graphs, self.report.add_note)
+        rules = pipeline.in_order(options.rules)
+        self._maker = Maker(original, options, rules, self._numbers, self._graphs, self.report.add_note)
         self._between = BetweenCalls(self._maker.measurements)
         self._unlike: ModelState | None = None  # a state for which no graph could be rebound
         self._faults, self._warned = 0, False
-        self._user_rules = {rule.name for rule in self._rules} - {rule.name for rule in pipeline.default_rules()}
         self._told: set[str] = set()  # names of rules whose refusal was warned about
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -342,8 +343,7 @@ class Dispatcher:
         ]
         self.fall_back(
             f"{self._graphs.most} graphs were captured, which is the limit (max_captures): a new one replaces the "
-            "least "
-            f"recently used one only after graphs have served {CALLS_PER_CAPTURE} calls{''.join(many)}"
+            f"least recently used one only after graphs have served {CALLS_PER_CAPTURE} calls{''.join(many)}"
         )
         return False
 
@@ -377,12 +377,12 @@ class Dispatcher:
                 around = (call.objects and quantised(self._binder, args, kwargs)) or around
                 rehearse = recording.wrote or not state.holds()
                 call = with_growth(call, self._binder, args, kwargs)
-                traced: tuple[Call, Any] | None = (call, seen)
+                traced: tuple[Call, Values] | None = (call, outputs.flatten(seen))
                 if is_too_short(call):
                     traced = None if rehearse else self._one_further(call, args, kwargs)
                 if traced is not None:
                     self._graphs.note_capture()
-                    call, expected = traced[0], outputs.flatten(traced[1])
+                    call, expected = traced
                     graph = self._try_capture(call, expected, around, rehearse, (watched, before))
             except _FOR_THE_CALLER:
                 raise
@@ -394,27 +394,25 @@ class Dispatcher:
         is_graphs = is_watched or (graph is not None and not changes)
         return None if is_graphs else _Served(output)
 
-    def _one_further(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any] | None:
-        """A call with a cache that is long enough to be traced, and the original's output for it.
+    def _one_further(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Values] | None:
+        """A call with a cache that is long enough to be traced, and the original's values for it.
 
         An encoder-decoder's first step has a cache of one token; the cache of the next step exists already.
         """
         further = one_further(call, self._binder, args, kwargs)
         if further is None:
             return None
-        given, copied = Arguments(further.args, further.kwargs), further.copied()
         try:
             with preserved(self.original):
-                output = self.original.forward(*further.args, **further.kwargs)
+                return further, original_values(self.original, further, further.tensors)
         except Exception as error:  # other arguments have the cache's old length: wait for the next call
             logger.debug("no graph for the first step with a cache", exc_info=error)
             return None
-        return copied, given.seen_in(output)
 
     def _try_capture(
         self,
         call: Call,
-        expected: tuple[list[Any], pytree.TreeSpec],
+        expected: Values,
         around: Surroundings | str,
         rehearse: bool,
         versions_before: tuple[list[Tensor], list[int]],
@@ -447,7 +445,7 @@ class Dispatcher:
     def _capture(
         self,
         call: Call,
-        expected: tuple[list[Any], pytree.TreeSpec],
+        expected: Values,
         around: Surroundings,
         written: list[tuple[str, Tensor]],
         rehearse: bool,
@@ -481,8 +479,9 @@ class Dispatcher:
 
     def _tell_refusals(self, compiled: Compiled) -> None:
         """Warns once per user's rule if a rewrite was refused because it changed the values."""
-        for miss in compiled.misses if self._user_rules else ():  # of a graph from disk, asking takes its time
-            if not miss.refused or miss.rule not in self._user_rules or miss.rule in self._told:
+        user_rules = self._maker.user_rules
+        for miss in compiled.misses if user_rules else ():  # of a graph from disk, asking takes its time
+            if not miss.refused or miss.rule not in user_rules or miss.rule in self._told:
                 continue
             self._told.add(miss.rule)
             warnings.warn(

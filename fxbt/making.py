@@ -21,6 +21,7 @@ from .capture.isolated import isolated
 from .capture.locks import LOCK
 from .capture.model_state import ModelState, preserved
 from .capture.number_inputs import Numbers
+from .capture.outputs import Values
 from .capture.surroundings import Surroundings
 from .errors import CaptureError, RuleError
 from .kernels import autotune
@@ -35,11 +36,10 @@ from .runtime.compiled import Compiled, History
 from .runtime.graph_cache import Graphs
 from .runtime.guarded_graph import GuardedGraph, check_pinned, pinned_numbers, varied_axes
 from .stored.shelf import Label, Shelf, Stored, Text
-from .torch_compat import frames_unread, is_any_autocast_enabled, pytree
+from .torch_compat import frames_unread, is_any_autocast_enabled
 
 logger = logging.getLogger("fxbt")
 
-Values = tuple[list[Any], pytree.TreeSpec]
 _NESTED = (
     "forward computes on nested tensors, which turn padding into 0, and the graph could not drop padding ({why}); "
     "pass enable_nested_tensor=False to nn.TransformerEncoder"
@@ -48,7 +48,7 @@ _NESTED = (
 
 class Maker:
     """Makes the graphs of one model. `known` holds the existing graphs; `note` receives notes about stored ones
-    and about kernels.
+    and about kernels. `user_rules` are the names of the rules that are not built in.
 
     Example:
         >>> maker = Maker(model, options, rules, Numbers(), graphs, report.add_note)
@@ -67,6 +67,7 @@ class Maker:
         self._original = original
         self._options = options
         self._rules = rules
+        self.user_rules = {rule.name for rule in rules} - {rule.name for rule in pipeline.default_rules()}
         self._numbers = numbers
         self._known = known
         self._note = note
@@ -169,8 +170,7 @@ class Maker:
 
     def _rewrites_as_others_do(self) -> bool:
         """Whether graphs become what they do in any process: by the built-in rules, without gradients or autocast."""
-        has_own_rules = [*map(type, self._rules)] != [*map(type, pipeline.default_rules())]
-        return not (has_own_rules or self._options.verify or torch.is_grad_enabled() or is_any_autocast_enabled())
+        return not (self.user_rules or self._options.verify or torch.is_grad_enabled() or is_any_autocast_enabled())
 
     def _compiled(self, stored: Stored, call: Call, expected: Values, around: Surroundings) -> Compiled:
         """A graph, compiled, whose numbers are the original's on the call."""

@@ -16,6 +16,8 @@ import torch
 from ..torch_compat import pytree
 from .containers import Changed, Given, Place, at, fill_all, is_plain_object, is_record, put_back
 
+Values = tuple[list[Any], pytree.TreeSpec]  # a forward's result as its leaves and their spec
+
 # Numbers are values, not part of the spec: during a trace, those that depend on shapes are symbols.
 _PART_OF_SPEC = (type(None), bool, str, torch.dtype, torch.device, type)
 
@@ -49,7 +51,7 @@ def _named_values_of(packed: _Object) -> tuple[list[tuple[Any, Any]], Any]:
 pytree.register_pytree_node(_Object, _values_of, _rebuilt, flatten_with_keys_fn=_named_values_of)
 
 
-def flatten(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
+def flatten(result: Any) -> Values:
     """The leaves of a forward's result and their spec; objects that are not plain data stay leaves."""
     return pytree.tree_flatten(_packed(result, set()))
 

@@ -16,17 +16,15 @@ from ..capture.containers import Arguments
 from ..capture.effects import Effects
 from ..capture.model_state import ModelState, preserved, versions
 from ..capture.number_inputs import Numbers, as_tensor
+from ..capture.outputs import Values
 from ..progress import part
 from ..rewrite.verify import difference, tolerance_of_outputs
-from ..torch_compat import pytree
 from .compiled import Compiled
 from .gradients import gradient_difference
 from .guarded_graph import accepts
 from .unpadding import Unpadding
 
 _PRECISE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-
-Values = tuple[list[Any], pytree.TreeSpec]
 
 
 class Comparison:

@@ -13,17 +13,15 @@ from torch import nn
 
 from ..capture.call import Call
 from ..capture.captured import Captured
+from ..capture.outputs import Values
 from ..capture.surroundings import Surroundings
 from ..errors import CaptureError
-from ..torch_compat import pytree
 from .conditions import Conditions, conditions_of, signature_of
 from .errors import Malformed, Unstorable
 from .files import Folder, conditions_in, finished_in, graph_in
 from .graphs import read_graph, written_graph
 
 logger = logging.getLogger("fxbt")
-
-Values = tuple[list[Any], pytree.TreeSpec]
 
 
 @dataclass(frozen=True)
