@@ -17,11 +17,12 @@ from ..capture.captured import Captured
 from ..capture.containers import Given
 from ..capture.effects import Buffer, Effects, check_buffers
 from ..capture.guards import and_values, environment_of_inputs, guards_of, sizes_of_inputs
+from ..capture.outputs import Values
 from ..capture.size_scalars import Constant
-from ..torch_compat import LazyGraphModule, pytree
+from ..torch_compat import LazyGraphModule
 from . import expressions
 from .errors import Malformed, Unstorable, checked
-from .nodes import LENGTH, NodesReader, is_alike, name_in, path_in, written_node
+from .nodes import LENGTH, NodesReader, name_in, path_in, tensor_of, written_constants, written_node
 from .tensors import own_tensor, read_tensor, written_tensor
 from .values import KindsReader, KindsWriter, Table, written_sizes
 
@@ -40,11 +41,7 @@ def written_graph(captured: Captured, model: nn.Module) -> dict[str, Any]:
     if captured.effects.slots:
         raise Unstorable(f"forward sets its attribute {captured.effects.slots[0].name} to another tensor at each call")
     module, environment = captured.module, environment_of_inputs(captured.module)
-    writer, texts, constants = KindsWriter(), Table(), {}
-    for name in {str(node.target) for node in module.graph.find_nodes(op="get_attr")}:
-        value = _attribute(module, name)
-        if own_tensor(model, name) is not value:
-            constants[name] = written_tensor(value)
+    writer, texts, constants = KindsWriter(), Table(), written_constants(module, model)
     places = {node: place for place, node in enumerate(module.graph.nodes)}
     nodes = [_written_node(node, places, writer, texts) for node in module.graph.nodes]
     return {
@@ -61,15 +58,6 @@ def written_graph(captured: Captured, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _attribute(module: fx.GraphModule, path: str) -> Any:
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    if not isinstance(value, Tensor):
-        raise Unstorable(f"the graph contains another graph, {path}")
-    return value
-
-
 def _written_node(node: fx.Node, places: dict[fx.Node, int], writer: KindsWriter, texts: Table) -> list[Any]:
     stack = [[key, *map(str, entry)] for key, entry in (node.meta.get("nn_module_stack") or {}).items()]
     return [
@@ -82,9 +70,7 @@ def _written_node(node: fx.Node, places: dict[fx.Node, int], writer: KindsWriter
 # Reading
 
 
-def read_graph(
-    text: Any, model: nn.Module, call: Call, expected: tuple[list[Any], pytree.TreeSpec], is_whole: bool = True
-) -> Captured:
+def read_graph(text: Any, model: nn.Module, call: Call, expected: Values, is_whole: bool = True) -> Captured:
     """Reads what `written_graph` wrote, as a graph of `model` for a call that returns `expected` (flattened).
 
     Without `is_whole`, the module of the result has the inputs only.
@@ -142,7 +128,7 @@ def _module(parts: dict[str, Any], kinds: KindsReader, model: nn.Module) -> fx.G
     for entry in checked(parts["nodes"], list):
         node = _node(entry, reader, texts)
         if node.op == "get_attr":
-            attributes[str(node.target)] = _own(node, attributes, model)
+            attributes[str(node.target)] = tensor_of(node, attributes, model)
     return LazyGraphModule(attributes, reader.done(), class_name=name_in(parts["class"]))
 
 
@@ -154,15 +140,6 @@ def _inputs(parts: dict[str, Any], kinds: KindsReader, model: nn.Module) -> fx.G
             reader.add(entry[:LENGTH])
     reader.graph.output(())
     return LazyGraphModule({}, reader.graph, class_name=name_in(parts["class"]))
-
-
-def _own(node: fx.Node, constants: dict[str, Any], model: nn.Module) -> Tensor:
-    """The tensor of a node: a constant from the file, or the model's own of the same kind as before."""
-    value = constants.get(str(node.target))
-    value = own_tensor(model, str(node.target)) if value is None else value
-    if value is None or not is_alike(value, node.meta.get("val")):
-        raise Malformed(f"the model has no {node.target} of the dtype and shape that the graph reads")
-    return value
 
 
 def _node(entry: Any, reader: NodesReader, texts: list[Any]) -> fx.Node:

@@ -8,12 +8,11 @@ import sympy
 from torch import Tensor, fx, nn
 
 from ..capture.guards import environment_of_inputs, sizes_of_inputs
-from ..graph.node import attribute
 from ..torch_compat import LazyGraphModule
 from . import expressions
 from .errors import Malformed, Unstorable, checked
-from .nodes import NodesReader, is_alike, path_in, written_node
-from .tensors import own_tensor, read_tensor, written_tensor
+from .nodes import NodesReader, path_in, tensor_of, written_constants, written_node
+from .tensors import read_tensor
 from .values import KindsReader, KindsWriter, written_sizes
 
 _PARTS = ("sizes", "counts", "kinds", "constants", "graphs")
@@ -43,12 +42,7 @@ class ModulesWriter:
         Raises:
             Unstorable: there is something in it that files have no word for.
         """
-        for node in module.graph.find_nodes(op="get_attr"):
-            value, name = attribute(module, node), str(node.target)
-            if not isinstance(value, Tensor):
-                raise Unstorable(f"the graph has a graph of its own, {name}")
-            if name not in self._constants and own_tensor(self._model, name) is not value:
-                self._constants[name] = written_tensor(value)
+        self._constants |= written_constants(module, self._model, known=self._constants)
         places = {node: place for place, node in enumerate(module.graph.nodes)}
         self._graphs.append([written_node(node, places, self._kinds) for node in module.graph.nodes])
         self._modules.append(module)
@@ -122,12 +116,5 @@ class ModulesReader:
             reader.add(entry)
         graph = reader.done()
         names = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
-        attributes = {name: self._tensor(name, node) for name, node in names.items()}
+        attributes = {name: tensor_of(node, self._constants, self._model) for name, node in names.items()}
         return LazyGraphModule(attributes, graph)
-
-    def _tensor(self, name: str, node: fx.Node) -> Tensor:
-        value = self._constants.get(name)
-        value = own_tensor(self._model, name) if value is None else value
-        if value is None or not is_alike(value, node.meta.get("val")):
-            raise Malformed(f"the model has no {name} of the dtype and shape that the graph reads")
-        return value

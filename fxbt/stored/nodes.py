@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import keyword
 import re
+from collections.abc import Container, Mapping
 from typing import Any
 
-from torch import SymInt, Tensor, fx
+from torch import SymInt, Tensor, fx, nn
 
 from ..capture.checkpointing import regions_of
+from ..graph.node import attribute
 from .errors import Malformed, Unstorable, checked
 from .operations import name_of, operation
+from .tensors import own_tensor, written_tensor
 from .values import KindsReader, KindsWriter, read_argument, written_argument
 
 LENGTH = 6  # of a node's entry
@@ -36,6 +39,36 @@ def written_node(node: fx.Node, places: dict[fx.Node, int], kinds: KindsWriter) 
         {name: written_argument(argument, places) for name, argument in node.kwargs.items()},
         kinds.place(node.meta["val"]) if "val" in node.meta else None,
     ]
+
+
+def written_constants(module: fx.GraphModule, model: nn.Module, known: Container[str] = ()) -> dict[str, Any]:
+    """The tensors, by name, that a graph reads and `model` does not have, except `known` ones, as what `json` takes.
+
+    Raises:
+        Unstorable: one of them cannot be stored, or the graph contains another graph.
+    """
+    constants = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        value, name = attribute(module, node), str(node.target)
+        if not isinstance(value, Tensor):
+            raise Unstorable(f"the graph contains another graph, {name}")
+        if name not in known and own_tensor(model, name) is not value:
+            constants[name] = written_tensor(value)
+    return constants
+
+
+def tensor_of(node: fx.Node, constants: Mapping[str, Any], model: nn.Module) -> Tensor:
+    """The tensor of a get_attr node: a constant from the file, or the model's own of the same kind as before.
+
+    Raises:
+        Malformed: there is none.
+    """
+    name = str(node.target)
+    value = constants.get(name)
+    value = own_tensor(model, name) if value is None else value
+    if value is None or not _is_alike(value, node.meta.get("val")):
+        raise Malformed(f"the model has no {name} of the dtype and shape that the graph reads")
+    return value
 
 
 class NodesReader:
@@ -90,7 +123,7 @@ def path_in(text: Any) -> str:
     return str(text)
 
 
-def is_alike(value: Tensor, kind: Any) -> bool:
+def _is_alike(value: Tensor, kind: Any) -> bool:
     """Whether a tensor is of the kind that a graph reads."""
     same_rank = isinstance(kind, Tensor) and kind.ndim == value.ndim
     if not same_rank or (kind.dtype, kind.device) != (value.dtype, value.device):
