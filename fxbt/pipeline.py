@@ -109,6 +109,7 @@ class Work:
     unmasked: Unmasked | None = None
     unpad: Callable[..., Unpadding] | None = None  # what makes an `Unpadding` of a dense program and its weights
     unpadding: Unpadding | None = None
+    finished: Finished | None = None  # what another process would make programs of
 
     @classmethod
     def of(cls, captured: Captured, rules: Sequence[Rule], options: Options, measurements: Measurements) -> Work:
@@ -255,6 +256,7 @@ def compile(
         for step in STEPS:
             with part(step.__name__.replace("_", " ")):
                 step(work)
+    work.finished = _finished(work)
     return _compiled(work, start)
 
 
@@ -276,7 +278,7 @@ def resume(
     """
     start = time.perf_counter()
     work = Work.of(captured, (), options, measurements)
-    work.inlined, work.assumes = finished.dense, dict(finished.assumes)
+    work.inlined, work.assumes, work.finished = finished.dense, dict(finished.assumes), finished
     with part("make programs"):
         lower_whole(work)
         if finished.batch is not None:
@@ -300,7 +302,7 @@ def _compiled(work: Work, start: float, tell: Callable[[], History] | None = Non
         derived_bytes=weights.nbytes() if weights else 0,
         measure=lambda: _peak_bytes(dense, example) if weights else None,
         weights=weights,
-        finished=_finished(work),
+        finished=work.finished,
         recorder=work.recorder,
         precision=precision.name if precision and weights else None,
         again=functools.partial(_again, work, tell) if _may_change_kernels(work) else None,
@@ -312,7 +314,7 @@ def _finished(work: Work) -> Finished | None:
     on_cpu = all(tensor.device.type == "cpu" for tensor in work.captured.example)
     if not on_cpu or work.weights is None:
         return None
-    return Finished(work.inlined, work.assumes, work.batch, work.unpadded, work.unmasked)
+    return Finished.of(work.inlined, work.assumes, work.batch, work.unpadded, work.unmasked)
 
 
 def _peak_bytes(dense: Program, example: Sequence[torch.Tensor]) -> int:

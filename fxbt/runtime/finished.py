@@ -7,9 +7,8 @@ example when programs are made is checked again by who reads them.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -48,10 +47,20 @@ class Finished:
     batch: Batch | None
     unpadded: Unpadded | None
     unmasked: Unmasked | None
-    digests: dict[str, str] | Unstorable = field(init=False)
+    digests: Mapping[str, str] | Unstorable
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digests", _digests(self))
+    @classmethod
+    def of(
+        cls,
+        dense: fx.GraphModule,
+        assumes: Mapping[str, Tensor],
+        batch: Batch | None,
+        unpadded: Unpadded | None,
+        unmasked: Unmasked | None,
+    ) -> Finished:
+        """Graphs whose proofs read the constants as they are now."""
+        made = cls(dense, assumes, batch, unpadded, unmasked, {})
+        return replace(made, digests=_digests(made))
 
     @property
     def graphs(self) -> list[fx.GraphModule]:
@@ -101,17 +110,18 @@ def _rested_on(finished: Finished) -> dict[str, Tensor]:
     found = dict(finished.assumes)
     for part in (finished.unpadded, finished.unmasked):
         found |= {} if part is None else part.assumes
-    for mask in dict.fromkeys(_masks(finished.dense.graph)):
+    masks = [_mask(node) for node in finished.dense.graph.nodes if node.target in ATTENTIONS]
+    for mask in dict.fromkeys(mask for mask in masks if mask is not None):
         found |= {str(node.target): content for node, content in read_constants(mask).items() if is_read(content)}
     return found
 
 
-def _masks(graph: fx.Graph) -> Iterator[fx.Node]:
-    for node in graph.nodes:
-        with contextlib.suppress(Miss):  # of such an attention nothing is proven
-            mask = mask_of(node) if node.target in ATTENTIONS else None
-            if isinstance(mask, fx.Node):
-                yield mask
+def _mask(attention: fx.Node) -> fx.Node | None:
+    try:
+        mask = mask_of(attention)
+    except Miss:  # nothing is proven of such an attention
+        return None
+    return mask if isinstance(mask, fx.Node) else None
 
 
 def _written_batch(batch: Batch, writer: ModulesWriter) -> dict[str, Any]:
@@ -173,6 +183,7 @@ def read(text: Any, padding: str, model: nn.Module) -> Finished | None:
         None if parts["batch"] is None else _batch(parts["batch"], dense, reader),
         None if parts["unpadded"] is None else _unpadded(parts["unpadded"], reader, model),
         None if unmasked is None else Unmasked(*_module_and_assumed(unmasked, reader, model)),
+        digests,
     )
 
 
