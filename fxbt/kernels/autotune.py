@@ -95,7 +95,7 @@ class Measurements:
         """What was measured here, by this process or another one; else on a processor like this one."""
         if not self.is_on:
             return None
-        for source, find in ((MEASURED, self._measured.get), (MEASURED, _read().get), (SHIPPED, _shipped)):
+        for source, find in ((MEASURED, self._measured.get), (MEASURED, _on_disk), (SHIPPED, _shipped)):
             if (times := _valid(contest, find(contest.key))) is not None:
                 return Known(times, source)
         return None
@@ -332,6 +332,10 @@ def _read() -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         logger.debug("the kernel measurements on disk are not read: %s", error)
         return {}
+
+
+def _on_disk(key: str) -> Any:
+    return _read().get(key)
 
 
 def _shipped(key: str) -> Any:
