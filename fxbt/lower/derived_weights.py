@@ -67,12 +67,10 @@ class Derived:
     def holds(self, weights: list[torch.Tensor]) -> bool:
         """Whether the weights are unchanged, by torch's counters and by samples, which also see uncounted writes.
 
-        Each call also compares another part of all their bytes; on a CUDA device, a look from some calls ago counts. A
-        weight that was contiguous and is no longer has other values at the same address: `w.data = w.data.T`.
+        Each call also compares another part of all their bytes; on a CUDA device, a look from some calls ago counts.
         """
         return (
-            all(map(_IS_CONTIGUOUS, weights))
-            and self.stamp == _stamp(weights)
+            self._is_stamp_of(weights)
             and _content(self.samples) == self.sampled
             and self.patrol.next_holds()
             and (self.late_look is None or self.late_look.holds())
@@ -81,8 +79,14 @@ class Derived:
     def holds_in_full(self, weights: list[torch.Tensor]) -> bool:
         """Whether the weights are unchanged, by all of their bytes."""
         holds_late = self.late_look is None or self.late_look.holds_now()
-        is_as_it_was = all(map(_IS_CONTIGUOUS, weights)) and self.stamp == _stamp(weights)
-        return holds_late and is_as_it_was and self.patrol.holds()
+        return holds_late and self._is_stamp_of(weights) and self.patrol.holds()
+
+    def _is_stamp_of(self, weights: list[torch.Tensor]) -> bool:
+        """Whether torch's counters tell of no change.
+
+        They do not count `w.data = w.data.T`: a weight that is no longer contiguous, with other values at its address.
+        """
+        return all(map(_IS_CONTIGUOUS, weights)) and self.stamp == _stamp(weights)
 
     def release(self) -> None:
         """Releases the weights' memory."""
