@@ -30,8 +30,9 @@ def outline(module: fx.GraphModule, rule: Rule, match: Match) -> Rewrite:
     """
     graph, (output,) = module.graph, match.outputs
     region = _region(output, match.inputs)
-    kept = _kept_by_a_cache(region, output)
-    _check_closed(region, (output, *kept))
+    outputs = (output, *_kept_by_a_cache(region, output))
+    has_several = len(outputs) > 1
+    _check_closed(region, outputs)
     inputs = [*match.inputs, *_read_from_outside(region, match.inputs)]
     body, order = fx.Graph(), sorted(region)
     copies = {node: _parameter(body, node) for node in inputs}
@@ -42,23 +43,24 @@ def outline(module: fx.GraphModule, rule: Rule, match: Match) -> Rewrite:
                 copies[source] = body.node_copy(source)
                 modules[str(source.target)] = getattr(module, str(source.target))
         copies[node] = body.node_copy(node, copies.__getitem__)
-    body.output((copies[output], *(copies[node] for node in kept)) if kept else copies[output])
+    returned = tuple(copies[node] for node in outputs)
+    body.output(returned if has_several else copies[output])
     name = _unused_name(module, rule.outline)
     module.add_submodule(name, LazyGraphModule(modules, body, "Body"))
     with graph.inserting_before(output):
         reference = graph.get_attr(name)
         call = graph.call_function(FUSED[rule.outline], (reference, *inputs))
     call.meta = {**provenance(output, output, rule), "nn_module_stack": _common_stack(order)}
-    if isinstance(match.facts, Arguments) and not kept:
+    if isinstance(match.facts, Arguments) and not has_several:
         call.meta[OPERANDS] = Names(tuple(match.facts.tensors), match.facts.static)
-    results = _results(call, (output, *kept)) if kept else [call]
-    for old, new in zip((output, *kept), results, strict=True):
+    results = _results(call, outputs) if has_several else [call]
+    for old, new in zip(outputs, results, strict=True):
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in region)
     removed = tuple(map(Entry.of, order))
     for node in reversed(order):
         graph.erase_node(node)
-    added = tuple(map(Entry.of, [call, *results] if kept else [call]))
-    return Rewrite(rule.name, module_path(call), removed, added, tuple(zip((output, *kept), results, strict=True)))
+    added = tuple(map(Entry.of, dict.fromkeys([call, *results])))
+    return Rewrite(rule.name, module_path(call), removed, added, tuple(zip(outputs, results, strict=True)))
 
 
 def _results(call: fx.Node, nodes: tuple[fx.Node, ...]) -> list[fx.Node]:
