@@ -55,12 +55,12 @@ class GraphReport:
     @property
     def captured(self) -> Snapshot:
         """The graph as captured, as records of its nodes."""
-        return self.compiled.before
+        return self.compiled.history.before
 
     @property
     def rewritten(self) -> Snapshot:
         """The graph after the rules, as records of its nodes."""
-        return self.compiled.after
+        return self.compiled.history.after
 
     @property
     def module(self) -> fx.GraphModule:
@@ -105,7 +105,7 @@ class GraphReport:
     @property
     def parts(self) -> StageRecord:
         """A hit if large batches run in parts, else the miss that says why not."""
-        return self.compiled.parts
+        return self.compiled.history.parts
 
     @property
     def precision(self) -> str | None:

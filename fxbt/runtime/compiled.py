@@ -75,24 +75,9 @@ class Compiled:
         return self.history.module
 
     @property
-    def before(self) -> Snapshot:
-        """The graph as it was captured."""
-        return self.history.before
-
-    @property
-    def after(self) -> Snapshot:
-        """The graph as the rules left it, as records of its nodes."""
-        return self.history.after
-
-    @property
     def stages(self) -> list[StageRecord]:
         """What each step did, in the order they ran."""
         return self.history.stages
-
-    @property
-    def parts(self) -> StageRecord:
-        """A hit if large batches run part after part, else the miss that says why not."""
-        return self.history.parts
 
     @cached_property
     def peak_bytes(self) -> int | None:
