@@ -27,6 +27,17 @@ def looked(host: Host, graph: float, original: float, calls: int = 1, threads: i
     return contest
 
 
+def disturbed(host: Host, seconds: float, switches: int) -> Callable[[], None]:
+    """A call that loses its processor so many times."""
+    run = host.call(seconds)
+
+    def called() -> None:
+        host.switches += switches
+        run()
+
+    return called
+
+
 def lost(kind: type[Host], graph: float, original: float, **how: int) -> int:
     return sum(looked(kind(seed), graph, original, **how).evidence is not None for seed in SEEDS)
 
@@ -92,18 +103,8 @@ def test_a_look_at_a_faster_graph_costs_two_pairs_and_the_next_one_is_twice_as_f
 def test_a_graph_that_wins_by_far_costs_one_pair_on_a_disturbed_host_too():
     """Pairs of a large batch take half a second, so that each is disturbed: two dozen calls were timed, one by one."""
     host = Host(0)
-
-    def disturbed(seconds: float) -> Callable[[], None]:
-        run = host.call(seconds)
-
-        def called() -> None:
-            host.switches += 1000
-            run()
-
-        return called
-
     contest = Race(host)
-    contest.look(disturbed(0.07), disturbed(0.35), CAPTURE_SECONDS)
+    contest.look(disturbed(host, 0.07, 1000), disturbed(host, 0.35, 1000), CAPTURE_SECONDS)
     assert contest.evidence is None and host.calls == 2
     assert not contest.is_due()
 
@@ -150,17 +151,7 @@ def test_a_disturbed_look_decides_nothing(verdict):
     host = Host(0)
     contest = looked(host, *((0.002, 0.001) if verdict else (0.001, 0.002)))
     assert (contest.evidence is not None) == verdict
-
-    def disturbed(seconds: float) -> Callable[[], None]:
-        run = host.call(seconds)
-
-        def called() -> None:
-            host.switches += 10
-            run()
-
-        return called
-
-    mine, its = map(disturbed, (0.001, 0.002) if verdict else (0.002, 0.001))
+    mine, its = (disturbed(host, seconds, 10) for seconds in ((0.001, 0.002) if verdict else (0.002, 0.001)))
     looks = 0
     for _ in range(10 * LOOK_AGAIN):
         if contest.is_due():
