@@ -173,7 +173,7 @@ def lower_whole(work: Work) -> None:
     work.recorder = Recorder(options.cuda_graphs == "static") if options.cuda_graphs else None
     work.dense = Program(work.inlined, work.assumes, work.weights, options.precision, work.recorder)
     record = work.dense.epilogues
-    work.stages += [record] if record and (record.places or record.misses) else []  # a graph may have no linear layer
+    work.stages += [record] if record and (record.places or record.misses) else []  # nothing to tell is no stage
 
 
 def run_in_parts(work: Work) -> None:
