@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,10 +18,10 @@ from .capture import outputs
 from .capture.caches import is_too_short, one_further, quantised, with_growth
 from .capture.call import Binder, Call, shown_shapes
 from .capture.containers import Arguments, Changed
-from .capture.effects import written_buffers
+from .capture.effects import Watched, Written
 from .capture.isolated import collecting_rarely
 from .capture.locks import LOCK
-from .capture.model_state import ModelState, foreign_hook, preserved, versions
+from .capture.model_state import ModelState, foreign_hook, preserved
 from .capture.number_inputs import Numbers
 from .capture.outputs import Values
 from .capture.recording import Recording, is_recording
@@ -361,9 +361,8 @@ class Dispatcher:
         drawn = torch.random.fork_rng(devices=_cuda_devices(call)) if is_watched else contextlib.nullcontext()
         with hidden(), drawn, preserved(self.original) if is_watched else contextlib.nullcontext():
             state = ModelState(self.original)
-            watched = [*state.tensors, *call.tensors]
-            before = versions(watched)
-            given, call = Arguments(call.args, call.kwargs), call.copied()
+            watch = Watched(state.tensors, call)
+            given, call = Arguments(call.args, call.kwargs), call.apart(state.tensors)
             with Recording(self.original, state) as recording:
                 output = self._original_output(args, kwargs)
             if hook := foreign_hook(self.original):
@@ -376,14 +375,14 @@ class Dispatcher:
                 seen, around = given.seen_in(output), recording.surroundings()
                 around = (call.objects and quantised(self._binder, args, kwargs)) or around
                 rehearse = recording.wrote or not state.holds()
-                call = with_growth(call, self._binder, args, kwargs)
+                call = with_growth(call, self._binder, args, kwargs, watch.live)
                 traced: tuple[Call, Values] | None = (call, outputs.flatten(seen))
                 if is_too_short(call):
                     traced = None if rehearse else self._one_further(call, args, kwargs)
                 if traced is not None:
                     self._graphs.note_capture()
                     call, expected = traced
-                    graph = self._try_capture(call, expected, around, rehearse, (watched, before))
+                    graph = self._try_capture(call, expected, around, rehearse, watch)
             except _FOR_THE_CALLER:
                 raise
             except Exception as fault:  # a failure of fxbt itself; the original has already run
@@ -404,7 +403,7 @@ class Dispatcher:
             return None
         try:
             with preserved(self.original):
-                return further, original_values(self.original, further, further.tensors)
+                return further, original_values(self.original, further, further.apart().tensors)
         except Exception as error:  # other arguments have the cache's old length: wait for the next call
             logger.debug("no graph for the first step with a cache", exc_info=error)
             return None
@@ -415,11 +414,11 @@ class Dispatcher:
         expected: Values,
         around: Surroundings | str,
         rehearse: bool,
-        versions_before: tuple[list[Tensor], list[int]],
+        watch: Watched,
     ) -> GuardedGraph | None:
         """The graph for a call; None if there can be none, with the reason in the report."""
         try:
-            written = written_buffers(self.original, *versions_before, call)
+            written = watch.written(self.original)
             if isinstance(around, str):
                 raise CaptureError(around)
             with preserved(self.original), collecting_rarely():
@@ -428,7 +427,7 @@ class Dispatcher:
             # try again with the numbers as constants, except those that a cache counts up at each call
             if places := [p for p, number in call.numbers.items() if not (call.past and number.among is not None)]:
                 call = self._with_constants(call, places, error)
-                return self._try_capture(call, expected, around, rehearse, versions_before)
+                return self._try_capture(call, expected, around, rehearse, watch)
             reason = f"{call} cannot be captured: {error}"
             self._failures.remember(self._key(call), None if isinstance(around, str) else around, reason)
             self.fall_back(reason)
@@ -439,15 +438,14 @@ class Dispatcher:
         for place in places:
             self._numbers.refuse(place, str(error))
         self._drop_all([graph for graph in self._graphs if not graph.numbers.isdisjoint(places)])
-        same = self._binder.call(call.args, call.kwargs)
-        return replace(same, growing=call.growing, new_tokens=call.new_tokens)
+        return self._binder.call(call.args, call.kwargs).with_lessons_of(call)
 
     def _capture(
         self,
         call: Call,
         expected: Values,
         around: Surroundings,
-        written: list[tuple[str, Tensor]],
+        written: Written,
         rehearse: bool,
     ) -> GuardedGraph:
         FORKS.uses_threads = True

@@ -16,7 +16,7 @@ from . import pipeline
 from .capture.caches import growing_axes
 from .capture.call import Call
 from .capture.captured import Captured
-from .capture.effects import Effects
+from .capture.effects import Effects, Written
 from .capture.isolated import isolated
 from .capture.locks import LOCK
 from .capture.model_state import ModelState, preserved
@@ -80,14 +80,14 @@ class Maker:
         call: Call,
         expected: Values,
         around: Surroundings,
-        written: list[tuple[str, Tensor]],
+        written: Written,
         rehearse: bool,
     ) -> GuardedGraph:
         """A graph for calls of a key; loaded if another process stored one under the same conditions.
 
         Args:
             expected: what the original returned for the call.
-            written: the buffers that the original wrote to.
+            written: what the original wrote to in place.
             rehearse: whether the original's first run may have changed the model or its surroundings.
 
         Raises:
@@ -113,7 +113,7 @@ class Maker:
         call: Call,
         expected: Values,
         around: Surroundings,
-        written: list[tuple[str, Tensor]],
+        written: Written,
         others: Sequence[GuardedGraph],
     ) -> GuardedGraph | None:
         """The graph of another process, where there is one that serves."""
@@ -132,12 +132,12 @@ class Maker:
         call: Call,
         expected: Values,
         around: Surroundings,
-        written: list[tuple[str, Tensor]],
+        written: Written,
         others: Sequence[GuardedGraph],
     ) -> GuardedGraph:
         captured = stored.captured
-        effects, known_to_graph = captured.effects, {id(buffer.tensor) for buffer in captured.effects.buffers}
-        if unseen := [name for name, tensor in written if id(tensor) not in known_to_graph]:
+        effects = captured.effects
+        if unseen := written.unseen(effects):
             raise CaptureError(f"forward writes in place to {', '.join(unseen)}, and the captured graph does not")
         pinned = pinned_numbers(captured, call)
         check_pinned(pinned, call, others)
@@ -214,7 +214,7 @@ class Maker:
             return
         with LOCK.capturing(self._original), preserved(self._original), part("take measured kernels"):
             if graph.compiled.again is not None:  # no other thread has put other tensors into it
-                self._take(graph, graph.compiled.again, call.copied())
+                self._take(graph, graph.compiled.again, call.apart())
 
     def _take(self, graph: GuardedGraph, again: Callable[[], Compiled], call: Call) -> None:
         """Compiles a graph by what is known of kernels now; it serves if its numbers are the original's on a call."""

@@ -171,7 +171,8 @@ def lower_whole(work: Work) -> None:
     options = work.options
     work.weights = None if torch.is_grad_enabled() else Weights(_tuner(work))
     work.recorder = Recorder(options.cuda_graphs == "static") if options.cuda_graphs else None
-    work.dense = Program(work.inlined, work.assumes, work.weights, options.precision, work.recorder)
+    writes = [place for _, place in work.captured.effects.arguments]
+    work.dense = Program(work.inlined, work.assumes, work.weights, options.precision, work.recorder, writes)
     record = work.dense.epilogues
     work.stages += [record] if record and (record.places or record.misses) else []  # nothing to tell is no stage
 
@@ -351,6 +352,8 @@ def _at_inference(work: Work, what: str) -> None:
 
 
 def _check_effects(captured: Captured, what: str) -> None:
+    if captured.effects.arguments:
+        raise Miss(f"forward writes in place to its argument {captured.effects.arguments[0].name}, {what}")
     if captured.effects:
         raise Miss(f"forward changes {', '.join(captured.effects.names[:3])} in the model, {what}")
 

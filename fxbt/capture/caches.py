@@ -6,6 +6,7 @@ own call shows which axes grow, so that the first graph for such calls serves al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,20 +15,25 @@ from torch import Tensor
 
 from ..errors import NotCapturable
 from .call import Binder, Call
+from .effects import Effects
+from .fixed_caches import Writes, lengths, tokens_added, varying_axes, writes_of
 
 Growing = frozenset[tuple[str, int]]  # (name of a tensor, axis)
 
 
-def with_growth(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def with_growth(
+    call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any], live: Sequence[Tensor]
+) -> Call:
     """`call` after it was served, with what `args` and `kwargs` show about their objects: which axes grow, which
     numbers count.
 
     Numbers that forward counts up become inputs of the returned call, and axes of tensors that it made longer are
     `growing`. A tensor that is the same attribute of another object (the keys of a cross-attention's layers, which grow
-    from one generation to the next) counts as growing in the same axes.
+    from one generation to the next) counts as growing in the same axes. So do axes that differ between caches of a
+    fixed size. `live` are the caller's tensors, which `call` has copies of.
 
     Example:
-        >>> with_growth(call, binder, args, kwargs).growing
+        >>> with_growth(call, binder, args, kwargs, live).growing
         frozenset({('past_key_values.layers[0].keys', 2), ('past_key_values.layers[0].values', 2)})
     """
     if not call.objects:
@@ -36,10 +42,13 @@ def with_growth(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[
         after = binder.call(args, kwargs)  # first, because it shows which numbers vary
     except NotCapturable:  # the next call with them says why
         return call
-    return _grown(binder.call(call.args, call.kwargs), after)
+    writes = writes_of(call, after, live)
+    if writes:
+        binder.expect_others(lengths(call, after, writes))
+    return _grown(binder.call(call.args, call.kwargs).with_lessons_of(call), after, writes)
 
 
-def _grown(call: Call, after: Call) -> Call:
+def _grown(call: Call, after: Call, writes: Writes) -> Call:
     now = dict(zip(after.names, after.tensors, strict=True))
     before = {name: tensor for name, tensor in zip(call.names, call.tensors, strict=True) if "." in name}
     axes: dict[str, set[int]] = {}
@@ -47,10 +56,11 @@ def _grown(call: Call, after: Call) -> Call:
         if name in now:
             axes.setdefault(_attribute(name), set()).update(_longer(tensor, now[name]))
     grown = [(n, axis) for n, t in before.items() for axis in axes.get(_attribute(n), ()) if axis < t.ndim]
-    return replace(call, growing=frozenset(grown), new_tokens=_new_tokens(call, after))
+    varying = varying_axes(call, after, writes) if writes else ()
+    return replace(call, growing=frozenset([*grown, *varying]), new_tokens=_new_tokens(call, after, writes))
 
 
-def _new_tokens(call: Call, after: Call) -> int | None:
+def _new_tokens(call: Call, after: Call, writes: Writes) -> int | None:
     """The index of the tensor with as many sequences, and tokens each, as were added to the first cache."""
     held = {name: after.tensors[i] for i, name in enumerate(after.names) if i in after.past}
     if not held:
@@ -59,7 +69,8 @@ def _new_tokens(call: Call, after: Call) -> int | None:
     before = dict(zip(call.names, call.tensors, strict=True)).get(name)
     old = (0,) * now.ndim if before is None or before.ndim != now.ndim else before.shape
     counts = {size - earlier for size, earlier in zip(now.shape[1:], old[1:], strict=True)} - {0}
-    others = [i for i, t in enumerate(call.tensors) if i not in call.past and t.ndim > 1 and t.shape[0] == now.shape[0]]
+    counts = {tokens_added(call, after, writes)} if writes else counts
+    others = [i for i, t in enumerate(call.tensors) if i not in call.held and t.ndim > 1 and t.shape[0] == now.shape[0]]
     return next((i for i in others if call.tensors[i].shape[1] in counts), None)
 
 
@@ -102,7 +113,7 @@ def one_further(call: Call, binder: Binder, args: tuple[Any, ...], kwargs: dict[
     tensors = tuple(tensor.detach().clone() for tensor in after.tensors)
     args, kwargs = after.rebuild(tensors)
     further = binder.call(args, kwargs)
-    return replace(further, growing=call.growing, new_tokens=call.new_tokens) if further.key == call.key else None
+    return further.with_lessons_of(call) if further.key == call.key else None
 
 
 def same_lengths(call: Call) -> list[list[tuple[int, int]]]:
@@ -114,6 +125,12 @@ def same_lengths(call: Call) -> list[list[tuple[int, int]]]:
         i = index[name]
         groups.setdefault((name.rpartition(".")[0], call.tensors[i].shape[axis]), []).append((i, axis))
     return [group for group in groups.values() if len(group) > 1]
+
+
+def appended(call: Call, effects: Effects) -> tuple[int, ...]:
+    """The tensors of a call's objects that forward replaces by longer ones: none that it writes to in place."""
+    written = {place for _, place in effects.arguments}
+    return tuple(sorted({place for place, _ in growing_axes(call)} & call.held - written))
 
 
 def growing_axes(call: Call) -> frozenset[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from .containers import (
     pytree_parts,
     rebuilt,
 )
+from .memory import sharing
 from .number_inputs import Number, Numbers, as_tensor
 
 TENSOR_TYPES = (Tensor, nn.Parameter)
@@ -61,10 +62,12 @@ class Call:
     unread: dict[int, Unread] = field(default_factory=dict)  # by id: attributes that no graph can know
     numbers: dict[str, Number] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
-    past: frozenset[int] = frozenset()  # tensors that are attributes of an object, such as a KV cache's
+    held: frozenset[int] = frozenset()  # tensors that are attributes of an object, such as a KV cache's
+    past: frozenset[int] = frozenset()  # those of them that may be keys or values
     objects: int = 0
     growing: frozenset[tuple[str, int]] = frozenset()  # axes of these tensors, by name, that forward makes longer
     new_tokens: int | None = None  # index of the tensor whose first two axes are the tokens that forward adds to them
+    shared: frozenset[int] = frozenset()  # tensors that are copies (`apart`) of some whose memory another one shares
 
     def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with `tensors` in place of `self.tensors`, in fresh containers."""
@@ -77,6 +80,20 @@ class Call:
         """The same call in its own containers, which do not change whatever forward does to the caller's."""
         args, kwargs = self.rebuild(self.tensors)
         return replace(self, args=args, kwargs=kwargs)
+
+    def apart(self, others: Sequence[Tensor] = ()) -> Call:
+        """The same call, its objects' tensors in memory of their own: what forward writes there shows nowhere else.
+
+        `others` are further tensors whose memory counts for `shared`.
+        """
+        tensors = [t.detach().clone() if i in self.held else t for i, t in enumerate(self.tensors)]
+        args, kwargs = self.rebuild(tensors)
+        shared = self.shared | sharing([*self.tensors, *others])
+        return replace(self, args=args, kwargs=kwargs, tensors=tuple(tensors), shared=shared)
+
+    def with_lessons_of(self, other: Call) -> Call:
+        """The same call, with what was learned of another reading of it."""
+        return replace(self, growing=other.growing, new_tokens=other.new_tokens, shared=other.shared)
 
     @property
     def names(self) -> list[str]:
@@ -129,9 +146,15 @@ class Binder:
             reader.unread,
             reader.numbers,
             tuple(reader.constants),
+            frozenset(reader.held),
             frozenset(reader.past),
             reader.objects,
         )
+
+    def expect_others(self, places: Iterable[str]) -> None:
+        """From now on, the numbers at these places are inputs of graphs."""
+        if self._numbers is not None:
+            self._numbers.expect_others(places)
 
     def _by_keyword(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Flags given by position stay there: decorators around a forward may only look for them among the keywords.
@@ -157,6 +180,7 @@ class _Reader:
         self.unread: dict[int, Unread] = {}  # by id: attributes that no graph can know
         self.numbers: dict[str, Number] = {}
         self.constants: list[str] = []
+        self.held: set[int] = set()
         self.past: set[int] = set()
         self.objects = 0
         self._seen: dict[int, int] = {}
@@ -203,7 +227,9 @@ class _Reader:
         others = {name: item for name, item in items.items() if name not in numbers}
         count = len(self.tensors)
         parts = self._parts_key(others, place)
-        self.past.update(i for i in range(count, len(self.tensors)) if self.tensors[i].ndim >= _LEAST_DIMS)
+        inside = set(range(count, len(self.tensors))) - {number.index for number in self.numbers.values()}
+        self.held |= inside
+        self.past.update(i for i in inside if self.tensors[i].ndim >= _LEAST_DIMS)
         among = hash((*others, *parts)) if numbers else None
         return [*parts, *(self._number_key(item, place_of(place, name), among) for name, item in numbers.items())]
 
@@ -221,6 +247,7 @@ class _Reader:
             self._seen.pop(id(tensor), None)
         del self.tensors[count:]
         self.numbers = {place: number for place, number in self.numbers.items() if number.index < count}
+        self.held = {index for index in self.held if index < count}
         self.past = {index for index in self.past if index < count}
         self.unread[id(item)] = Unread(name)
         return (type(item), "not read")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError
-from ..torch_compat import pytree
+from ..torch_compat import FakeTensor, pytree
 
 _OWN_WAY_OF_COPYING = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__new__", "__del__", "__slots__")
 
@@ -224,7 +224,18 @@ class Arguments:
 
 
 def _differs(now: Any, before: Any) -> bool:
-    return now is not before and not (type(now) is type(before) is int and now == before)
+    if now is before or (type(now) is type(before) is int and now == before):
+        return False
+    return not (isinstance(now, FakeTensor) and isinstance(before, FakeTensor) and _is_unconverted(now, before))
+
+
+def _is_unconverted(now: FakeTensor, before: FakeTensor) -> bool:
+    """Whether a traced tensor is another one after a conversion to what it is already: outside a trace, the same."""
+    forms = [
+        (fake.dtype, fake.untyped_storage()._cdata, *map(str, (*fake.shape, *fake.stride(), fake.storage_offset())))
+        for fake in (now, before)
+    ]
+    return forms[0] == forms[1]
 
 
 def _written(container: Any, before: dict[Any, Any], now: dict[Any, Any]) -> dict[Any, Any]:

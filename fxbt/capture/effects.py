@@ -1,8 +1,9 @@
-"""The effects of a graph's call on the model: new values in buffers, other tensors as attributes.
+"""The effects of a graph's call: new values in buffers and in tensors of its arguments, other tensors as attributes.
 
 A buffer that forward writes to in place is an input of the graph, and its new value an output. An attribute that each
 forward sets to a tensor of its own (as `torch.nn.utils.weight_norm` sets `weight`) is only an output, once a trace has
-shown that its old value is not read.
+shown that its old value is not read. A tensor in an object among the arguments (the keys of a static cache) that
+forward writes to is an input as ever, and its new value an output.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import contextlib
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +23,7 @@ from ..errors import CaptureError
 from ..torch_compat import preserving_version
 from .call import Call
 from .codes import is_torchs
+from .memory import memory_of
 from .model_state import Slot, versions
 
 if TYPE_CHECKING:
@@ -39,21 +41,78 @@ class Buffer:
     is_counted: bool = True
 
 
+class Argument(NamedTuple):
+    """A tensor in an object among a call's arguments that calls write to: where it is, and its index in the call."""
+
+    name: str
+    place: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a run of the original wrote to in place: buffers of the model by name, and tensors in arguments."""
+
+    buffers: list[tuple[str, Tensor]]
+    arguments: list[str]
+
+    def unseen(self, effects: Effects) -> list[str]:
+        """Those whose new values are no effects of a graph."""
+        known, names = {id(buffer.tensor) for buffer in effects.buffers}, {each.name for each in effects.arguments}
+        buffers = [name for name, tensor in self.buffers if id(tensor) not in known]
+        return [*buffers, *(name for name in self.arguments if name not in names)]
+
+
+class Watched:
+    """The tensors of a model and of a call before a run of the original, to learn which of them it writes to."""
+
+    def __init__(self, tensors: Sequence[Tensor], call: Call) -> None:
+        self.live = call.tensors
+        self._names, self._held = call.names, call.held
+        self._tensors = [*tensors, *call.tensors]
+        self._before = versions(self._tensors)
+
+    def written(self, model: nn.Module) -> Written:
+        """What the original wrote to in place since.
+
+        Raises:
+            CaptureError: it wrote to another tensor, or to a buffer that cannot be given a new value.
+        """
+        pairs = zip(self._tensors, self._before, versions(self._tensors), strict=True)
+        written = {id(tensor): tensor for tensor, old, new in pairs if old != new}
+        arguments = [(n, t) for i, (n, t) in enumerate(zip(self._names, self.live, strict=True)) if i in self._held]
+        of_objects = {id(tensor): name for name, tensor in arguments if id(tensor) in written}
+        others = [tensor for key, tensor in written.items() if key not in of_objects]
+        return Written(self._buffers(model, others), list(of_objects.values()))
+
+    def _buffers(self, model: nn.Module, written: list[Tensor]) -> list[tuple[str, Tensor]]:
+        buffers = {id(tensor): name for name, tensor in model.named_buffers()}
+        arguments = {memory_of(t): f"its argument {name}" for t, name in zip(self.live, self._names, strict=True)}
+        parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+        others = [t for t in written if id(t) not in buffers or memory_of(t) in arguments]
+        if others:
+            named = [arguments.get(memory_of(t), parameters.get(id(t), "a tensor")) for t in others]
+            raise CaptureError(f"forward writes in place to {', '.join(named)}, and a graph cannot")
+        check_buffers(model, [Buffer(buffers[id(tensor)], tensor) for tensor in written])
+        return [(buffers[id(tensor)], tensor) for tensor in written]
+
+
 @dataclass
 class Effects:
-    """The buffers and attributes that calls of a graph change; its last inputs and outputs, in this order.
+    """The buffers and attributes that calls of a graph change; its last inputs and outputs, in this order. The very
+    last outputs are the new values of tensors in arguments.
 
     Example:
         >>> values = graph(*tensors, *effects.inputs())
         >>> outputs = effects.outputs(values)
-        >>> effects.put(values)
+        >>> effects.put(values, tensors)
     """
 
     buffers: list[Buffer] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+    arguments: list[Argument] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.buffers or self.slots)
+        return bool(self.buffers or self.slots or self.arguments)
 
     @property
     def names(self) -> list[str]:
@@ -64,22 +123,48 @@ class Effects:
         """Copies of the buffers, because what autograd saves of them must not change with them."""
         return [buffer.tensor.detach().clone() for buffer in self.buffers]
 
-    def current(self) -> list[Any]:
-        """The current values of buffers (copied) and attributes, which a graph would return last after the same
-        call."""
-        return [*self.inputs(), *(slot.value for slot in self.slots)]
+    def current(self, tensors: Sequence[Tensor] = ()) -> list[Any]:
+        """The current values of buffers (copied), attributes and the call's `tensors`, which a graph would return last
+        after the same call."""
+        slots = [slot.value for slot in self.slots]
+        return [*self.inputs(), *slots, *(tensors[argument.place] for argument in self.arguments)]
 
     def outputs(self, values: Sequence[Any]) -> Sequence[Any]:
         """The values of a graph that the call returns."""
-        return values[: len(values) - len(self.buffers) - len(self.slots)]
+        return values[: len(values) - len(self.buffers) - len(self.slots) - len(self.arguments)]
 
-    def put(self, values: Sequence[Any]) -> None:
-        """Stores the last of a graph's values in the model."""
-        new = values[len(self.outputs(values)) :]
-        for buffer, value in zip(self.buffers, new[: len(self.buffers)], strict=True):
-            _write(buffer, value)
-        for slot, value in zip(self.slots, new[len(self.buffers) :], strict=True):
-            slot.value = value
+    def apart(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A call's tensors for a run that nobody is to see: those that it writes to in memory of their own."""
+        apart = list(tensors)
+        for _, place in self.arguments:
+            apart[place] = tensors[place].detach().clone()
+        return apart
+
+    def returned(self, values: Sequence[Any], tensors: Sequence[Tensor]) -> Sequence[Any]:
+        """`outputs(values)`, none of them in memory of the call's `tensors` that is written to."""
+        outputs = self.outputs(values)
+        written = {memory_of(tensors[place]) for _, place in self.arguments}
+        if not written:
+            return outputs
+        return [v.clone() if isinstance(v, Tensor) and memory_of(v) in written else v for v in outputs]
+
+    def put(self, values: Sequence[Any], tensors: Sequence[Tensor] = ()) -> None:
+        """Stores the last of a graph's values in the model and in the call's `tensors`."""
+        new = iter(values[len(self.outputs(values)) :])
+        for buffer in self.buffers:
+            _write(buffer, next(new))
+        for slot in self.slots:
+            slot.value = next(new)
+        self._put_into(tensors, new)
+
+    def _put_into(self, tensors: Sequence[Tensor], new: Iterator[Tensor]) -> None:
+        pairs = [(tensors[place], next(new)) for _, place in self.arguments]
+        left = [(tensor, value) for tensor, value in pairs if value is not tensor]  # others are written to already
+        written = {memory_of(tensor) for tensor, _ in pairs}
+        # A value may be what another of the tensors held.
+        left = [(tensor, value.clone() if memory_of(value) in written else value) for tensor, value in left]
+        for tensor, value in left:
+            tensor.copy_(value)
 
     def note(self, tensors: Sequence[Tensor], before: Sequence[Tensor], counted: Sequence[int]) -> None:
         """Learns from a run of the original which of its writes torch counts.
@@ -98,16 +183,30 @@ class Effects:
                     "forward writes in place to a tensor of the model, but its trace does not show the write"
                 )
 
-    def check_apart(self, values: Sequence[Any]) -> None:
-        """Raises `CaptureError` if forward's results or attributes share memory with the buffers."""
+    def check_apart(self, values: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+        """Raises `CaptureError` if forward's results or attributes share memory with the buffers, or with the call's
+        tensors that it writes to."""
         left = [*values, *(slot.value for slot in self.slots)]
-        if self.hold(value for value in left if isinstance(value, Tensor)):
-            raise CaptureError(f"forward returns memory that it writes in place to ({', '.join(self.names)})")
+        written = {memory_of(tensors[place]) for _, place in self.arguments}
+        found = [memory_of(value) for value in left if isinstance(value, Tensor)]
+        if not written.union(memory_of(buffer.tensor) for buffer in self.buffers).isdisjoint(found):
+            names = [*self.names, *(argument.name for argument in self.arguments)]
+            raise CaptureError(f"forward returns memory that it writes in place to ({', '.join(names[:3])})")
 
-    def hold(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether one of these tensors shares memory with the buffers."""
-        memory = {memory_of(buffer.tensor) for buffer in self.buffers}
-        return bool(memory) and any(memory_of(tensor) in memory for tensor in tensors)
+    def check_others(self, before: Call, after: Sequence[Tensor]) -> None:
+        """Raises `CaptureError` if a run changed other tensors of a call's objects than these arguments."""
+        others = before.held.difference(place for _, place in self.arguments)
+        for name in [before.names[i] for i in others if not _equal(before.tensors[i], after[i])][:1]:
+            raise CaptureError(f"forward writes in place to its argument {name}, but its trace does not show the write")
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether one of a call's tensors shares memory with the buffers, or with another one that is written to."""
+        if not (self.buffers or self.arguments):
+            return False
+        memory = list(map(memory_of, tensors))
+        own = {memory_of(buffer.tensor) for buffer in self.buffers}
+        written = {memory[place] for _, place in self.arguments}
+        return not own.isdisjoint(memory) or sum(each in written for each in memory) > len(self.arguments)
 
     def rebind(self, pairs: Mapping[int, Tensor]) -> None:
         """From now on writes to the tensors in `pairs`, which replace others (by their id)."""
@@ -154,6 +253,15 @@ def written_names(program: ExportedProgram) -> list[str]:
     return [str(spec.target) for spec in specs if spec.kind is OutputKind.BUFFER_MUTATION]
 
 
+def written_arguments(program: ExportedProgram, names: Sequence[str]) -> list[Argument]:
+    """The inputs, called `names`, that a program without in-place writes has new values of, in the order of outputs."""
+    from torch.export.graph_signature import OutputKind
+
+    places = {name: place for place, name in enumerate(program.graph_signature.user_inputs)}
+    specs = [s for s in program.graph_signature.output_specs if s.kind is OutputKind.USER_INPUT_MUTATION]
+    return [Argument(names[place], place) for place in (places[str(spec.target)] for spec in specs)]
+
+
 def buffer_metas(program: ExportedProgram) -> dict[str, dict[str, Any]]:
     """The node.meta of each tensor of the model that a program takes, by name."""
     placeholders = program.graph.find_nodes(op="placeholder")
@@ -191,38 +299,12 @@ def check_buffers(model: nn.Module, buffers: Sequence[Buffer]) -> None:
             raise CaptureError(f"forward writes in place to {buffer.name}, whose memory another tensor shares")
 
 
-def written_buffers(
-    model: nn.Module, watched: Sequence[Tensor], before: Sequence[int], call: Call
-) -> list[tuple[str, Tensor]]:
-    """The buffers, by name, that the original wrote to in place since `watched` had the versions `before`.
-
-    Raises:
-        CaptureError: it wrote to another tensor, or to a buffer that cannot be given a new value.
-    """
-    written = [tensor for tensor, old, new in zip(watched, before, versions(watched), strict=True) if old != new]
-    buffers = {id(tensor): name for name, tensor in model.named_buffers()}
-    arguments = {memory_of(t): f"its argument {name}" for t, name in zip(call.tensors, call.names, strict=True)}
-    parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-    others = [t for t in written if id(t) not in buffers or memory_of(t) in arguments]
-    if others:
-        named = [arguments.get(memory_of(t), parameters.get(id(t), "a tensor")) for t in others]
-        raise CaptureError(f"forward writes in place to {', '.join(named)}, and a graph cannot")
-    check_buffers(model, [Buffer(buffers[id(tensor)], tensor) for tensor in written])
-    return [(buffers[id(tensor)], tensor) for tensor in written]
-
-
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
     for path, module in model.named_modules():
         attributes = [(name, value) for name, value in vars(module).items() if isinstance(value, Tensor)]
         yield from ((f"{path}.{name}", value) for name, value in attributes)
-
-
-def memory_of(tensor: Tensor) -> int | None:
-    """The id of a tensor's memory; None if there is none to compare."""
-    is_plain = tensor.layout is torch.strided and not tensor.is_nested
-    return tensor.untyped_storage()._cdata if is_plain else None
 
 
 # Attributes

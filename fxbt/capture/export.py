@@ -15,20 +15,29 @@ from unittest import mock
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind, OutputSpec
 
 from ..errors import CaptureError
 from ..torch_compat import SIZES_LOG, dynamo_config, export_trace, fx_config, pytree
 from . import outputs as forms
 from . import own_autograd
 from .attempts import Attempt, Axes, attempts, number_indices
-from .caches import growing_axes, same_lengths
+from .caches import appended, same_lengths
 from .call import Call
 from .captured import Captured
 from .checkpointing import mark_blocks
 from .constant_inputs import Constants, constant, knowing
 from .containers import Arguments, Given, named_leaves
-from .effects import Buffer, Effects, buffer_metas, check_buffers, make_inputs, unread, written_names
+from .effects import (
+    Buffer,
+    Effects,
+    buffer_metas,
+    check_buffers,
+    make_inputs,
+    unread,
+    written_arguments,
+    written_names,
+)
 from .equal_layers import EqualLayers
 from .functional import functional
 from .guards import and_values, assumptions, erase_asserts, guards_of
@@ -117,8 +126,8 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
     ):
         warnings.simplefilter("ignore")
         program = torch.export.export(flat, tensors, strict=False, dynamic_shapes=(tuple(dims),) if dims else None)
-        program = functional(program, call.names)
-    effects, metas = _effects(program, outputs, slots), buffer_metas(program)
+        program = functional(program, call.names, call.held)
+    effects, metas = _effects(program, outputs, slots, call), buffer_metas(program)
     module = _flat_module(program, model, call, outputs, effects)
     assert outputs.spec is not None
     assumed = assumptions(module)
@@ -138,18 +147,21 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
         effects=effects,
         copied=outputs.copied,
         has_objects=bool(call.objects),
-        growing=tuple(sorted({i for i, _ in growing_axes(call)})),
+        growing=appended(call, effects),
     )
 
 
-def _effects(program: ExportedProgram, outputs: _Outputs, slots: Sequence[Slot]) -> Effects:
-    """What a program without in-place writes changes in the model."""
+def _effects(program: ExportedProgram, outputs: _Outputs, slots: Sequence[Slot], call: Call) -> Effects:
+    """What a program without in-place writes changes in the model and in the call's objects."""
     written = written_names(program)
     if replaced := [name for name in written if name in outputs.replaced]:
         raise CaptureError(f"forward replaces {', '.join(replaced)} by another tensor, and a graph cannot")
     if decides := [constant.name for constant in outputs.read if constant.name in written]:
         raise CaptureError(f"forward branches on the value of {', '.join(decides)}, which it also writes in place")
-    return Effects([Buffer(name, outputs.originals[name]) for name in written], list(slots))
+    arguments = written_arguments(program, call.names)
+    if shared := [name for name, place in arguments if place in call.shared]:
+        raise CaptureError(f"forward writes in place to its argument {shared[0]}, whose memory another tensor shares")
+    return Effects([Buffer(name, outputs.originals[name]) for name in written], list(slots), arguments)
 
 
 @contextlib.contextmanager
@@ -268,7 +280,7 @@ def _flat_module(
     for node in [node for node in graph.nodes if node.op == "placeholder"]:
         node.target = re.sub(r"\W+", "_", next(names)).strip("_")
         node._rename(node.target)
-    _set_outputs(graph, outputs.constants, effects)
+    _set_outputs(graph, program.graph_signature.output_specs, outputs.constants, effects)
     module = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
     module.meta["fxbt_asserted"] = erase_asserts(graph)
     graph.eliminate_dead_code()
@@ -284,12 +296,17 @@ def _attribute(model: nn.Module, path: str, program: ExportedProgram) -> Tensor:
     return value if isinstance(value, Tensor) else program.constants[path]
 
 
-def _set_outputs(graph: fx.Graph, constants: dict[int, Any], effects: Effects) -> None:
-    """Inserts constants at their places, and moves new buffer values, which come first, to the end."""
+def _set_outputs(graph: fx.Graph, specs: list[OutputSpec], constants: dict[int, Any], effects: Effects) -> None:
+    """Inserts constants at their places, and moves new values of buffers and arguments to the end."""
     output = graph.output_node()
-    returned: Any = output.args[0]
-    written, returned = returned[: len(effects.buffers)], returned[len(effects.buffers) :]
+    of_kind: dict[OutputKind, list[Any]] = {}
+    for spec, value in zip(specs, output.args[0], strict=True):  # type: ignore[arg-type]
+        of_kind.setdefault(spec.kind, []).append(value)
+    returned = of_kind.get(OutputKind.USER_OUTPUT, [])
     count = len(returned) - len(effects.slots)
     values = iter(returned[:count])
     result = [constants[i] if i in constants else next(values) for i in range(count + len(constants))]
-    output.args = ((*result, *written, *returned[count:]),)
+    buffers, arguments = (
+        of_kind.get(kind, []) for kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+    )
+    output.args = ((*result, *buffers, *returned[count:], *arguments),)

@@ -1,8 +1,8 @@
-"""Removes in-place writes from an exported program; refuses writes that show in arguments or parameters.
+"""Removes in-place writes from an exported program; refuses writes that show in parameters and in most arguments.
 
 Most writes are to a value that nothing else holds, as in `scores = query @ key.mT; scores += bias`; they become the op
 that returns a new value. For all others, torch functionalises the program, which takes as long as the export itself;
-new values of the model's buffers then become outputs.
+new values of the model's buffers, and of tensors in objects among the arguments, then become outputs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _STATISTICS = {
 }
 
 
-def functional(program: ExportedProgram, names: list[str]) -> ExportedProgram:
-    """The program without in-place writes; the values it writes to buffers are its first outputs.
+def functional(program: ExportedProgram, names: list[str], held: frozenset[int] = frozenset()) -> ExportedProgram:
+    """The program without in-place writes; what it writes to buffers, and to inputs in `held`, are its first outputs.
 
     Raises:
-        CaptureError: it writes to the model's parameters, to its arguments (called `names`), to a value that shows in
+        CaptureError: it writes to the model's parameters, to other arguments (called `names`), to a value that shows in
             another one through an op that does not declare it, or to a buffer inside a checkpoint, which writes again
             in the backward.
     """
@@ -68,11 +68,10 @@ def functional(program: ExportedProgram, names: list[str]) -> ExportedProgram:
     signature = program.graph_signature
     if mutated := list(signature.parameters_to_mutate.values()):
         raise CaptureError(f"forward writes in place to {', '.join(mutated)}, and a graph cannot")
-    if mutated := list(signature.user_inputs_to_mutate.values()):
-        inputs = dict(zip(signature.user_inputs, names, strict=True))
-        raise CaptureError(
-            f"forward writes in place to its argument {', '.join(inputs[m] for m in mutated)}, and a graph cannot"
-        )
+    places = {str(name): place for place, name in enumerate(signature.user_inputs)}
+    mutated_inputs = [places[name] for name in signature.user_inputs_to_mutate.values()]
+    if mutated := [names[place] for place in mutated_inputs if place not in held]:
+        raise CaptureError(f"forward writes in place to its argument {', '.join(mutated)}, and a graph cannot")
     return program
 
 

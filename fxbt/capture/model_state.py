@@ -25,6 +25,8 @@ NOT_READ = {
     *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
     "_non_persistent_buffers_set",
 }
+# What a library's `generate` notes on a model for its next call; `recording.py` makes sure that no forward reads it.
+MEMOS = frozenset(["_previous_max_cache_length"])
 _OBJECT_DEPTH = 3  # a config inside a config inside a module; anything deeper is not the model's own state
 
 
@@ -63,6 +65,7 @@ class ModelState:
         self.tensors: list[Tensor] = []
         self._classes: list[type[nn.Module]] = []
         self._seen: set[int] = set()
+        self._memos = vars(model) if hasattr(type(model), "generate") else None
         self._visit_object(model, "", 0)
         self._live = [self._without_unread(container) for container in self._live]
         self._copies = [_copy(container) for container in self._live]
@@ -127,9 +130,10 @@ class ModelState:
         """The attributes of modules that held a tensor and now hold another one."""
         found = []
         for live, copy, place in zip(self._live, self._copies, self._places, strict=True):
-            keys = _differing(live, copy) if isinstance(live, dict) and "_parameters" in live else []
+            whole = _whole(live)
+            keys = _differing(live, copy) if isinstance(whole, dict) and "_parameters" in whole else []
             names = {key: f"{place}.{key}".removeprefix(".") for key in keys}
-            found += [Slot(live, k, name) for k, name in names.items() if _are_tensors(live.get(k), copy.get(k))]
+            found += [Slot(whole, k, name) for k, name in names.items() if _are_tensors(whole.get(k), copy.get(k))]
         return found
 
     def changed(self) -> list[str]:
@@ -143,7 +147,7 @@ class ModelState:
 
     def put_back(self, slots: Sequence[Slot]) -> None:
         """Restores these attributes."""
-        held = {id(live): copy for live, copy in zip(self._live, self._copies, strict=True)}
+        held = {id(_whole(live)): copy for live, copy in zip(self._live, self._copies, strict=True)}
         for slot in slots:
             slot.value = held[id(slot.attributes)][slot.key]
 
@@ -152,12 +156,15 @@ class ModelState:
         for live, copy in zip(self._live, self._copies, strict=True):
             if not _differing(live, copy):
                 continue
-            kept = {slot.key: slot.value for slot in self.unread if slot.attributes is _whole(live)}
-            _whole(live).clear()
-            live.extend(copy) if isinstance(live, list) else _whole(live).update({**copy, **kept})
+            whole = _whole(live)
+            left_out = live.left_out if isinstance(live, _Partly) else ()
+            kept = {key: whole[key] for key in left_out if key in whole}
+            whole.clear()
+            live.extend(copy) if isinstance(live, list) else whole.update({**copy, **kept})
 
     def _without_unread(self, container: Any) -> Any:
         keys = {slot.key for slot in self.unread if slot.attributes is container}
+        keys |= MEMOS if container is self._memos else set()
         return _Partly(container, keys) if keys else container
 
     def _visit_object(self, value: Any, place: str, depth: int) -> None:
@@ -202,10 +209,10 @@ class _Partly:
 
     def __init__(self, whole: dict[str, Any], left_out: set[str]) -> None:
         self.whole = whole
-        self._left_out = left_out
+        self.left_out = left_out
 
     def now(self) -> dict[str, Any]:
-        return {key: value for key, value in self.whole.items() if key not in self._left_out}
+        return {key: value for key, value in self.whole.items() if key not in self.left_out}
 
     def __eq__(self, other: object) -> bool:
         return self.now() == other

@@ -7,7 +7,7 @@ numbers, in 64 bits as before.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,15 +56,21 @@ class Numbers:
     def __init__(self) -> None:
         self._first: dict[tuple[str, type, Hashable], Any] = {}
         self._varying: set[tuple[str, type, Hashable]] = set()
+        self._expected: set[str] = set()
         self.refused: dict[str, str] = {}  # places whose numbers cannot be inputs of a graph, and why
 
     def varies(self, place: str, value: int | float, among: Hashable = None) -> bool:
         """Records a value; returns whether this place has had different values and may have any."""
         where = place, type(value), among
-        if where not in self._varying and repr(self._first.setdefault(where, value)) != repr(value):
-            self._varying.add(where)
+        if where not in self._varying:
+            is_other = repr(self._first.setdefault(where, value)) != repr(value)
+            self._varying.update([where] if is_other or place in self._expected else [])
         is_small = isinstance(value, float) or abs(value) < LARGEST
         return where in self._varying and is_small and place not in self.refused
+
+    def expect_others(self, places: Iterable[str]) -> None:
+        """From now on, numbers at these places may have any value, although they have had only one so far."""
+        self._expected.update(places)
 
     def first(self, place: str, number: Number) -> Any:
         """The first value at this place."""

@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from .codes import Facts, functions_of, is_model_code, is_torchs
-from .model_state import ModelState
+from .model_state import MEMOS, ModelState
 from .settings import (
     Settings,
     foreign_to_graphs,
@@ -139,6 +139,8 @@ class Recording:
         around.settings = self._settings if self._asks_settings else None
         around.nests = self._nests
         around.codes = [code for code in codes if is_model_code(code.co_filename)]
+        if noted := MEMOS & around.read:
+            return f"forward reads {min(noted)}, which `generate` changes"
         return around.obstacle or around.ready()
 
     # Events

@@ -22,7 +22,7 @@ def append_in_place(graph: fx.Graph) -> None:
         >>> [node for node in graph.nodes if node.target is append]
     """
     for result in graph.output_node().all_input_nodes:
-        node = _in_any_layout(result)
+        node = in_any_layout(result)
         arguments: Any = node.args
         if node.target is not aten.cat.default or node.kwargs or len(arguments[0]) != 2:
             continue
@@ -35,7 +35,7 @@ def append_in_place(graph: fx.Graph) -> None:
             graph.erase_node(result)
 
 
-def _in_any_layout(node: fx.Node) -> fx.Node:
+def in_any_layout(node: fx.Node) -> fx.Node:
     """The source of a returned dense copy, if nothing else reads that copy; else the node itself."""
     is_copy = node.target is aten.contiguous.default and len(node.args) == 1 and len(node.users) == 1
     source = node.args[0] if is_copy else node

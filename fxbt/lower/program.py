@@ -7,7 +7,7 @@ is kept, and computed again when a weight changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Program:
         weights: keeps values derived from weights; programs of one model made with the same object share them.
         precision: linear layers compute in it.
         recorder: calls without gradients then go through `replay`.
+        writes: the inputs whose new values are the last outputs.
 
     Example:
         >>> weights = Weights()
@@ -44,12 +45,13 @@ class Program:
         weights: Weights | None,
         precision: type[Precision] | None = None,
         recorder: Recorder | None = None,
+        writes: Sequence[int] = (),
     ):
         graph, _ = copy_of(module.graph)
         self._assumptions = Assumptions(assumes)
         self.count = len(graph.find_nodes(op="placeholder"))
         self.obstacle = obstacle(graph)  # to recording it as a CUDA graph
-        draft = Draft(module, graph, weights, precision)
+        draft = Draft(module, graph, weights, precision, writes)
         lower(draft, WITH_GRADIENTS if weights is None else AT_INFERENCE)
         self.epilogues, self.regions = draft.epilogues, draft.regions
         self._places, self._derived = draft.places, weights if draft.places else None

@@ -24,6 +24,7 @@ from .cpu.precision import Precision, narrow_linears
 from .cuda.graphs import obstacle
 from .cuda.pointwise import FusedRegion, fuse_pointwise
 from .derived_weights import Weights, weight_only
+from .fixed_caches import write_in_place
 from .growing_caches import append_in_place
 from .once import look_up_once, make_masks_once, split_heads_once
 from .recompute import recomputing
@@ -37,6 +38,7 @@ class Draft:
         module: whose weights the get_attr nodes of `graph` name.
         derived: what is kept of weights; with gradients nothing is.
         precision: of linears, if it is not the model's own.
+        writes: the inputs whose new values are the graph's last outputs.
         constant: the nodes that are computed from weights alone.
         epilogues: the record of what was fused into linears.
         places: of `derived`'s values that are arguments of the graph.
@@ -49,6 +51,7 @@ class Draft:
     graph: fx.Graph
     derived: Weights | None = None
     precision: type[Precision] | None = None
+    writes: Sequence[int] = ()
     constant: set[fx.Node] = field(default_factory=set)
     epilogues: StageRecord | None = None
     places: list[int] = field(default_factory=list)
@@ -93,6 +96,7 @@ def prepare_operands(draft: Draft) -> None:
     make_masks_once(draft.graph)
     split_heads_once(draft.graph)
     append_in_place(draft.graph)
+    write_in_place(draft.graph, draft.writes)
 
 
 def keep_derived(draft: Draft) -> None:

@@ -57,7 +57,8 @@ class Comparison:
             return f"their structure is {self._captured.out_spec}, expected {spec}"
         unpadding = compiled.unpadding
         dense = compiled.run if unpadding is None else compiled.dense
-        found: Sequence[Any] = dense(*call.tensors, *self._captured.effects.inputs())
+        effects = self._captured.effects
+        found: Sequence[Any] = dense(*effects.apart(call.tensors), *effects.inputs())
         if unpadding is not None and (problem := self._padded(unpadding, call)):
             return problem
         if unpadding is not None and unpadding.original_blanks:
@@ -117,10 +118,12 @@ class Comparison:
         with preserved(self._original), effects.attributes_kept():
             tensors = ModelState(self._original).writable()
             before, counted = [tensor.detach().clone() for tensor in tensors], versions(tensors)
-            values, spec = original_values(self._original, call, call.tensors)
+            given = call.apart().tensors
+            values, spec = original_values(self._original, call, given)
             effects.note(tensors, before, counted)
-            effects.check_apart(values)
-            return [*values, *effects.current()], spec
+            effects.check_apart(values, given)
+            effects.check_others(call, given)
+            return [*values, *effects.current(given)], spec
 
 
 def original_values(original: nn.Module, call: Call, tensors: Sequence[Tensor]) -> Values:

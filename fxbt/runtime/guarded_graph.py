@@ -95,8 +95,8 @@ class GuardedGraph:
         if not effects:
             return self.rebuild(self.run(*call.tensors), call.args, call.kwargs)
         values = self.run(*call.tensors, *effects.inputs())
-        output = self.rebuild(effects.outputs(values), call.args, call.kwargs)
-        effects.put(values)  # last, after everything that may fail
+        output = self.rebuild(effects.returned(values, call.tensors), call.args, call.kwargs)
+        effects.put(values, call.tensors)  # last, after everything that may fail
         return output
 
     def take(self, compiled: Compiled) -> None:

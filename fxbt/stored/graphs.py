@@ -11,11 +11,11 @@ from typing import Any
 from torch import SymInt, Tensor, fx, nn
 
 from ..capture.attempts import fresh
-from ..capture.caches import growing_axes
+from ..capture.caches import appended
 from ..capture.call import Call
 from ..capture.captured import Captured
 from ..capture.containers import Given
-from ..capture.effects import Buffer, Effects, check_buffers
+from ..capture.effects import Argument, Buffer, Effects, check_buffers
 from ..capture.guards import and_values, environment_of_inputs, guards_of, sizes_of_inputs
 from ..capture.outputs import Values
 from ..capture.size_scalars import Constant
@@ -26,7 +26,7 @@ from .nodes import LENGTH, NodesReader, name_in, path_in, tensor_of, written_con
 from .tensors import own_tensor, read_tensor, written_tensor
 from .values import KindsReader, KindsWriter, Table, written_sizes
 
-_NAMES = ("class", "sizes", "assumed", "fixed", "read", "buffers", "constants", "kinds", "texts", "nodes")
+_NAMES = ("class", "sizes", "assumed", "fixed", "read", "buffers", "written", "constants", "kinds", "texts", "nodes")
 
 
 def written_graph(captured: Captured, model: nn.Module) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def written_graph(captured: Captured, model: nn.Module) -> dict[str, Any]:
         "fixed": [[place, written_tensor(tensor.detach())] for place, tensor in captured.fixed.items()],
         "read": [[constant.name, constant.value] for constant in captured.read],
         "buffers": [buffer.name for buffer in captured.effects.buffers],
+        "written": [place for _, place in captured.effects.arguments],
         "constants": constants,
         "kinds": writer.kinds.entries,
         "texts": texts.entries,
@@ -84,11 +85,11 @@ def read_graph(text: Any, model: nn.Module, call: Call, expected: Values, is_who
         raise Malformed("the graph does not have the parts that this version writes")
     kinds = KindsReader(parts["kinds"], parts["sizes"], parts["assumed"], [])
     module = (_module if is_whole else _inputs)(parts, kinds, model)
-    buffers = _buffers(parts["buffers"], model)
+    effects = Effects(_buffers(parts["buffers"], model), arguments=_arguments(parts["written"], call))
     placeholders = module.graph.find_nodes(op="placeholder")
-    _check_inputs(placeholders, [*call.tensors, *(buffer.tensor for buffer in buffers)])
+    _check_inputs(placeholders, [*call.tensors, *(buffer.tensor for buffer in effects.buffers)])
     if is_whole:
-        _set_given(module, expected[0], len(buffers))
+        _set_given(module, expected[0], len(effects.buffers) + len(effects.arguments))
     fixed = {checked(place, int): read_tensor(tensor) for place, tensor in _pairs(parts["fixed"])}
     if any(place not in range(len(call.tensors)) for place in fixed):
         raise Malformed("the graph has other inputs")
@@ -96,7 +97,6 @@ def read_graph(text: Any, model: nn.Module, call: Call, expected: Values, is_who
     guards = guards_of(module, call.names, fixed, kinds.assumed)
     guards = and_values(guards, read) if read else guards
     guards(*call.tensors)
-    effects = Effects(buffers)
     example = _example(call, placeholders, guards)
     return Captured(
         module,
@@ -109,7 +109,7 @@ def read_graph(text: Any, model: nn.Module, call: Call, expected: Values, is_who
         effects=effects,
         has_objects=bool(call.objects),
         is_stored=True,
-        growing=tuple(sorted({i for i, _ in growing_axes(call)})),
+        growing=appended(call, effects),
     )
 
 
@@ -176,6 +176,13 @@ def _buffers(names: Any, model: nn.Module) -> list[Buffer]:
     return buffers
 
 
+def _arguments(places: Any, call: Call) -> list[Argument]:
+    found = [checked(place, int) for place in checked(places, list)]
+    if len(set(found)) < len(found) or not call.held - call.shared >= set(found):
+        raise Malformed("the call has no such objects with tensors of their own")
+    return [Argument(call.names[place], place) for place in found]
+
+
 def _constant(model: nn.Module, name: Any, value: Any) -> Constant:
     tensor = own_tensor(model, checked(name, str))
     if tensor is None or tensor.numel() != 1:
@@ -191,7 +198,7 @@ def _check_inputs(placeholders: list[fx.Node], tensors: list[Tensor]) -> None:
 
 
 def _set_given(module: fx.GraphModule, expected: list[Any], more: int) -> None:
-    """Inserts the arguments that forward returns; the last `more` values belong to buffers."""
+    """Inserts the arguments that forward returns; the last `more` values belong to buffers and arguments."""
     output = module.graph.output_node()
     values = output.args[0] if len(output.args) == 1 else None
     if not isinstance(values, tuple) or len(values) != len(expected) + more:
