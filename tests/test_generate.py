@@ -379,13 +379,6 @@ def test_an_error_midway_leaves_what_the_original_leaves() -> None:
     torch.testing.assert_close(one.step(torch.full((2, 1), 5)), other.step(torch.full((2, 1), 5)), rtol=1e-4, atol=1e-5)
 
 
-def test_static_caches_run_the_original() -> None:
-    model, fast = made(gpt2)
-    options = {"cache_implementation": "static"}
-    assert torch.equal(generate(fast, prompt(2, 6), 12, **options), generate(model, prompt(2, 6), 12, **options))
-    assert len(fast.report.fallbacks) == 2 and "writes in place to its argument" in fast.report.fallbacks[0]
-
-
 class Quantized(Tensor):
     """Stands for the tensors of a quantised cache."""
 

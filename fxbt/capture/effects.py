@@ -116,8 +116,8 @@ class Effects:
 
     @property
     def names(self) -> list[str]:
-        """The names of the buffers and attributes in the model."""
-        return [*(buffer.name for buffer in self.buffers), *(slot.name for slot in self.slots)]
+        """The names of the buffers and attributes in the model, and the places of the arguments."""
+        return [each.name for each in (*self.buffers, *self.slots, *self.arguments)]
 
     def inputs(self) -> list[Tensor]:
         """Copies of the buffers, because what autograd saves of them must not change with them."""
@@ -190,8 +190,7 @@ class Effects:
         written = {memory_of(tensors[place]) for _, place in self.arguments}
         found = [memory_of(value) for value in left if isinstance(value, Tensor)]
         if not written.union(memory_of(buffer.tensor) for buffer in self.buffers).isdisjoint(found):
-            names = [*self.names, *(argument.name for argument in self.arguments)]
-            raise CaptureError(f"forward returns memory that it writes in place to ({', '.join(names[:3])})")
+            raise CaptureError(f"forward returns memory that it writes in place to ({', '.join(self.names[:3])})")
 
     def check_others(self, before: Call, after: Sequence[Tensor]) -> None:
         """Raises `CaptureError` if a run changed other tensors of a call's objects than these arguments."""
@@ -206,7 +205,8 @@ class Effects:
         memory = list(map(memory_of, tensors))
         own = {memory_of(buffer.tensor) for buffer in self.buffers}
         written = {memory[place] for _, place in self.arguments}
-        return not own.isdisjoint(memory) or sum(each in written for each in memory) > len(self.arguments)
+        is_shared = len(written) < len(self.arguments) or sum(each in written for each in memory) > len(written)
+        return is_shared or not own.isdisjoint(memory)
 
     def rebind(self, pairs: Mapping[int, Tensor]) -> None:
         """From now on writes to the tensors in `pairs`, which replace others (by their id)."""

@@ -34,15 +34,20 @@ def writes_of(call: Call, after: Call, live: Sequence[Tensor]) -> Writes:
     return found
 
 
-def written_axes(writes: Writes) -> dict[str, int]:
-    """The axis of each tensor along which only some places were written: that of its rows."""
-    found = {}
+def row_axes(call: Call, writes: Writes) -> dict[str, int]:
+    """The axis of each tensor along which only some places were written: that of its rows.
+
+    So is that of a tensor that is the same attribute of another object (the keys of a cross-attention's layers).
+    """
+    by_attribute: dict[str, int] = {}
     for name, (before, now) in writes.items():
         shares = {axis: _share_changed(before != now, axis) for axis in range(_ROWS, now.ndim)}
         axis = min(shares, key=lambda axis: shares[axis], default=None)
         if axis is not None and shares[axis] < 1:
-            found[name] = axis
-    return found
+            by_attribute[_attribute(name)] = axis
+    held = [(name, t.ndim) for i, (name, t) in enumerate(zip(call.names, call.tensors, strict=True)) if i in call.held]
+    axes = [(name, by_attribute.get(_attribute(name), ndim), ndim) for name, ndim in held]
+    return {name: axis for name, axis, ndim in axes if axis < ndim}
 
 
 def _share_changed(changed: Tensor, axis: int) -> float:
@@ -54,9 +59,9 @@ def lengths(call: Call, after: Call, writes: Writes) -> set[str]:
 
     Another generation has others. A first call makes the keys: of these, any size counts.
     """
-    axes, known = written_axes(writes), set(call.names)
+    axes, known = row_axes(call, writes), set(call.names)
     sizes: dict[str, set[int]] = {}
-    for name, tensor in _of_objects(after, writes):
+    for name, tensor in _of_objects(after, {*axes, *writes}):
         of_rows = {tensor.shape[axis] for axis in (_BATCH, axes.get(name, _BATCH))}
         sizes.setdefault(_object(name), set()).update(of_rows if name in known else tensor.shape)
     numbers = [(place, before) for place, before, now in _numbers(call, after) if before == now]
@@ -65,8 +70,8 @@ def lengths(call: Call, after: Call, writes: Writes) -> set[str]:
 
 def varying_axes(call: Call, after: Call, writes: Writes) -> set[tuple[str, int]]:
     """The axes, as (name, axis), that differ between generations: of written rows, and of masks with as many."""
-    axes = written_axes(writes)
-    counts = {tensor.shape[axes.get(name, _ROWS)] for name, tensor in _of_objects(after, writes)}
+    axes = row_axes(call, writes)
+    counts = {tensor.shape[axes.get(name, _ROWS)] for name, tensor in _of_objects(after, {*axes, *writes})}
     counts |= {tokens_added(call, after, writes)}
     counts -= {1}  # a trace takes an axis of size one for a constant
     others = [pair for place, pair in enumerate(zip(call.names, call.tensors, strict=True)) if place not in call.held]
@@ -89,12 +94,16 @@ def _numbers(call: Call, after: Call) -> list[tuple[str, int, int]]:
     return [(place, n, now[place]) for place, n in before.items() if type(n) is type(now.get(place)) is int]
 
 
-def _of_objects(after: Call, writes: Writes) -> list[tuple[str, Tensor]]:
-    """The keys and values, by name, of the objects with written tensors."""
-    objects = set(map(_object, writes))
+def _of_objects(after: Call, names: set[str]) -> list[tuple[str, Tensor]]:
+    """The keys and values, by name, of the objects with tensors of these names."""
+    objects = set(map(_object, names))
     named = zip(after.names, after.tensors, strict=True)
     return [(name, tensor) for name, tensor in named if _object(name) in objects and tensor.ndim > _ROWS]
 
 
 def _object(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _attribute(name: str) -> str:
+    return name.rpartition(".")[2]
