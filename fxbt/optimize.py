@@ -60,7 +60,8 @@ def optimize(
         verify: compare the values of the graph before and after every rewrite, and undo rewrites that change them.
         tracer: "export" (torch.export; "auto" means the same) or "hf-fx" (the tracer of transformers 4.x).
         padding: "drop" computes on valid tokens only (unpadding) where the graph proves that padding cannot affect
-            them, without gradients: valid positions are exact; padded positions of outputs are 0 or, if the last axis
+            them (with gradients: on a CPU, once a backward pass has shown that the loss does not read padded
+            positions): valid positions are exact; padded positions of outputs are 0 or, if the last axis
             is the tokens (such as the start and end scores of question answering), the lowest finite value, so that no
             argmax or softmax lands there. Calls without padding, and calls that a run-time guard keeps dense, return
             the original's values at padded positions too. "keep" always returns those.
