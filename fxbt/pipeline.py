@@ -212,7 +212,9 @@ def drop_padded_tokens(work: Work) -> None:
         if work.weights is None and any(device.type != "cpu" for device in devices):
             raise Miss("gradients are enabled; with them, padding is dropped on a CPU only")
         unpadded = drop_padding(work.inlined)
-        _run_unpadded(work, unpadded, unmask(work.inlined, unpadded.validities))
+        unmasked = unmask(work.inlined, unpadded.validities)
+        _check_assumed(work, {**unpadded.assumes, **unmasked.assumes})
+        _run_unpadded(work, unpadded, unmasked)
     work.stages.append(record)
 
 
@@ -364,6 +366,12 @@ def _draws_nothing(work: Work, what: str) -> None:
 def _check_effects(captured: Captured, what: str) -> None:
     if captured.effects:
         raise Miss(f"forward changes {', '.join(captured.effects.names[:3])} in the model, {what}")
+
+
+def _check_assumed(work: Work, assumed: dict[str, torch.Tensor]) -> None:
+    learned = [name for name, tensor in assumed.items() if tensor.requires_grad]
+    if work.weights is None and learned:
+        raise Miss(f"a mask is proven by the content of {learned[0]}, which training changes")
 
 
 @contextlib.contextmanager

@@ -33,7 +33,9 @@ def attention(
     """
     sizes = [group.count * group.length for group in tokens.groups]
     attended = []
-    for index, (group, *parts) in enumerate(zip(tokens.groups, *(_split(x, sizes) for x in (query, key, value)))):
+    for index, (group, *parts) in enumerate(
+        zip(tokens.groups, *(_split(x, sizes) for x in (query, key, value)), strict=True)
+    ):
         sequences = [part.unflatten(1, (group.count, group.length)).transpose(0, 1) for part in parts]
         mask = None if bias is None else bias[index]
         options = {"scale": scale, "enable_gqa": enable_gqa}

@@ -169,7 +169,7 @@ def _problem(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]
 
 
 def _gap(new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    """The difference of two gradients; None is zero, and NaN in the original counts as equal, NaN elsewhere as far off."""
+    """The difference of two gradients; None is zero, NaN counts as equal in the original and as far off elsewhere."""
     if new is None or old is None:
         return old if new is None else new
     return (new - old).masked_fill(old.isnan() | (new == old), 0.0).nan_to_num(math.inf)

@@ -56,8 +56,9 @@ class Facts:
 class Unpadding:
     """`program(*tensors)`: on valid tokens only if there is padding and all guards hold, else on the dense graph.
 
-    If the masks are 1 everywhere, the dense graph runs without them. `weights` is None in graphs with gradients. `in_parts`
-    wraps each of these programs so that it may run on parts of the batch. `calls` counts "packed", "dense" (no padding), and why a padded call ran dense.
+    If the masks are 1 everywhere, the dense graph runs without them. `weights` is None with gradients. `in_parts` wraps
+    each of these so that it may run on parts of the batch. `calls` counts "packed", "dense" (no padding), and why a
+    padded call ran dense.
     """
 
     def __init__(

@@ -24,8 +24,8 @@ class UnpaddingWithGradients(Unpadding):
     """Padded calls compute padding until the gradients of one were exactly zero at padded positions of its outputs.
 
     So a loss over all positions gets the original's numbers in every step. Under a caller's hooks on saved tensors
-    (`torch.utils.checkpoint` around the model) padding is always computed: a forward and its recomputation must save the
-    same tensors, even if there was a backward pass between them.
+    (`torch.utils.checkpoint` around the model) padding is always computed: a forward and its recomputation must save
+    the same tensors, even if there was a backward pass between them.
     """
 
     def __init__(self, *args: Any, is_stochastic: bool, **options: Any) -> None:
