@@ -222,7 +222,7 @@ def _run_unpadded(work: Work, unpadded: Unpadded, unmasked: Unmasked) -> None:
     on_cuda = any(tensor.device.type == "cuda" for tensor in work.captured.example)
     given: dict[str, Any] = {"unpadded": unpadded, "unmasked": unmasked, "precision": work.options.precision}
     given |= {"recorder": work.recorder, "in_parts": work.in_parts}
-    kind = UnpaddingOnCuda if on_cuda else Unpadding
+    kind: type[Unpadding] = UnpaddingOnCuda if on_cuda else Unpadding
     if work.weights is None:
         kind, given = UnpaddingWithGradients, {**given, "is_stochastic": is_stochastic(work.inlined.graph)}
     unpad: Callable[..., Unpadding] = functools.partial(kind, **given)

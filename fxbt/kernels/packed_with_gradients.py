@@ -7,6 +7,7 @@ each length. Here tokens are split once, and results are joined once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,14 +33,13 @@ def attention(
         >>> attention(*(torch.randn(1, 4, 3, 8, requires_grad=True) for _ in range(3)), Tokens.of(mask))
     """
     sizes = [group.count * group.length for group in tokens.groups]
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+    parts = zip(*(_split(x, sizes) for x in (query, key, value)), strict=True)
     attended = []
-    for index, (group, *parts) in enumerate(
-        zip(tokens.groups, *(_split(x, sizes) for x in (query, key, value)), strict=True)
-    ):
-        sequences = [part.unflatten(1, (group.count, group.length)).transpose(0, 1) for part in parts]
+    for index, (group, operands) in enumerate(zip(tokens.groups, parts, strict=True)):
+        q, k, v = (part.unflatten(1, (group.count, group.length)).transpose(0, 1) for part in operands)
         mask = None if bias is None else bias[index]
-        options = {"scale": scale, "enable_gqa": enable_gqa}
-        attended.append(attention_with_gradient(*sequences, mask, dropout_p, is_causal, **options))
+        attended.append(attention_with_gradient(q, k, v, mask, dropout_p, is_causal, **options))
     return _joined(attended)
 
 
@@ -57,7 +57,7 @@ def cross_attention(
     queries = _split(query, [group.length for group in tokens.groups for _ in range(group.count)])
     rows = [row for group in tokens.groups for row in group.rows.tolist()]
     keys, values = (_by_row(x, key_tokens) for x in (key, value))
-    options = {"scale": scale, "enable_gqa": enable_gqa}
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     attended = [
         attention_with_gradient(part[None], keys[row][None], values[row][None], None, dropout_p, **options)
         for part, row in zip(queries, rows, strict=True)

@@ -164,6 +164,6 @@ def _nodes(writer: Writer, node: fx.Node) -> list[Any]:
 
 
 def _options(node: fx.Node) -> dict[str, Any]:
-    names = ("scale", "enable_gqa") if node.target is SDPA else ("scale", "softcap")
-    names += ("dropout_p",) if argument(node, "dropout_p") else ()
+    names = ["scale", "enable_gqa"] if node.target is SDPA else ["scale", "softcap"]
+    names += ["dropout_p"] if argument(node, "dropout_p") else []
     return {name: argument(node, name) for name in names}

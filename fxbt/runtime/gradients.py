@@ -108,7 +108,7 @@ def programs_difference(
 def _with_gradients(
     run: Callable[[list[Tensor]], Sequence[Any]],
     given: Mapping[str, Tensor],
-    parameters: dict[str, Tensor],
+    parameters: Mapping[str, Tensor],
     is_stochastic: bool,
 ) -> tuple[list[Any], dict[str, Tensor | None]]:
     """The outputs for copies of the given inputs, and the gradients of inputs and parameters."""
