@@ -338,8 +338,7 @@ def _tuner(work: Work) -> Tuner:
 def _may_change_kernels(work: Work) -> bool:
     """Whether a graph may be lowered again: it can be compared on any call, and nothing keeps hold of its programs."""
     is_once = bool(work.captured.effects) or is_stochastic(work.inlined.graph)
-    is_held = not work.options.keep_original or bool(work.options.cuda_graphs)
-    return not (is_once or is_held or torch.is_grad_enabled())
+    return not (is_once or work.options.cuda_graphs or torch.is_grad_enabled())
 
 
 def _again(work: Work, tell: Callable[[], History] | None) -> Compiled:
