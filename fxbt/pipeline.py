@@ -224,7 +224,8 @@ def _run_unpadded(work: Work, unpadded: Unpadded, unmasked: Unmasked) -> None:
     given |= {"recorder": work.recorder, "in_parts": work.in_parts}
     kind: type[Unpadding] = UnpaddingOnCuda if on_cuda else Unpadding
     if work.weights is None:
-        kind, given = UnpaddingWithGradients, {**given, "is_stochastic": is_stochastic(work.inlined.graph)}
+        draws = is_stochastic(work.inlined.graph)
+        kind, given = UnpaddingWithGradients, {**given, "is_stochastic": draws, "serves": work.captured.guards}
     unpad: Callable[..., Unpadding] = functools.partial(kind, **given)
     made = unpad(work.dense, weights=work.weights)
     made.check(work.captured.example)

@@ -553,3 +553,14 @@ def test_noise_that_is_not_dropout_stays_dense() -> None:
     for _ in range(2):
         masked_loss(fast(**ids_and_mask(mask)), mask).backward()
     assert fast.report.hits["padding"] == 0, calls_of(fast)
+
+
+def test_programs_are_compared_on_some_rows_of_a_large_batch() -> None:
+    """A capture of twelve sequences, the first of which have no padding; also where there is one batch alone."""
+    pair = Trained(bert().double())
+    for batch in (12, 5, 1, 12):
+        mask = torch.ones(batch, 7).long()
+        mask[-1, 3:] = 0
+        mask[-2:, 5:] = 0
+        pair.step(ids_and_mask(mask), mask)
+    assert calls_of(pair.fast) == {UNSEEN: 1, "packed": 3} and not pair.fast.report.fallbacks
