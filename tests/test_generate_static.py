@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -362,3 +363,16 @@ def test_a_window_that_fills_in_the_prompt() -> None:
             generate(fast, prompt(2, length), 30, **STATIC), generate(model, prompt(2, length), 30, **STATIC)
         )
     assert not fast.report.fallbacks
+
+
+def test_graphs_of_another_process(tmp_path: Path) -> None:
+    model, fast = made(gpt2)
+    Steps(fast, prompt(2, 6), static(model, 40)).step()
+    fxbt.save(fast, tmp_path)
+    _, fresh = made(gpt2)
+    other: Any = fxbt.load(tmp_path, fxbt.restore(fresh))
+    one, original = Steps(other, prompt(2, 6), static(model, 40)), Steps(model, prompt(2, 6), static(model, 40))
+    for _ in range(3):
+        torch.testing.assert_close(one.step(), original.step(), rtol=1e-4, atol=1e-5)
+        assert_caches_agree(one.cache, original.cache)
+    assert all(graph.is_stored for graph in graphs_of(other)) and not other.report.fallbacks

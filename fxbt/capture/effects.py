@@ -117,7 +117,8 @@ class Effects:
     @property
     def names(self) -> list[str]:
         """The names of the buffers and attributes in the model, and the places of the arguments."""
-        return [each.name for each in (*self.buffers, *self.slots, *self.arguments)]
+        written = [*(buffer.name for buffer in self.buffers), *(slot.name for slot in self.slots)]
+        return [*written, *(argument.name for argument in self.arguments)]
 
     def inputs(self) -> list[Tensor]:
         """Copies of the buffers, because what autograd saves of them must not change with them."""
