@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..errors import CaptureError
-from ..torch_compat import SIZES_LOG, dynamo_config, export_trace, fx_config, pytree
+from ..torch_compat import SIZES_LOG, LazyGraphModule, dynamo_config, export_trace, fx_config, pytree
 from . import outputs as forms
 from . import own_autograd
 from .attempts import Attempt, Axes, attempts, number_indices
@@ -26,6 +26,7 @@ from .caches import growing_axes, same_lengths
 from .call import Call
 from .captured import Captured
 from .checkpointing import mark_blocks
+from .code_later import code_written_later
 from .constant_inputs import Constants, constant, knowing
 from .containers import Arguments, Given, named_leaves
 from .effects import Buffer, Effects, buffer_metas, check_buffers, make_inputs, unread, written_names
@@ -116,7 +117,8 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
         knowing() if fixed else contextlib.nullcontext(),
     ):
         warnings.simplefilter("ignore")
-        program = torch.export.export(flat, tensors, strict=False, dynamic_shapes=(tuple(dims),) if dims else None)
+        with code_written_later():
+            program = torch.export.export(flat, tensors, strict=False, dynamic_shapes=(tuple(dims),) if dims else None)
         program = functional(program, call.names)
     effects, metas = _effects(program, outputs, slots), buffer_metas(program)
     module = _flat_module(program, model, call, outputs, effects)
@@ -269,7 +271,7 @@ def _flat_module(
         node.target = re.sub(r"\W+", "_", next(names)).strip("_")
         node._rename(node.target)
     _set_outputs(graph, outputs.constants, effects)
-    module = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
+    module = LazyGraphModule(attributes, graph, class_name=type(model).__name__)
     module.meta["fxbt_asserted"] = erase_asserts(graph)
     graph.eliminate_dead_code()
     module.recompile()
