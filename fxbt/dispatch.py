@@ -225,9 +225,6 @@ class Dispatcher:
         if not self._may_rebind(call):
             return None
         rebound = [graph for graph in self._graphs if graph.rebind(self.original)]
-        for graph in rebound:
-            if graph.compiled.spilled and graph.compiled.weights:
-                graph.compiled.spilled = graph.compiled.weights.spill_anew()
         self._unlike = None if rebound else ModelState(self.original)
         return self._find(call)
 

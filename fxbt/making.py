@@ -189,8 +189,6 @@ class Maker:
             raise CaptureError(f"fxbt itself failed on the graph ({type(error).__name__}: {error})") from error
         if problem is not None:
             raise CaptureError(f"the graph's outputs differ from the original's: {problem}")
-        if compiled.weights is not None and not self._options.keep_original:
-            compiled.spilled = compiled.weights.spill()
         return compiled
 
     def _programs(self, stored: Stored, call: Call, expected: Values) -> Compiled:
@@ -233,10 +231,9 @@ class Maker:
     def _races(self, compiled: Compiled, effects: Effects) -> race.Races | None:
         """Where graph and original may be timed against each other; None where the original must not be timed.
 
-        That needs a call without gradients, random numbers or effects, weights in memory, and no `strict`.
+        That needs a call without gradients, random numbers or effects, and no `strict`.
         """
-        options = self._options
-        may_not = torch.is_grad_enabled() or compiled.stochastic or not options.keep_original or options.strict
+        may_not = torch.is_grad_enabled() or compiled.stochastic or self._options.strict
         return race.Races() if autotune.is_enabled() and not (may_not or effects) else None
 
 

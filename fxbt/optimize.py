@@ -37,7 +37,6 @@ def optimize(
     inplace: bool = False,
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
-    keep_original: bool = True,
     cuda_graphs: bool | str = False,
     max_captures: int = 8,
     strict: bool = False,
@@ -60,7 +59,8 @@ def optimize(
         verify: compare the values of the graph before and after every rewrite, and undo rewrites that change them.
         tracer: "export" (torch.export; "auto" means the same) or "hf-fx" (the tracer of transformers 4.x).
         padding: "drop" computes on valid tokens only (unpadding) where the graph proves that padding cannot affect
-            them, without gradients: valid positions are exact; padded positions of outputs are 0 or, if the last axis
+            them (with gradients: on a CPU, once a backward pass has shown that the loss does not read padded
+            positions): valid positions are exact; padded positions of outputs are 0 or, if the last axis
             is the tokens (such as the start and end scores of question answering), the lowest finite value, so that no
             argmax or softmax lands there. Calls without padding, and calls that a run-time guard keeps dense, return
             the original's values at padded positions too. "keep" always returns those.
@@ -71,10 +71,6 @@ def optimize(
         quantize: "int8" computes linear layers on int8 weights (one scale per output channel) and int8 activations
             (one scale per token), without gradients, on a CPU with AVX512-VNNI. Outputs differ by a few percent (the
             report has the figure); bfloat16 is more accurate and often as fast. The weights themselves do not change.
-        keep_original: False frees the memory of weights of which graphs read only packed copies. Capturing a graph
-            writes these weights to a temporary file (in `TMPDIR`) and maps the same parameters onto it. They remain
-            ordinary tensors (for `state_dict`, training and calls of the original) and are read from disk on access;
-            a weight that changes moves back to memory. The report says how many bytes were freed.
         cuda_graphs: True records the kernels of a graph on a CUDA device when inputs of the same shape come a second
             time, and replays them from then on, without gradients. Unpadded calls are recorded per bucket of tokens
             (eight buckets per factor of two). Each graph keeps its 64 most recently used recordings, in at most an
@@ -96,8 +92,7 @@ def optimize(
         TypeError: `model` is not an `nn.Module`, a rule is not a `Rule`, or `example_inputs` is neither a mapping nor
             a tuple.
         ValueError: `tracer`, `dtype` or `quantize` is unknown or not available here, a parameter is not initialised
-            yet, `max_captures` is less than 1, `tune_seconds` is negative, or `keep_original=False` would free no
-            memory (not on Linux, or `TMPDIR` is in memory).
+            yet, `max_captures` is less than 1, or `tune_seconds` is negative.
         ExampleError: the model itself rejects `example_inputs`.
         FallbackError: with `strict`, `example_inputs` cannot be captured.
 
@@ -117,7 +112,6 @@ def optimize(
         inplace=inplace,
         dtype=dtype,
         quantize=quantize,
-        keep_original=keep_original,
         cuda_graphs=cuda_graphs,
         max_captures=max_captures,
         strict=strict,

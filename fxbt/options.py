@@ -13,7 +13,6 @@ import torch
 from .capture.tracers import TRACERS, hf_fx_missing
 from .kernels.autotune import TUNE_SECONDS
 from .lower.cpu.precision import Precision, precision_of
-from .lower.spill import check_can_spill
 from .match.rule import Rule, check_rules
 from .stored.files import Folder
 
@@ -44,7 +43,6 @@ class Options:
     inplace: bool = False
     dtype: torch.dtype | None = None
     quantize: str | None = None
-    keep_original: bool = True
     cuda_graphs: bool | str = False
     max_captures: int = 8
     strict: bool = False
@@ -69,8 +67,6 @@ class Options:
                 "kept"
             )
         check_seconds(self.tune_seconds)
-        if not self.keep_original:
-            check_can_spill()
         object.__setattr__(self, "rules", check_rules(self.rules))
 
     @property

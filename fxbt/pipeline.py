@@ -40,6 +40,7 @@ from .runtime.finished import Finished
 from .runtime.parts import InParts
 from .runtime.unpadding import Run, Unpadding
 from .runtime.unpadding_on_cuda import UnpaddingOnCuda
+from .runtime.unpadding_with_gradients import UnpaddingWithGradients
 
 
 def default_rules() -> tuple[Rule, ...]:
@@ -197,7 +198,8 @@ def drop_padded_tokens(work: Work) -> None:
     if work.options.padding != "drop":
         return
     with _recorded("padding", work.inlined) as record:
-        _at_inference(work, "padding is dropped")
+        if work.weights is not None:
+            _draws_nothing(work, "padding is dropped")
         _check_effects(work.captured, "so padding is kept")
         if work.captured.has_objects:
             raise Miss("forward stores values in an argument (a KV cache), where a later call may read padding")
@@ -207,8 +209,12 @@ def drop_padded_tokens(work: Work) -> None:
                 "padding is dropped only if all inputs are on one CPU or CUDA device",
                 found=str(sorted(map(str, devices))),
             )
+        if work.weights is None and any(device.type != "cpu" for device in devices):
+            raise Miss("gradients are enabled; with them, padding is dropped on a CPU only")
         unpadded = drop_padding(work.inlined)
-        _run_unpadded(work, unpadded, unmask(work.inlined, unpadded.validities))
+        unmasked = unmask(work.inlined, unpadded.validities)
+        _check_assumed(work, {**unpadded.assumes, **unmasked.assumes})
+        _run_unpadded(work, unpadded, unmasked)
     work.stages.append(record)
 
 
@@ -216,7 +222,11 @@ def _run_unpadded(work: Work, unpadded: Unpadded, unmasked: Unmasked) -> None:
     on_cuda = any(tensor.device.type == "cuda" for tensor in work.captured.example)
     given: dict[str, Any] = {"unpadded": unpadded, "unmasked": unmasked, "precision": work.options.precision}
     given |= {"recorder": work.recorder, "in_parts": work.in_parts}
-    unpad: Callable[..., Unpadding] = functools.partial(UnpaddingOnCuda if on_cuda else Unpadding, **given)
+    kind: type[Unpadding] = UnpaddingOnCuda if on_cuda else Unpadding
+    if work.weights is None:
+        draws = is_stochastic(work.inlined.graph)
+        kind, given = UnpaddingWithGradients, {**given, "is_stochastic": draws, "serves": work.captured.guards}
+    unpad: Callable[..., Unpadding] = functools.partial(kind, **given)
     made = unpad(work.dense, weights=work.weights)
     made.check(work.captured.example)
     work.unpadded, work.unmasked, work.unpadding, work.unpad = unpadded, unmasked, made, unpad
@@ -329,8 +339,7 @@ def _tuner(work: Work) -> Tuner:
 def _may_change_kernels(work: Work) -> bool:
     """Whether a graph may be lowered again: it can be compared on any call, and nothing keeps hold of its programs."""
     is_once = bool(work.captured.effects) or is_stochastic(work.inlined.graph)
-    is_held = not work.options.keep_original or bool(work.options.cuda_graphs)
-    return not (is_once or is_held or torch.is_grad_enabled())
+    return not (is_once or work.options.cuda_graphs or torch.is_grad_enabled())
 
 
 def _again(work: Work, tell: Callable[[], History] | None) -> Compiled:
@@ -346,6 +355,10 @@ def _again(work: Work, tell: Callable[[], History] | None) -> Compiled:
 def _at_inference(work: Work, what: str) -> None:
     if work.weights is None:
         raise Miss(f"gradients are enabled; {what} only under torch.no_grad() or inference_mode()")
+    _draws_nothing(work, what)
+
+
+def _draws_nothing(work: Work, what: str) -> None:
     if is_stochastic(work.inlined.graph):
         raise Miss(f"the graph draws random numbers (dropout in train()?); {what} only without them")
 
@@ -353,6 +366,12 @@ def _at_inference(work: Work, what: str) -> None:
 def _check_effects(captured: Captured, what: str) -> None:
     if captured.effects:
         raise Miss(f"forward changes {', '.join(captured.effects.names[:3])} in the model, {what}")
+
+
+def _check_assumed(work: Work, assumed: dict[str, torch.Tensor]) -> None:
+    learned = [name for name, tensor in assumed.items() if tensor.requires_grad]
+    if work.weights is None and learned:
+        raise Miss(f"a mask is proven by the content of {learned[0]}, which training changes")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -398,13 +399,29 @@ def test_weights_that_change() -> None:
     assert fast.report.latest.calls == {"packed": 2}
 
 
-def test_gradients_keep_padding() -> None:
+def test_gradients_keep_padding_before_a_backward_pass() -> None:
     model = made(RIGHT["arange < lengths"]).train()
     fast: Any = fxbt.optimize(model)
     inputs = {"input_ids": ids_of(3, 9), "lengths": torch.tensor([9, 4, 2])}
     for _ in range(2):
         compare(fast(**inputs), model(**inputs), atol_of_magnitude=2e-5)
-    assert "gradients are enabled" in fast.report.why("padding")
+    assert "packed" not in fast.report.latest.calls and not fast.report.fallbacks
+
+
+def test_training_drops_padding() -> None:
+    model = made(RIGHT["arange < lengths"]).train()
+    original, fast = copy.deepcopy(model), fxbt.optimize(model)
+    for lengths in ([9, 4, 2], [3, 9, 5], [9, 1, 8]):
+        inputs = {"input_ids": ids_of(3, 9), "lengths": torch.tensor(lengths)}
+        valid = is_right(3, 9, inputs["lengths"])
+        found, expected = [], []
+        for net, grads in ((fast, found), (original, expected)):
+            net.zero_grad()
+            net(**inputs)[valid].pow(3).sum().backward()
+            grads += [p.grad for p in net.parameters() if p.grad is not None]
+        for new, old in zip(found, expected, strict=True):
+            compare(new, old, atol_of_magnitude=1e-4)
+    assert fast.report.latest.calls["packed"] == 2 and not fast.report.fallbacks
 
 
 # --- what must stay dense ---------------------------------------------------------------------------------------

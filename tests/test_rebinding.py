@@ -352,21 +352,6 @@ def test_in_place_optimized_and_copies():
     torch.testing.assert_close(found, fxbt.restore(fast)(X), rtol=1e-5, atol=1e-5)
 
 
-def test_spilled_weights_are_spilled_again(monkeypatch):
-    monkeypatch.setattr(fxbt.lower.spill, "SMALLEST", 0)
-    fast = optimized(keep_original=False)
-    before = fast.report.latest.spilled
-    assert before.nbytes
-    model = fxbt.restore(fast)
-    model.load_state_dict(other_values(model), assign=True)
-    assert served(fast)
-    assert not model.first.weight.untyped_storage().resizable()
-    after = fast.report.latest.spilled  # what is in a file now, not what was at the capture
-    assert after is not before and after.nbytes
-    model.first.weight.data[5, 5] = 9.0
-    assert fxbt.refresh(fast) and served(fast)
-
-
 # The comparison alone
 
 

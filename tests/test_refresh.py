@@ -1,7 +1,6 @@
 """Writes to weights that PyTorch does not count: seen within a known number of calls, or at once by `fxbt.refresh`."""
 
 import mmap
-import sys
 
 import numpy as np
 import pytest
@@ -131,21 +130,6 @@ def test_weights_in_a_mapped_file(tmp_path):
     fast = optimized(model)
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as pages:
         pages[4 * (SIZE * 50 + 7) : 4 * (SIZE * 50 + 8)] = np.float32(50.0).tobytes()
-    for _ in range(fast.report.latest.rounds):
-        fast(X)
-    assert is_right(fast)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="weights are mapped onto a file on Linux only")
-def test_weights_that_were_moved_to_a_file(monkeypatch):
-    monkeypatch.setattr(fxbt.lower.spill, "SMALLEST", 0)
-    fast = optimized(keep_original=False)
-    assert fast.report.latest.spilled.nbytes
-    for write in (write_data, swap_two, write_last):
-        write(fast.second.weight)
-        assert fxbt.refresh(fast) is True and is_right(fast)
-        assert fxbt.refresh(fast) is False
-    write_numpy(fast.first.weight)
     for _ in range(fast.report.latest.rounds):
         fast(X)
     assert is_right(fast)

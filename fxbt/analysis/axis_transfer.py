@@ -440,7 +440,7 @@ POOLS: dict[Any, int] = {  # number of dims they pool over
 
 Rule = Callable[[AxisTransfer, fx.Node, Given], Flow]
 RULES: dict[Any, Rule] = {
-    **dict.fromkeys(UNTAGGED | FILLS, pointwise),
+    **dict.fromkeys(UNTAGGED | FILLS | {aten.dropout.default}, pointwise),
     **dict.fromkeys(CASTS, cast),
     **dict.fromkeys(LAYOUTS, layout),
     **dict.fromkeys(NEW_FILLED.keys() | {aten.new_empty.default}, new),

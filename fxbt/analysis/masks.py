@@ -61,6 +61,11 @@ def read_constants(node: fx.Node) -> dict[fx.Node, torch.Tensor]:
     return {constant: attribute(constant.graph.owning_module, constant) for constant in constants}
 
 
+def looked_at(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose values `evaluate` may look at: beyond an op that it cannot evaluate, all is data."""
+    return ancestors([node], lambda source: source.all_input_nodes if source.target in EVALUATORS else [])
+
+
 def zero_else_below(value: Any, limit: float) -> Any | None:
     """Where an evaluated additive mask is 0, if it is at most `limit` everywhere else; otherwise None."""
     if isinstance(value, sympy.Piecewise):

@@ -49,10 +49,6 @@ class Patch:
     only_of: Any = None
 
 
-def _padding_mask(input_ids: Tensor, padding_idx: int = 1) -> Tensor:
-    return input_ids.eq(padding_idx)
-
-
 def _complete_images(self: Any, pixel_values: Tensor, pixel_mask: Tensor, max_image_length: int = 200) -> Any:
     """Embeds images without padded pixels: all have the same patches, shuffled anew for each image."""
     assert_async(pixel_mask.all(), "an image has padded pixels; the graph serves only images without padding")
@@ -283,12 +279,6 @@ PATCHES = (
         "Module._apply",
         _unconverted,
         "puts parameters into their module again, where a trace has its own",
-    ),
-    Patch(
-        "transformers.models.fsmt.modeling_fsmt",
-        "make_padding_mask",
-        _padding_mask,
-        "asks whether there is any padding, to omit a mask that masks nothing",
     ),
     Patch(
         "transformers.models.bloom.modeling_bloom",

@@ -15,7 +15,6 @@ from torch import fx
 from ..capture.outputs import paths
 from ..graph.miss import Miss, description, module_path, short_type, source_line
 from ..graph.record import Snapshot, StageRecord
-from ..lower.spill import Spilled
 from ..runtime.cache_use import CacheUse
 from ..runtime.compiled import Compiled
 from ..runtime.race import Races
@@ -116,11 +115,6 @@ class GraphReport:
     def error(self) -> float | None:
         """The largest difference that `precision` made on the captured call, relative to the output's largest value."""
         return self.compiled.error
-
-    @property
-    def spilled(self) -> Spilled | None:
-        """The bytes that `keep_original=False` moved to a file, and those that stayed in memory."""
-        return self.compiled.spilled
 
     @property
     def step(self) -> str:

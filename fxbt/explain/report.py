@@ -12,7 +12,6 @@ from tabulate import tabulate
 from ..capture.captured import Captured
 from ..graph.miss import Miss
 from ..graph.record import StageRecord
-from ..lower.spill import Spilled
 from ..runtime.cache_use import CacheUse
 from ..runtime.compiled import Compiled
 from ..runtime.race import Races
@@ -224,10 +223,6 @@ def _latest_sections(graph: GraphReport | None) -> list[tuple[str, str]]:
                 "largest value",
             )
         )
-    if graph.spilled is not None:
-        sections.append(
-            ("weights of which graphs read only copies (keep_original=False)", _spilled_table(graph.spilled))
-        )
     if graph.kernels:
         title = "kernels, by rows of a linear and tokens of a sequence (time of each)"
         sections.append((f"{title}: {graph.tuning}", _table_of(graph.kernels)))
@@ -250,11 +245,6 @@ def _first(texts: Sequence[str]) -> str:
 
 def _parts_text(parts: StageRecord) -> str:
     return "run in parts" if parts.hits else "\n".join(f"run whole: {miss}" for miss in parts.misses)
-
-
-def _spilled_table(spilled: Spilled) -> str:
-    sizes = {"moved to a file": spilled.nbytes, **{f"in memory: {why}": size for why, size in spilled.kept.items()}}
-    return _table_of({what: f"{size / 2**20:.1f} MiB" for what, size in sizes.items()})
 
 
 def _table_of(texts: dict[str, str]) -> str:

@@ -342,6 +342,11 @@ def is_valid_at(mask: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return mask.bool()[rows, positions].all()
 
 
+def is_ignored_at_padding(mask: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    """Whether the labels [batch * length] at padding are all `ignored`."""
+    return (mask.bool().flatten() | (labels == ignored)).all()
+
+
 def is_padded_right(mask: Tensor) -> Tensor:
     """Whether padding comes after the tokens in every row."""
     return (mask[:, 1:].bool() <= mask[:, :-1].bool()).all()

@@ -24,7 +24,6 @@ from ..kernels.forks import FORKS
 from .codegen import compile_graph
 from .cuda.late_look import CALLS_APART, INTEGERS, LateLook
 from .patrol import Patrol
-from .spill import Spilled, spilled
 
 _VERSION = attrgetter("_version")
 _IS_CONTIGUOUS = torch.Tensor.is_contiguous
@@ -50,19 +49,14 @@ class Derived:
         time."""
         derive_plainly = without_autocast(derive, {weight.device.type for weight in weights})
         with torch.inference_mode(False), torch.no_grad():
-            watched = cls.watching(weights)
-            watched.values = derive_plainly(*weights)
-            if any(weight.is_cuda for weight in weights):
-                watched.late_look = LateLook(derive_plainly, weights, watched.values)
-            return watched
-
-    @classmethod
-    def watching(cls, weights: list[torch.Tensor], values: tuple[torch.Tensor, ...] = ()) -> Derived:
-        """Values that belong to the current weights."""
-        stamp = _stamp(weights)
-        on_cpu = [weight for weight in weights if not weight.is_cuda and weight.is_contiguous()]
-        samples = [_sample(weight.detach()) for weight in on_cpu]
-        return cls(stamp, samples, _content(samples), set(map(_address, weights)), Patrol(on_cpu), values)
+            stamp = _stamp(weights)
+            on_cpu = [weight for weight in weights if not weight.is_cuda and weight.is_contiguous()]
+            samples = [_sample(weight.detach()) for weight in on_cpu]
+            sampled, patrol = _content(samples), Patrol(on_cpu)
+            values = derive_plainly(*weights)
+            on_cuda = any(weight.is_cuda for weight in weights)
+            late_look = LateLook(derive_plainly, weights, values) if on_cuda else None
+            return cls(stamp, samples, sampled, set(map(_address, weights)), patrol, values, late_look)
 
     def holds(self, weights: list[torch.Tensor]) -> bool:
         """Whether the weights are unchanged, by torch's counters and by samples, which also see uncounted writes.
@@ -87,11 +81,6 @@ class Derived:
         They do not count `w.data = w.data.T`: a weight that is no longer contiguous, with other values at its address.
         """
         return all(map(_IS_CONTIGUOUS, weights)) and self.stamp == _stamp(weights)
-
-    def release(self) -> None:
-        """Releases the weights' memory."""
-        self.samples.clear()
-        self.patrol.release()
 
     def nbytes(self) -> int:
         """The bytes of the values that are not views of weights."""
@@ -179,7 +168,6 @@ class Weights:
         self._values: dict[fx.Node, int] = {}  # node -> its index among the derived values
         self._compute: Callable[..., tuple[torch.Tensor, ...]] | None = None
         self._derived: Derived | None = None
-        self._read: set[int] = set()
         self._lock = FORKS.lock()
 
     def add(self, module: fx.GraphModule, graph: fx.Graph, constant: set[fx.Node]) -> list[int]:
@@ -230,7 +218,6 @@ class Weights:
             new = [pairs.get(id(weight), weight) for weight in self._sources]
             places = {id(weight): self._known.pop(id(weight)) for weight in self._sources}
             self._known.update({id(now): places[id(old)] for old, now in zip(self._sources, new, strict=True)})
-            self._read = {id(pairs[known]) if known in pairs else known for known in self._read}
             self._sources, self._derived = new, None
 
     @property
@@ -246,29 +233,6 @@ class Weights:
             return 0
         self.current()
         return self._derived.nbytes() if self._derived else 0
-
-    def note_read(self, weights: list[torch.Tensor]) -> None:
-        """Notes weights that a program reads directly in every call."""
-        self._read.update(map(id, weights))
-
-    def spill(self) -> Spilled:
-        """Moves weights of which only derived values are read to a file. No other thread may be running."""
-        with self._lock:
-            derived, self._derived = self._derived, None
-            if derived is None or not derived.holds_in_full(self._sources):
-                return Spilled()
-            derived.release()
-            unread = [weight for weight in self._sources if id(weight) not in self._read and not weight.is_cuda]
-            with spilled(unread) as result:
-                self._derived = Derived.watching(self._sources, derived.values)
-            read = sum(_nbytes(weight) for weight in self._sources if id(weight) in self._read)
-            result.kept.update({"calls also read the weight itself": read} if read else {})
-            return result
-
-    def spill_anew(self) -> Spilled:
-        """Spills the weights that replaced spilled ones."""
-        self.current()
-        return self.spill()
 
     def _copy(self, module: fx.GraphModule, nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
         copies: dict[fx.Node, fx.Node] = {}

@@ -14,14 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .spill import is_in_file, own_pages
-
 # calls until everything is compared: 0.6 % of MiniLM's time at 1x16, 0.8 % of BERT-base's (benchmarks/patrol.py)
 ROUNDS = 512
 SMALLEST_PART = 2**14  # bytes; smaller parts cost no less
 
 Bytes = Any  # np.ndarray, a buffer
-Piece = tuple[Bytes, bool]  # and whether it belongs to a file that weights were moved to
 
 
 class Patrol:
@@ -29,8 +26,6 @@ class Patrol:
 
     CRC-32 detects every change of up to 32 adjacent bits, every exchange of two such stretches within a part (its
     polynomial is primitive: the pattern repeats after 2^32 - 1 bits), and all but one in 2^32 of all other changes.
-    Pages of a file that weights were moved to (`spill`) are not read: they are unchanged as long as the process has no
-    copies of its own, which the system reports.
 
     Example:
         >>> patrol = Patrol([weight])
@@ -61,10 +56,6 @@ class Patrol:
         """Whether everything is unchanged."""
         return list(map(_checksum, self._parts)) == self._sums
 
-    def release(self) -> None:
-        """Releases the memory of the weights; nothing is compared any more."""
-        self._parts, self._sums = [], []
-
 
 def _bytes(weight: Tensor) -> Bytes:
     """A contiguous weight's own memory; .numpy() would forbid resizing it from then on."""
@@ -72,29 +63,23 @@ def _bytes(weight: Tensor) -> Bytes:
     return np.from_dlpack(flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8))
 
 
-def _parted(stretches: list[Bytes], size: int) -> list[list[Piece]]:
+def _parted(stretches: list[Bytes], size: int) -> list[list[Bytes]]:
     """Stretches of memory as parts of `size` bytes each; the last part may be smaller."""
-    parts: list[list[Piece]] = []
+    parts: list[list[Bytes]] = []
     room = 0
     for stretch in stretches:
-        is_of_file = is_in_file(stretch.ctypes.data)
         while len(stretch):
             if not room:
                 parts.append([])
                 room = size
             piece, stretch = stretch[:room], stretch[room:]
-            parts[-1].append((piece, is_of_file))
+            parts[-1].append(piece)
             room -= len(piece)
     return parts
 
 
-def _checksum(part: list[Piece]) -> int:
+def _checksum(part: list[Bytes]) -> int:
     checksum = 0
-    for piece, is_of_file in part:
-        if not is_of_file:
-            checksum = zlib.crc32(piece, checksum)
-            continue
-        page: Bytes
-        for page in own_pages(piece):
-            checksum = zlib.crc32(page, zlib.crc32(b"%d" % page.ctypes.data, checksum))
+    for piece in part:
+        checksum = zlib.crc32(piece, checksum)
     return checksum

@@ -54,8 +54,6 @@ class Program:
         self.epilogues, self.regions = draft.epilogues, draft.regions
         self._places, self._derived = draft.places, weights if draft.places else None
         self._weights = draft.weights
-        if weights is not None:
-            weights.note_read(self._weights)
         self._graph = draft.graph if draft.one_by_one is None else draft.one_by_one
         self.run = self._run = compile_graph(draft.graph)
         self.replay: Replay | None = None

@@ -19,15 +19,18 @@ from torch import fx
 
 from ..analysis.axes import sizes_of
 from ..graph.miss import Miss, module_path
-from ..graph.node import with_graph
-from ..kernels import packed
+from ..graph.node import is_random, with_graph
+from ..kernels import packed, packed_with_gradients
 from .padded_calls import GivenLengths, GivenMask
 from .proof import AttentionMask, attention_masks
 from .tokens import Dense, Domain, Packed, Wide, Writer
 from .transfer import SEEDS, transfer
 from .validity_sources import Validity
 
-ATTENTIONS = {packed.attention, packed.softcapped_attention, packed.cross_attention, packed.varlen_attention}
+ATTENTIONS = {
+    *(packed.attention, packed.softcapped_attention, packed.cross_attention, packed.varlen_attention),
+    *(packed_with_gradients.attention, packed_with_gradients.cross_attention),
+}
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,8 @@ def _input_graph(writer: Writer, results: list[fx.Node]) -> fx.Graph:
             needed.update(node.all_input_nodes)
     if not tokens.isdisjoint(needed):
         raise Miss("a guard or mask for padding depends on packed tokens")
+    if any(node.op == "call_function" and is_random(node) for node in needed):
+        raise Miss("a guard or mask for padding depends on random numbers, which would be drawn twice")
     for node in writer.graph.nodes:
         is_input = node.op == "placeholder" and node not in tokens
         if is_input or (node in needed and node.op != "placeholder"):

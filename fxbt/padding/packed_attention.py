@@ -13,7 +13,7 @@ from ..graph.blocks import ATTENTIONS, SDPA, mask_of
 from ..graph.miss import Miss
 from ..graph.node import argument
 from ..graph.opsets import CASTS
-from ..kernels import packed
+from ..kernels import packed, packed_with_gradients
 from .proof import AttentionMask, Residue
 from .tokens import Dense, Domain, Guard, Packed, Value, Wide, Writer
 
@@ -29,7 +29,7 @@ CHOICES = {
 
 def attention(writer: Writer, node: fx.Node) -> Value:
     """Attention per sequence if queries and keys are packed, else on dense queries under a mask that hides padding."""
-    if argument(node, "dropout_p"):
+    if argument(node, "dropout_p") and not torch.is_grad_enabled():
         raise Miss("the attention uses dropout", node=node)
     operands: list[Any] = [argument(node, name) for name in ("query", "key", "value")]
     mask = mask_of(node)
@@ -74,10 +74,17 @@ def _self_attention(writer: Writer, node: fx.Node, mask: Any, domain: Domain) ->
         _check_varlen(node, bias)
         call = writer.call(packed.varlen_attention, *operands, domain.tokens, is_causal, **_options(node))
     else:
-        attend = packed.attention if node.target is SDPA else packed.softcapped_attention
+        if node.target is not SDPA and torch.is_grad_enabled():
+            raise Miss("softcapped attention on valid tokens has no gradients", node=node)
+        attend = _kernels().attention if node.target is SDPA else packed.softcapped_attention
         call = writer.call(attend, *operands, domain.tokens, bias, is_causal, **_options(node))
     labels: Labels = {-4: (domain.batch,), -2: (domain.position,)}
     return writer.packed(call, node, writer.transfer.axes(node, labels), domain)
+
+
+def _kernels() -> Any:
+    """The functions that compute attention on packed tokens; those of `packed` are not for graphs with gradients."""
+    return packed_with_gradients if torch.is_grad_enabled() else packed
 
 
 def _is_on_cuda(node: fx.Node) -> bool:
@@ -107,7 +114,8 @@ def _attention_on_packed_keys(writer: Writer, node: fx.Node, mask: Any, query: D
         _rely_on(writer, proof)
         reason = "a row has queries but no keys"
         writer.guard(reason, packed.has_keys_for_queries, query.mask, key.mask)
-        call = writer.call(packed.cross_attention, *_nodes(writer, node), query.tokens, key.tokens, **_options(node))
+        operands = _nodes(writer, node)
+        call = writer.call(_kernels().cross_attention, *operands, query.tokens, key.tokens, **_options(node))
         labels: Labels = {-4: (query.batch,), -2: (query.position,)}
         return writer.packed(call, node, writer.transfer.axes(node, labels), query)
     proof.blocks_keys(key.validity)
@@ -156,5 +164,6 @@ def _nodes(writer: Writer, node: fx.Node) -> list[Any]:
 
 
 def _options(node: fx.Node) -> dict[str, Any]:
-    names = ("scale", "enable_gqa") if node.target is SDPA else ("scale", "softcap")
+    names = ["scale", "enable_gqa"] if node.target is SDPA else ["scale", "softcap"]
+    names += ["dropout_p"] if argument(node, "dropout_p") else []
     return {name: argument(node, name) for name in names}

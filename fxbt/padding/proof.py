@@ -21,7 +21,16 @@ from sympy.core.relational import Relational
 from torch import fx
 
 from ..analysis.axes import IDENTITIES, RESHAPES, UNIT_DIMS, sizes_of
-from ..analysis.masks import Index, Truth, evaluate, index_symbols, is_causal, read_constants, zero_else_below
+from ..analysis.masks import (
+    Index,
+    Truth,
+    evaluate,
+    index_symbols,
+    is_causal,
+    looked_at,
+    read_constants,
+    zero_else_below,
+)
 from ..analysis.rounding import Opaque, Rounding, converted
 from ..graph.blocks import ATTENTIONS, mask_of
 from ..graph.miss import Miss
@@ -61,8 +70,8 @@ class AttentionMask:
         rank = node.meta["val"].dim()
         sizes = sizes_of(node)
         inner = tuple(sympy.Integer(0) if size == 1 else at for size, at in zip(sizes, self.index[-rank:], strict=True))
-        constants = read_constants(node)
-        self.assumes = {str(constant.target) for constant, content in constants.items() if is_read(content)}
+        constants, seen = read_constants(node), looked_at(node)
+        self.assumes = {str(each.target) for each, content in constants.items() if each in seen and is_read(content)}
         try:
             self.value = evaluate(node, inner, constants)
         except Opaque as error:

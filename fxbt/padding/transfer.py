@@ -20,6 +20,7 @@ from ..graph.miss import Miss
 from ..graph.node import argument
 from ..graph.opsets import CASTS, FILLED
 from ..kernels import packed
+from .cross_entropy import CROSS_ENTROPY, cross_entropy
 from .packed_attention import attention
 from .tokens import Dense, Domain, Packed, Value, Wide, Writer
 
@@ -54,6 +55,8 @@ def transfer(writer: Writer, node: fx.Node, seeds: Collection[Any]) -> Value:
         return Dense(writer.shape([given[node.args[0]][node.args[1]]], False)[0])  # type: ignore[index]
     if node.target in ATTENTIONS:
         return attention(writer, node)
+    if node.target is CROSS_ENTROPY:
+        return cross_entropy(writer, node)
     if node.target in PRODUCTS:
         return _multiplied(writer, node, writer.transfer.product(node, given))
     if node.target in DENSE_ALONE:
@@ -162,6 +165,8 @@ def _computed(node: fx.Node, pads: list[float | None]) -> float | None:
     name = target._schema.name
     if name == "aten::mul" and 0 in pads:
         return 0.0
+    if name == "aten::dropout":  # it draws: it must not run here
+        return 0.0 if pads[0] == 0 else None
     if name == "aten::where" and pads[0] is not None:
         return pads[1] if pads[0] else pads[2]
     if name == "aten::masked_fill" and pads[1] is not None:

@@ -15,7 +15,6 @@ from ..graph.record import Snapshot, StageRecord, hits_of
 from ..lower.cuda.graphs import Recorder, Replay
 from ..lower.derived_weights import Weights
 from ..lower.program import Program
-from ..lower.spill import Spilled
 from .finished import Finished
 from .unpadding import Unpadding
 
@@ -58,7 +57,6 @@ class Compiled:
     recorder: Recorder | None = None  # of CUDA graphs, if requested
     precision: str | None = None  # of linear layers, if not the model's own
     error: float | None = None  # of the outputs against the original's, in another precision
-    spilled: Spilled | None = None  # what was moved from memory to a file
     told: History | None = None
     again: Callable[[], Compiled] | None = None  # compiles it again with the kernels known to be fastest by then
 

@@ -7,7 +7,8 @@ inputs, with checkpointed functions run plainly and nothing accumulated into `.g
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,13 +51,10 @@ def gradient_difference(
     if is_stochastic and any(tensor.device.type != "cpu" for tensor in (*call.tensors, *original.parameters())):
         return None
     parameters = {name: p for name, p in original.named_parameters() if p.requires_grad and not _has_hooks(p)}
+    given = dict(zip(call.names, call.tensors, strict=True))
 
     def of(run: Callable[[list[Tensor]], Sequence[Any]]) -> tuple[list[Any], dict[str, Tensor | None]]:
-        tensors = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in call.tensors]
-        inputs = {f"input {name}": t for name, t in zip(call.names, tensors, strict=True) if t.requires_grad}
-        with _MeanOfChance() if is_stochastic else contextlib.nullcontext():
-            found = list(run(tensors))
-        return found, _gradients(found, {**inputs, **parameters})
+        return _with_gradients(run, given, parameters, is_stochastic)
 
     def run_original(tensors: list[Tensor]) -> Sequence[Any]:
         args, kwargs = call.rebuild(tensors)
@@ -74,6 +72,51 @@ def gradient_difference(
     if is_stochastic and (problem := _outputs_problem(found_outputs, expected_outputs, _OUTPUTS[is_coarse])):
         return problem
     return _problem(found, expected, is_coarse)
+
+
+def programs_difference(
+    run: Callable[..., Sequence[Any]],
+    reference: Callable[..., Sequence[Any]],
+    tensors: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    is_stochastic: bool,
+) -> str | None:
+    """What differs between the outputs and gradients of two programs on a call; None if nothing does.
+
+    It compares as `gradient_difference` does, and also which tensors have gradients at all: optimizers leave out those
+    without, and apply weight decay and momentum to those of zeros.
+    """
+    wanted = {f"weight {place}": w for place, w in enumerate(weights) if w.requires_grad and not _has_hooks(w)}
+    given = {str(place): tensor for place, tensor in enumerate(tensors)}
+
+    def of(run: Callable[..., Sequence[Any]]) -> tuple[list[Any], dict[str, Tensor | None]]:
+        return _with_gradients(lambda tensors: run(*tensors), given, wanted, is_stochastic)
+
+    try:
+        with hidden(), run_plainly(), torch.random.fork_rng(devices=[]):
+            (expected_outputs, expected), (found_outputs, found) = of(reference), of(run)
+    except _OtherChance as other:
+        return f"it draws random numbers that are not dropout's ({other})"
+    is_coarse = _is_coarse([*expected_outputs, *wanted.values()])
+    if problem := _outputs_problem(found_outputs, expected_outputs, _OUTPUTS[is_coarse]):
+        return problem
+    if found.keys() == expected.keys() and (lone := [n for n in found if (found[n] is None) != (expected[n] is None)]):
+        return f"only one of the two has a gradient of {lone[0]}"
+    return _problem(found, expected, is_coarse)
+
+
+def _with_gradients(
+    run: Callable[[list[Tensor]], Sequence[Any]],
+    given: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    is_stochastic: bool,
+) -> tuple[list[Any], dict[str, Tensor | None]]:
+    """The outputs for copies of the given inputs, and the gradients of inputs and parameters."""
+    copies = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in given.items()}
+    inputs = {f"input {name}": copy for name, copy in copies.items() if copy.requires_grad}
+    with _MeanOfChance() if is_stochastic else contextlib.nullcontext():
+        found = list(run(list(copies.values())))
+    return found, _gradients(found, {**inputs, **parameters})
 
 
 def _has_hooks(tensor: Tensor) -> bool:
@@ -126,10 +169,10 @@ def _problem(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]
 
 
 def _gap(new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    """The difference of two gradients; None is zero, and NaN in the original counts as equal."""
+    """The difference of two gradients; None is zero, NaN counts as equal in the original and as far off elsewhere."""
     if new is None or old is None:
         return old if new is None else new
-    return (new - old).masked_fill(old.isnan(), 0.0)
+    return (new - old).masked_fill(old.isnan() | (new == old), 0.0).nan_to_num(math.inf)
 
 
 def _norm(gradient: Tensor | None) -> float:

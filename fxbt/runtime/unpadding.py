@@ -56,8 +56,9 @@ class Facts:
 class Unpadding:
     """`program(*tensors)`: on valid tokens only if there is padding and all guards hold, else on the dense graph.
 
-    If the masks are 1 everywhere, the dense graph runs without them. `in_parts` wraps each of these so that it may run
-    on parts of the batch. `calls` counts "packed", "dense" (no padding), and why a padded call ran dense.
+    If the masks are 1 everywhere, the dense graph runs without them. `weights` is None with gradients. `in_parts` wraps
+    each of these so that it may run on parts of the batch. `calls` counts "packed", "dense" (no padding), and why a
+    padded call ran dense.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Unpadding:
         dense: Program,
         unpadded: Unpadded,
         unmasked: Unmasked,
-        weights: Weights,
+        weights: Weights | None,
         precision: type[Precision] | None = None,
         *,
         recorder: Recorder | None = None,
@@ -199,15 +200,19 @@ class Unpadding:
         Raises:
             Miss: they differ, so the proof has a hole.
         """
-        calls = [self.padded(example, slice(0)), self.padded_at_an_end(example)]
-        if not any(isinstance(given, GivenLengths) for given in self._given):
-            calls.append(self.padded(example, slice(0, 1)))
-        for tensors in calls:
+        for tensors in self._calls_to_check(example):
             run, verdict = self._decide(tensors, worth=0.0)
             expected: Sequence[Any] = self.dense(*tensors)
             if verdict == PACKED:
                 expected = self.blanked(expected, tensors)
             check_outputs(run(*tensors), expected, self._is_coarse, "without padding")
+
+    def _calls_to_check(self, example: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Calls like the example: unpadded, padded at an end, and padded at the left if masks can say so."""
+        calls = [self.padded(example, slice(0)), self.padded_at_an_end(example)]
+        if not any(isinstance(given, GivenLengths) for given in self._given):
+            calls.append(self.padded(example, slice(0, 1)))
+        return calls
 
 
 def _blanked(value: Tensor, contract: Output, mask: Tensor) -> Tensor:
