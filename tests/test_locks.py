@@ -353,3 +353,12 @@ def test_nothing_is_left_behind():
     assert [getattr(nn.Module, name) for name in names] == before[0]
     assert torch.compiler._is_compiling_flag is before[1] is False and fx._symbolic_trace._is_fx_tracing_flag is False
     assert fx._symbolic_trace.CURRENT_PATCHER is None
+
+
+def test_fx_walks_through_no_arguments_in_this_thread_alone():
+    before = fx.graph.pytree
+    with isolated():
+        assert list(fx.graph.pytree.tree_iter((1, 2))) == []
+        assert fx.graph.pytree.tree_leaves((1, 2)) == [1, 2]
+        assert Worker(lambda: list(fx.graph.pytree.tree_iter((1, 2)))).result() == [1, 2]
+    assert fx.graph.pytree is before
