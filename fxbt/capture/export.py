@@ -33,6 +33,7 @@ from .effects import Buffer, Effects, buffer_metas, check_buffers, make_inputs, 
 from .equal_layers import EqualLayers
 from .functional import functional
 from .guards import and_values, assumptions, erase_asserts, guards_of
+from .isolated import leaving_no_hooks
 from .model_state import HOOKS, ModelState, Slot
 from .regions import inline_regions
 from .size_scalars import Constant, Scalars
@@ -117,7 +118,7 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
         knowing() if fixed else contextlib.nullcontext(),
     ):
         warnings.simplefilter("ignore")
-        with code_written_later():
+        with code_written_later(), leaving_no_hooks():
             program = torch.export.export(flat, tensors, strict=False, dynamic_shapes=(tuple(dims),) if dims else None)
         program = functional(program, call.names)
     effects, metas = _effects(program, outputs, slots), buffer_metas(program)

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 from torch import fx
+from torch.nn.modules import module as nn_module
 
 from ..torch_compat import (
     IS_COMPILING,
@@ -151,6 +152,27 @@ class _WithoutWalks:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._whole, name)
+
+
+@contextlib.contextmanager
+def leaving_no_hooks() -> Iterator[None]:
+    """Removes the hooks on buffers that a trace registers, which torch 2.11 leaves behind if the trace fails.
+
+    Such a hook keeps the model alive, and raises where its forward assigns a buffer later, in the next trace too.
+    """
+    register = nn_module.register_module_buffer_registration_hook
+    handles = []
+
+    def registered(hook: Callable[..., Any]) -> Any:
+        handles.append(register(hook))
+        return handles[-1]
+
+    try:
+        with mock.patch.object(nn_module, register.__name__, here_only(registered, register)):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
