@@ -238,10 +238,11 @@ def _namespace(base: Any, dispatcher: Dispatcher, options: Options, is_part: boo
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # first: dynamo of torch 2.11 cannot follow what comes next
+            return base.forward(self, *args, **kwargs)
         # A copy with a `__dict__` of its own (FSDP's, a data-parallel replica) is another model: no graph belongs to
         # it. A submodule that was given a forward calls this one from there.
-        is_other = not dispatcher.stands_for(self) or (is_part and "forward" in vars(self))
-        if torch.compiler.is_dynamo_compiling() or is_other:
+        if not dispatcher.stands_for(self) or (is_part and "forward" in vars(self)):
             return base.forward(self, *args, **kwargs)
         return dispatcher(args, kwargs)
 

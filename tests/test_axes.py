@@ -11,6 +11,7 @@ from tracing import graph_of, returned
 from fxbt import Miss, axes
 from fxbt.analysis.axes import Atom
 from fxbt.graph.canonical import canonicalize
+from fxbt.torch_compat import FakeTensorMode, ShapeEnv
 
 aten = torch.ops.aten
 
@@ -24,6 +25,16 @@ def test_regroup_splits_an_atom_where_a_dim_ends_inside_it():
     heads, head_dim = axes.regroup([hidden], sizes(4, 8))
     assert [atom.size for atom in (*heads, *head_dim)] == [4, 8]
     assert axes.leaves([hidden]) == (*heads, *head_dim)
+
+
+def test_a_size_is_what_is_known_of_it_now():
+    environment = ShapeEnv()
+    x = FakeTensorMode(shape_env=environment).from_tensor(torch.randn(6, 4))
+    for _ in range(2):
+        assert axes.size_of(x, 0).is_Symbol
+    assert x.shape[0] > 5 and x.shape[0] < 7  # guards
+    for _ in range(2):
+        assert axes.size_of(x, 0) == 6
 
 
 def test_regroup_merges_and_splits_symbolic_sizes():

@@ -7,11 +7,12 @@ import torch
 import transformers
 from models import enliven
 from packaging import version
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxbt.capture.call import make_call
 from fxbt.capture.capture import capture
+from fxbt.capture.code_later import code_written_later
 from fxbt.capture.model_state import ModelState
 from fxbt.capture.trace_errors import where
 from fxbt.errors import CaptureError
@@ -775,3 +776,24 @@ def test_recurrent_networks_are_one_operation_for_all_lengths(kind, options):
         expected = pytree.tree_leaves(model(x))
         for new, old in zip(captured.module(x), expected, strict=True):
             torch.testing.assert_close(new, old)
+
+
+def test_the_code_of_a_graph_is_written_when_it_runs_in_this_thread_alone():
+    def made():
+        return fx.GraphModule({}, fx.symbolic_trace(lambda x: (x + 1, {"y": x})).graph)
+
+    others = []
+    with code_written_later():
+        module = made()
+        thread = threading.Thread(target=lambda: others.append(made()))
+        thread.start()
+        thread.join()
+        assert "_code" not in vars(module) and others[0].code
+        x = torch.ones(2)
+        for _ in range(2):
+            assert module(x)[0].tolist() == [2, 2] and module(x)[1]["y"] is x
+        assert "_code" in vars(module)
+        late = made()
+    assert late(x)[0].tolist() == others[0](x)[0].tolist() == [2, 2]
+    late.recompile()
+    assert late.code == others[0].code

@@ -485,6 +485,19 @@ def test_while_a_call_is_captured_python_collects_rarely_if_at_all(threshold, mo
     assert seen == [({700: 100_000, 10**6: 10**6, 0: 0}[threshold], 7, 8)]
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_what_a_process_has_frozen_stays_frozen_and_nothing_else(is_frozen):
+    if is_frozen:
+        gc.freeze()
+    try:
+        fast = optimize(Net().eval())
+        fast(x_of(2, 3))
+        assert len(fast.report.graphs) == 1
+        assert bool(gc.get_freeze_count()) is is_frozen
+    finally:
+        gc.unfreeze()
+
+
 # Tracing through an optimised model
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 import fxbt
-from fxbt.capture.isolated import _Here, here_only, isolated
+from fxbt.capture.isolated import _Here, here_only, isolated, leaving_no_hooks
 from fxbt.capture.locks import LOCK, CaptureLock
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbt.errors.FxbtWarning")
@@ -353,3 +353,36 @@ def test_nothing_is_left_behind():
     assert [getattr(nn.Module, name) for name in names] == before[0]
     assert torch.compiler._is_compiling_flag is before[1] is False and fx._symbolic_trace._is_fx_tracing_flag is False
     assert fx._symbolic_trace.CURRENT_PATCHER is None
+
+
+def test_fx_walks_through_no_arguments_in_this_thread_alone():
+    before = fx.graph.pytree
+    with isolated():
+        assert list(fx.graph.pytree.tree_iter((1, 2))) == []
+        assert fx.graph.pytree.tree_leaves((1, 2)) == [1, 2]
+        assert Worker(lambda: list(fx.graph.pytree.tree_iter((1, 2)))).result() == [1, 2]
+    assert fx.graph.pytree is before
+
+
+def test_a_trace_that_fails_leaves_no_hooks_on_buffers():
+    def count():
+        return len(torch.nn.modules.module._global_buffer_registration_hooks)
+
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return x * float(x.sum())
+
+    before, fast = count(), fxbt.optimize(Fails())
+    for _ in range(3):
+        fast(torch.ones(2, 3))
+        assert count() == before
+    assert fast.report.fallbacks and fast.calls == 3
+    with leaving_no_hooks():
+        torch.nn.modules.module.register_module_buffer_registration_hook(lambda *_: None)
+        assert count() == before + 1
+    assert count() == before

@@ -24,6 +24,8 @@ from fxbt import pipeline
 from fxbt.errors import RuleError
 from fxbt.graph.canonical import canonicalize
 from fxbt.graph.miss import Miss
+from fxbt.match.found import State
+from fxbt.match.once_matched import Notes, Remembered
 from fxbt.match.readings import sum_cuts
 from fxbt.testing import assert_rewrites, assert_untouched
 
@@ -634,3 +636,17 @@ def test_a_long_sum_has_few_readings(limit: int) -> None:
     total = next(node for node in reversed(graph.nodes) if node.op == "call_function")
     cuts = list(sum_cuts(total, limit))
     assert [len(cut.terms) for cut in cuts] == list(range(1, limit + 1))
+
+
+def test_known_states_note_their_misses_again():
+    notes, noted = Notes(), []
+
+    def states():
+        notes.do(lambda: noted.append("on the way"))
+        yield State()
+        notes.do(lambda: noted.append("in the end"))
+
+    known = Remembered(State(), states())
+    first, again = (list(known.states(notes)) for _ in range(2))
+    assert len(first) == 1 and again[0] is first[0]
+    assert noted == 2 * ["on the way", "in the end"]

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import fxbt
+from fxbt import pipeline
 from fxbt.capture.call import Call, make_call
 from fxbt.capture.capture import capture
 from fxbt.stored import expressions
 from fxbt.stored.descriptions import Descriptions, code_digest
 from fxbt.stored.errors import Malformed, Unstorable
 from fxbt.stored.files import MOST_BYTES
-from fxbt.stored.graphs import read_graph, written_graph
+from fxbt.stored.graphs import Drawing, read_graph, written_graph
 from fxbt.stored.operations import name_of, operation
 from fxbt.stored.tensors import own_tensor, read_tensor, written_tensor
 from fxbt.torch_compat import pytree
@@ -77,6 +78,23 @@ def test_a_graph_comes_back_as_it_was(model: nn.Module, text: str) -> None:
     for shape in ((2, 7, 4), (2, 5, 5), (0, 5, 4)):
         with pytest.raises(AssertionError):
             captured.guards(torch.randn(shape))
+
+
+class Spelled(nn.Module):
+    """What canonicalisation writes in another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.contiguous() * 1).view(x.shape[0], -1).chunk(2, -1)[0].softmax(-1)
+
+
+def test_a_graph_is_written_as_it_was_captured_when_rules_have_rewritten_it() -> None:
+    model = Spelled()
+    captured = capture(model, make_call(model, torch.randn(2, 4, 6)))
+    before, count = json.dumps(written_graph(captured, model)), len(captured.module.graph.nodes)
+    drawing = Drawing(captured, model)
+    pipeline.compile(captured, pipeline.default_rules())
+    assert len(captured.module.graph.nodes) < count
+    assert json.dumps(drawing.written()) == before
 
 
 def test_values_of_a_graph_keep_their_symbols(model: nn.Module, text: str) -> None:

@@ -115,7 +115,8 @@ class EqualLayers:
         self._read = read
         self._thread = threading.get_ident()
         self._is_inside = False
-        self._state = ModelState(model if self._may_copy else nn.Module())
+        with unseen_by_modes():
+            self._state = ModelState(model if self._may_copy else nn.Module())
         self._group: dict[int, list[nn.Module]] = {}
         self._known: dict[int, list[_Traced]] = {}
         for container in model.modules():
@@ -135,8 +136,9 @@ class EqualLayers:
         Raises:
             CaptureError: layers were copied, and a tensor of the model is of another kind by now.
         """
-        if self.copied and not self._state.holds():
-            raise CaptureError("forward changes the model's tensors between layers that are equal")
+        with unseen_by_modes():
+            if self.copied and not self._state.holds():
+                raise CaptureError("forward changes the model's tensors between layers that are equal")
 
     def _holds(self) -> bool:
         """Whether the model is as it was: a number that a loop leaves for its layers, say, would change it.
@@ -353,8 +355,9 @@ def _output(tracer: Any, output: Output, made: dict[int, Tensor], nodes: dict[in
     if id(output) not in made:
         with untraced():
             made[id(output)] = output.new_empty_strided(output.size(), output.stride())
-        proxy = fx.Proxy(nodes[id(output)], tracer)
-        proxy_tensor.track_tensor_tree(made[id(output)], proxy, constant=None, tracer=tracer)
+        proxy = fx.Proxy(nodes[id(output)], tracer)  # its node has the values of the one that it is a copy of
+        with unseen_by_modes():
+            proxy_tensor.track_tensor(made[id(output)], proxy, constant=None, tracer=tracer)
     return made[id(output)]
 
 

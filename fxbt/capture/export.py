@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, OutputSpec
 
 from ..errors import CaptureError
-from ..torch_compat import SIZES_LOG, dynamo_config, export_trace, fx_config, pytree
+from ..torch_compat import SIZES_LOG, LazyGraphModule, dynamo_config, export_trace, fx_config, pytree
 from . import outputs as forms
 from . import own_autograd
 from .attempts import Attempt, Axes, attempts, number_indices
@@ -26,6 +26,7 @@ from .caches import appended, same_lengths
 from .call import Call
 from .captured import Captured
 from .checkpointing import mark_blocks
+from .code_later import code_written_later
 from .constant_inputs import Constants, constant, knowing
 from .containers import Arguments, Given, named_leaves
 from .effects import (
@@ -41,6 +42,7 @@ from .effects import (
 from .equal_layers import EqualLayers
 from .functional import functional
 from .guards import and_values, assumptions, erase_asserts, guards_of
+from .isolated import leaving_no_hooks
 from .model_state import HOOKS, ModelState, Slot
 from .regions import inline_regions
 from .size_scalars import Constant, Scalars
@@ -125,7 +127,8 @@ def _export(model: nn.Module, call: Call, attempt: Attempt, run: Callable[..., A
         knowing() if fixed else contextlib.nullcontext(),
     ):
         warnings.simplefilter("ignore")
-        program = torch.export.export(flat, tensors, strict=False, dynamic_shapes=(tuple(dims),) if dims else None)
+        with code_written_later(), leaving_no_hooks():
+            program = torch.export.export(flat, tensors, strict=False, dynamic_shapes=(tuple(dims),) if dims else None)
         program = functional(program, call.names, call.held)
     effects, metas = _effects(program, outputs, slots, call), buffer_metas(program)
     module = _flat_module(program, model, call, outputs, effects)
@@ -281,7 +284,7 @@ def _flat_module(
         node.target = re.sub(r"\W+", "_", next(names)).strip("_")
         node._rename(node.target)
     _set_outputs(graph, program.graph_signature.output_specs, outputs.constants, effects)
-    module = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
+    module = LazyGraphModule(attributes, graph, class_name=type(model).__name__)
     module.meta["fxbt_asserted"] = erase_asserts(graph)
     graph.eliminate_dead_code()
     module.recompile()

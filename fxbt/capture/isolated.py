@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+from torch import fx
+from torch.nn.modules import module as nn_module
+
 from ..torch_compat import (
     IS_COMPILING,
     IS_EXPORTING,
@@ -136,6 +139,42 @@ def _own_flags() -> Iterator[None]:
         yield
 
 
+class _WithoutWalks:
+    """`pytree` for torch.fx, which finds nothing to walk through in this thread.
+
+    From torch 2.13 on, fx walks through the arguments of each node that it makes, to warn of sizes that are no nodes:
+    for 48 layers, 0.2 of 3.6 s. It has no other use for `tree_iter`.
+    """
+
+    def __init__(self) -> None:
+        self._whole = fx.graph.pytree
+        self.tree_iter = here_only(lambda tree, is_leaf=None: iter(()), self._whole.tree_iter)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+
+@contextlib.contextmanager
+def leaving_no_hooks() -> Iterator[None]:
+    """Removes the hooks on buffers that a trace registers, which torch 2.11 leaves behind if the trace fails.
+
+    Such a hook keeps the model alive, and raises where its forward assigns a buffer later, in the next trace too.
+    """
+    register = nn_module.register_module_buffer_registration_hook
+    handles = []
+
+    def registered(hook: Callable[..., Any]) -> Any:
+        handles.append(register(hook))
+        return handles[-1]
+
+    try:
+        with mock.patch.object(nn_module, register.__name__, here_only(registered, register)):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
     """Runs a block whose traces are invisible to other threads and leave nothing behind in torch.
@@ -149,6 +188,7 @@ def isolated() -> Iterator[None]:
     from ..torch_compat import EXPORTS_FLAGS  # loads what no graph from disk needs
 
     with (
+        mock.patch.object(fx.graph, "pytree", _WithoutWalks()),
         mock.patch.object(*NEW_PATCHER, _own_patcher),
         mock.patch.object(*EXPORTS_FLAGS, _own_flags),
         # torch keeps the nodes of the last trace here until the next one, and with them the model's weights
@@ -160,10 +200,20 @@ def isolated() -> Iterator[None]:
 @contextlib.contextmanager
 def collecting_rarely() -> Iterator[None]:
     """Lets Python's garbage collector run rarely: a trace makes little garbage, and looking for it takes 0.5 of 4.5
-    s."""
+    s.
+
+    A large graph makes Python look at all its objects afterwards (0.3 s with torch loaded). So it looks here, at those
+    made meanwhile: the others are frozen until then, unless the process has frozen some itself.
+    """
     first, *others = gc.get_threshold()
+    may_freeze = bool(first) and gc.isenabled() and not gc.get_freeze_count()
     gc.set_threshold(first and max(first, OBJECTS_PER_COLLECTION), *others)  # 0 means never
+    if may_freeze:
+        gc.freeze()
     try:
         yield
     finally:
         gc.set_threshold(first, *others)
+        if may_freeze:
+            gc.collect()
+            gc.unfreeze()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..torch_compat import TensorGuards, dict_version, set_versions
 from .settings import generators_kept
 
+_PLAIN = frozenset([type(None), bool, int, float, str])
 _OPAQUE = (type, types.FunctionType, types.MethodType, types.ModuleType, types.BuiltinFunctionType, partial)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # No forward reads these; those for keyword hooks follow the hooks themselves.
@@ -184,7 +185,7 @@ class ModelState:
             self._visit_value(container, key, value, place, depth)
 
     def _visit_value(self, container: Any, key: Any, value: Any, place: str, depth: int) -> None:
-        if key in NOT_READ or (id(container), key) in self._left_out:
+        if type(value) in _PLAIN or key in NOT_READ or (id(container), key) in self._left_out:
             return
         inner = place if key in ("_modules", "_parameters", "_buffers") else f"{place}.{key}".removeprefix(".")
         if isinstance(value, Tensor):

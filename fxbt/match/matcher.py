@@ -7,6 +7,7 @@ nearest `Miss`, which says how many ops matched before one did not.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from .alternatives import always_bound, single_factor, summed_exponents, variant
 from .formula_text import formula
 from .found import Found, State
 from .naming import is_float_cast, op_of
+from .once_matched import Notes, Remembered
 from .readings import Powers, Reduced, is_close, is_same, keeps_elements, plain, product_cuts, slice_of, sum_cuts
 from .same_op import (
     PERMUTATIONS,
@@ -67,6 +69,8 @@ class Matcher:
         self._shared = set().union(*(shared(term) for term in pattern.outputs)) | inner_outputs(pattern.outputs)
         self._nearest: Miss | None = None
         self._expected: list[Any] = []
+        self._notes = Notes()
+        self._known: dict[Any, Remembered] = {}
 
     def find(self, anchor: fx.Node) -> Iterator[Found]:
         """The matches whose first output is `anchor`, trying operands in the order in which they are written.
@@ -74,12 +78,13 @@ class Matcher:
         Raises:
             Miss: after the last match, the nearest miss.
         """
-        self._nearest = None
+        self._nearest, self._notes, self._known = None, Notes(), {}
         first, *others = self.pattern.outputs
         for state in self._match(first, anchor, State()):
             for nodes, complete in self._other_outputs(others, (anchor,), state):
                 if self.loose or self._is_closed(nodes, complete):
                     yield Found(nodes, complete, self.optional)
+        self._notes, self._known = Notes(), {}  # the rule outlives the graph
         if self._nearest is not None:
             raise self._nearest
 
@@ -115,18 +120,20 @@ class Matcher:
         return True
 
     def _miss_escape(self, node: fx.Node, reader: fx.Node, state: State, reason: str = "") -> None:
-        self._keep(
-            Miss(
-                reason or "a value inside the pattern is used elsewhere too",
-                node=node,
-                found=(node, "is also used by", reader),
-                expected=f"{op_of(node)} used only inside the pattern",
-                matched=state.matched,
-                total=self.pattern.size,
-            )
+        miss = Miss(
+            reason or "a value inside the pattern is used elsewhere too",
+            node=node,
+            found=(node, "is also used by", reader),
+            expected=f"{op_of(node)} used only inside the pattern",
+            matched=state.matched,
+            total=self.pattern.size,
         )
+        self._notes.do(functools.partial(self._keep, miss))
 
     def _fail(self, term: Any, value: Any, state: State, reason: str = "") -> None:
+        self._notes.do(functools.partial(self._note_failure, term, value, state, reason))
+
+    def _note_failure(self, term: Any, value: Any, state: State, reason: str) -> None:
         node = value if isinstance(value, fx.Node) else None
         reason = reason or ENDS
         nearest = self._nearest
@@ -151,7 +158,20 @@ class Matcher:
             self._nearest = miss
 
     def _match(self, term: Any, value: Any, state: State) -> Iterator[State]:
-        """The states in which `value` matches `term`; a term that occurs twice in the pattern must be one node."""
+        """The states in which `value` matches `term`; a term that occurs twice in the pattern must be one node.
+
+        Alternatives of a pattern ask the same question again: how a sum's first term matches, for each way to write
+        its second. They get the same states, and note the same misses.
+        """
+        if not isinstance(value, fx.Node):
+            return self._match_either(term, value, state)
+        key = (term, value, id(state))
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = Remembered(state, self._match_either(term, value, state))
+        return known.states(self._notes)
+
+    def _match_either(self, term: Any, value: Any, state: State) -> Iterator[State]:
         if term not in self._shared or not isinstance(value, fx.Node):
             yield from self._match_anew(term, value, state)
         elif term not in state.shared:
@@ -227,14 +247,13 @@ class Matcher:
     # --- sums and products
 
     def _match_sum(self, term: Sum, value: Any, state: State) -> Iterator[State]:
-        entered = False
+        entered: dict[Any, State] = {}  # one state for all variants, which is what `_match` knows it by
         for variant in variants(term):
             for cut in sum_cuts(plain(value), len(variant.terms), self.loose):
                 if not cut.through and len(variant.terms) > 1:
                     continue
-                entered = True
                 rest = 0.0 if is_close(cut.constant, variant.constant) else cut.constant - variant.constant
-                inner = state.enter(cut.through, term)
+                inner = entered.setdefault(cut.through, state.enter(cut.through, term))
                 yield from self._assign_sum(variant.terms, cut.terms, rest, inner)
         if not entered:
             self._fail(term, value, state)
@@ -451,17 +470,24 @@ class Matcher:
             return
         known = [state.bound[name] for name in names(term.source) if name in state.bound]
         earliest = min((node for node in known if isinstance(node, fx.Node)), default=None)
-        nearest, is_found = self._nearest, False
+        before: list[Miss | None] = []
+        is_found = False
+        self._notes.do(lambda: before.append(self._nearest))
         for node in latest_first(value, earliest):
             if isinstance(term.source, Call) and not is_op(term.source, node):
                 continue
             for found in self._match(term.source, node, state):
                 is_found = True
                 yield found
-            if not is_found and self._nearest is not None and self._nearest.matched <= state.matched:
-                self._nearest = nearest  # skipping other values is not a miss
+            if not is_found:
+                self._notes.do(lambda: self._skip(state, before[-1]))
         if not is_found:
             self._fail(term, value, state, f"this is not computed {formula(term)}")
+
+    def _skip(self, state: State, nearest: Miss | None) -> None:
+        """Skipping other values is not a miss."""
+        if self._nearest is not None and self._nearest.matched <= state.matched:
+            self._nearest = nearest
 
 
 class _Expected:

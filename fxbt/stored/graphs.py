@@ -19,6 +19,7 @@ from ..capture.effects import Argument, Buffer, Effects, check_buffers
 from ..capture.guards import and_values, environment_of_inputs, guards_of, sizes_of_inputs
 from ..capture.outputs import Values
 from ..capture.size_scalars import Constant
+from ..graph.record import Entry, Snapshot
 from ..torch_compat import LazyGraphModule
 from . import expressions
 from .errors import Malformed, Unstorable, checked
@@ -27,6 +28,54 @@ from .tensors import own_tensor, read_tensor, written_tensor
 from .values import KindsReader, KindsWriter, Table, written_sizes
 
 _NAMES = ("class", "sizes", "assumed", "fixed", "read", "buffers", "written", "constants", "kinds", "texts", "nodes")
+
+
+class Drawing:
+    """A graph as captured, which can still be written when rules have rewritten it: most graphs never are.
+
+    What later changes of the model would change is written when this is made.
+
+    Raises:
+        Unstorable: it contains something that has no text in files.
+
+    Example:
+        >>> drawing = Drawing(captured, model)
+        >>> compiled = pipeline.compile(captured, rules)
+        >>> json.dumps(drawing.written())
+    """
+
+    def __init__(self, captured: Captured, model: nn.Module) -> None:
+        effects = captured.effects
+        if effects.slots:
+            raise Unstorable(f"forward sets its attribute {effects.slots[0].name} to another tensor at each call")
+        self._module, self._assumed = captured.module, captured.assumed
+        self._before = Snapshot(captured.module.graph)
+        self._as_it_is = {
+            "class": type(model).__name__,
+            "fixed": [[place, written_tensor(tensor.detach())] for place, tensor in captured.fixed.items()],
+            "read": [[constant.name, constant.value] for constant in captured.read],
+            "buffers": [buffer.name for buffer in effects.buffers],
+            "written": [place for _, place in effects.arguments],
+            "constants": written_constants(captured.module, model),
+        }
+
+    def written(self) -> dict[str, Any]:
+        """The graph as JSON data.
+
+        Raises:
+            Unstorable: it contains something that has no text in files.
+        """
+        environment, writer, texts = environment_of_inputs(self._module), KindsWriter(), Table()
+        places = {entry.node: place for place, entry in enumerate(self._before.entries)}
+        nodes = [_written_node(entry, places, writer, texts) for entry in self._before.entries]
+        return {
+            **self._as_it_is,
+            "sizes": written_sizes(sizes_of_inputs(self._module), environment) if environment else [],
+            "assumed": [expressions.written(each) for each in self._assumed],
+            "kinds": writer.kinds.entries,
+            "texts": texts.entries,
+            "nodes": nodes,
+        }
 
 
 def written_graph(captured: Captured, model: nn.Module) -> dict[str, Any]:
@@ -38,31 +87,14 @@ def written_graph(captured: Captured, model: nn.Module) -> dict[str, Any]:
     Example:
         >>> json.dumps(written_graph(captured, model))
     """
-    if captured.effects.slots:
-        raise Unstorable(f"forward sets its attribute {captured.effects.slots[0].name} to another tensor at each call")
-    module, environment = captured.module, environment_of_inputs(captured.module)
-    writer, texts, constants = KindsWriter(), Table(), written_constants(module, model)
-    places = {node: place for place, node in enumerate(module.graph.nodes)}
-    nodes = [_written_node(node, places, writer, texts) for node in module.graph.nodes]
-    return {
-        "class": type(model).__name__,
-        "sizes": written_sizes(sizes_of_inputs(module), environment) if environment else [],
-        "assumed": [expressions.written(each) for each in captured.assumed],
-        "fixed": [[place, written_tensor(tensor.detach())] for place, tensor in captured.fixed.items()],
-        "read": [[constant.name, constant.value] for constant in captured.read],
-        "buffers": [buffer.name for buffer in captured.effects.buffers],
-        "written": [place for _, place in captured.effects.arguments],
-        "constants": constants,
-        "kinds": writer.kinds.entries,
-        "texts": texts.entries,
-        "nodes": nodes,
-    }
+    return Drawing(captured, model).written()
 
 
-def _written_node(node: fx.Node, places: dict[fx.Node, int], writer: KindsWriter, texts: Table) -> list[Any]:
-    stack = [[key, *map(str, entry)] for key, entry in (node.meta.get("nn_module_stack") or {}).items()]
+def _written_node(entry: Entry, places: dict[fx.Node, int], writer: KindsWriter, texts: Table) -> list[Any]:
+    node = entry.node
+    stack = [[key, *map(str, level)] for key, level in (node.meta.get("nn_module_stack") or {}).items()]
     return [
-        *written_node(node, places, writer),
+        *written_node(entry, places, writer),
         texts.place(stack) if stack else None,
         texts.place(node.meta["stack_trace"]) if node.meta.get("stack_trace") else None,
     ]

@@ -8,6 +8,7 @@ import sympy
 from torch import Tensor, fx, nn
 
 from ..capture.guards import environment_of_inputs, sizes_of_inputs
+from ..graph.record import Entry
 from ..torch_compat import LazyGraphModule
 from . import expressions
 from .errors import Malformed, Unstorable, checked
@@ -44,7 +45,7 @@ class ModulesWriter:
         """
         self._constants |= written_constants(module, self._model, known=self._constants)
         places = {node: place for place, node in enumerate(module.graph.nodes)}
-        self._graphs.append([written_node(node, places, self._kinds) for node in module.graph.nodes])
+        self._graphs.append([written_node(Entry.of(node), places, self._kinds) for node in module.graph.nodes])
         self._modules.append(module)
         return len(self._modules) - 1
 

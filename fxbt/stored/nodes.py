@@ -11,6 +11,7 @@ from torch import SymInt, Tensor, fx, nn
 
 from ..capture.checkpointing import regions_of
 from ..graph.node import attribute
+from ..graph.record import Entry
 from .errors import Malformed, Unstorable, checked
 from .operations import name_of, operation
 from .tensors import own_tensor, written_tensor
@@ -21,12 +22,13 @@ _OPS = ("placeholder", "get_attr", "call_function", "output")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")  # names in a graph become names in generated Python
 
 
-def written_node(node: fx.Node, places: dict[fx.Node, int], kinds: KindsWriter) -> list[Any]:
-    """A node as what `json` takes; `places` are those of the nodes before it.
+def written_node(entry: Entry, places: dict[fx.Node, int], kinds: KindsWriter) -> list[Any]:
+    """A node as what `json` takes, as it was when it was recorded; `places` are those of the nodes before it.
 
     Raises:
         Unstorable: there is something in it that files have no word for.
     """
+    node = entry.node
     if node.op not in _OPS or regions_of(node):
         raise Unstorable(
             f"%{node.name} is a {node.op}{' inside a checkpoint' if regions_of(node) else ''}, which files cannot hold"
@@ -34,9 +36,9 @@ def written_node(node: fx.Node, places: dict[fx.Node, int], kinds: KindsWriter) 
     return [
         node.op,
         node.name,
-        name_of(node.target) if node.op == "call_function" else str(node.target),
-        [written_argument(argument, places) for argument in node.args],
-        {name: written_argument(argument, places) for name, argument in node.kwargs.items()},
+        name_of(entry.target) if node.op == "call_function" else str(entry.target),
+        [written_argument(argument, places) for argument in entry.args],
+        {name: written_argument(argument, places) for name, argument in entry.kwargs.items()},
         kinds.place(node.meta["val"]) if "val" in node.meta else None,
     ]
 

@@ -19,7 +19,7 @@ from ..errors import CaptureError
 from .conditions import Conditions, conditions_of, signature_of
 from .errors import Malformed, Unstorable
 from .files import Folder, conditions_in, finished_in, graph_in
-from .graphs import read_graph, written_graph
+from .graphs import Drawing, read_graph
 
 logger = logging.getLogger("fxbt")
 
@@ -46,20 +46,21 @@ class Text:
     """A captured graph as text, or why it has none."""
 
     label: Label
-    graph: str = ""
+    draw: Callable[[], str] = str  # makes the text of the graph
     obstacle: str = ""
     finish: Callable[[], str] = str  # makes the text of what the graph became; "" for none
 
     @classmethod
     def of(cls, captured: Captured, model: nn.Module, label: Label) -> Text:
-        """The text of a graph before any rewriting."""
+        """The text of a graph before any rewriting, made when somebody asks for it."""
         if label.obstacle:
             return cls(label, obstacle=label.obstacle)
         try:
-            return cls(label, json.dumps(written_graph(captured, model), separators=(",", ":")))
+            drawing = Drawing(captured, model)
         except Exception as error:  # a failure of fxbt itself; the graph works without a text
             logger.debug("a graph has no text", exc_info=error)
             return cls(label, obstacle=_why(error))
+        return cls(label, lambda: json.dumps(drawing.written(), separators=(",", ":")))
 
     def write(self, folder: Folder) -> Path:
         """Writes the graph to a folder.
@@ -70,7 +71,16 @@ class Text:
         """
         if self.obstacle or self.label.conditions is None:
             raise Unstorable(self.obstacle)
-        return folder.write(self.label.signature, self.label.conditions, self.graph, self.finish())
+        return folder.write(self.label.signature, self.label.conditions, self._drawn(), self.finish())
+
+    def _drawn(self) -> str:
+        try:
+            return self.draw()
+        except Unstorable:
+            raise
+        except Exception as error:  # a failure of fxbt itself
+            logger.debug("a graph has no text", exc_info=error)
+            raise Unstorable(_why(error)) from error
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class Stored:
         Raises:
             Malformed: it is none of fxbt's.
         """
-        return read_graph(json.loads(self.text.graph), model, call, expected)
+        return read_graph(json.loads(self.text.draw()), model, call, expected)
 
 
 class Shelf:
@@ -179,7 +189,7 @@ class Shelf:
         except Exception as error:  # a file that no fxbt wrote may fail torch or sympy in any way
             raise Malformed(f"the file is not a graph ({type(error).__name__}: {error})") from error
         lines = data.decode().split("\n")
-        return Stored(captured, Text(label, lines[1], finish=lambda: lines[2]), finished)
+        return Stored(captured, Text(label, lambda: lines[1], finish=lambda: lines[2]), finished)
 
 
 class Stale(Exception):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -73,7 +74,41 @@ def reduced(size: int | torch.SymInt) -> Any:
     if not isinstance(size, torch.SymInt):
         return sympy.Integer(size)
     shape_env = size.node.shape_env
-    expr = shape_env.replace(size.node.expr).replace(FloorDiv, _quotient)
+    expr = shape_env.replace(size.node.expr)
+    known = _REDUCED.setdefault(shape_env, {}).get(expr)
+    if known is None or not known.holds(shape_env):
+        known = _REDUCED[shape_env][expr] = _Reduced.of(expr, shape_env)
+    return known.size
+
+
+class _Reduced(NamedTuple):
+    """A reduced size, and what it rests on besides the expression. A graph has few sizes, each asked for often."""
+
+    size: Any
+    guards: int
+    ranges: tuple[tuple[sympy.Symbol, Any], ...]
+
+    @classmethod
+    def of(cls, expr: Any, shape_env: Any) -> _Reduced:
+        size = _reduced(expr, shape_env)
+        symbols = expr.free_symbols | size.free_symbols
+        return cls(
+            size, len(shape_env.guards), tuple((symbol, shape_env.var_to_range.get(symbol)) for symbol in symbols)
+        )
+
+    def holds(self, shape_env: Any) -> bool:
+        """Whether the environment knows no more than then; a range that it narrows becomes another object."""
+        ranges = shape_env.var_to_range
+        return self.guards == len(shape_env.guards) and all(
+            ranges.get(symbol) is known for symbol, known in self.ranges
+        )
+
+
+_REDUCED: WeakKeyDictionary[Any, dict[Any, _Reduced]] = WeakKeyDictionary()
+
+
+def _reduced(expr: Any, shape_env: Any) -> Any:
+    expr = expr.replace(FloorDiv, _quotient)
     if expr.has(Min):
         expr = expr.xreplace(_proven_minima(shape_env, len(shape_env.guards)))
         expr = expr.replace(Min, functools.partial(_smallest, shape_env))
