@@ -642,7 +642,11 @@ refuse("tokens by a mask", "positions given as data", head=lambda net, x, mask: 
 refuse("padding replaced by a token", MIXES, head=lambda net, x, mask: replaced(net, x, mask).sum(1))
 refuse("a mean of other outputs", MIXES, head=lambda net, x, mask: (x, x.mean(1)))
 refuse("a sum by class", UNKNOWN, head=lambda net, x, mask: by_class(x, mask))
-refuse("a loss that ignores padding", "whose labels come from the mask", head=lambda net, x, mask: token_losses(x, mask).mean())
+refuse(
+    "a loss that ignores padding",
+    "whose labels come from the mask",
+    head=lambda net, x, mask: token_losses(x, mask).mean(),
+)
 refuse("a mask or the diagonal", UNMASKED, mask=boolean(lambda m: m[:, None, None] | diagonal(m.shape[1])))
 refuse("0 and up are valid", UNMASKED, mask=lambda mask, x: torch.where(mask[:, None, None] >= 0, 0.0, LOWEST))
 refuse(

@@ -190,7 +190,7 @@ def same(new: Any, old: Any) -> None:
         assert new == old
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(orders())
 def test_any_order_of_wrappers(names: list[str]) -> None:
     torch.compiler.reset()
