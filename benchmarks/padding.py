@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 
+from measuring import shown
+
 BATCH, LENGTH = 32, 128
 MODES = ("keep", "drop")
 
@@ -90,13 +92,9 @@ def main() -> None:
         dense, packed = (found[mode, name] for mode in MODES)
         speedup = statistics.median(dense) / statistics.median(packed)
         print(
-            f"{name:12} {fill(name):5.2f} {_shown(dense):>22} {_shown(packed):>22} "
+            f"{name:12} {fill(name):5.2f} {shown(dense):>22} {shown(packed):>22} "
             f"{speedup:8.2f} {speedup * fill(name):9.0%}"
         )
-
-
-def _shown(times: list[float]) -> str:
-    return f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})"
 
 
 if __name__ == "__main__":

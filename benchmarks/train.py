@@ -9,16 +9,15 @@ Dropout is off, so that all engines compute the same. The peak is that of the st
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from measuring import forget_peak_memory, peak_memory, shown
 
 CLASSES = 2
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -121,25 +120,13 @@ def measure(engine: str, model: str, column: str, threads: int, seconds: float) 
         return time.perf_counter() - start
 
     ready = sum(step() for _ in range(3))  # captures or compiles, and the first steps of fxbt compute padding
-    _forget_peak_memory()
+    forget_peak_memory()
     end, times = time.perf_counter() + seconds, [step(), step()]
     while time.perf_counter() < end:
         times.append(step())
     if engine == "fxbt":
         assert net.report.latest.calls.get("packed" if fill(column) < 1 else "dense"), net.report
-    return {"ms": 1e3 * statistics.median(times), "mib": _peak_memory(), "ready": ready}
-
-
-def _peak_memory() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
-def _forget_peak_memory() -> None:
-    """From here on the peak is that of steps: what converting took is given back first."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    return {"ms": 1e3 * statistics.median(times), "mib": peak_memory(), "ready": ready}
 
 
 def measured(engine: str, model: str, column: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -178,13 +165,9 @@ def main() -> None:
         share = statistics.median(times) / statistics.median(answer["ms"] for answer in base)
         mib, ready = (statistics.median(answer[name] for answer in answers) for name in ("mib", "ready"))
         print(
-            f"{model:10} {column:>8} {fill(column):5.2f}  {engine:22} {_shown(times):>22} {share:10.2f} {mib:7.0f} "
+            f"{model:10} {column:>8} {fill(column):5.2f}  {engine:22} {shown(times):>22} {share:10.2f} {mib:7.0f} "
             f"{ready:7.1f}"
         )
-
-
-def _shown(times: list[float]) -> str:
-    return f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})"
 
 
 if __name__ == "__main__":

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import models
 import numpy as np
 import torch
 from engines import ENGINES, Run, Skip
+from measuring import forget_peak_memory, peak_memory
 
 PEAK_SHAPES = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024), (1024, 1536, 384)]  # rows, N, K
 
@@ -46,9 +44,9 @@ class Worker:
             return {"skipped": f"{type(error).__name__}: {first_line[:200]}"}
         self._pass([example, example])  # the first may still capture or compile
         ready = time.perf_counter()
-        answer = {"import_s": loaded - start, "ready_s": ready - loaded, "prepare_mib": _peak_memory()}
+        answer = {"import_s": loaded - start, "ready_s": ready - loaded, "prepare_mib": peak_memory()}
         del model
-        _forget_peak_memory()
+        forget_peak_memory()
         return answer
 
     def outputs(self, column: str, path: str) -> None:
@@ -79,7 +77,7 @@ class Worker:
 
     def memory(self) -> float:
         """The largest resident set since the engine was ready, in MiB."""
-        return _peak_memory()
+        return peak_memory()
 
     def describe(self) -> dict[str, dict[str, float]]:
         """For each column the part of positions that are tokens, and the operations that those need."""
@@ -110,18 +108,6 @@ def _product_rate(rows: int, n: int, k: int, seconds: float) -> float:
             call()
             best = min(best, time.perf_counter() - start)
     return 2 * rows * n * k / best / 1e9
-
-
-def _peak_memory() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
-def _forget_peak_memory() -> None:
-    """From here on the peak is that of running: what converting took is given back first."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:
