@@ -22,7 +22,7 @@ from fxbt.stored import expressions
 from fxbt.stored.descriptions import Descriptions, code_digest
 from fxbt.stored.errors import Malformed, Unstorable
 from fxbt.stored.files import MOST_BYTES
-from fxbt.stored.graphs import Drawing, read_graph, written_graph
+from fxbt.stored.graphs import Drawing, read_graph
 from fxbt.stored.operations import name_of, operation
 from fxbt.stored.tensors import own_tensor, read_tensor, written_tensor
 from fxbt.torch_compat import pytree
@@ -57,7 +57,7 @@ def model() -> nn.Module:
 def text(model: nn.Module) -> str:
     with torch.no_grad():
         captured = capture(model, make_call(model, torch.randn(2, 5, 4)))
-    return json.dumps(written_graph(captured, model))
+    return json.dumps(Drawing(captured, model).written())
 
 
 def read(text: Any, model: nn.Module) -> tuple[Any, Call]:
@@ -68,7 +68,7 @@ def read(text: Any, model: nn.Module) -> tuple[Any, Call]:
 
 def test_a_graph_comes_back_as_it_was(model: nn.Module, text: str) -> None:
     captured, call = read(json.loads(text), model)
-    assert json.dumps(written_graph(captured, model)) == text
+    assert json.dumps(Drawing(captured, model).written()) == text
     for length in (5, 1, 6):
         x = torch.randn(3, length, 4)
         captured.guards(x)
@@ -90,7 +90,7 @@ class Spelled(nn.Module):
 def test_a_graph_is_written_as_it_was_captured_when_rules_have_rewritten_it() -> None:
     model = Spelled()
     captured = capture(model, make_call(model, torch.randn(2, 4, 6)))
-    before, count = json.dumps(written_graph(captured, model)), len(captured.module.graph.nodes)
+    before, count = json.dumps(Drawing(captured, model).written()), len(captured.module.graph.nodes)
     drawing = Drawing(captured, model)
     pipeline.compile(captured, pipeline.default_rules())
     assert len(captured.module.graph.nodes) < count

@@ -78,18 +78,6 @@ class Drawing:
         }
 
 
-def written_graph(captured: Captured, model: nn.Module) -> dict[str, Any]:
-    """A graph as captured, before any rewriting, as JSON data.
-
-    Raises:
-        Unstorable: it contains something that has no text in files.
-
-    Example:
-        >>> json.dumps(written_graph(captured, model))
-    """
-    return Drawing(captured, model).written()
-
-
 def _written_node(entry: Entry, places: dict[fx.Node, int], writer: KindsWriter, texts: Table) -> list[Any]:
     node = entry.node
     stack = [[key, *map(str, level)] for key, level in (node.meta.get("nn_module_stack") or {}).items()]
@@ -104,7 +92,7 @@ def _written_node(entry: Entry, places: dict[fx.Node, int], writer: KindsWriter,
 
 
 def read_graph(text: Any, model: nn.Module, call: Call, expected: Values, is_whole: bool = True) -> Captured:
-    """Reads what `written_graph` wrote, as a graph of `model` for a call that returns `expected` (flattened).
+    """Reads what `Drawing.written` gave, as a graph of `model` for a call that returns `expected` (flattened).
 
     Without `is_whole`, the module of the result has the inputs only.
 
