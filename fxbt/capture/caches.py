@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import NotCapturable
 from .call import Binder, Call
 from .effects import Effects
-from .fixed_caches import Writes, lengths, tokens_added, varying_axes, writes_of
+from .fixed_caches import Writes, attribute_of, lengths, tokens_added, varying_axes, writes_of
 
 Growing = frozenset[tuple[str, int]]  # (name of a tensor, axis)
 
@@ -54,8 +54,8 @@ def _grown(call: Call, after: Call, writes: Writes) -> Call:
     axes: dict[str, set[int]] = {}
     for name, tensor in before.items():
         if name in now:
-            axes.setdefault(_attribute(name), set()).update(_longer(tensor, now[name]))
-    grown = [(n, axis) for n, t in before.items() for axis in axes.get(_attribute(n), ()) if axis < t.ndim]
+            axes.setdefault(attribute_of(name), set()).update(_longer(tensor, now[name]))
+    grown = [(n, axis) for n, t in before.items() for axis in axes.get(attribute_of(n), ()) if axis < t.ndim]
     varying = varying_axes(call, after, writes) if writes else ()
     return replace(call, growing=frozenset([*grown, *varying]), new_tokens=_new_tokens(call, after, writes))
 
@@ -72,10 +72,6 @@ def _new_tokens(call: Call, after: Call, writes: Writes) -> int | None:
     counts = {tokens_added(call, after, writes)} if writes else counts
     others = [i for i, t in enumerate(call.tensors) if i not in call.held and t.ndim > 1 and t.shape[0] == now.shape[0]]
     return next((i for i in others if call.tensors[i].shape[1] in counts), None)
-
-
-def _attribute(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _longer(before: Tensor, after: Tensor) -> list[int]:

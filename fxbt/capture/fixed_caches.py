@@ -44,9 +44,9 @@ def row_axes(call: Call, writes: Writes) -> dict[str, int]:
         shares = {axis: _share_changed(before != now, axis) for axis in range(_ROWS, now.ndim)}
         axis = min(shares, key=lambda axis: shares[axis], default=None)
         if axis is not None and shares[axis] < 1:
-            by_attribute[_attribute(name)] = axis
+            by_attribute[attribute_of(name)] = axis
     held = [(name, t.ndim) for i, (name, t) in enumerate(zip(call.names, call.tensors, strict=True)) if i in call.held]
-    axes = [(name, by_attribute.get(_attribute(name), ndim), ndim) for name, ndim in held]
+    axes = [(name, by_attribute.get(attribute_of(name), ndim), ndim) for name, ndim in held]
     return {name: axis for name, axis, ndim in axes if axis < ndim}
 
 
@@ -105,5 +105,6 @@ def _object(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _attribute(name: str) -> str:
+def attribute_of(name: str) -> str:
+    """The attribute that the tensor at a place is: the `keys` of `past_key_values.layers[0].keys`."""
     return name.rpartition(".")[2]
